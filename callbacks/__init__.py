@@ -1,0 +1,1 @@
+"""Callbacks: they observe and log, and never change a gradient."""

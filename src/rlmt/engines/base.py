@@ -1,0 +1,46 @@
+"""The Engine seam: whatever draws samples from the policy."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlmt.types import SampleRequest, Samples, Sampling
+
+
+class Engine(ABC):
+    """Draws samples with the weights it was last given.
+
+    Order of calls: `check` (cheap, before any model is loaded), `start` once the policy exists, then `sync` and
+    `generate` as often as needed, `close` at the end. The constructor only stores options.
+    """
+
+    version: int | None = None
+    """Version of the weights held; None until the first sync, or after the weights were given up to save memory."""
+
+    def check(self) -> None:
+        """Raises UserError, naming what to install, when this engine cannot run on this machine."""
+
+    @abstractmethod
+    def start(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_model_len: int) -> None:
+        """Brings the engine up for a policy of this shape; its weights come by `sync`.
+
+        Args:
+            policy: the trainer's policy, for its config, dtype and device.
+            tokenizer: the policy's tokenizer.
+            max_model_len: longest prompt + completion in tokens.
+        """
+
+    @abstractmethod
+    def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Takes over the policy's weights (Hugging Face names, as in `state_dict()`) and drops every stale cache."""
+
+    @abstractmethod
+    def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Samples:
+        """Samples every request once per seed. A sample depends on its prompt, seed and the weights alone."""
+
+    def close(self) -> None:
+        """Gives back memory and processes; harmless when called twice or before `start`."""
