@@ -30,11 +30,12 @@ class Algorithm(ABC):
         """Sets `experience.advantages`, and `mask` where some samples stay out; may add to `metrics`."""
 
     @abstractmethod
-    def token_weights(self, lengths: Tensor, max_new_tokens: int) -> Tensor:
+    def token_weights(self, lengths: Tensor, mask: Tensor, max_new_tokens: int) -> Tensor:
         """Each token's share in the loss of one optimizer step, so that loss = Σ weight · token loss.
 
         Args:
-            lengths: completion lengths of all samples of the step, in tokens.
+            lengths: [n] completion lengths of all samples of the step, in tokens.
+            mask: [n] bool, the samples that take part in the loss.
             max_new_tokens: the completion length limit.
 
         Returns:

@@ -1,1 +1,1 @@
-"""models"""
+"""Loading of language models and what is computed with them."""

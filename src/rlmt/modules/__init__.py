@@ -1,1 +1,5 @@
-"""modules"""
+"""The LightningModules."""
+
+from rlmt.modules.rlmt import RLMTModule
+
+__all__ = ["RLMTModule"]

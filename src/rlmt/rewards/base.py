@@ -33,12 +33,12 @@ class Reward(nn.Module):
         """Scores B responses.
 
         Args:
-            prompts: B conversations as in the prompt set: no preamble or thinking instruction is in them.
+            prompts: B conversations as in the prompt set: no preamble or thinking instruction is in them. B may be 0.
             responses: B response texts without thoughts.
             statuses: B statuses of the completions the responses were split from; most rewards ignore them.
 
         Returns:
-            [B] float32 scores.
+            [B] float32 scores on the CPU, all finite.
         """
 
     def score_parts(

@@ -1,0 +1,32 @@
+# One image for either device, set up by the same script as a checkout:
+#
+#   docker build --build-arg DEVICE=cpu  -t rlmt .        (the default)
+#   docker build --build-arg DEVICE=cuda -t rlmt-cuda .   (needs the NVIDIA container toolkit to run: --gpus all)
+#   docker run --rm --shm-size 1g -v "$PWD/runs:/home/rlmt/app/runs" rlmt fit --config configs/base.yaml ...
+#
+# The mounted runs folder must be writable by user 1000 (or pass --user).
+ARG DEVICE=cpu
+
+# g++: vLLM compiles its model on first use. libnuma1: vLLM's CPU kernels link it.
+FROM python:3.11-slim AS cpu
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ libnuma1 \
+    && rm -rf /var/lib/apt/lists/*
+
+# CUDA's runtime libraries come with the wheels; "devel" brings nvcc, with which kernels are compiled on first use.
+# python3.12-dev: Triton compiles against Python.h. Ubuntu's images have a user 1000 already, whose place we take.
+FROM nvidia/cuda:13.0.1-devel-ubuntu24.04 AS cuda
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ libnuma1 python3.12 python3.12-dev python3.12-venv \
+    && rm -rf /var/lib/apt/lists/* \
+    && userdel --remove ubuntu
+
+FROM ${DEVICE}
+ARG DEVICE
+RUN useradd --create-home --uid 1000 rlmt
+USER rlmt
+WORKDIR /home/rlmt/app
+COPY --chown=rlmt:rlmt . .
+RUN mkdir runs && PIP_NO_CACHE_DIR=1 RLMT_DEVICE=${DEVICE} scripts/setup.sh
+ENTRYPOINT ["/home/rlmt/app/.venv/bin/rlmt"]
+CMD ["--help"]

@@ -1,0 +1,29 @@
+# Everything here works from a bare checkout: each target first makes .venv (scripts/setup.sh; a second when it is there).
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test check format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+setup: ## make or catch up .venv (PYTHON=... and RLMT_DEVICE=cpu|cuda to choose)
+	@scripts/setup.sh
+
+quickstart: setup ## make the miniature models and prompts, then train a thinking policy on them
+	.venv/bin/rlmt tiny
+	.venv/bin/rlmt fit --config configs/base.yaml --config configs/grpo.yaml --config configs/tiny.yaml
+
+test: setup ## run the whole test suite
+	.venv/bin/pytest
+
+check: setup ## lint, formatting and types
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
+format: setup ## rewrite the code in the one format
+	.venv/bin/ruff check --fix
+	.venv/bin/ruff format
+
+clean: ## remove .venv and every cache (runs/ stays)
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist rlmt.egg-info

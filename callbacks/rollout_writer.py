@@ -1,0 +1,92 @@
+"""Samples of `predict` on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from rlmt.errors import UserError
+from rlmt.records import rollout_table
+
+from ._common import experience_of, format_of, run_folder, say
+
+
+class RolloutWriter(Callback):
+    """Writes every sample of `predict` to one parquet file, batch by batch, so memory does not grow.
+
+    See `rlmt.records` for the columns; `step` is the number of the batch. While it grows the file is called
+    `….partial.parquet`; a run that fails or is interrupted leaves what it has under that name, readable. With several
+    processes each writes its own file, `….rank<n>.parquet`.
+
+    Args:
+        path: Where to write; `predictions.parquet` beside metrics.csv by default.
+
+    Raises:
+        UserError: The path does not end in .parquet.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from rlmt.callbacks import RolloutWriter
+        >>> trainer = Trainer(callbacks=[RolloutWriter("samples.parquet")], logger=False, accelerator="cpu")
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        if path is not None and not path.endswith(".parquet"):
+            raise UserError(f"RolloutWriter.path is {path!r}: give a file name that ends in .parquet")
+        self.path = path
+        self._final = Path("predictions.parquet")
+        self._writer: pq.ParquetWriter | None = None
+        self._batches = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Finds out where to write."""
+        if stage != "predict":
+            return
+        path = run_folder(trainer) / "predictions.parquet" if self.path is None else Path(self.path)
+        self._final = path.with_suffix(f".rank{trainer.global_rank}.parquet") if trainer.world_size > 1 else path
+        self._batches = 0
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Adds the batch to the file as one row group."""
+        table = rollout_table(
+            experience_of(outputs), self._batches, format=format_of(pl_module), rank=trainer.global_rank
+        )
+        if self._writer is None:
+            self._partial.parent.mkdir(parents=True, exist_ok=True)
+            self._writer = pq.ParquetWriter(self._partial, table.schema, compression="zstd")
+        self._writer.write_table(table)
+        self._batches += 1
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Closes the file, gives it its name and prints it."""
+        if self._close():
+            self._partial.replace(self._final)
+            say(f"predictions: {self._final}")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Closes the file under the name of an unfinished one and prints it."""
+        if self._close():
+            say(f"predictions so far: {self._partial}")
+
+    @property
+    def _partial(self) -> Path:
+        return self._final.with_suffix(".partial.parquet")
+
+    def _close(self) -> bool:
+        """Whether there was a file to close."""
+        if self._writer is None:
+            return False
+        self._writer.close()
+        self._writer = None
+        return True

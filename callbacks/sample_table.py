@@ -1,0 +1,174 @@
+"""What the policy writes: a few samples to read, and every sample on disk."""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa  # type: ignore[import-untyped]
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rlmt.records import read_rollouts, rollout_table, write_rollouts
+from rlmt.types import Experience
+
+from ._common import check_count, experience_of, format_of, is_dry_run, run_folder, say, step_number
+
+_FILE = re.compile(r"rollouts_(\d+)-(\d+)((?:\.rank\d+)?)\.parquet")
+_CONTROLS = {c: 0x2400 + c for c in range(0x20) if c not in (0x09, 0x0A)} | dict.fromkeys(range(0x7F, 0xA0), 0xFFFD)
+"""Control characters → visible ones: a policy may sample an escape sequence, and the terminal would obey it."""
+
+
+class SampleTable(Callback):
+    """Prints a few samples now and then, and keeps all rollouts of training as parquet.
+
+    The samples printed are spread over the batch's rewards: the worst, the best, and what lies evenly between. All
+    rollouts go to `rollouts/` beside metrics.csv, one file for `dump_every_n_steps` steps, named by the first and the
+    last step in it; see `rlmt.records` for the columns. Rollouts not yet on disk are written when training ends or
+    fails and before every checkpoint, so a killed and resumed run has them all. Steps that a resumed run does again
+    replace the earlier rows of those steps, and only those.
+
+    Args:
+        every_n_steps: How often to print; the first step always is. 0 prints nothing.
+        num_samples: How many samples to print.
+        max_chars: Longest prompt, thought and response to print; the middle of longer ones is left out.
+        dump_every_n_steps: How many steps go into a file; 0 writes none.
+
+    Raises:
+        UserError: An argument is out of its range.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from rlmt.callbacks import SampleTable
+        >>> samples = SampleTable(every_n_steps=50, num_samples=2)
+        >>> trainer = Trainer(callbacks=[samples], logger=False, accelerator="cpu")
+    """
+
+    def __init__(
+        self, every_n_steps: int = 10, num_samples: int = 3, max_chars: int = 400, dump_every_n_steps: int = 10
+    ) -> None:
+        check_count("SampleTable", "every_n_steps", every_n_steps, least=0)
+        check_count("SampleTable", "num_samples", num_samples, least=1)
+        check_count("SampleTable", "max_chars", max_chars, least=20)
+        check_count("SampleTable", "dump_every_n_steps", dump_every_n_steps, least=0)
+        self.every_n_steps = every_n_steps
+        self.num_samples = num_samples
+        self.max_chars = max_chars
+        self.dump_every_n_steps = dump_every_n_steps
+        self._folder: Path | None = None
+        self._rank = ""
+        self._waiting: list[pa.Table] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Finds the run's folder; a `fast_dev_run` leaves no files behind."""
+        dumping = stage == "fit" and self.dump_every_n_steps > 0 and not is_dry_run(trainer)
+        self._folder = run_folder(trainer) / "rollouts" if dumping else None
+        self._rank = f".rank{trainer.global_rank}" if trainer.world_size > 1 else ""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keeps the step's rollouts, and prints some if it is time."""
+        experience, step = experience_of(outputs), step_number(trainer)
+        if self._folder is not None:
+            table = rollout_table(experience, step, format=format_of(pl_module), rank=trainer.global_rank)
+            self._waiting.append(table)
+            if (step + 1) % self.dump_every_n_steps == 0:
+                self._flush()
+        if self.every_n_steps and step % self.every_n_steps == 0 and trainer.is_global_zero:
+            width, colour = shutil.get_terminal_size((120, 24)).columns, sys.stdout.isatty()
+            say(render_samples(experience, step, self.num_samples, self.max_chars, width, colour))
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Writes what waits: a run resumed from this checkpoint does not draw these rollouts again."""
+        self._flush()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes what waits."""
+        self._flush()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Writes what waits."""
+        self._flush()
+
+    def _flush(self) -> None:
+        """Writes the waiting rollouts; steps that are on disk from before an interruption give way to them."""
+        if self._folder is None or not self._waiting:
+            return
+        table = pa.concat_tables(self._waiting)
+        new = set(table["step"].to_pylist())
+        first, last = min(new), max(new)
+        overlapping = [file for file in self._files() if file[0] <= last and file[1] >= first]
+        for start, end, path in overlapping:
+            earlier = read_rollouts(path).replace_schema_metadata(table.schema.metadata)
+            kept = earlier.filter(pa.array([step not in new for step in earlier["step"].to_pylist()], pa.bool_()))
+            if len(kept):
+                table = pa.concat_tables([table, kept]).sort_by("step")
+                first, last = min(first, start), max(last, end)
+        target = self._folder / f"rollouts_{first:06d}-{last:06d}{self._rank}.parquet"
+        write_rollouts(table, target)
+        for _, _, path in overlapping:
+            if path != target:
+                path.unlink()
+        self._waiting = []
+
+    def _files(self) -> list[tuple[int, int, Path]]:
+        """First step, last step and path of each file of this rank."""
+        assert self._folder is not None
+        found = [(_FILE.fullmatch(path.name), path) for path in self._folder.glob("rollouts_*.parquet")]
+        return [(int(m[1]), int(m[2]), path) for m, path in found if m is not None and m[3] == self._rank]
+
+
+def render_samples(
+    experience: Experience, step: int, num_samples: int, max_chars: int, width: int, colour: bool
+) -> str:
+    """A table of some samples of a batch, from the lowest to the highest reward, thoughts dimmed.
+
+    Args:
+        experience: B samples after scoring.
+        step: Rollout step, for the title.
+        num_samples: How many samples.
+        max_chars: Longest prompt, thought or response.
+        width: Columns of the terminal.
+        colour: Whether to style the text with escape sequences.
+
+    Returns:
+        The table as text.
+    """
+    rewards = experience.scores.total.detach().float()
+    order = rewards.argsort(stable=True).tolist()
+    count = min(num_samples, len(order))
+    chosen = [order[round(i * (len(order) - 1) / max(1, count - 1))] for i in range(count)]
+    title = f"step {step}: {count} of {len(order)} samples"
+    table = Table(title=title, title_justify="left", expand=True, show_lines=True)
+    table.add_column("reward", justify="right", no_wrap=True)
+    table.add_column("status", no_wrap=True)
+    table.add_column("prompt", ratio=2)
+    table.add_column("thought", ratio=3, style="dim")
+    table.add_column("response", ratio=3)
+    for i in chosen:
+        split = experience.splits[i]
+        messages = experience.rollouts.prompts[i // experience.rollouts.group_size].messages
+        # The split shows nothing of a malformed completion but its status, so the reader gets the completion itself.
+        thought, response = (split.thought, split.response) if split.ok else ("", experience.texts[i])
+        cells = [Text(shorten(text, max_chars)) for text in (messages[-1]["content"], thought, response)]
+        status = Text(split.status.value, style="green" if split.ok else "red")
+        table.add_row(Text(f"{rewards[i]:.3f}"), status, *cells)
+    out = io.StringIO()
+    Console(file=out, force_terminal=colour, width=width, legacy_windows=False).print(table)
+    return out.getvalue().rstrip("\n")
+
+
+def shorten(text: str, max_chars: int) -> str:
+    """The text with its middle left out where it is too long, and control characters made visible."""
+    text = text.strip().translate(_CONTROLS)
+    if len(text) <= max_chars:
+        return text
+    head = (max_chars - 3) * 2 // 3
+    return f"{text[:head]} … {text[len(text) - (max_chars - 3 - head) :]}"

@@ -1,0 +1,7 @@
+"""`python -m rlmt` is `rlmt`."""
+
+import sys
+
+from rlmt.cli import main
+
+sys.exit(main())

@@ -1,0 +1,127 @@
+"""The `rlmt` command. Nothing heavy is imported until a command needs it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rlmt import __version__
+from rlmt.errors import UserError
+
+HELP = f"""rlmt {__version__}: train language models that think before they chat
+
+usage: rlmt COMMAND [options]
+
+  fit       train: rlmt fit --config base --config grpo --config tiny
+  validate  reward and lengths on the held-out prompts
+  test      the same, for prompts given by --data.val_prompts at the end of a project
+  predict   samples and scores of every prompt, written to parquet
+  export    turn a checkpoint into a Hugging Face folder: rlmt export CKPT OUT
+  tiny      make small random models to try everything out on a laptop: rlmt tiny [OUT] [--corpus FILE]
+
+Configs are composed, later ones win: --config takes a file or the name of a shipped one (base, grpo, think, no_think, …).
+Every key of a config is an option, too: --model.format no_think --data.prompts my.jsonl --trainer.max_steps 20
+`rlmt COMMAND --help` tells more."""
+
+SHIPPED_CONFIGS = "rlmt.configs"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: arguments without the program's name; the process's own by default.
+
+    Returns:
+        Exit status: 0, 2 for a mistake of the user's, 130 when interrupted.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0
+    if args[0] == "--version":
+        print(__version__)
+        return 0
+    command, *rest = args
+    try:
+        run = _COMMANDS.get(command)
+        if run is None:
+            raise UserError(f"There is no command {command!r}; choose one of {', '.join(_COMMANDS)} (rlmt --help).")
+        return run(command, rest)
+    except UserError as error:
+        print(f"rlmt: error: {error}", file=sys.stderr)
+        return 2
+
+
+def resolve_configs(args: Sequence[str]) -> list[str]:
+    """Replaces each `--config NAME` that is no file here by the shipped config of that name.
+
+    `configs/grpo.yaml` and `grpo` both name the shipped configs/grpo.yaml, from any folder.
+
+    Raises:
+        UserError: neither a file here nor a shipped config.
+    """
+    resolved = []
+    expecting = False
+    for arg in args:
+        if expecting:
+            resolved.append(_find_config(arg))
+        elif arg.startswith(("--config=", "-c=")):
+            option, _, value = arg.partition("=")
+            resolved.append(f"{option}={_find_config(value)}")
+        else:
+            resolved.append(arg)
+        expecting = arg in ("--config", "-c") and not expecting
+    return resolved
+
+
+def _find_config(name: str) -> str:
+    from importlib.util import find_spec
+
+    if Path(name).is_file():
+        return name
+    spec = find_spec(SHIPPED_CONFIGS)
+    assert spec is not None and spec.origin is not None
+    folder = Path(spec.origin).parent
+    wanted = name.removeprefix("configs/").removesuffix(".yaml")
+    shipped = {str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.rglob("*.yaml"))}
+    if wanted not in shipped:
+        raise UserError(f"--config {name}: no such file, and no shipped config of that name ({', '.join(shipped)}).")
+    return str(shipped[wanted])
+
+
+def _lightning(command: str, args: list[str]) -> int:
+    args = resolve_configs(args)
+    from rlmt.lightning_cli import run
+
+    return run([command, *args])
+
+
+def _export(command: str, args: list[str]) -> int:
+    from rlmt.export import export
+
+    return _call(command, export, args)
+
+
+def _tiny(command: str, args: list[str]) -> int:
+    from rlmt.tiny import make_tiny
+
+    return _call(command, make_tiny, args)
+
+
+def _call(command: str, function: Callable[..., object], args: list[str]) -> int:
+    """Runs a function whose options are its arguments."""
+    from rlmt.parsing import Parser
+
+    parser = Parser(prog=f"rlmt {command}", description=(function.__doc__ or "").split("\n")[0])
+    parser.add_function_arguments(function, as_positional=True)
+    function(**parser.instantiate_classes(parser.parse_args(args)).as_dict())
+    return 0
+
+
+_COMMANDS: dict[str, Callable[[str, list[str]], int]] = {
+    **dict.fromkeys(("fit", "validate", "test", "predict"), _lightning),
+    "export": _export,
+    "tiny": _tiny,
+}

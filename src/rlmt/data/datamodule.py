@@ -1,0 +1,298 @@
+"""RolloutDataModule: prompts in, rollouts out, drawn with the weights that the policy has at that moment.
+
+The loaders yield prompts only. Sampling happens in `on_before_batch_transfer`, when Lightning asks for the very batch
+that it is about to train on, so no rollout ever waits while the policy moves on. Nothing is prefetched: a text row
+costs nothing to load, and a rollout drawn early would be stale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader, DistributedSampler
+from torchdata.stateful_dataloader import StatefulDataLoader  # type: ignore[import-untyped]
+
+from rlmt.data.prompts import PromptDataset, load_prompts
+from rlmt.data.rollouts import LoadedPrompts, PolicySource, draw
+from rlmt.data.sampler import PromptSampler, shuffled
+from rlmt.engines.base import Engine
+from rlmt.errors import UserError
+from rlmt.types import Prompt, PromptBatch, RolloutBatch, Sampling
+
+DEFAULT_VAL_SIZE = 64
+"""Prompts split off for validation when neither `val_size` nor `val_prompts` is given."""
+
+
+class RolloutDataModule(LightningDataModule):
+    """Loads prompts and has the engine draw samples from the policy for them.
+
+    Training batches hold `group_size` samples a prompt; validation and test batches hold one, drawn with seeds that are
+    the same every time, so that curves compare; predict goes once through all prompts, `group_size` samples each. With
+    several ranks, held-out prompts are repeated where needed to give every rank equally many.
+
+    Args:
+        prompts: file (.parquet, .jsonl, .json, .csv) or hub data set, see `rlmt.data.prompts`.
+        engine: what draws the samples.
+        batch_size: prompts a training step over all ranks together.
+        group_size: samples a prompt.
+        temperature: sampling temperature, > 0.
+        top_p: nucleus mass in (0, 1]; below 1 the engine's log-probs are renormalised and no longer the trainer's.
+        max_prompt_tokens: longer rendered prompts are dropped, and counted aloud.
+        max_new_tokens: completion length limit.
+        column: column that holds the prompts; None takes `prompt`, else `messages`.
+        system: system prompt for rows that have none.
+        val_prompts: file or hub data set to validate on; None splits validation prompts off `prompts`.
+        val_size: number of validation prompts, 0 for none; None takes 64 of `prompts`, or all of `val_prompts`.
+        seed: orders the prompts and seeds the samples.
+
+    Raises:
+        UserError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        prompts: str,
+        engine: Engine,
+        batch_size: int = 64,
+        group_size: int = 8,
+        temperature: float = 0.7,
+        top_p: float = 1.0,
+        max_prompt_tokens: int = 1024,
+        max_new_tokens: int = 4096,
+        column: str | None = None,
+        system: str | None = None,
+        val_prompts: str | None = None,
+        val_size: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        counts = {
+            "batch_size": batch_size,
+            "group_size": group_size,
+            "max_prompt_tokens": max_prompt_tokens,
+            "max_new_tokens": max_new_tokens,
+        }
+        for name, count in counts.items():
+            if count < 1:
+                raise UserError(f"--data.{name} is {count}: give at least 1")
+        if not 0 < temperature < float("inf"):
+            raise UserError(f"--data.temperature is {temperature}: give a number above 0")
+        if not 0 < top_p <= 1:
+            raise UserError(f"--data.top_p is {top_p}: give a number above 0, at most 1")
+        if val_size is not None and val_size < 0:
+            raise UserError(f"--data.val_size is {val_size}: give a number of prompts, or 0 for no validation")
+        self.prompts = prompts
+        self.engine = engine
+        self.batch_size = batch_size
+        self.group_size = group_size
+        self.temperature = temperature
+        self.top_p = top_p
+        self.max_prompt_tokens = max_prompt_tokens
+        self.max_new_tokens = max_new_tokens
+        self.column = column
+        self.system = system
+        self.val_prompts = val_prompts
+        self.val_size = val_size
+        self.seed = seed
+        self._all: list[Prompt] | None = None
+        self._train: list[Prompt] = []
+        self._val: list[Prompt] = []
+        self._engine_started = False
+
+    # ---------------------------------------------------------------- prompts
+
+    def setup(self, stage: str) -> None:
+        """Checks the engine and the options, then loads, drops and splits the prompts (once).
+
+        Args:
+            stage: fit, validate, test or predict.
+
+        Raises:
+            UserError: anything is wrong with the engine, the options or the prompts.
+        """
+        self.engine.check()
+        source = self._source
+        if self._max_model_len > source.max_positions:
+            raise UserError(
+                f"--data.max_prompt_tokens {self.max_prompt_tokens:,} + --data.max_new_tokens {self.max_new_tokens:,} "
+                f"exceed the model's context of {source.max_positions:,} tokens: lower one of them"
+            )
+        source.format.check(source.tokenizer, source.tokenizer.name_or_path)
+        if self._all is None:
+            self._load(source)
+        if stage == "fit":
+            self._check_batch_size()
+        elif stage in ("validate", "test") and not self._val:
+            raise UserError(f"nothing to {stage} on: set --data.val_size above 0 or --data.val_prompts")
+
+    def _load(self, source: PolicySource) -> None:
+        """Reads the prompts and splits them in an order that depends on the seed and each prompt's row alone."""
+        fitting = self._read(self.prompts, source)
+        mixed = [fitting[i] for i in shuffled([prompt.index for prompt in fitting], self.seed, "split")]
+        if self.val_prompts is not None:
+            held_out = self._read(self.val_prompts, source)
+            size = len(held_out) if self.val_size is None else self.val_size
+            self._val, self._train = held_out[:size], mixed
+        else:
+            held_out = mixed
+            size = DEFAULT_VAL_SIZE if self.val_size is None else self.val_size
+            self._val, self._train = mixed[:size], mixed[size:]
+        if size > len(held_out):
+            raise UserError(
+                f"--data.val_size asks for {size:,} validation prompts, but {self.val_prompts or self.prompts} has "
+                f"{len(held_out):,}: lower it, or give --data.val_prompts"
+            )
+        self._all = fitting
+        rank_zero_info(f"{len(self._train):,} prompts to train on, {len(self._val):,} to validate on")
+
+    def _read(self, name: str, source: PolicySource) -> list[Prompt]:
+        """Loads one prompt set and drops the prompts that are too long once rendered."""
+        prompts = load_prompts(name, self.column, self.system)
+        limit = self.max_prompt_tokens
+        fitting = []
+        for prompt in prompts:
+            try:
+                length = len(source.format.render(prompt.messages, source.tokenizer))
+            except UserError as error:
+                raise UserError(f"{name}: row {prompt.index + 1}: {error}") from error
+            if length <= limit:
+                fitting.append(prompt)
+        if not fitting:
+            raise UserError(f"{name}: all {len(prompts):,} prompts are longer than --data.max_prompt_tokens {limit:,}")
+        if len(fitting) < len(prompts):
+            dropped = len(prompts) - len(fitting)
+            rank_zero_info(f"dropped {dropped:,} of {len(prompts):,} prompts longer than {limit:,} tokens ({name})")
+        return fitting
+
+    def _check_batch_size(self) -> None:
+        if self.batch_size % self._world_size:
+            raise UserError(
+                f"--data.batch_size {self.batch_size} does not divide by {self._world_size} devices: make it a multiple"
+            )
+        if self.batch_size > len(self._train):
+            raise UserError(
+                f"--data.batch_size is {self.batch_size:,}, but only {len(self._train):,} training prompts are left of "
+                f"{self.prompts}: lower it or --data.val_size"
+            )
+
+    def train_dataloader(self) -> StatefulDataLoader:
+        """Batches of `batch_size` / ranks prompts, reshuffled every epoch, resumable in the middle of one."""
+        dataset = PromptDataset(self._train)
+        sampler = PromptSampler(dataset, self.batch_size, self._world_size, self._rank, self.seed)
+        return StatefulDataLoader(
+            dataset,
+            batch_size=self.batch_size // self._world_size,
+            sampler=sampler,
+            collate_fn=lambda prompts: LoadedPrompts(prompts, epoch=sampler.epoch),
+            drop_last=True,
+        )
+
+    def val_dataloader(self) -> DataLoader[Prompt] | list[DataLoader[Prompt]]:
+        """The held-out prompts, as many samples a batch as in training; no loader if there are none."""
+        if not self._val:
+            return []
+        dataset = PromptDataset(self._val)
+        # Of this type even on one rank, so that Lightning leaves it as it is.
+        sampler: DistributedSampler[Prompt] = DistributedSampler(
+            dataset, num_replicas=self._world_size, rank=self._rank, shuffle=False
+        )
+        batch_size = max(1, self.batch_size * self.group_size // self._world_size)
+        return DataLoader(dataset, batch_size, sampler=sampler, collate_fn=_collate_held_out)
+
+    def test_dataloader(self) -> DataLoader[Prompt] | list[DataLoader[Prompt]]:
+        """The same as `val_dataloader`."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> DataLoader[Prompt]:
+        """All prompts that are short enough, in the order of their rows; Lightning spreads them over the ranks."""
+        batch_size = max(1, self.batch_size // self._world_size)
+        return DataLoader(PromptDataset(self._all or []), batch_size, collate_fn=_collate_held_out)
+
+    # ---------------------------------------------------------------- rollouts
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Turns prompts into rollouts with the policy's present weights; other batches pass.
+
+        Args:
+            batch: a PromptBatch.
+            dataloader_idx: not used.
+
+        Returns:
+            RolloutBatch on the CPU, its `seconds` filled in.
+
+        Raises:
+            RuntimeError: the engine broke its contract, e.g. sampled with other weights than the policy's.
+        """
+        if not isinstance(batch, PromptBatch):
+            return batch
+        assert self.trainer is not None
+        source = self._source
+        if not self._engine_started:
+            assert source.policy is not None
+            self._engine_started = True
+            self.engine.start(source.policy, source.tokenizer, self._max_model_len)
+        sampling = Sampling(
+            temperature=self.temperature,
+            max_new_tokens=self.max_new_tokens,
+            stop=source.format.stop,
+            stop_token_ids=source.format.stop_token_ids(source.tokenizer),
+            top_p=self.top_p,
+        )
+        group_size = self.group_size if self.trainer.training or self.trainer.predicting else 1
+        return draw(batch, source, self.engine, sampling, group_size, self.seed)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Moves the tensors of a RolloutBatch; Lightning's own way would copy every list and fail on frozen records."""
+        if isinstance(batch, RolloutBatch):
+            return replace(batch, engine_logprobs=batch.engine_logprobs.to(device))
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+    def teardown(self, stage: str) -> None:
+        """Closes the engine.
+
+        Args:
+            stage: not used.
+        """
+        self._close_engine()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Closes the engine, since Lightning calls no teardown after an exception.
+
+        Args:
+            exception: what ended the run.
+        """
+        self._close_engine()
+
+    def _close_engine(self) -> None:
+        self.engine.close()
+        self._engine_started = False
+
+    # ---------------------------------------------------------------- trainer
+
+    @property
+    def _source(self) -> PolicySource:
+        assert self.trainer is not None
+        return cast(PolicySource, self.trainer.lightning_module)
+
+    @property
+    def _max_model_len(self) -> int:
+        return self.max_prompt_tokens + self.max_new_tokens
+
+    @property
+    def _world_size(self) -> int:
+        assert self.trainer is not None
+        return self.trainer.world_size
+
+    @property
+    def _rank(self) -> int:
+        assert self.trainer is not None
+        return self.trainer.global_rank
+
+
+def _collate_held_out(prompts: list[Prompt]) -> LoadedPrompts:
+    """Epoch 0 always: the same seeds at every validation."""
+    return LoadedPrompts(prompts, epoch=0)

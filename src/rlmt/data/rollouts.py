@@ -1,0 +1,117 @@
+"""From prompts to rollouts: what the data module asks of the policy, and one checked call of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import Field
+from time import perf_counter
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlmt.data.sampler import sample_seed
+from rlmt.engines.base import Engine
+from rlmt.thinking import ThinkingFormat
+from rlmt.types import PromptBatch, RolloutBatch, SampleRequest, Samples, Sampling
+
+
+class PolicySource(Protocol):
+    """What the data module reads from the LightningModule that it is run with."""
+
+    @property
+    def format(self) -> ThinkingFormat:
+        """How prompts are rendered and samples stop."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The policy's tokenizer; there before any weights are loaded."""
+
+    @property
+    def max_positions(self) -> int:
+        """The policy's context length in tokens; there before any weights are loaded."""
+
+    @property
+    def policy(self) -> PreTrainedModel | None:
+        """The policy; None until the module is configured, set by the first batch."""
+
+    @property
+    def policy_version(self) -> int:
+        """Counts the policy's updates."""
+
+    def policy_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """All weights under their Hugging Face names; a collective call when they are sharded."""
+
+
+class LoadedPrompts(PromptBatch):
+    """A PromptBatch that Lightning's precision plugins leave alone.
+
+    They walk through the fields of every dataclass in a batch, looking for tensors to cast, and fail on frozen ones
+    (`bf16-true` does). This one shows them no fields.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LoadedPrompts:
+        return self
+
+
+def draw(
+    batch: PromptBatch, source: PolicySource, engine: Engine, sampling: Sampling, group_size: int, seed: int
+) -> RolloutBatch:
+    """Samples every prompt with the policy's present weights, syncing the engine first if the policy moved.
+
+    Args:
+        batch: P prompts.
+        source: the module that holds the policy.
+        engine: a started engine.
+        sampling: how to sample.
+        group_size: G samples a prompt.
+        seed: seed of the run; with epoch, prompt and sample number it makes each sample's seed.
+
+    Returns:
+        P·G samples on the CPU, with the seconds that `sync` and `rollout` took.
+
+    Raises:
+        RuntimeError: the engine broke its contract, e.g. sampled with other weights than the policy's.
+    """
+    requests = [
+        SampleRequest(
+            prompt_ids=source.format.render(prompt.messages, source.tokenizer),
+            seeds=[sample_seed(seed, batch.epoch, prompt.index, sample) for sample in range(group_size)],
+        )
+        for prompt in batch.prompts
+    ]
+    version = source.policy_version
+    began = perf_counter()
+    if engine.version != version:
+        engine.sync(source.policy_weights(), version)
+    synced = perf_counter()
+    samples = engine.generate(requests, sampling)
+    sampled = perf_counter()
+    _check(samples, len(requests) * group_size, version)
+    return RolloutBatch(
+        prompts=batch.prompts,
+        group_size=group_size,
+        prompt_ids=[request.prompt_ids for request in requests],
+        completion_ids=samples.completion_ids,
+        engine_logprobs=torch.tensor([x for row in samples.logprobs for x in row], dtype=torch.float32),
+        finish=samples.finish,
+        sampling=sampling,
+        weight_version=samples.weight_version,
+        epoch=batch.epoch,
+        seconds={"rollout": sampled - synced, "sync": synced - began},
+    )
+
+
+def _check(samples: Samples, count: int, version: int) -> None:
+    """Raises RuntimeError unless there is a sample for every seed, drawn with the policy's present weights."""
+    if samples.weight_version != version:
+        raise RuntimeError(f"stale rollout: drawn with weights {samples.weight_version}, the policy has {version}")
+    sizes = len(samples.completion_ids), len(samples.logprobs), len(samples.finish)
+    if sizes != (count, count, count):
+        raise RuntimeError(f"the engine returned {sizes} completions, log-probs and reasons for {count} seeds")
+    for ids, logprobs in zip(samples.completion_ids, samples.logprobs, strict=True):
+        if not ids or len(ids) != len(logprobs):
+            raise RuntimeError(f"the engine returned {len(ids)} tokens with {len(logprobs)} log-probs for a sample")

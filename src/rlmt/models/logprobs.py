@@ -1,0 +1,163 @@
+"""Log-probs and entropies of sampled tokens, without padding work and without ever holding all logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlmt.types import PolicyOutputs
+
+LOGITS_PER_CHUNK = 2**25
+"""Logits in memory at a time, per copy: 128 MiB in float32."""
+
+
+@dataclass
+class MicroBatch:
+    """Some samples, padded on the right to one length, and where their completion tokens are predicted."""
+
+    samples: list[int]
+    """b numbers of the samples in the rollout batch."""
+    input_ids: Tensor
+    """[b, L] int64: prompt and completion but its last token, padded on the right."""
+    rows: Tensor
+    """[t] int64 row of each completion token."""
+    columns: Tensor
+    """[t] int64 position whose hidden state predicts it."""
+    targets: Tensor
+    """[t] int64 the completion tokens, samples end to end."""
+
+
+def plan_micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Groups samples of like length so that each group, padded to its longest, holds at most `budget` tokens.
+
+    Longest first, so that a budget too large for the memory shows at once. A sample longer than the budget goes alone.
+
+    Args:
+        lengths: tokens of each sample, prompt and completion.
+        budget: tokens a micro-batch, padding included.
+
+    Returns:
+        Lists of sample numbers; each sample is in exactly one.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    batches: list[list[int]] = []
+    for i in order:
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= budget:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def collate(
+    samples: list[int], prompts: Sequence[list[int]], completions: Sequence[list[int]], device: torch.device
+) -> MicroBatch:
+    """Pads samples into a micro-batch.
+
+    Args:
+        samples: numbers of the samples, for the record.
+        prompts: b prompts' token ids, one for each sample.
+        completions: b completions' token ids, none empty.
+        device: where the tensors go.
+    """
+    width = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True)) - 1
+    # Causal attention never looks right, so padding there needs no mask and any token id will do.
+    ids = [[*p, *c[:-1], *[0] * (width - len(p) - len(c) + 1)] for p, c in zip(prompts, completions, strict=True)]
+    return MicroBatch(
+        samples=samples,
+        input_ids=torch.tensor(ids, device=device),
+        rows=torch.tensor([r for r, c in enumerate(completions) for _ in c], device=device),
+        columns=torch.tensor(
+            [len(p) - 1 + k for p, c in zip(prompts, completions, strict=True) for k in range(len(c))], device=device
+        ),
+        targets=torch.tensor([token for c in completions for token in c], device=device),
+    )
+
+
+def token_logprobs(model: PreTrainedModel, batch: MicroBatch, temperature: float) -> PolicyOutputs:
+    """Log-prob and entropy of every completion token of a micro-batch at the sampling temperature.
+
+    The output projection is applied to the positions that predict completion tokens only, a chunk at a time.
+
+    Returns:
+        [t] float32 each, with gradients if they are enabled.
+    """
+    hidden = model.get_decoder()(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    head = model.get_output_embeddings()
+    chunk = max(1, LOGITS_PER_CHUNK // head.weight.shape[0])
+    return linear_logprobs(hidden[batch.rows, batch.columns], head.weight, batch.targets, temperature, chunk)
+
+
+def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int) -> PolicyOutputs:
+    """Log-probs and entropies under softmax(hidden · weightᵀ / temperature), `chunk` tokens at a time.
+
+    Args:
+        hidden: [t, H].
+        weight: [V, H] output projection.
+        targets: [t] int64.
+        temperature: > 0.
+        chunk: tokens whose logits exist at one time.
+
+    Returns:
+        [t] float32 log-probs and entropies in nats.
+    """
+    logprobs, entropy = _LinearLogprobs.apply(hidden, weight, targets, temperature, chunk)
+    return PolicyOutputs(logprobs, entropy)
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    """Forward keeps one number a token; backward makes each chunk's logits again and adds up the two gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int
+    ) -> tuple[Tensor, Tensor]:
+        logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        entropy, normalizer = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        projection = weight.to(hidden.dtype)
+        for part in _chunks(len(hidden), chunk):
+            logits = (hidden[part] @ projection.T).float().div_(temperature)
+            lse = logits.logsumexp(dim=1)
+            logprobs[part] = logits.gather(1, targets[part, None]).squeeze(1) - lse
+            probabilities = (logits - lse[:, None]).exp_()
+            entropy[part] = lse - (probabilities.mul_(logits)).sum(dim=1)
+            normalizer[part] = lse
+        ctx.save_for_backward(hidden, weight, targets, normalizer, entropy)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.set_materialize_grads(False)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        logprob_grad, entropy_grad = grads
+        hidden, weight, targets, normalizer, entropy = ctx.saved_tensors
+        want_hidden, want_weight = ctx.needs_input_grad[:2]
+        hidden_grad = torch.zeros_like(hidden) if want_hidden else None
+        weight_grad = torch.zeros_like(weight) if want_weight else None
+        projection = weight.to(hidden.dtype)
+        for part in _chunks(len(hidden), ctx.chunk):
+            logs = (hidden[part] @ projection.T).float().div_(ctx.temperature).sub_(normalizer[part, None])
+            p = logs.exp()
+            # d logprob / d logit_v = [v = target] - p_v;  d entropy / d logit_v = -p_v (log p_v + entropy)
+            slope = torch.zeros_like(normalizer[part]) if logprob_grad is None else logprob_grad[part].float()
+            if entropy_grad is None:
+                logit_grad = p.mul_(-slope[:, None])
+            else:
+                down = entropy_grad[part].float()[:, None]
+                logit_grad = p.mul_(logs.add_(entropy[part, None]).mul_(-down).sub_(slope[:, None]))
+            logit_grad.scatter_add_(1, targets[part, None], slope[:, None])
+            logit_grad = logit_grad.div_(ctx.temperature).to(hidden.dtype)
+            if hidden_grad is not None:
+                hidden_grad[part] = logit_grad @ projection
+            if weight_grad is not None:
+                weight_grad.add_((logit_grad.T @ hidden[part]).to(weight.dtype))
+        return hidden_grad, weight_grad, None, None, None
+
+
+def _chunks(total: int, size: int) -> list[slice]:
+    return [slice(i, i + size) for i in range(0, total, size)]

@@ -1,0 +1,298 @@
+"""The RL module: policy, reference and reward models around one objective."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlmt.algorithms import Algorithm
+from rlmt.errors import UserError
+from rlmt.export import save_policy_assets
+from rlmt.models import loading
+from rlmt.modules.update import PolicyUpdate, first_pass
+from rlmt.rewards import Reward
+from rlmt.rewards.scoring import MalformedMode, score
+from rlmt.thinking import FormatName, ThinkingFormat
+from rlmt.types import Experience, RolloutBatch
+
+OptimizerCallable = Callable[[Any], Optimizer]
+LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
+
+
+class RLMTModule(LightningModule):
+    """Trains a policy on rollouts against a reward that never sees its thoughts.
+
+    Args:
+        policy: folder or hub name of the policy to start from.
+        reward: what scores the responses.
+        algorithm: the objective, GRPO for one.
+        format: how thoughts are written: think, no_think, zero_think, zero_no_think, or a ThinkingFormat with options.
+        optimizer: made from the trainable parameters.
+        scheduler: made from the optimizer and stepped after each of its steps; null keeps the learning rate constant.
+        malformed: what becomes of a completion that is not well formed: `penalty` gives it `malformed_reward`, `null` scores
+            the text "[NULL]" in its place (the paper's strict mode), `score_all` scores all of it, thought included (the
+            paper's non-strict mode).
+        malformed_reward: reward of a malformed completion under `penalty`; never above the worst well-formed one.
+        tokens_per_micro_batch: tokens, prompt and padding included, that one forward and backward holds.
+        max_grad_norm: the gradient is clipped to this norm.
+        max_skipped: steps in a row that a non-finite loss or gradient may cost before the run stops.
+        gradient_checkpointing: trade time for memory in the policy's backward.
+        attn_implementation: transformers' name of an attention, such as flash_attention_2; null lets it choose.
+
+    Raises:
+        UserError: an option is out of range, or later, while setting up, does not fit the models or the data.
+    """
+
+    def __init__(
+        self,
+        policy: str,
+        reward: Reward,
+        algorithm: Algorithm,
+        format: FormatName | ThinkingFormat = "think",  # noqa: A002 - the word users write
+        optimizer: OptimizerCallable = AdamW,
+        scheduler: LRSchedulerCallable | None = None,
+        malformed: MalformedMode = "penalty",
+        malformed_reward: float = -10.0,
+        tokens_per_micro_batch: int = 16384,
+        max_grad_norm: float = 1.0,
+        max_skipped: int = 5,
+        gradient_checkpointing: bool = False,
+        attn_implementation: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.strict_loading = False  # frozen models are not in the checkpoint; `load_state_dict` checks the policy itself
+        for option, value in {"tokens_per_micro_batch": tokens_per_micro_batch, "max_grad_norm": max_grad_norm}.items():
+            if value <= 0:
+                raise UserError(f"--model.{option} is {value}: it must be positive.")
+        self.policy_path = policy
+        self.reward = reward
+        self.algorithm = algorithm
+        self.format = format if isinstance(format, ThinkingFormat) else ThinkingFormat(format)
+        self.malformed, self.malformed_reward = malformed, malformed_reward
+        self.max_skipped = max_skipped
+        self.gradient_checkpointing = gradient_checkpointing
+        self.attn_implementation = attn_implementation
+        self.policy_version = 0
+        self._optimizer, self._scheduler = optimizer, scheduler
+        self._update = PolicyUpdate(algorithm, tokens_per_micro_batch, max_grad_norm)
+        self._skipped_in_a_row = 0
+        self.policy: PreTrainedModel | None = None
+        self.reference: PreTrainedModel | None = None
+
+    # What the data module needs of the policy -------------------------------------------------------------------------
+
+    @cached_property
+    def policy_config(self) -> PretrainedConfig:
+        """The policy's configuration, read without its weights."""
+        return loading.load_config(self.policy_path)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The policy's tokenizer."""
+        return loading.load_tokenizer(self.policy_path)
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sequence the policy can take, in tokens."""
+        return loading.max_positions(self.policy_config)
+
+    def policy_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The policy's weights under their Hugging Face names; tied ones under both."""
+        # state_dict and not named_parameters: the latter names tied weights once, and an engine's head would stay stale.
+        return iter(self._policy.state_dict().items())
+
+    # Setting up -------------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Looks for mistakes that can be seen before any weights are read."""
+        self.format.check(self.tokenizer, self.policy_path)
+        self.reward.check()
+        if stage == "fit":
+            data = getattr(self.trainer, "datamodule", None)
+            if data is not None:
+                self.algorithm.check(data.group_size)
+        if self.trainer.ckpt_path:
+            saved = Path(self.trainer.ckpt_path).parent / "policy"
+            if (saved / "thinking_format.json").is_file():
+                self._check_format(ThinkingFormat.load(saved), str(self.trainer.ckpt_path))
+
+    def configure_model(self) -> None:
+        """Loads the policy, the reference (a frozen copy, only if the objective wants it) and the reward."""
+        if self.policy is not None:
+            return
+        half = "bf16-true" in str(self.trainer.precision)
+        self.policy = loading.load_policy(
+            self.policy_path, "bfloat16" if half else "float32", attn_implementation=self.attn_implementation
+        )
+        fitting = self.trainer.state.fn == "fit"
+        if fitting and self.algorithm.needs_reference:
+            self.reference = copy.deepcopy(self.policy).requires_grad_(False).eval()
+        self.policy.train(fitting)
+        if fitting and self.gradient_checkpointing:
+            self.policy.gradient_checkpointing_enable({"use_reentrant": False})
+        self.reward.load()
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over what can be trained, and the scheduler if there is one."""
+        optimizer = self._optimizer([p for p in self._policy.parameters() if p.requires_grad])
+        if self._scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": self._scheduler(optimizer)}
+
+    @property
+    def _policy(self) -> PreTrainedModel:
+        assert self.policy is not None, "configure_model has not run"
+        return self.policy
+
+    # One step ---------------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: RolloutBatch, batch_idx: int) -> dict[str, Any]:
+        """Scores one rollout batch and takes the objective's optimizer steps on it.
+
+        Returns:
+            `experience`, and `metrics`: floats under their final names.
+        """
+        start = time.perf_counter()
+        experience = self.experience(batch)
+        scored = time.perf_counter()
+        updates = self.algorithm.update_epochs * self.algorithm.minibatches
+        budget = self._update.tokens_per_micro_batch
+        if self.algorithm.needs_reference:
+            assert self.reference is not None
+            experience.ref_logprobs = first_pass(self.reference, batch, budget, self.device)
+        if updates > 1:
+            experience.old_logprobs = first_pass(self._policy, batch, budget, self.device)
+        self.algorithm.prepare(experience)
+        metrics = self._take_steps(experience)
+        metrics |= {"engine/weight_version": float(batch.weight_version)}
+        metrics |= {f"time/{phase}_s": seconds for phase, seconds in batch.seconds.items()}
+        metrics |= {"time/reward_s": scored - start, "time/update_s": time.perf_counter() - scored}
+        return {"experience": experience, "metrics": metrics | experience.metrics}
+
+    def _take_steps(self, experience: Experience) -> dict[str, float]:
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        assert not isinstance(optimizer, list)
+        for step in self._update.steps(self._policy, experience, self.policy_version, self.manual_backward):
+            if step.problem is None:
+                optimizer.step()
+                if isinstance(scheduler, LRScheduler):
+                    scheduler.step()
+                self.policy_version += 1
+                self._skipped_in_a_row = 0
+            else:
+                self._skip(step.problem)
+            optimizer.zero_grad()
+        return self._update.metrics()
+
+    def _skip(self, problem: str) -> None:
+        self._skipped_in_a_row += 1
+        rank_zero_warn(f"Optimizer step skipped at version {self.policy_version} of the policy: {problem}.")
+        if self._skipped_in_a_row >= self.max_skipped:
+            raise UserError(
+                f"Stopped after {self._skipped_in_a_row} skipped optimizer steps in a row (--model.max_skipped): {problem}; "
+                "lower the learning rate or look at the reward curve, and continue from the last checkpoint."
+            )
+
+    def experience(self, batch: RolloutBatch) -> Experience:
+        """Takes rollouts apart and scores their responses."""
+        texts = [self.format.decode(ids, self.tokenizer) for ids in batch.completion_ids]
+        splits = [self.format.split(text) for text in texts]
+        conversations = [p.messages for p in batch.prompts for _ in range(batch.group_size)]
+        scores = score(self.reward, conversations, splits, texts, self.malformed, self.malformed_reward)
+        scores.total = scores.total.to(self.device)
+        thought_tokens = [self.format.thought_tokens(ids, self.tokenizer) for ids in batch.completion_ids]
+        return Experience(
+            rollouts=batch,
+            texts=texts,
+            splits=splits,
+            thought_tokens=torch.tensor(thought_tokens, device=self.device),
+            scores=scores,
+            group=torch.arange(len(batch.prompts), device=self.device).repeat_interleave(batch.group_size),
+            lengths=torch.tensor(batch.lengths, device=self.device),
+            engine_logprobs=batch.engine_logprobs.to(self.device),
+        )
+
+    # Held-out prompts -------------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: RolloutBatch, batch_idx: int) -> dict[str, Experience]:
+        """Scores rollouts for held-out prompts."""
+        return self._evaluate(batch, "val")
+
+    def test_step(self, batch: RolloutBatch, batch_idx: int) -> dict[str, Experience]:
+        """Scores rollouts for held-out prompts."""
+        return self._evaluate(batch, "test")
+
+    def predict_step(self, batch: RolloutBatch, batch_idx: int) -> dict[str, Experience]:
+        """Scores rollouts, for a callback to write."""
+        return {"experience": self.experience(batch)}
+
+    def _evaluate(self, batch: RolloutBatch, stage: str) -> dict[str, Experience]:
+        experience = self.experience(batch)
+        total = experience.scores.total
+        self.log(f"{stage}/reward_mean", total.mean(), batch_size=len(batch), sync_dist=True, prog_bar=True)
+        for name, part in experience.scores.parts.items():
+            if len(experience.scores.parts) > 1 and (known := part[part.isfinite()]).numel():
+                self.log(f"{stage}/{name}", known.mean(), batch_size=known.numel(), sync_dist=True)
+        return {"experience": experience}
+
+    # Checkpoints ------------------------------------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The policy's weights only: the reference and the reward are read again from where they came."""
+        state = super().state_dict(*args, **kwargs)
+        return {name: value for name, value in state.items() if name.startswith("policy.")}
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Loads a policy; a missing or unknown weight of it is an error.
+
+        Raises:
+            UserError: the weights are not those of this policy.
+        """
+        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        wrong = [*result.unexpected_keys, *(k for k in result.missing_keys if k.startswith("policy."))]
+        if wrong:
+            raise UserError(
+                f"The checkpoint's weights do not fit the policy {self.policy_path} ({len(wrong)} differ, first {wrong[0]}); "
+                "give --model.policy the model that the checkpoint was trained from."
+            )
+        return result
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the format and what export needs."""
+        checkpoint["rlmt"] = {
+            "policy": self.policy_path,
+            "format": self.format.to_dict(),
+            "version": self.policy_version,
+        }
+        if self.trainer.is_global_zero:
+            for callback in self.trainer.checkpoint_callbacks:
+                if folder := getattr(callback, "dirpath", None):
+                    save_policy_assets(Path(folder) / "policy", self._policy.config, self.tokenizer, self.format)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint written with another format."""
+        saved = checkpoint.get("rlmt")
+        if saved is None:
+            raise UserError(f"{self.trainer.ckpt_path} is not a checkpoint of an rlmt policy; give one written by `rlmt fit`.")
+        self._check_format(ThinkingFormat.from_dict(saved["format"]), str(self.trainer.ckpt_path))
+        self.policy_version = saved["version"]
+
+    def _check_format(self, saved: ThinkingFormat, where: str) -> None:
+        if saved != self.format:
+            raise UserError(
+                f"{where} was trained with {saved}, this run asks for {self.format}; set --model.format to the checkpoint's."
+            )

@@ -1,0 +1,157 @@
+"""Rollouts as parquet: one row a sample, with all that it takes to look at a run afterwards or to replay it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+import torch
+
+from rlmt.errors import UserError
+from rlmt.types import Experience
+
+SCHEMA = pa.schema(
+    [
+        ("step", pa.int64()),  # as in metrics.csv; the batch's number in predictions
+        ("rank", pa.int32()),  # process that drew the sample
+        ("epoch", pa.int64()),
+        ("group", pa.int32()),  # which prompt of this rank's batch, 0..P-1
+        ("sample", pa.int32()),  # which sample of the group, 0..G-1
+        ("prompt_index", pa.int64()),  # row of the prompt set
+        ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("completion_ids", pa.list_(pa.int32())),
+        ("engine_logprobs", pa.list_(pa.float32())),  # one for each completion id
+        ("text", pa.string()),  # decoded completion
+        ("thought", pa.string()),
+        ("response", pa.string()),
+        ("status", pa.string()),
+        ("finish", pa.string()),
+        ("truncated", pa.bool_()),
+        ("thought_tokens", pa.int32()),
+        ("response_tokens", pa.int32()),
+        ("reward", pa.float32()),  # the total trained on
+        ("reward_parts", pa.map_(pa.string(), pa.float32())),  # raw scores; NaN where not scored
+        ("scored_text", pa.string()),  # exactly what the rewards saw; null where not scored
+        ("weight_version", pa.int64()),
+        ("temperature", pa.float64()),
+        ("top_p", pa.float64()),
+        ("max_new_tokens", pa.int32()),
+        ("stop", pa.list_(pa.string())),
+        ("stop_token_ids", pa.list_(pa.int32())),
+    ]
+)
+"""Columns of a rollout file. Rewards of any names fit one schema, so files of different runs can be concatenated."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _text(text: str) -> str:
+    """Parquet strings are UTF-8, which cannot hold lone surrogates: each becomes U+FFFD. All else is kept exactly."""
+    return _SURROGATE.sub("\ufffd", text)
+
+
+def rollout_table(
+    experience: Experience, step: int, format: Mapping[str, Any] | None = None, rank: int = 0
+) -> pa.Table:
+    """One row a sample, in the batch's order: samples of a prompt lie side by side.
+
+    Token ids, log-probs, scores and texts come back exactly, NUL characters included; only lone surrogates, which
+    decoding never makes, are replaced by U+FFFD.
+
+    Args:
+        experience: B samples after scoring.
+        step: Rollout step, counted from 0.
+        format: Thinking format as a dict; kept as JSON in the schema's metadata under `rlmt`, as {"format": ...}.
+        rank: Process that drew the samples.
+
+    Returns:
+        Table of B rows with the columns of `SCHEMA`.
+    """
+    rollouts, scores, sampling = experience.rollouts, experience.scores, experience.rollouts.sampling
+    size, group_size = len(rollouts), rollouts.group_size
+    prompt_of = [i // group_size for i in range(size)]
+    messages = [
+        [{"role": _text(m["role"]), "content": _text(m["content"])} for m in prompt.messages]
+        for prompt in rollouts.prompts
+    ]
+    logprobs = torch.split(rollouts.engine_logprobs.detach().float().cpu(), rollouts.lengths)
+    parts = {_text(name): values.detach().float().tolist() for name, values in scores.parts.items()}
+    columns: dict[str, list[Any]] = {
+        "step": [step] * size,
+        "rank": [rank] * size,
+        "epoch": [rollouts.epoch] * size,
+        "group": experience.group.tolist(),
+        "sample": [i % group_size for i in range(size)],
+        "prompt_index": [rollouts.prompts[p].index for p in prompt_of],
+        "messages": [messages[p] for p in prompt_of],
+        "prompt_ids": [rollouts.prompt_ids[p] for p in prompt_of],
+        "completion_ids": rollouts.completion_ids,
+        "engine_logprobs": [values.numpy() for values in logprobs],
+        "text": [_text(text) for text in experience.texts],
+        "thought": [_text(split.thought) for split in experience.splits],
+        "response": [_text(split.response) for split in experience.splits],
+        "status": [split.status.value for split in experience.splits],
+        "finish": [reason.value for reason in rollouts.finish],
+        "truncated": experience.truncated.tolist(),
+        "thought_tokens": experience.thought_tokens.tolist(),
+        "response_tokens": experience.response_tokens.tolist(),
+        "reward": scores.total.detach().float().tolist(),
+        "reward_parts": [[(name, values[i]) for name, values in parts.items()] for i in range(size)],
+        "scored_text": [None if text is None else _text(text) for text in scores.texts],
+        "weight_version": [rollouts.weight_version] * size,
+        "temperature": [sampling.temperature] * size,
+        "top_p": [sampling.top_p] * size,
+        "max_new_tokens": [sampling.max_new_tokens] * size,
+        "stop": [[_text(stop) for stop in sampling.stop]] * size,
+        "stop_token_ids": [list(sampling.stop_token_ids)] * size,
+    }
+    metadata = None if format is None else {b"rlmt": json.dumps({"format": dict(format)}).encode()}
+    return pa.table(columns, schema=SCHEMA.with_metadata(metadata))
+
+
+def read_rollouts(path: str | Path) -> pa.Table:
+    """Reads a rollout file, or all of a folder's in the order of their names, which is that of their steps.
+
+    Args:
+        path: A parquet file, or the `rollouts` folder of a run.
+
+    Returns:
+        Table with the columns of `SCHEMA`; metadata is the first file's.
+
+    Raises:
+        UserError: Nothing is there, or a file is no rollout file.
+    """
+    path = Path(path)
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        raise UserError(f"no rollouts at {path}: give a parquet file that SampleTable wrote, or the folder of them")
+    tables = [_read(file) for file in files]
+    metadata = tables[0].schema.metadata
+    return pa.concat_tables([table.replace_schema_metadata(metadata) for table in tables])
+
+
+def _read(file: Path) -> pa.Table:
+    # ParquetFile and not read_table: the latter takes folder names such as "a=b" for a partition and adds columns.
+    try:
+        with pq.ParquetFile(file) as reader:
+            table = reader.read()
+    except pa.ArrowInvalid as error:
+        why = str(error).splitlines()[0]
+        raise UserError(f"{file} is not a parquet file ({why}): give one that SampleTable wrote") from error
+    if not table.schema.equals(SCHEMA):
+        raise UserError(f"{file} is not a file of rollouts: its columns are {', '.join(table.column_names[:8])}, …")
+    return table
+
+
+def write_rollouts(table: pa.Table, path: Path) -> None:
+    """Writes a rollout file, whole or not at all: readers never see half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.tmp")
+    pq.write_table(table, unfinished, compression="zstd")
+    unfinished.replace(path)

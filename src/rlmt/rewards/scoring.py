@@ -1,0 +1,110 @@
+"""From splits to scores: which text of each sample a reward may see, and what a malformed sample gets.
+
+A reward sees the response and never the thought. The one exception has to be asked for by name: `score_all`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, distributed
+
+from rlmt.errors import UserError
+from rlmt.rewards.base import Reward
+from rlmt.types import Message, Scores, Split
+
+MalformedMode = Literal["penalty", "null", "score_all"]
+"""What a malformed sample gets.
+
+`penalty`: no reward sees it; it gets the penalty, or the lowest score of a well-formed sample in the batch if that is
+    lower, so that it never does better than a well-formed one.
+`null`: the literal text `[NULL]` is scored in its place (the strict mode of the paper's code).
+`score_all`: ITS WHOLE TEXT IS SCORED, THE THOUGHT AND THE TAGS INCLUDED (the default mode of the paper's code). This is
+    the one way in which a thought can reach a reward: a policy that never closes its thought is rewarded for it. It is
+    here to reproduce runs of that code, not to train with.
+"""
+
+NULL_TEXT = "[NULL]"
+"""What is scored in place of a malformed sample in mode `null`."""
+
+
+def score(
+    reward: Reward,
+    prompts: Sequence[list[Message]],
+    splits: Sequence[Split],
+    texts: Sequence[str],
+    mode: MalformedMode = "penalty",
+    penalty: float = -10.0,
+) -> Scores:
+    """Scores B samples, malformed ones by `mode` (see `MalformedMode`).
+
+    In mode `penalty` every rank of a distributed run must call this together: the lowest well-formed score is the
+    lowest over all ranks, so that the malformed samples of a batch fare alike however it is spread.
+
+    Args:
+        reward: A loaded reward.
+        prompts: B conversations, one a sample.
+        splits: B splits.
+        texts: B decoded completions with their tags; read only in mode `score_all`.
+        mode: What a malformed sample gets.
+        penalty: The score of a malformed sample in mode `penalty`.
+
+    Returns:
+        Scores on the CPU; in mode `penalty` the parts of a malformed sample are NaN and its text is None.
+
+    Raises:
+        RuntimeError: A reward gave the wrong number of scores or one that is not finite.
+        UserError: Unknown mode.
+    """
+    if not len(prompts) == len(splits) == len(texts):
+        raise ValueError(f"{len(prompts)} prompts, {len(splits)} splits and {len(texts)} texts: need as many of each")
+    shown = [_shown_text(split, text, mode) for split, text in zip(splits, texts, strict=True)]
+    rows = [i for i, text in enumerate(shown) if text is not None]
+    scored, scored_parts = reward.score_parts(
+        [prompts[i] for i in rows], [text for text in shown if text is not None], [splits[i].status for i in rows]
+    )
+    scored = _checked(scored, reward.name, len(rows))
+    floor = _lowest_over_ranks(min([penalty, *scored.tolist()])) if mode == "penalty" else penalty
+    total = torch.full((len(splits),), floor, dtype=torch.float32)
+    total[rows] = scored
+    parts = {}
+    for name, values in scored_parts.items():
+        parts[name] = torch.full((len(splits),), float("nan"), dtype=torch.float32)
+        parts[name][rows] = _checked(values, name, len(rows))
+    return Scores(total=total, parts=parts, texts=shown)
+
+
+def _shown_text(split: Split, text: str, mode: MalformedMode) -> str | None:
+    """What a reward sees of one sample, None for nothing."""
+    if split.ok:
+        return split.response
+    match mode:
+        case "penalty":
+            return None
+        case "null":
+            return NULL_TEXT
+        case "score_all":
+            return text
+    raise UserError(f"malformed mode {mode!r} is unknown: use penalty, null or score_all")
+
+
+def _checked(scores: Tensor, name: str, count: int) -> Tensor:
+    """`scores` as float32 on the CPU, if they are `count` finite numbers."""
+    if scores.shape != (count,):
+        raise RuntimeError(f"reward {name!r} gave scores of shape {list(scores.shape)} for {count} responses")
+    scores = scores.detach().to("cpu", torch.float32)
+    bad = int((~scores.isfinite()).sum())
+    if bad:
+        raise RuntimeError(f"reward {name!r} gave {bad} of {count} scores that are not finite")
+    return scores
+
+
+def _lowest_over_ranks(value: float) -> float:
+    """The lowest `value` of all ranks; gathered as objects, which works for every backend and device."""
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return value
+    values: list[float] = [value] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return min(values)

@@ -1,0 +1,488 @@
+import itertools
+import json
+import random
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.utils.data import DistributedSampler
+from transformers import PreTrainedTokenizerFast
+
+from rlmt.data import PromptDataset, PromptSampler, RolloutDataModule, sample_seed, shuffled
+from rlmt.engines.base import Engine
+from rlmt.errors import UserError
+from rlmt.thinking import ThinkingFormat
+from rlmt.types import FinishReason, Prompt, PromptBatch, RolloutBatch, Samples
+
+TEMPLATE = (
+    "<s>{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL = ["<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
+FRAME = 4  # tokens around a one-turn prompt: <s> <|user|> … </s> <|assistant|>
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One token a byte, so that lengths can be counted by hand."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens(SPECIAL)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+class FakeEngine(Engine):
+    """Tokens from prompt, seed and the synced weight, nothing else; notes every call."""
+
+    def __init__(self):
+        self.calls = []
+        self.lag = 0
+        self.weight = None
+
+    def check(self):
+        self.calls.append("check")
+
+    def start(self, policy, tokenizer, max_model_len):
+        assert self.version is None
+        self.calls.append(("start", max_model_len))
+
+    def sync(self, weights, version):
+        self.weight = {name: tensor.item() for name, tensor in weights}["weight"]
+        self.version = version
+        self.calls.append(("sync", version))
+
+    def generate(self, requests, sampling):
+        self.calls.append(("generate", len(requests)))
+        self.sampling = sampling
+        ids, logprobs = [], []
+        for request, seed in ((r, s) for r in requests for s in r.seeds):
+            draw = random.Random(f"{request.prompt_ids} {seed} {self.weight}")
+            ids.append([draw.randrange(200) for _ in range(draw.randint(1, 5))])
+            logprobs.append([-draw.random() for _ in ids[-1]])
+        finish = [FinishReason.STOP] * len(ids)
+        return Samples(ids, logprobs, finish, self.version - self.lag)
+
+    def close(self):
+        self.calls.append("close")
+        self.version = None
+
+
+class Killed(Exception):
+    """Stands for a kill signal."""
+
+
+class FakeModule(LightningModule):
+    """One weight that moves by what it saw; a record of every batch in `seen`, keyed by stage."""
+
+    max_positions = 100
+
+    def __init__(self, tokenizer, format="think", die_after=None):
+        super().__init__()
+        self.automatic_optimization = False
+        self.tokenizer = tokenizer
+        self.format = ThinkingFormat(format)
+        self.policy = torch.nn.Module()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.register_buffer("updates", torch.zeros(1, dtype=torch.int64))
+        self.seen = {"train": [], "val": [], "test": [], "predict": []}
+        self.die_after = die_after
+
+    @property
+    def policy_version(self):
+        return int(self.updates)
+
+    def policy_weights(self):
+        return iter([("weight", self.weight.detach())])
+
+    def note(self, stage, batch):
+        assert isinstance(batch, RolloutBatch)
+        assert batch.engine_logprobs.dtype == torch.float32
+        assert batch.engine_logprobs.shape == (sum(batch.lengths),)
+        record = (batch.epoch, [p.index for p in batch.prompts], batch.completion_ids, batch.engine_logprobs.tolist())
+        self.seen[stage].append(record)
+        self.last = batch
+
+    def training_step(self, batch):
+        if len(self.seen["train"]) == self.die_after:
+            raise Killed
+        self.note("train", batch)
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward((self.weight * sum(map(sum, batch.completion_ids))).sum())
+        optimizer.step()
+        self.updates += 1
+
+    def validation_step(self, batch):
+        self.note("val", batch)
+
+    def test_step(self, batch):
+        self.note("test", batch)
+
+    def predict_step(self, batch):
+        self.note("predict", batch)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-4)
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    """22 prompts of 5 bytes: 9 tokens each once rendered."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"say{i:02}"}) + "\n" for i in range(22)))
+    return str(path)
+
+
+def make(prompts, **options):
+    options = {"batch_size": 6, "group_size": 2, "val_size": 2, "max_prompt_tokens": 20, "max_new_tokens": 10} | options
+    return RolloutDataModule(prompts, options.pop("engine", None) or FakeEngine(), **options)
+
+
+def trainer(tmp_path, **options):
+    defaults = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    defaults |= {"enable_checkpointing": "callbacks" in options, "default_root_dir": tmp_path}
+    return Trainer(**(defaults | options))
+
+
+def attached(data, module, world_size=1, rank=0, stage="fit"):
+    """The data module set up as on one rank of several, without processes."""
+    data.trainer = SimpleNamespace(lightning_module=module, world_size=world_size, global_rank=rank)
+    data.setup(stage)
+    return data
+
+
+# ------------------------------------------------------------------------------------------------ seeds and order
+
+
+def test_sample_seeds_are_what_they_always_were():
+    # blake2b("sample/0/0/0/0", 8 bytes), big-endian, shifted right by one, worked out with hashlib by hand.
+    assert sample_seed(0, 0, 0, 0) == 8_643_706_224_667_963_891
+    assert sample_seed(7, 3, 1234, 5) == 7_975_850_294_270_900_313
+
+
+def test_sample_seeds_are_distinct_and_in_range():
+    seeds = [sample_seed(*key) for key in itertools.product((0, 1), range(3), range(200), range(8))]
+    assert len(set(seeds)) == 2 * 3 * 200 * 8
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert sample_seed(1, 12, 3, 0) != sample_seed(1, 1, 23, 0)
+
+
+def test_shuffled_is_a_permutation_that_survives_the_loss_of_an_item():
+    keys = list(range(50))
+    order = [keys[i] for i in shuffled(keys, 0, "split")]
+    fewer = [k for k in keys if k != 17]
+    assert sorted(order) == keys and order != keys
+    assert [fewer[i] for i in shuffled(fewer, 0, "split")] == [k for k in order if k != 17]
+    assert [keys[i] for i in shuffled(keys, 1, "split")] != order != [keys[i] for i in shuffled(keys, 0, "epoch 0")]
+
+
+def dataset(count):
+    return PromptDataset([Prompt(i, [{"role": "user", "content": str(i)}]) for i in range(count)])
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_global_batches_do_not_depend_on_the_number_of_ranks(ranks):
+    alone = list(PromptSampler(dataset(20), 6, 1, 0, seed=0))
+    parts = [list(PromptSampler(dataset(20), 6, ranks, rank, seed=0)) for rank in range(ranks)]
+    share = 6 // ranks
+    assert len(alone) == 18 and all(len(part) == 18 // ranks for part in parts)
+    for step in range(3):
+        together = [i for part in parts for i in part[step * share : (step + 1) * share]]
+        assert sorted(together) == sorted(alone[step * 6 : (step + 1) * 6])
+
+
+def test_a_position_is_resumed_on_another_number_of_ranks():
+    one = PromptSampler(dataset(20), 6, 1, 0, seed=0)
+    one.set_epoch(4)
+    order = list(one)
+    walk = iter(one)
+    for _ in range(6):
+        next(walk)
+    state = one.state_dict()
+    rest = []
+    for rank in range(2):
+        sampler = PromptSampler(dataset(20), 6, 2, rank, seed=0)
+        sampler.load_state_dict(state)
+        sampler.set_epoch(4)
+        rest += list(sampler)
+    assert sorted(rest) == sorted(order[6:])
+
+
+def test_a_state_of_other_prompts_or_another_seed_is_refused():
+    state = PromptSampler(dataset(20), 6, 1, 0, seed=0).state_dict()
+    for other in (PromptSampler(dataset(21), 6, 1, 0, seed=0), PromptSampler(dataset(20), 6, 1, 0, seed=1)):
+        with pytest.raises(UserError, match="other training prompts or another --data.seed"):
+            other.load_state_dict(state)
+
+
+# ------------------------------------------------------------------------------------------------ setting up
+
+
+def test_split_is_disjoint_complete_and_moves_with_the_seed(tokenizer, prompts):
+    splits = []
+    for seed in (0, 0, 1):
+        data = attached(make(prompts, seed=seed), FakeModule(tokenizer))
+        assert len(data._val) == 2
+        assert sorted(p.index for p in data._val + data._train) == list(range(22))
+        splits.append([p.index for p in data._val])
+    assert splits[0] == splits[1] != splits[2]
+
+
+def test_long_prompts_are_dropped_and_counted(tokenizer, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("rlmt.data.datamodule.rank_zero_info", said.append)
+    path = tmp_path / "rows.csv"
+    # 16 bytes + the frame are exactly the limit of 20 tokens; one byte more is too long. "é" is two bytes.
+    path.write_text("prompt\n" + "\n".join(["x" * 16, "x" * 17, "é" * 8, "é" * 9, "x"]))
+    data = attached(make(str(path), batch_size=1, val_size=0), FakeModule(tokenizer))
+    assert FRAME + 16 == data.max_prompt_tokens
+    assert sorted(p.index for p in data._train) == [0, 2, 4]
+    assert said == [
+        f"dropped 2 of 5 prompts longer than 20 tokens ({path})",
+        "3 prompts to train on, 0 to validate on",
+    ]
+
+
+def test_dropping_a_prompt_leaves_the_order_of_the_rest(tokenizer, tmp_path):
+    orders = []
+    for long in (5, 30):
+        path = tmp_path / "rows.csv"
+        path.write_text("prompt\n" + "\n".join("x" * (long if i == 9 else 5) for i in range(22)))
+        data = attached(make(str(path), val_size=0, batch_size=1), FakeModule(tokenizer))
+        orders.append([batch.prompts[0].index for batch in data.train_dataloader()])
+    assert orders[1] == [index for index in orders[0] if index != 9]
+
+
+def test_own_validation_prompts(tokenizer, prompts, tmp_path):
+    held_out = tmp_path / "val.csv"
+    held_out.write_text("prompt\nA\nB\nC\n")
+    for size, expected in ((None, ["A", "B", "C"]), (2, ["A", "B"])):
+        data = attached(make(prompts, val_prompts=str(held_out), val_size=size), FakeModule(tokenizer))
+        assert [p.messages[0]["content"] for p in data._val] == expected
+        assert len(data._train) == 22
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("batch_size", 0),
+        ("group_size", 0),
+        ("max_prompt_tokens", 0),
+        ("max_new_tokens", -1),
+        ("temperature", 0.0),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("val_size", -1),
+    ],
+)
+def test_options_out_of_range(prompts, option, value):
+    with pytest.raises(UserError, match=rf"^--data\.{option} is .*: give .*$"):
+        make(prompts, **{option: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "world_size", "stage", "says"),
+    [
+        ({"max_new_tokens": 81}, 1, "fit", r"max_prompt_tokens 20 \+ --data.max_new_tokens 81 .*context of 100 tokens"),
+        ({"max_prompt_tokens": 8}, 1, "fit", "all 22 prompts are longer than --data.max_prompt_tokens 8"),
+        ({"batch_size": 21}, 1, "fit", "batch_size is 21, but only 20 training prompts"),
+        ({"batch_size": 6}, 4, "fit", "batch_size 6 does not divide by 4 devices"),
+        ({"val_size": 23}, 1, "fit", "val_size asks for 23 validation prompts, but .* has 22"),
+        ({"val_size": 22}, 1, "fit", "only 0 training prompts"),
+        ({"val_size": 0}, 1, "test", "nothing to test on"),
+        ({"val_size": 0}, 1, "validate", "nothing to validate on"),
+    ],
+)
+def test_what_does_not_fit_is_told_in_one_line(tokenizer, prompts, options, world_size, stage, says):
+    with pytest.raises(UserError, match=says) as caught:
+        attached(make(prompts, **options), FakeModule(tokenizer), world_size, stage=stage)
+    assert "\n" not in str(caught.value)
+
+
+def test_limits_that_just_fit(tokenizer, prompts):
+    attached(make(prompts, max_prompt_tokens=9, max_new_tokens=91, batch_size=20), FakeModule(tokenizer), world_size=4)
+
+
+def test_the_engine_is_checked_before_prompts_are_read(tokenizer):
+    class Missing(FakeEngine):
+        def check(self):
+            raise UserError("no engine here")
+
+    with pytest.raises(UserError, match="no engine here"):
+        attached(make("missing.jsonl", engine=Missing()), FakeModule(tokenizer))
+
+
+def test_a_prompt_that_the_template_refuses_is_named(tokenizer, prompts):
+    module = FakeModule(tokenizer)
+    module.tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>"
+    )
+    refuses = "{% if messages[0].content == 'say03' %}{{ raise_exception('no threes') }}{% endif %}"
+    module.tokenizer.chat_template = refuses + TEMPLATE
+    with pytest.raises(UserError, match=rf"{prompts}: row 4: .*no threes"):
+        attached(make(prompts), module)
+
+
+# ------------------------------------------------------------------------------------------------ with a real Trainer
+
+
+def test_rollouts_are_drawn_with_the_present_weights_and_settings(tokenizer, prompts, tmp_path):
+    module, data = FakeModule(tokenizer, format="zero_think"), None
+    module.max_positions = 2000
+    data = make(prompts, max_prompt_tokens=1000, temperature=0.9, top_p=0.8, val_size=0)
+    engine = data.engine
+    trainer(tmp_path, max_steps=2).fit(module, datamodule=data)
+    expected = ["check", ("start", 1010), ("sync", 0), ("generate", 6), ("sync", 1), ("generate", 6), "close"]
+    assert engine.calls == expected
+    assert engine.sampling.temperature == 0.9 and engine.sampling.top_p == 0.8
+    assert engine.sampling.max_new_tokens == 10 and engine.sampling.stop == ("</response>",)
+    assert engine.sampling.stop_token_ids == (tokenizer.eos_token_id,)
+    batch = module.last
+    assert batch.weight_version == 1 and batch.group_size == 2 and len(batch) == 12
+    assert batch.prompt_ids == [module.format.render(p.messages, tokenizer) for p in batch.prompts]
+    assert set(batch.seconds) == {"rollout", "sync"} and all(s >= 0 for s in batch.seconds.values())
+    alike = random.Random(f"{batch.prompt_ids[1]} {sample_seed(0, 0, batch.prompts[1].index, 1)} {engine.weight}")
+    assert batch.completion_ids[3] == [alike.randrange(200) for _ in range(alike.randint(1, 5))]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed", "64-true"])
+def test_every_precision_keeps_engine_logprobs_in_fp32(tokenizer, prompts, tmp_path, precision):
+    module = FakeModule(tokenizer)
+    trainer(tmp_path, max_steps=1, precision=precision).fit(module, datamodule=make(prompts))
+    assert len(module.seen["train"]) == 1  # `note` looks at the dtype
+
+
+def test_epochs_are_complete_reshuffled_and_numbered(tokenizer, prompts, tmp_path):
+    module = FakeModule(tokenizer)
+    trainer(tmp_path, max_epochs=3).fit(module, datamodule=make(prompts))
+    assert [record[0] for record in module.seen["train"]] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    epochs = [[i for _, rows, *_ in module.seen["train"][e * 3 : e * 3 + 3] for i in rows] for e in range(3)]
+    for epoch in epochs:
+        assert len(set(epoch)) == 18
+    assert epochs[0] != epochs[1] != epochs[2]
+    val = {i for _, rows, *_ in module.seen["val"] for i in rows}
+    assert len(val) == 2 and not val & {i for epoch in epochs for i in epoch}
+
+
+def test_validation_draws_one_sample_with_the_same_seeds_each_time(tokenizer, prompts, tmp_path):
+    module, data = FakeModule(tokenizer), make(prompts, val_size=5)
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.0)
+    run = trainer(tmp_path, max_epochs=2)
+    run.fit(module, datamodule=data)
+    sanity, first, second = module.seen["val"]
+    assert sanity == first == second and first[0] == 0 and len(first[1]) == 5 and len(first[2]) == 5
+    run.validate(module, datamodule=data)
+    run.test(module, datamodule=data)
+    assert module.seen["val"][-1] == first == module.seen["test"][0]
+    assert data.engine.calls.count("close") == 3
+
+
+def test_without_validation_prompts_fit_trains_only(tokenizer, prompts, tmp_path):
+    module = FakeModule(tokenizer)
+    trainer(tmp_path, max_epochs=1).fit(module, datamodule=make(prompts, val_size=0))
+    assert len(module.seen["train"]) == 3 and module.seen["val"] == []
+
+
+def test_predict_goes_through_all_prompts_in_order(tokenizer, prompts, tmp_path):
+    module = FakeModule(tokenizer)
+    trainer(tmp_path).predict(module, datamodule=make(prompts))
+    assert [i for _, rows, *_ in module.seen["predict"] for i in rows] == list(range(22))
+    assert all(len(ids) == 2 * len(rows) for _, rows, ids, _ in module.seen["predict"])
+
+
+def test_stale_or_incomplete_samples_stop_the_run(tokenizer, prompts, tmp_path):
+    engine = FakeEngine()
+    engine.lag = 1
+    with pytest.raises(RuntimeError, match="stale rollout: drawn with weights -1, the policy has 0"):
+        trainer(tmp_path, max_steps=1).fit(FakeModule(tokenizer), datamodule=make(prompts, engine=engine))
+    assert engine.calls[-1] == "close"
+
+    class Short(FakeEngine):
+        def generate(self, requests, sampling):
+            return super().generate(requests[1:], sampling)
+
+    with pytest.raises(RuntimeError, match="for 12 seeds"):
+        trainer(tmp_path, max_steps=1, num_sanity_val_steps=0).fit(
+            FakeModule(tokenizer), datamodule=make(prompts, engine=Short())
+        )
+
+
+def test_other_batches_pass_untouched(tokenizer, prompts):
+    data = attached(make(prompts), FakeModule(tokenizer))
+    batch = {"input_ids": torch.ones(2)}
+    assert data.on_before_batch_transfer(batch, 0) is batch
+    assert data.transfer_batch_to_device(batch, torch.device("meta"), 0)["input_ids"].is_meta
+
+
+def test_loaders_of_two_ranks_share_every_batch(tokenizer, prompts):
+    batches, held_out = [], []
+    for rank in range(2):
+        data = attached(make(prompts, val_size=4), FakeModule(tokenizer), world_size=2, rank=rank)
+        loader = data.train_dataloader()
+        assert isinstance(loader.sampler, DistributedSampler)  # Lightning puts none of its own in its place
+        batches.append(list(loader))
+        held_out += [p.index for batch in data.val_dataloader() for p in batch.prompts]
+    assert len(batches[0]) == len(batches[1]) == 3
+    for left, right in zip(*batches, strict=True):
+        assert isinstance(left, PromptBatch) and len(left.prompts) == len(right.prompts) == 3
+        assert not {p.index for p in left.prompts} & {p.index for p in right.prompts}
+    assert Counter(held_out) == Counter(p.index for p in data._val)
+
+
+# ------------------------------------------------------------------------------------------------ resuming
+
+SAVING = {
+    "every step": {"every_n_train_steps": 1},
+    "epoch end": {"every_n_epochs": 1, "save_on_train_epoch_end": True},
+    "after validation": {"every_n_epochs": 1, "save_on_train_epoch_end": False},
+}
+LENGTH = {"epochs": {"max_epochs": 3}, "steps": {"max_steps": 9, "max_epochs": -1}}
+
+
+def fit(tokenizer, prompts, folder, length, saving, die_after=None, ckpt=None):
+    module = FakeModule(tokenizer, die_after=die_after)
+    saver = ModelCheckpoint(dirpath=folder, filename="{step}", save_top_k=-1, **SAVING[saving])
+    run = trainer(folder, callbacks=[saver], num_sanity_val_steps=0, **LENGTH[length])
+    try:
+        run.fit(module, datamodule=make(prompts), ckpt_path=ckpt)
+    except Killed:
+        assert die_after is not None
+    return module
+
+
+@pytest.mark.parametrize("length", LENGTH)
+@pytest.mark.parametrize(
+    ("saving", "kill_after", "resume_from"),
+    [("every step", k, k) for k in range(1, 9)]
+    + [("every step", 5, 4), ("every step", 4, 2)]
+    + [("epoch end", 3, 3), ("epoch end", 5, 3), ("epoch end", 8, 6)]
+    + [("after validation", 3, 3), ("after validation", 5, 3), ("after validation", 7, 6)],
+)
+def test_a_killed_and_resumed_run_is_the_unbroken_run(
+    tokenizer, prompts, tmp_path, length, saving, kill_after, resume_from
+):
+    whole = fit(tokenizer, prompts, tmp_path / "whole", length, saving).seen["train"]
+    assert len(whole) == 9
+    killed = fit(tokenizer, prompts, tmp_path / "killed", length, saving, die_after=kill_after)
+    assert killed.seen["train"] == whole[:kill_after]
+    resumed = fit(
+        tokenizer, prompts, tmp_path / "resumed", length, saving, ckpt=tmp_path / "killed" / f"step={resume_from}.ckpt"
+    )
+    assert resumed.seen["train"] == whole[resume_from:]
+
+
+def test_a_checkpoint_of_other_data_is_refused(tokenizer, prompts, tmp_path):
+    fit(tokenizer, prompts, tmp_path, "steps", "every step", die_after=2)
+    data = make(prompts, seed=1)
+    with pytest.raises(UserError, match="other training prompts or another --data.seed"):
+        trainer(tmp_path, max_steps=9).fit(FakeModule(tokenizer), datamodule=data, ckpt_path=tmp_path / "step=2.ckpt")

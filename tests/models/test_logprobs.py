@@ -1,0 +1,88 @@
+"""Log-probs of sampled tokens against the textbook formula on full logits."""
+
+import pytest
+import torch
+from rlmt.models.logprobs import collate, linear_logprobs, plan_micro_batches, token_logprobs
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+SHAPE = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_linear_logprobs_equal_log_softmax_in_value_and_gradient(chunk: int, temperature: float) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(10, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(13, 6, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 13, (10,))
+    a, b = torch.randn(10), torch.randn(10)
+
+    logs = torch.log_softmax(hidden @ weight.T / temperature, dim=1)
+    expected = logs.gather(1, targets[:, None]).squeeze(1)
+    expected_entropy = -(logs.exp() * logs).sum(1)
+    expected_grads = torch.autograd.grad((a * expected + b * expected_entropy).sum(), (hidden, weight))
+
+    out = linear_logprobs(hidden, weight, targets, temperature, chunk)
+    torch.testing.assert_close(out.logprobs, expected.float())
+    torch.testing.assert_close(out.entropy, expected_entropy.float())
+    grads = torch.autograd.grad((a * out.logprobs + b * out.entropy).sum(), (hidden, weight))
+    torch.testing.assert_close(grads[0], expected_grads[0], rtol=1e-5, atol=5e-6)
+    torch.testing.assert_close(grads[1], expected_grads[1], rtol=1e-5, atol=5e-6)
+
+
+@pytest.mark.parametrize("which", ["logprobs", "entropy"])
+def test_each_output_has_a_gradient_of_its_own(which: str) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(5, 4, requires_grad=True)
+    weight = torch.randn(9, 4)
+    targets = torch.randint(0, 9, (5,))
+    logs = torch.log_softmax(hidden @ weight.T, dim=1)
+    expected = logs.gather(1, targets[:, None]).sum() if which == "logprobs" else -(logs.exp() * logs).sum()
+    (want,) = torch.autograd.grad(expected, hidden)
+    (got,) = torch.autograd.grad(getattr(linear_logprobs(hidden, weight, targets, 1.0, 2), which).sum(), hidden)
+    torch.testing.assert_close(got, want)
+
+
+def test_memory_stays_within_a_few_chunks_of_logits() -> None:
+    """Forward and backward over 4,096 tokens × 8,192 words would hold 128 MiB of logits; chunks of 64 hold 2 MiB a copy."""
+    hidden = torch.randn(4096, 16, requires_grad=True)
+    weight = torch.randn(8192, 16, requires_grad=True)
+    targets = torch.randint(0, 8192, (4096,))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        out = linear_logprobs(hidden, weight, targets, 0.7, 64)
+        (out.logprobs.sum() + out.entropy.sum()).backward()
+    sizes = [e.cpu_memory_usage for e in profile.events() if e.cpu_memory_usage > 0]
+    live = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    assert sizes, "the profiler saw no allocations"
+    one_chunk = 64 * 8192 * 4
+    assert one_chunk < peak < 8 * one_chunk
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "qwen2"])
+def test_token_logprobs_equal_a_plain_forward_of_each_sample(family: str) -> None:
+    torch.manual_seed(0)
+    model = (
+        Qwen2ForCausalLM(Qwen2Config(**SHAPE, num_key_value_heads=2))
+        if family == "qwen2"
+        else LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=family == "llama_tied"))
+    )
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
+    completions = [[10, 11], [12, 13, 14, 15, 16, 17], [18]]
+    out = token_logprobs(model, collate([0, 1, 2], prompts, completions, torch.device("cpu")), 0.7)
+    expected = []
+    for p, c in zip(prompts, completions, strict=True):
+        logs = torch.log_softmax(model(torch.tensor([p + c])).logits[0] / 0.7, dim=-1)
+        expected += [logs[len(p) + k - 1, token] for k, token in enumerate(c)]
+    torch.testing.assert_close(out.logprobs, torch.stack(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_plan_covers_every_sample_once_within_the_budget() -> None:
+    lengths = [5, 100, 7, 50, 51, 3, 99, 300]
+    plan = plan_micro_batches(lengths, 200)
+    assert sorted(i for batch in plan for i in batch) == list(range(8))
+    assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= 200 for b in plan)
+    assert plan == [[7], [1, 6], [4, 3, 2], [0, 5]]

@@ -1,0 +1,128 @@
+"""Rule rewards, by scores worked out by hand."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlmt.errors import UserError
+from rlmt.rewards import CallableReward, FormatReward, LengthWindow, RegexReward, Reward
+from rlmt.types import Message, Status
+
+PROMPT: list[Message] = [{"role": "user", "content": "hi"}]
+
+
+def scores(reward: Reward, responses: list[str], statuses: list[Status] | None = None) -> list[float]:
+    reward.check()
+    got = reward.score([PROMPT] * len(responses), responses, statuses or [Status.OK] * len(responses))
+    assert got.dtype == torch.float32
+    assert got.shape == (len(responses),)
+    return [float(value) for value in got]
+
+
+def test_format_is_one_for_ok_alone() -> None:
+    assert scores(FormatReward(), ["a"] * len(Status), list(Status)) == [float(s is Status.OK) for s in Status]
+    assert scores(FormatReward(), []) == []
+
+
+def test_length_window_falls_off_in_a_straight_line() -> None:
+    reward = LengthWindow(min_chars=10, max_chars=20, margin=8)
+    lengths = [0, 2, 4, 9, 10, 15, 20, 21, 26, 28, 99]
+    want = [0, 0, 0.25, 0.875, 1, 1, 1, 0.875, 0.25, 0, 0]
+    assert scores(reward, ["x" * n for n in lengths]) == want
+    assert scores(reward, [" \n" + "x" * 20 + "\n\n", "字" * 10]) == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("window", "message"),
+    [
+        ((5, 4, 1), "min_chars 5 and max_chars 4 make no window"),
+        ((-1, 4, 1), "min_chars -1"),
+        ((1, 4, 0), "margin is 0: set it to 1 or more characters"),
+    ],
+)
+def test_length_window_mistakes(window: tuple[int, int, int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        LengthWindow(*window).check()
+
+
+def test_regex_finds_anywhere_in_the_response() -> None:
+    assert scores(RegexReward(r"(?i)\bthanks\b"), ["Many Thanks!", "thanksgiving", "no\nTHANKS"]) == [1, 0, 1]
+    assert scores(RegexReward(r"^a.b$"), ["a\nb", "axb"]) == [0, 1]
+
+
+def test_invalid_regex_is_told_by_check() -> None:
+    with pytest.raises(UserError, match=r"reward 'polite': pattern '\(' is no regular expression"):
+        RegexReward("(", name="polite").check()
+
+
+FUNCTIONS = """
+import numpy as np
+
+def length(prompt, response):
+    prompt[0]["content"] += "!"
+    return len(prompt[0]["content"]) * 100 + len(response)
+
+def numpy_float(prompt, response):
+    return np.float32(0.5)
+
+def crash(prompt, response):
+    raise KeyError("oops")
+
+def nan(prompt, response):
+    return float("nan")
+
+def text(prompt, response):
+    return "5"
+
+NUMBER = 7
+"""
+
+
+@pytest.fixture
+def functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Import path of a module of a user's functions."""
+    (tmp_path / "my_reward_functions.py").write_text(FUNCTIONS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_reward_functions", raising=False)
+    return "my_reward_functions"
+
+
+def test_callable_gets_prompt_and_response_and_cannot_change_the_prompt(functions: str) -> None:
+    reward = CallableReward(f"{functions}.length")
+    assert reward.name == "length"
+    assert scores(reward, ["ab", ""]) == [302, 300]  # "hi!" each time
+    assert PROMPT == [{"role": "user", "content": "hi"}]
+    assert scores(CallableReward(f"{functions}.numpy_float", name="half"), ["a"]) == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("length", "'length' is no import path"),
+        ("no_such_module_here.f", "'no_such_module_here.f' cannot be imported"),
+        ("my_reward_functions.missing", "'my_reward_functions.missing' cannot be imported"),
+        ("my_reward_functions.NUMBER", "'my_reward_functions.NUMBER' is a int"),
+    ],
+)
+def test_callable_that_cannot_be_imported(functions: str, path: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        CallableReward(path).check()
+
+
+@pytest.mark.parametrize(("name", "value"), [("nan", "nan"), ("text", "'5'")])
+def test_callable_must_return_a_finite_number(functions: str, name: str, value: str) -> None:
+    long = "line\n" * 50
+    with pytest.raises(UserError, match=f"{functions}.{name} returned {value} for the response 'line") as caught:
+        scores(CallableReward(f"{functions}.{name}"), [long])
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 220
+
+
+def test_error_inside_a_callable_names_it(functions: str) -> None:
+    with pytest.raises(KeyError, match="oops") as caught:
+        scores(CallableReward(f"{functions}.crash"), ["ab"])
+    assert caught.value.__notes__ == [f"in reward function {functions}.crash for the response 'ab'"]
