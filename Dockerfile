@@ -7,23 +7,23 @@
 # The mounted runs folder must be writable by user 1000 (or pass --user).
 ARG DEVICE=cpu
 
-# g++: vLLM compiles its model on first use. libnuma1: vLLM's CPU kernels link it.
+# libnuma1: vLLM's CPU kernels link it. g++: compiles its models where a config sets enforce_eager to false.
 FROM python:3.11-slim AS cpu
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ libnuma1 \
     && rm -rf /var/lib/apt/lists/*
 
 # CUDA's runtime libraries come with the wheels; "devel" brings nvcc, with which kernels are compiled on first use.
-# python3.12-dev: Triton compiles against Python.h. Ubuntu's images have a user 1000 already, whose place we take.
+# python3.12-dev: Triton compiles against Python.h. Ubuntu's image has a user 1000 already, whose place ours takes.
 FROM nvidia/cuda:13.0.1-devel-ubuntu24.04 AS cuda
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends g++ libnuma1 python3.12 python3.12-dev python3.12-venv \
+    && apt-get install --yes --no-install-recommends g++ python3.12 python3.12-dev python3.12-venv \
     && rm -rf /var/lib/apt/lists/* \
     && userdel --remove ubuntu
 
 FROM ${DEVICE}
 ARG DEVICE
-RUN useradd --create-home --uid 1000 rlmt
+RUN useradd --create-home --uid 1000 rlmt && install --directory --owner rlmt --group rlmt /home/rlmt/app
 USER rlmt
 WORKDIR /home/rlmt/app
 COPY --chown=rlmt:rlmt . .

@@ -1,4 +1,4 @@
-# Everything here works from a bare checkout: each target first makes .venv (scripts/setup.sh; a second when it is there).
+# Everything works from a bare checkout: what needs .venv makes it first (scripts/setup.sh; instant once it is there).
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test check format clean

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from rlmt.errors import UserError
 from rlmt.types import Experience

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
+import pyarrow.parquet as pq
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rlmt.errors import UserError

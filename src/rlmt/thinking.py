@@ -319,7 +319,7 @@ class ThinkingFormat:
 
         Returns:
             Tokens up to and with the one that completes the first close tag; all of them when it never closes, 0 for
-            formats that do not think. Found by bisection: a longer prefix of the tokens never decodes to less.
+            formats that do not think. Found by bisection: text up to a complete tag stays as more tokens follow.
         """
         if not self.thinks:
             return 0

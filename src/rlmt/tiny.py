@@ -4,11 +4,11 @@
 dull world, for a random policy writes one close tag in a vocabulary's worth of tokens, and a random classifier gives
 every text about the same score. So both get one hand-made part:
 
-- The policy's head leans towards the format (`_lean_to_format`): after the assistant's opening `<think>` has
+- The policy's head leans towards the format (`rlmt.tiny_models`): after the assistant's opening `<think>` has
   probability 1/2, and at each later token `</think>` and the end of turn have 1/24 each. About one sample in eight is
   well formed, and `no_think` fares as well as `think`: reinforcement learning has something to find and to improve.
-- The reward classifier averages a random number per token (`_make_averaging` says how), set to mean 0 and standard
-  deviation 1 over random texts (`_calibrate`). Better tokens make better scores, smoothly, which GRPO learns in a few
+- The reward classifier averages a random number per token (`rlmt.tiny_models` says how), set to mean 0 and standard
+  deviation 1 over random texts. Better tokens make better scores, smoothly, which GRPO learns in a few
   steps; it is no measure of good English.
 
 Same seed, same files, bit for bit. Left out: anything pretrained; what such a policy writes is noise.
@@ -17,29 +17,20 @@ Same seed, same files, bit for bit. Left out: anything pretrained; what such a p
 from __future__ import annotations
 
 import json
-import math
 import random
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForSequenceClassification,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlmt.errors import UserError
+from rlmt.tiny_models import Sizes, averaging_reward, leaning_policy
 from rlmt.types import Message
 
 TAGS = ("<think>", "</think>", "<response>", "</response>")
@@ -56,9 +47,7 @@ _REWARD_TEMPLATE = (
     "{% elif m['role'] == 'user' %}[INST]{{ m['content'] }}[/INST]"
     "{% else %}{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
 )
-_OPEN_PROBABILITY = 1 / 2
-_CLOSE_PROBABILITY = 1 / 24
-_TOKENIZER_CHARS = 2_000_000
+_TOKENIZER_CHARS = 1_000_000
 _MARKER = "tiny.json"
 
 _TASKS = (
@@ -85,24 +74,6 @@ _TOPICS = (
     "regular expressions", "medieval castles", "home budgets", "volcanoes", "knitting", "the immune system",
     "negotiating a salary", "street photography", "beekeeping", "cold-water swimming", "quantum computers",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How big the policy is; the defaults give about 6M parameters."""
-
-    hidden: int = 256
-    """Width, a multiple of `heads`."""
-    layers: int = 6
-    """Decoder layers."""
-    heads: int = 4
-    """Attention heads."""
-    ffn: int = 704
-    """Width inside the MLP."""
-    vocab: int = 2048
-    """Vocabulary size, special tokens and tags included; smaller where the corpus has no more pairs to merge."""
-    context: int = 2048
-    """Most tokens of prompt and completion together."""
 
 
 def make_tiny(
@@ -161,10 +132,10 @@ def write_tiny(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = _policy_tokenizer(texts, sizes)
-        policy = _policy(tokenizer, family, sizes, chats)
+        policy = leaning_policy(tokenizer, family, sizes, chats)
         made["policy"] = _save(out / "policy", policy, tokenizer)
         reward_tokenizer = _reward_tokenizer(texts)
-        reward = _reward(reward_tokenizer, tokenizer, chats, seed)
+        reward = averaging_reward(reward_tokenizer, tokenizer, chats, random.Random(seed))
         made["reward"] = _save(out / "reward", reward, reward_tokenizer)
     marker = {"corpus": corpus, "family": family, "seed": seed, "sizes": asdict(sizes)}
     (out / _MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
@@ -220,7 +191,7 @@ def _wrap(
         single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
     )
     named = {bos, eos, pad, unk}
-    wrapped = PreTrainedTokenizerFast(
+    wrapped: PreTrainedTokenizerBase = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         bos_token=bos,
         eos_token=eos,
@@ -230,11 +201,11 @@ def _wrap(
         clean_up_tokenization_spaces=False,
     )
     wrapped.chat_template = template
-    return cast(PreTrainedTokenizerBase, wrapped)
+    return wrapped
 
 
 def _policy_tokenizer(texts: Iterable[str], sizes: Sizes) -> PreTrainedTokenizerBase:
-    """Byte-level BPE: all 256 bytes are in it, so any text comes back as it was."""
+    """Byte-level BPE: all 256 bytes are in it, so any text comes back as it was (Qwen2's class composes accents)."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -267,136 +238,6 @@ def _reward_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerBase:
     tokenizer.train_from_iterator((text.encode("ascii", "ignore").decode() for text in texts), trainer)
     unk, bos, eos, pad = _REWARD_SPECIAL[:4]
     return _wrap(tokenizer, _REWARD_SPECIAL, bos, eos, pad, _REWARD_TEMPLATE, unk)
-
-
-def _policy(
-    tokenizer: PreTrainedTokenizerBase, family: Literal["llama", "qwen2"], sizes: Sizes, chats: list[list[Message]]
-) -> PreTrainedModel:
-    """A random causal language model whose head leans to the format."""
-    config_class = {"llama": LlamaConfig, "qwen2": Qwen2Config}[family]
-    config = config_class(
-        vocab_size=len(tokenizer),
-        hidden_size=sizes.hidden,
-        num_hidden_layers=sizes.layers,
-        num_attention_heads=sizes.heads,
-        num_key_value_heads=sizes.heads,
-        intermediate_size=sizes.ffn,
-        max_position_embeddings=sizes.context,
-        tie_word_embeddings=False,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    prompts = [
-        tokenizer.apply_chat_template(_shortened(chat), add_generation_prompt=True, return_dict=False)
-        for chat in chats[:8]
-    ]
-    _lean_to_format(model, tokenizer, prompts)
-    return cast(PreTrainedModel, model)
-
-
-@torch.no_grad()
-def _lean_to_format(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]) -> None:
-    """Sets the head's rows of `<think>`, `</think>` and end of turn so that each has its probability (see the top).
-
-    A Llama head has no bias. A direction that all hidden states share serves as one: it is put into every embedding,
-    its image after the layers is measured, and the rows point along it. `<think>`'s row points along what the hidden
-    states at the assistant's opening have besides. All other tokens stay equally likely, within a random factor.
-    """
-    embeddings = model.get_input_embeddings().weight
-    shared = torch.randn(embeddings.shape[1])
-    embeddings.normal_(std=1.0).add_(shared)
-    opening, later = [], []
-    for prompt in prompts:
-        noise = torch.randint(len(tokenizer), (32,)).tolist()
-        hidden = model.base_model(torch.tensor([prompt + noise])).last_hidden_state[0]
-        opening.append(hidden[len(prompt) - 1])
-        later.append(hidden[len(prompt) :])
-    mean = torch.cat(later).mean(0)
-    lean = torch.stack(opening).mean(0)
-    lean -= mean * (lean @ mean) / (mean @ mean)
-
-    def row(direction: Tensor, probability: float) -> Tensor:
-        # A softmax over V tokens of logit 0 and one of l gives that one the probability p at l = log(V p / (1 - p)).
-        logit = math.log(len(tokenizer) * probability / (1 - probability))
-        return direction * logit / (direction @ direction)
-
-    head = model.get_output_embeddings().weight
-    for token in ("</think>", _POLICY_SPECIAL[1]):
-        head[tokenizer.convert_tokens_to_ids(token)] = row(mean, _CLOSE_PROBABILITY)
-    head[tokenizer.convert_tokens_to_ids("<think>")] = row(lean, _OPEN_PROBABILITY)
-
-
-def _reward(
-    tokenizer: PreTrainedTokenizerBase, policy_tokenizer: PreTrainedTokenizerBase, chats: list[list[Message]], seed: int
-) -> PreTrainedModel:
-    """A one-layer classifier with one label, made to average over tokens and calibrated."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        intermediate_size=256,
-        max_position_embeddings=8192,
-        num_labels=1,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = LlamaForSequenceClassification(config).eval()
-    _make_averaging(model)
-    _calibrate(model, tokenizer, policy_tokenizer, chats, random.Random(seed))
-    return cast(PreTrainedModel, model)
-
-
-@torch.no_grad()
-def _make_averaging(model: LlamaForSequenceClassification) -> None:
-    """Makes the last hidden state an average of one random vector per token type.
-
-    Query and key weights stay at their small start, so the last token attends to all tokens about equally; embeddings,
-    values and outputs are large, so what it gathers counts as much as what it is. A text of n random tokens moves by
-    1/sqrt(n) and a text of good ones by 1, until the final norm levels off: there is room to climb, not without end.
-    """
-    attention = model.model.layers[0].self_attn
-    for weight in (attention.v_proj.weight, attention.o_proj.weight):
-        weight.normal_(std=weight.shape[1] ** -0.5)
-    model.model.embed_tokens.weight.normal_(std=1.0)
-    model.score.weight.normal_()
-
-
-@torch.no_grad()
-def _calibrate(
-    model: LlamaForSequenceClassification,
-    tokenizer: PreTrainedTokenizerBase,
-    policy_tokenizer: PreTrainedTokenizerBase,
-    chats: list[list[Message]],
-    rng: random.Random,
-) -> None:
-    """Gives scores of random responses mean 0 and standard deviation 1.
-
-    A Llama score head has no bias, so the mean is taken out of the head's direction: score = w · h, and a w at right
-    angles to the mean of h over the texts has mean score 0. Its length is then set by the standard deviation.
-    """
-    hidden = []
-    for chat in rng.sample(chats, min(32, len(chats))):
-        for _ in range(4):
-            noise = rng.choices(range(len(policy_tokenizer)), k=rng.randint(4, 48))
-            response = policy_tokenizer.decode(noise, skip_special_tokens=True)
-            ids = tokenizer.apply_chat_template(
-                [*_shortened(chat), {"role": "assistant", "content": response}], return_dict=False
-            )
-            hidden.append(model.model(torch.tensor([ids])).last_hidden_state[0, -1])
-    states = torch.stack(hidden)
-    mean = states.mean(0)
-    weight = model.score.weight[0]
-    weight -= mean * (weight @ mean) / (mean @ mean)
-    weight /= (states @ weight).std()
-
-
-def _shortened(chat: Sequence[Message]) -> list[dict[str, str]]:
-    """The conversation with at most 300 characters a turn, to keep measuring fast."""
-    return [{"role": message["role"], "content": message["content"][:300]} for message in chat[-3:]]
 
 
 def _save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -1,12 +1,15 @@
 """What the observing callbacks log, against numbers worked out by hand from conftest's batch."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
+import torch
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 import rlmt.callbacks.throughput as throughput_module
 from rlmt.callbacks import CoTLength, PolicyHealth, RewardCurves, Throughput
+from rlmt.callbacks._common import over_ranks
 from rlmt.callbacks.reward_curves import reward_metrics
 from rlmt.errors import UserError
 
@@ -162,3 +165,13 @@ def test_a_module_of_another_kind_is_told_apart(world, tmp_path):
 
     with pytest.raises(TypeError, match="experience"):
         world.fit(tmp_path, [CoTLength()], module=Other())
+
+
+def test_ranks_are_merged_by_what_a_metric_means():
+    names = ["policy/ratio_max", "perf/tokens_per_s", "reward/mean", "reward/judge"]
+    other = torch.tensor([3.0, 50.0, 2.0, 4.0])
+    strategy = SimpleNamespace(all_gather=lambda values: torch.stack([values, other]))
+    trainer = SimpleNamespace(world_size=2, strategy=strategy)
+    here = dict(zip(names, [2.0, 30.0, 1.0, math.nan], strict=True))
+    merged = over_ranks(trainer, SimpleNamespace(device="cpu"), here)
+    assert merged == dict(zip(names, [3.0, 80.0, 1.5, 4.0], strict=True))

@@ -199,28 +199,35 @@ def test_global_batches_do_not_depend_on_the_number_of_ranks(ranks):
         assert sorted(together) == sorted(alone[step * 6 : (step + 1) * 6])
 
 
+def test_passes_follow_each_other_wherever_iterations_start_and_stop():
+    whole = PromptSampler(dataset(20), 6, 1, 0, seed=0)
+    stream = [(i, whole.epoch) for _ in range(3) for i in whole]
+    assert [epoch for _, epoch in stream] == [0] * 18 + [1] * 18 + [2] * 18
+    assert all(len({i for i, e in stream if e == epoch}) == 18 for epoch in range(3))
+    pieces = PromptSampler(dataset(20), 6, 1, 0, seed=0)
+    pieces.set_epoch(7)  # Lightning's count changes nothing
+    assert [(i, pieces.epoch) for _ in range(9) for i in itertools.islice(pieces, 6)] == stream
+
+
 def test_a_position_is_resumed_on_another_number_of_ranks():
     one = PromptSampler(dataset(20), 6, 1, 0, seed=0)
-    one.set_epoch(4)
-    order = list(one)
-    walk = iter(one)
-    for _ in range(6):
-        next(walk)
-    state = one.state_dict()
+    order = [i for _ in range(2) for i in one]
+    one = PromptSampler(dataset(20), 6, 1, 0, seed=0)
+    assert list(itertools.islice(one, 6)) == order[:6]
     rest = []
     for rank in range(2):
         sampler = PromptSampler(dataset(20), 6, 2, rank, seed=0)
-        sampler.load_state_dict(state)
-        sampler.set_epoch(4)
-        rest += list(sampler)
-    assert sorted(rest) == sorted(order[6:])
+        sampler.load_state_dict(one.state_dict())
+        rest.append(list(sampler))
+    assert sorted(rest[0][:6] + rest[1][:6]) == sorted(order[6:18])
+    assert sorted(rest[0][6:] + rest[1][6:]) == sorted(order[18:24])
 
 
-def test_a_state_of_other_prompts_or_another_seed_is_refused():
+def test_a_state_of_another_run_is_refused():
     state = PromptSampler(dataset(20), 6, 1, 0, seed=0).state_dict()
-    for other in (PromptSampler(dataset(21), 6, 1, 0, seed=0), PromptSampler(dataset(20), 6, 1, 0, seed=1)):
-        with pytest.raises(UserError, match="other training prompts or another --data.seed"):
-            other.load_state_dict(state)
+    for count, batch_size, seed in ((21, 6, 0), (20, 4, 0), (20, 6, 1)):
+        with pytest.raises(UserError, match="the checkpoint was made with other training prompts"):
+            PromptSampler(dataset(count), batch_size, 1, 0, seed=seed).load_state_dict(state)
 
 
 # ------------------------------------------------------------------------------------------------ setting up
@@ -243,7 +250,7 @@ def test_long_prompts_are_dropped_and_counted(tokenizer, tmp_path, monkeypatch):
     # 16 bytes + the frame are exactly the limit of 20 tokens; one byte more is too long. "é" is two bytes.
     path.write_text("prompt\n" + "\n".join(["x" * 16, "x" * 17, "é" * 8, "é" * 9, "x"]))
     data = attached(make(str(path), batch_size=1, val_size=0), FakeModule(tokenizer))
-    assert FRAME + 16 == data.max_prompt_tokens
+    assert data.max_prompt_tokens == FRAME + 16
     assert sorted(p.index for p in data._train) == [0, 2, 4]
     assert said == [
         f"dropped 2 of 5 prompts longer than 20 tokens ({path})",
@@ -447,12 +454,16 @@ SAVING = {
     "after validation": {"every_n_epochs": 1, "save_on_train_epoch_end": False},
 }
 LENGTH = {"epochs": {"max_epochs": 3}, "steps": {"max_steps": 9, "max_epochs": -1}}
+CUT = {
+    "two batches an epoch": {"max_steps": 9, "max_epochs": -1, "limit_train_batches": 2},
+    "validation every step": {"max_epochs": 3, "val_check_interval": 1},
+}
 
 
 def fit(tokenizer, prompts, folder, length, saving, die_after=None, ckpt=None):
     module = FakeModule(tokenizer, die_after=die_after)
     saver = ModelCheckpoint(dirpath=folder, filename="{step}", save_top_k=-1, **SAVING[saving])
-    run = trainer(folder, callbacks=[saver], num_sanity_val_steps=0, **LENGTH[length])
+    run = trainer(folder, callbacks=[saver], num_sanity_val_steps=0, **(LENGTH | CUT)[length])
     try:
         run.fit(module, datamodule=make(prompts), ckpt_path=ckpt)
     except Killed:
@@ -460,29 +471,36 @@ def fit(tokenizer, prompts, folder, length, saving, die_after=None, ckpt=None):
     return module
 
 
-@pytest.mark.parametrize("length", LENGTH)
-@pytest.mark.parametrize(
-    ("saving", "kill_after", "resume_from"),
-    [("every step", k, k) for k in range(1, 9)]
-    + [("every step", 5, 4), ("every step", 4, 2)]
-    + [("epoch end", 3, 3), ("epoch end", 5, 3), ("epoch end", 8, 6)]
-    + [("after validation", 3, 3), ("after validation", 5, 3), ("after validation", 7, 6)],
-)
+KILLED = [("every step", k, k) for k in range(1, 9)] + [
+    ("every step", 5, 4),
+    ("every step", 4, 2),
+    ("epoch end", 3, 3),
+    ("epoch end", 5, 3),
+    ("epoch end", 8, 6),
+    ("after validation", 3, 3),
+    ("after validation", 5, 3),
+    ("after validation", 7, 6),
+]
+KILLED_RUNS = [(length, *killed) for length in LENGTH for killed in KILLED]
+KILLED_RUNS += [(length, "every step", k, k) for length in CUT for k in (1, 2, 3, 4, 6)]
+KILLED_RUNS += [("two batches an epoch", "epoch end", 4, 4), ("two batches an epoch", "epoch end", 5, 4)]
+
+
+@pytest.mark.parametrize(("length", "saving", "kill_after", "resume_from"), KILLED_RUNS)
 def test_a_killed_and_resumed_run_is_the_unbroken_run(
     tokenizer, prompts, tmp_path, length, saving, kill_after, resume_from
 ):
     whole = fit(tokenizer, prompts, tmp_path / "whole", length, saving).seen["train"]
-    assert len(whole) == 9
+    assert len(whole) == 9 and [record[0] for record in whole] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     killed = fit(tokenizer, prompts, tmp_path / "killed", length, saving, die_after=kill_after)
     assert killed.seen["train"] == whole[:kill_after]
-    resumed = fit(
-        tokenizer, prompts, tmp_path / "resumed", length, saving, ckpt=tmp_path / "killed" / f"step={resume_from}.ckpt"
-    )
+    ckpt = tmp_path / "killed" / f"step={resume_from}.ckpt"
+    resumed = fit(tokenizer, prompts, tmp_path / "resumed", length, saving, ckpt=ckpt)
     assert resumed.seen["train"] == whole[resume_from:]
 
 
 def test_a_checkpoint_of_other_data_is_refused(tokenizer, prompts, tmp_path):
     fit(tokenizer, prompts, tmp_path, "steps", "every step", die_after=2)
     data = make(prompts, seed=1)
-    with pytest.raises(UserError, match="other training prompts or another --data.seed"):
+    with pytest.raises(UserError, match="the checkpoint was made with other training prompts"):
         trainer(tmp_path, max_steps=9).fit(FakeModule(tokenizer), datamodule=data, ckpt_path=tmp_path / "step=2.ckpt")

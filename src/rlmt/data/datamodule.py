@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, DistributedSampler
-from torchdata.stateful_dataloader import StatefulDataLoader  # type: ignore[import-untyped]
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from rlmt.data.prompts import PromptDataset, load_prompts
 from rlmt.data.rollouts import LoadedPrompts, PolicySource, draw
@@ -101,6 +101,7 @@ class RolloutDataModule(LightningDataModule):
         self._all: list[Prompt] | None = None
         self._train: list[Prompt] = []
         self._val: list[Prompt] = []
+        self._sampler: PromptSampler | None = None
         self._engine_started = False
 
     # ---------------------------------------------------------------- prompts
@@ -124,8 +125,11 @@ class RolloutDataModule(LightningDataModule):
         source.format.check(source.tokenizer, source.tokenizer.name_or_path)
         if self._all is None:
             self._load(source)
+        self._sampler = None
         if stage == "fit":
             self._check_batch_size()
+            dataset = PromptDataset(self._train)
+            self._sampler = PromptSampler(dataset, self.batch_size, self._world_size, self._rank, self.seed)
         elif stage in ("validate", "test") and not self._val:
             raise UserError(f"nothing to {stage} on: set --data.val_size above 0 or --data.val_prompts")
 
@@ -181,15 +185,34 @@ class RolloutDataModule(LightningDataModule):
 
     def train_dataloader(self) -> StatefulDataLoader:
         """Batches of `batch_size` / ranks prompts, reshuffled every epoch, resumable in the middle of one."""
-        dataset = PromptDataset(self._train)
-        sampler = PromptSampler(dataset, self.batch_size, self._world_size, self._rank, self.seed)
+        assert self._sampler is not None
+        sampler = self._sampler
         return StatefulDataLoader(
-            dataset,
+            sampler.dataset,
             batch_size=self.batch_size // self._world_size,
             sampler=sampler,
             collate_fn=lambda prompts: LoadedPrompts(prompts, epoch=sampler.epoch),
             drop_last=True,
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where training stands in the prompts, for the checkpoint.
+
+        Lightning saves the loader's state too, but does not load it when a run goes on at the start of an epoch.
+        """
+        return {} if self._sampler is None else self._sampler.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on with the prompts where a checkpoint stood; other stages than fit start from the first prompt.
+
+        Args:
+            state_dict: what `state_dict` returned.
+
+        Raises:
+            UserError: the checkpoint belongs to other prompts, another batch size or another seed.
+        """
+        if self._sampler is not None:
+            self._sampler.load_state_dict(state_dict)
 
     def val_dataloader(self) -> DataLoader[Prompt] | list[DataLoader[Prompt]]:
         """The held-out prompts, as many samples a batch as in training; no loader if there are none."""
@@ -201,7 +224,7 @@ class RolloutDataModule(LightningDataModule):
             dataset, num_replicas=self._world_size, rank=self._rank, shuffle=False
         )
         batch_size = max(1, self.batch_size * self.group_size // self._world_size)
-        return DataLoader(dataset, batch_size, sampler=sampler, collate_fn=_collate_held_out)
+        return DataLoader(dataset, batch_size=batch_size, sampler=sampler, collate_fn=_collate_held_out)
 
     def test_dataloader(self) -> DataLoader[Prompt] | list[DataLoader[Prompt]]:
         """The same as `val_dataloader`."""
@@ -210,7 +233,7 @@ class RolloutDataModule(LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Prompt]:
         """All prompts that are short enough, in the order of their rows; Lightning spreads them over the ranks."""
         batch_size = max(1, self.batch_size // self._world_size)
-        return DataLoader(PromptDataset(self._all or []), batch_size, collate_fn=_collate_held_out)
+        return DataLoader(PromptDataset(self._all or []), batch_size=batch_size, collate_fn=_collate_held_out)
 
     # ---------------------------------------------------------------- rollouts
 

@@ -181,8 +181,8 @@ def _pick_column(found: Sequence[str], column: str | None, source: str) -> str:
 
 
 def _read_parquet(path: Path, column: str | None) -> tuple[str, _Cells]:
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
+    import pyarrow
+    import pyarrow.parquet
 
     try:
         column = _pick_column(pyarrow.parquet.read_schema(path).names, column, str(path))
@@ -252,7 +252,7 @@ def _read_csv_rows(file: TextIO, path: Path, column: str | None) -> tuple[str, _
 
 
 def _read_hub(name: str, column: str | None) -> tuple[str, _Cells]:
-    import datasets  # type: ignore[import-untyped]
+    import datasets
 
     try:
         rows = datasets.load_dataset(name, split="train")

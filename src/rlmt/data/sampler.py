@@ -52,10 +52,14 @@ def _stable_hash(*parts: object) -> int:
 
 
 class PromptSampler(DistributedSampler[int]):
-    """Positions of this rank's training prompts, reshuffled every epoch, resumable within one.
+    """Positions of this rank's training prompts: one pass after the other, each in a new order.
 
-    Global batch k of an epoch holds the same prompts on any number of ranks. The prompts left over after the last whole
-    batch sit out that epoch. It is a `DistributedSampler` so that Lightning leaves it as it is and sets the epoch.
+    What comes next depends on nothing but the number of prompts drawn so far, so a resumed run goes on exactly where it
+    stopped, whether within a pass or between two. Lightning's own epoch number is not used: it skips one when a run
+    with `max_steps` is resumed from a checkpoint written at the end of an epoch (lightning 2.6).
+
+    Global batch k of a pass holds the same prompts on any number of ranks. The prompts left over after the last whole
+    batch sit out that pass. It is a `DistributedSampler` so that Lightning puts none of its own in its place.
 
     Args:
         dataset: the training prompts.
@@ -68,48 +72,50 @@ class PromptSampler(DistributedSampler[int]):
     def __init__(self, dataset: PromptDataset, batch_size: int, num_replicas: int, rank: int, seed: int) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=True, seed=seed, drop_last=True)
         self._keys = dataset.keys
-        self._fingerprint = f"{seed}:{dataset.fingerprint()}"
+        self._fingerprint = f"{seed}/{batch_size}/{dataset.fingerprint()}"
         self.total_size = len(dataset) // batch_size * batch_size
         self.num_samples = self.total_size // num_replicas
-        self._position = 0  # prompts given out by this rank in this epoch
-        self._resume_at = 0  # where the next iteration starts
+        self._drawn = 0  # by this rank, over all passes
+        self._order: tuple[int, list[int]] | None = None  # the pass it belongs to, this rank's positions
 
     def set_epoch(self, epoch: int) -> None:
-        """Moves to an epoch; a position in another epoch is forgotten, so no epoch starts half-way or is empty."""
-        if epoch != self.epoch:
-            self.epoch = epoch
-            self._position = self._resume_at = 0
+        """Does nothing: passes are counted by the prompts drawn.
+
+        Args:
+            epoch: Lightning's count.
+        """
 
     def __iter__(self) -> Iterator[int]:
-        # A generator, so that the epoch is read at the first prompt: Lightning makes the iterator before it sets it.
-        order = shuffled(self._keys, self.seed, f"epoch {self.epoch}")[: self.total_size]
-        mine = order[self.rank :: self.num_replicas]
-        start, self._resume_at = self._resume_at, 0
-        for position in range(start, len(mine)):
-            self._position = position + 1
-            yield mine[position]
+        for _ in range(self.num_samples):
+            self.epoch, position = divmod(self._drawn, self.num_samples)
+            self._drawn += 1
+            yield self._order_of(self.epoch)[position]
+
+    def _order_of(self, epoch: int) -> list[int]:
+        if self._order is None or self._order[0] != epoch:
+            everyone = shuffled(self._keys, self.seed, f"epoch {epoch}")[: self.total_size]
+            self._order = epoch, everyone[self.rank :: self.num_replicas]
+        return self._order[1]
 
     def __len__(self) -> int:
         return self.num_samples
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the epoch stands, counted over all ranks (rank 0's state is loaded by every rank)."""
-        return {
-            "epoch": self.epoch,
-            "position": self._position * self.num_replicas,
-            "fingerprint": self._fingerprint,
-        }
+        """How many prompts were drawn, counted over all ranks: rank 0's state is loaded by every rank."""
+        return {"drawn": self._drawn * self.num_replicas, "fingerprint": self._fingerprint}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes to where a saved epoch stood.
+        """Goes on from a saved state, on any number of ranks.
+
+        Args:
+            state_dict: what `state_dict` returned.
 
         Raises:
-            UserError: the state belongs to other prompts or another seed.
+            UserError: the state belongs to other prompts, another batch size or another seed.
         """
         if state_dict["fingerprint"] != self._fingerprint:
             raise UserError(
-                "the checkpoint was made with other training prompts or another --data.seed: resume with the same data "
-                "options, or start afresh without --ckpt_path"
+                "the checkpoint was made with other training prompts, another --data.batch_size or another --data.seed:"
+                " resume with the same data options, or start afresh without --ckpt_path"
             )
-        self.epoch = state_dict["epoch"]
-        self._position = self._resume_at = state_dict["position"] // self.num_replicas
+        self._drawn = state_dict["drawn"] // self.num_replicas

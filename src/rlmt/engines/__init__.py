@@ -1,1 +1,7 @@
-"""engines"""
+"""Engines: whatever draws samples from the policy. Importing this package imports no vLLM."""
+
+from rlmt.engines.base import Engine
+from rlmt.engines.transformers import TransformersEngine
+from rlmt.engines.vllm import VLLMEngine
+
+__all__ = ["Engine", "TransformersEngine", "VLLMEngine"]

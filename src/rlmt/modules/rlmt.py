@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -122,13 +121,22 @@ class RLMTModule(LightningModule):
         self.format.check(self.tokenizer, self.policy_path)
         self.reward.check()
         if stage == "fit":
-            data = getattr(self.trainer, "datamodule", None)
+            data: Any = getattr(self.trainer, "datamodule", None)
             if data is not None:
                 self.algorithm.check(data.group_size)
+                self._check_minibatches(data.batch_size * data.group_size)
         if self.trainer.ckpt_path:
             saved = Path(self.trainer.ckpt_path).parent / "policy"
             if (saved / "thinking_format.json").is_file():
                 self._check_format(ThinkingFormat.load(saved), str(self.trainer.ckpt_path))
+
+    def _check_minibatches(self, samples: int) -> None:
+        parts = self.algorithm.minibatches
+        if samples % parts:
+            raise UserError(
+                f"--model.algorithm.minibatches is {parts}: it does not divide the {samples} samples of a step "
+                "(--data.batch_size × --data.group_size); make it a divisor."
+            )
 
     def configure_model(self) -> None:
         """Loads the policy, the reference (a frozen copy, only if the objective wants it) and the reward."""

@@ -1,0 +1,226 @@
+"""Samples from the training policy itself, with plain transformers: runs anywhere, needs no copy of the weights.
+
+Each sample takes its random numbers from a generator of its own, one uniform number a token, so a sample depends on its
+prompt, its seed and the weights, and not on the samples beside it. `model.generate` is not used, because it mixes the
+policy's `generation_config` into every setting and keeps computing samples that have ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlmt.engines.base import Engine
+from rlmt.engines.limits import room
+from rlmt.types import FinishReason, SampleRequest, Samples, Sampling
+
+
+@dataclass
+class _Row:
+    """One sample on its way."""
+
+    prompt_ids: list[int]
+    seed: int
+    limit: int
+    """Most tokens that it may get."""
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish: FinishReason | None = None
+
+
+class TransformersEngine(Engine):
+    """Draws samples from the live policy in eval mode, in padded batches with a key-value cache.
+
+    Args:
+        tokens_per_batch: most tokens of one batch, (longest prompt + max_new_tokens) × samples; bounds the memory of
+            the cache. A single sample may exceed it.
+    """
+
+    def __init__(self, tokens_per_batch: int = 65536) -> None:
+        self.tokens_per_batch = tokens_per_batch
+        self._policy: PreTrainedModel | None = None
+
+    def start(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_model_len: int) -> None:
+        """Takes a reference to the policy.
+
+        Args:
+            policy: the trainer's policy; sampled from as it is at each `generate`.
+            tokenizer: the policy's tokenizer; finds the stop strings.
+            max_model_len: longest prompt + completion in tokens.
+        """
+        self._policy, self._tokenizer, self._max_model_len = policy, tokenizer, max_model_len
+
+    def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Records the version; the policy's weights are already here, so `weights` is not read."""
+        self.version = version
+
+    @torch.no_grad()  # not inference_mode: buffers that the policy makes here must be usable in training
+    def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Samples:
+        """Samples every request once per seed.
+
+        Args:
+            requests: prompts as tokens, each with its seeds.
+            sampling: temperature, limits and stops; nothing else ends a sample, not even the end-of-text token.
+
+        Returns:
+            Samples in the requests' order. At temperature 0 the log-probs are at temperature 1.
+
+        Raises:
+            UserError: a prompt leaves no room for a token within max_model_len.
+            RuntimeError: no weights were synced.
+        """
+        if self._policy is None or self.version is None:
+            raise RuntimeError("TransformersEngine holds no weights: start and sync before generate")
+        rows = [
+            _Row(ids, seed, min(sampling.max_new_tokens, room(len(ids), self._max_model_len)))
+            for ids, seed in ((request.prompt_ids, seed) for request in requests for seed in request.seeds)
+        ]
+        with _evaluating(self._policy):
+            for batch in self._batches(rows, sampling.max_new_tokens):
+                self._sample(self._policy, batch, sampling)
+        return Samples(
+            completion_ids=[row.ids for row in rows],
+            logprobs=[row.logprobs for row in rows],
+            finish=[row.finish for row in rows if row.finish is not None],
+            weight_version=self.version,
+        )
+
+    def close(self) -> None:
+        """Lets go of the policy."""
+        self._policy = self.version = None
+
+    def _batches(self, rows: list[_Row], max_new_tokens: int) -> Iterator[list[_Row]]:
+        """Rows in batches of similar prompt length, longest first, so that memory runs out at once or never."""
+        batch: list[_Row] = []
+        for row in sorted(rows, key=lambda row: len(row.prompt_ids), reverse=True):
+            longest = len((batch or [row])[0].prompt_ids) + max_new_tokens
+            if batch and (len(batch) + 1) * longest > self.tokens_per_batch:
+                yield batch
+                batch = []
+            batch.append(row)
+        if batch:
+            yield batch
+
+    def _sample(self, policy: PreTrainedModel, rows: list[_Row], sampling: Sampling) -> None:
+        """Samples one batch to its end; rows leave the batch as they end."""
+        device = policy.device
+        cache = DynamicCache(config=policy.config)
+        logits, mask = _prefill(policy, cache, rows)
+        uniforms = torch.stack([_uniforms(row.seed, sampling.max_new_tokens) for row in rows]).to(device)
+        for step in range(sampling.max_new_tokens):
+            tokens, logprobs = _draw(logits, uniforms[:, step], sampling)
+            for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
+                row.ids.append(token)
+                row.logprobs.append(logprob)
+                row.finish = self._finish(row, sampling)
+            going = [i for i, row in enumerate(rows) if row.finish is None]
+            if not going:
+                return
+            if len(going) < len(rows):
+                index = torch.tensor(going, device=device)
+                cache.batch_select_indices(index)
+                rows = [rows[i] for i in going]
+                tokens, mask, uniforms = tokens[index], mask[index], uniforms[index]
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            positions = mask.sum(1, keepdim=True) - 1
+            logits = policy(
+                input_ids=tokens[:, None],
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
+
+    def _finish(self, row: _Row, sampling: Sampling) -> FinishReason | None:
+        """Why the row ends with its newest token, or None."""
+        if row.ids[-1] in sampling.stop_token_ids:
+            return FinishReason.STOP
+        if sampling.stop:
+            # The newest token completed a stop string if the last tokens hold one. A token that is not empty adds a
+            # byte at least, so that many tokens are enough; a few more, for a character cut at the window's start.
+            window = max(len(stop.encode()) for stop in sampling.stop) + 8
+            text = self._tokenizer.decode(row.ids[-window:], skip_special_tokens=False)
+            if any(stop in text for stop in sampling.stop):
+                return FinishReason.STOP
+        return FinishReason.LENGTH if len(row.ids) >= row.limit else None
+
+
+def _prefill(policy: PreTrainedModel, cache: DynamicCache, rows: list[_Row]) -> tuple[Tensor, Tensor]:
+    """Computes each different prompt of the batch once and fills the cache for all rows.
+
+    Returns:
+        Logits [rows, vocabulary] of the first completion token, and the attention mask [rows, longest prompt] with
+        prompts at its right edge.
+    """
+    order: dict[tuple[int, ...], int] = {}
+    for row in rows:
+        order.setdefault(tuple(row.prompt_ids), len(order))
+    longest = max(map(len, order))
+    ids = torch.zeros(len(order), longest, dtype=torch.long)
+    mask = torch.zeros(len(order), longest, dtype=torch.long)
+    for prompt, number in order.items():
+        ids[number, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[number, longest - len(prompt) :] = 1
+    ids, mask = ids.to(policy.device), mask.to(policy.device)
+    logits = policy(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
+    index = torch.tensor([order[tuple(row.prompt_ids)] for row in rows], device=policy.device)
+    cache.batch_select_indices(index)
+    return logits[index], mask[index]
+
+
+def _uniforms(seed: int, count: int) -> Tensor:
+    """[count] float64 numbers in [0, 1) that depend on the seed alone."""
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Draws one token a row by inverting the cumulative distribution at the row's uniform number.
+
+    Args:
+        logits: [rows, vocabulary].
+        uniforms: [rows] float64 in [0, 1).
+        sampling: temperature and nucleus.
+
+    Returns:
+        tokens [rows] int64 and their log-probs [rows] float32 at the sampling temperature, within the nucleus.
+    """
+    greedy = sampling.temperature == 0
+    logprobs = torch.log_softmax(logits.float() / (1.0 if greedy else sampling.temperature), dim=-1)
+    if greedy:
+        tokens = logprobs.argmax(-1)
+    else:
+        if sampling.top_p < 1:
+            probs, order = logprobs.exp().sort(dim=-1, descending=True)
+            outside = probs.cumsum(-1) - probs >= sampling.top_p  # mass before the token: the first one always stays
+            logprobs = logprobs.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), -torch.inf)
+            logprobs = torch.log_softmax(logprobs, dim=-1)
+        cumulative = logprobs.double().exp().cumsum(-1)
+        targets = uniforms[:, None] * cumulative[:, -1:]
+        # right=True skips tokens of no mass; the clamp is for a product rounded up to the whole mass.
+        tokens = torch.searchsorted(cumulative, targets, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+
+
+@contextmanager
+def _evaluating(policy: PreTrainedModel) -> Iterator[None]:
+    """Eval mode, then each module's own mode again: a frozen part may be in eval mode while the rest trains."""
+    modes = [(module, module.training) for module in policy.modules()]
+    for module, _ in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,150 @@
+"""Turns a checkpoint into a Hugging Face folder that transformers and vLLM load.
+
+A checkpoint of rlmt holds the policy's weights under `state_dict["policy.<name>"]` and says under `rlmt` where the
+policy began and in which format it thinks. Everything else that a folder needs (config, tokenizer, chat template) is
+written once a run beside the checkpoints, in `policy/`, by `save_policy_assets`; so an export needs neither the initial
+model nor the network nor a GPU. Weights are read lazily and go out with the bits they came in with, unless a dtype is
+asked for.
+"""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rlmt.errors import UserError
+from rlmt.models.loading import load_config, load_tokenizer
+from rlmt.thinking import ThinkingFormat
+
+ASSETS = "policy"
+"""Folder beside a run's checkpoints with all of the policy but its weights."""
+
+_PREFIX = "policy."
+
+
+def save_policy_assets(
+    folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, format: ThinkingFormat
+) -> None:
+    """Writes all that a policy's folder holds but the weights.
+
+    Args:
+        folder: Where to; made if it is missing.
+        config: The policy's config.
+        tokenizer: Its tokenizer, with the chat template.
+        format: How it thinks; its stop tokens become the generation config's.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    generation = GenerationConfig(  # type: ignore[no-untyped-call]
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=list(format.stop_token_ids(tokenizer)),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    generation.save_pretrained(folder)
+    format.save(folder)
+
+
+def export(ckpt: Path, out: Path, dtype: Literal["float32", "bfloat16", "float16"] | None = None) -> None:
+    """Turns a checkpoint into a Hugging Face folder: weights, config, tokenizer, chat template and thinking format.
+
+    Args:
+        ckpt: Checkpoint of a run, in the folder where the run wrote it: a file, or a folder of shards.
+        out: Folder to write; must be new or empty.
+        dtype: Precision of the exported weights; by default the one they were trained in.
+
+    Raises:
+        UserError: If the checkpoint is missing, damaged or not one of rlmt, the files beside it are missing or do not
+            belong to its weights, or `out` is not empty.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is there already; name a new folder to export to")
+    if not ckpt.exists():
+        raise UserError(f"{ckpt}: no such checkpoint")
+    assets = ckpt.parent / ASSETS
+    if not assets.is_dir():
+        raise UserError(f"{assets}: not found; export the checkpoint from the folder where its run wrote it")
+    checkpoint = _read_sharded(ckpt) if ckpt.is_dir() else _read(ckpt)
+    if not isinstance(checkpoint, dict) or "rlmt" not in checkpoint or "state_dict" not in checkpoint:
+        raise UserError(f"{ckpt}: is not a checkpoint of `rlmt fit`")
+    format = ThinkingFormat.from_dict(checkpoint["rlmt"]["format"])
+    weights = {
+        name.removeprefix(_PREFIX): tensor
+        for name, tensor in checkpoint["state_dict"].items()
+        if name.startswith(_PREFIX)
+    }
+    if dtype is not None:
+        target: torch.dtype = getattr(torch, dtype)
+        weights = {name: t.to(target) if t.is_floating_point() else t for name, t in weights.items()}
+    model = _assemble(load_config(assets), weights, ckpt)
+    tokenizer = load_tokenizer(assets)
+    save_policy_assets(out, model.config, tokenizer, format)
+    model.generation_config = GenerationConfig.from_pretrained(out)
+    # Last, so that a folder with weights is a whole one.
+    model.save_pretrained(out)
+    print(f"{out}: {type(model).__name__}, {model.num_parameters():,} parameters in {model.dtype}")
+
+
+def _assemble(config: PretrainedConfig, weights: Mapping[str, Tensor], ckpt: Path) -> PreTrainedModel:
+    """The model of `config` holding `weights` themselves, without a copy; no weight is ever made up."""
+    with torch.device("meta"):
+        auto: Any = AutoModelForCausalLM
+        model: PreTrainedModel = auto.from_config(config).eval()
+    wanted = model.state_dict()
+    for name, tensor in weights.items():
+        if name in wanted and tensor.shape != wanted[name].shape:
+            shapes = f"{tuple(tensor.shape)}, the config beside it wants {tuple(wanted[name].shape)}"
+            raise UserError(f"{ckpt}: {name} has shape {shapes}; use the folder {ASSETS}/ that the same run wrote")
+    found = model.load_state_dict(weights, strict=False, assign=True)
+    # Tying again makes tied weights one tensor, which is then written once.
+    model.tie_weights()
+    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if left or found.unexpected_keys:
+        name, what = (left[0], "missing from") if left else (found.unexpected_keys[0], "unknown to the config beside")
+        raise UserError(f"{ckpt}: {name} is {what} it; use the folder {ASSETS}/ that the same run wrote")
+    return model
+
+
+def _read(ckpt: Path) -> dict[str, Any]:
+    """Reads a checkpoint file without running any code in it; tensors stay on disk until they are used."""
+    try:
+        return cast(dict[str, Any], torch.load(ckpt, map_location="cpu", weights_only=True, mmap=True))
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{ckpt}: is damaged, or holds objects other than tensors and plain values") from error
+    except (RuntimeError, EOFError) as error:
+        raise UserError(f"{ckpt}: is damaged (cut short?) or not a checkpoint; use an earlier one") from error
+
+
+def _read_sharded(ckpt: Path) -> dict[str, Any]:
+    """Reads a folder that FSDP wrote, on one process: the weights from its shards, the rest from meta.pt."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    if not ((ckpt / ".metadata").is_file() and (ckpt / "meta.pt").is_file()):
+        raise UserError(f"{ckpt}: is a folder, but not a sharded checkpoint (.metadata and meta.pt are not in it)")
+    reader = FileSystemReader(ckpt)
+    prefix = f"state_dict.{_PREFIX}"
+    flat: dict[str, Any] = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*single process.*")
+        load(flat, storage_reader=reader, no_dist=True)
+    weights = {name.removeprefix("state_dict."): tensor for name, tensor in flat.items()}
+    return {**_read(ckpt / "meta.pt"), "state_dict": weights}

@@ -1,0 +1,165 @@
+"""The commands as a user types them: runs, composed configs, and mistakes told in one line."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rlmt.cli import main, resolve_configs
+from rlmt.models import loading
+
+BASE = ["--config", "configs/base.yaml", "--config", "configs/grpo.yaml", "--config", "configs/tiny.yaml"]
+Command = Callable[..., list[str]]
+
+
+@pytest.fixture
+def command(tiny: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """`command("fit", "--data.x", "1")`: arguments of a run on tiny models, in an empty folder, without vLLM."""
+    monkeypatch.chdir(tmp_path)
+
+    def arguments(name: str, *more: object) -> list[str]:
+        options = {
+            "--model.policy": tiny / "policy",
+            "--model.reward.model": tiny / "reward",
+            "--data.prompts": prompts_file,
+            "--data.engine": "TransformersEngine",
+            "--data.batch_size": 4,
+            "--data.group_size": 4,
+            "--data.max_prompt_tokens": 256,
+            "--data.max_new_tokens": 12,
+            "--data.val_size": 4,
+            "--trainer.max_steps": 2,
+            "--trainer.default_root_dir": tmp_path / "run",
+            "--trainer.enable_progress_bar": "false",
+        }
+        flat = [str(word) for pair in options.items() for word in pair]
+        return [name, *BASE, *flat, *map(str, more)]
+
+    return arguments
+
+
+def metrics(run: Path, version: int = 0) -> list[dict[str, str]]:
+    with (run / f"version_{version}" / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_fit_validate_predict_export_and_resume(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert main(command("fit", "--model.format", "no_think")) == 0
+    rows = [row for row in metrics(run) if row.get("reward/mean")]
+    assert len(rows) == 2
+    for name in ("length/response_mean", "policy/kl", "engine/mismatch_kl", "engine/weight_version", "time/rollout_s"):
+        assert all(row[name] for row in rows), name
+    assert [float(row["engine/weight_version"]) for row in rows] == [0.0, 1.0]
+    assert (run / "version_0" / "curves.png").stat().st_size > 10_000
+    assert str(run / "version_0" / "curves.png") in capsys.readouterr().out.replace("\n", "")
+    saved = yaml.safe_load((run / "version_0" / "config.yaml").read_text())
+    assert saved["model"]["init_args"]["format"] == "no_think"
+
+    last = run / "checkpoints" / "last.ckpt"
+    form = json.loads((run / "checkpoints" / "policy" / "thinking_format.json").read_text())
+    assert form["name"] == "no_think"
+
+    resumed = command("fit", "--model.format", "no_think", "--trainer.max_steps", 3, "--ckpt_path", "last")
+    assert main(resumed) == 0
+    (row,) = [row for row in metrics(run, 1) if row.get("reward/mean")]
+    assert float(row["engine/weight_version"]) == 2.0
+
+    for name in ("validate", "test"):
+        assert main(command(name, "--model.format", "no_think", "--ckpt_path", last)) == 0
+        assert ("val" if name == "validate" else "test") + "/reward_mean" in capsys.readouterr().out
+    assert main(command("predict", "--model.format", "no_think", "--ckpt_path", last)) == 0
+    assert list(run.rglob("predictions.parquet"))
+
+    assert main(["export", str(last), str(tmp_path / "model")]) == 0
+    assert loading.load_policy(str(tmp_path / "model"), "float32").num_parameters() > 0
+
+
+def test_a_checkpoint_of_another_format_is_refused(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command("fit", "--model.format", "no_think", "--trainer.max_steps", 1)) == 0
+    capsys.readouterr()
+    forbid_loading(monkeypatch)
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert main(command("fit", "--model.format", "think", "--ckpt_path", last)) == 2
+    message = one_line(capsys)
+    assert "last.ckpt" in message and "no_think" in message and "--model.format" in message
+
+
+def forbid_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any attempt to read a policy's weights fails the test."""
+
+    def load(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(loading, "load_policy", load)
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line of error."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rlmt: error")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+BAD = {
+    "unknown key": (["--model.typo", "1"], ["--model.typo", "RLMTModule"]),
+    "unknown nested key": (["--model.algorithm.clip_hihg", "1"], ["clip_hihg", "GRPO"]),
+    "unknown option": (["--trainr.max_steps", "1"], ["--trainr.max_steps"]),
+    "wrong type": (["--trainer.max_steps", "many"], ["--trainer.max_steps", "many"]),
+    "unknown format": (["--model.format", "thinking"], ["--model.format", "zero_think"]),
+    "missing config": (["--config", "nowhere.yaml"], ["nowhere.yaml", "grpo"]),
+    "missing prompts": (["--data.prompts", "nowhere.jsonl"], ["nowhere.jsonl"]),
+    "wrong column": (["--data.column", "question"], ["question", "prompt"]),
+    "missing policy": (["--model.policy", "runs/tiny/policy"], ["runs/tiny/policy", "rlmt tiny"]),
+    "missing reward": (["--model.reward.model", "runs/tiny/reward"], ["runs/tiny/reward", "rlmt tiny"]),
+    "group of one": (["--data.group_size", "1"], ["--data.group_size", "standard deviation"]),
+    "minibatches": (["--model.algorithm.minibatches", "3"], ["--model.algorithm.minibatches", "16"]),
+    "context": (["--data.max_new_tokens", "100000"], ["--data.max_prompt_tokens", "--data.max_new_tokens", "context"]),
+    "no vllm": (["--data.engine", "VLLMEngine"], ["vllm", "install"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_mistake_is_one_line_before_any_model_is_loaded(
+    case: str, command: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import importlib.util
+
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else find_spec(name, *rest)
+    )
+    forbid_loading(monkeypatch)
+    options, named = BAD[case]
+    assert main(command("fit", *options)) == 2
+    message = one_line(capsys)
+    assert all(word in message for word in named), message
+
+
+def test_a_mistake_in_a_config_file_names_its_key(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.yaml").write_text("model: {init_args: {algorithm: {init_args: {kl_koef: 1}}}}")
+    assert main(command("fit", "--config", "mine.yaml")) == 2
+    assert "--model.algorithm.kl_koef" in one_line(capsys)
+
+
+def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train"]) == 2
+    assert "'train'" in one_line(capsys)
+
+
+def test_shipped_configs_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    short = resolve_configs(["--config", "grpo", "--config=configs/base.yaml", "--x", "--config"])
+    assert [Path(word.removeprefix("--config=")).name for word in short] == ["--config", "grpo.yaml", "base.yaml", "--x", "--config"]
+    assert Path(short[1]).is_file()
+    (tmp_path / "grpo").write_text("{}")
+    assert resolve_configs(["-c", "grpo"]) == ["-c", "grpo"]
