@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from rlmt.cli import main, resolve_configs
 from rlmt.models import loading
 
@@ -159,7 +160,13 @@ def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_shipped_configs_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     short = resolve_configs(["--config", "grpo", "--config=configs/base.yaml", "--x", "--config"])
-    assert [Path(word.removeprefix("--config=")).name for word in short] == ["--config", "grpo.yaml", "base.yaml", "--x", "--config"]
+    assert [Path(word.removeprefix("--config=")).name for word in short] == [
+        "--config",
+        "grpo.yaml",
+        "base.yaml",
+        "--x",
+        "--config",
+    ]
     assert Path(short[1]).is_file()
     (tmp_path / "grpo").write_text("{}")
     assert resolve_configs(["-c", "grpo"]) == ["-c", "grpo"]

@@ -20,7 +20,7 @@ usage: rlmt COMMAND [options]
   export    turn a checkpoint into a Hugging Face folder: rlmt export CKPT OUT
   tiny      make small random models to try everything out on a laptop: rlmt tiny [OUT] [--corpus FILE]
 
-Configs are composed, later ones win: --config takes a file or the name of a shipped one (base, grpo, think, no_think, …).
+Configs are composed, later ones win: --config takes a file or the name of a shipped one (base, grpo, no_think, …).
 Every key of a config is an option, too: --model.format no_think --data.prompts my.jsonl --trainer.max_steps 20
 `rlmt COMMAND --help` tells more."""
 
@@ -100,24 +100,16 @@ def _lightning(command: str, args: list[str]) -> int:
 
 def _export(command: str, args: list[str]) -> int:
     from rlmt.export import export
+    from rlmt.parsing import run_function
 
-    return _call(command, export, args)
+    return run_function(command, export, args)
 
 
 def _tiny(command: str, args: list[str]) -> int:
+    from rlmt.parsing import run_function
     from rlmt.tiny import make_tiny
 
-    return _call(command, make_tiny, args)
-
-
-def _call(command: str, function: Callable[..., object], args: list[str]) -> int:
-    """Runs a function whose options are its arguments."""
-    from rlmt.parsing import Parser
-
-    parser = Parser(prog=f"rlmt {command}", description=(function.__doc__ or "").split("\n")[0])
-    parser.add_function_arguments(function, as_positional=True)
-    function(**parser.instantiate_classes(parser.parse_args(args)).as_dict())
-    return 0
+    return run_function(command, make_tiny, args, optional_positional="out")
 
 
 _COMMANDS: dict[str, Callable[[str, list[str]], int]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -20,6 +21,18 @@ import rlmt.modules
 import rlmt.rewards  # noqa: F401 - imported so that their classes can be named without a module path
 from rlmt.errors import UserError
 from rlmt.parsing import Parser
+from rlmt.thinking import FILE_NAME, ThinkingFormat
+
+KEYWORDS = ("last", "best", "hpc", "registry")
+"""Values of `--ckpt_path` that Lightning resolves itself."""
+
+QUIET = (
+    ".*does not have many workers.*",  # loaders yield text; rollouts are drawn elsewhere
+    ".*module\\(s\\) in eval mode at the start of training.*",  # the reference and the reward, on purpose
+    ".*Checkpoint directory .* exists and is not empty.*",  # resuming is the ordinary case
+    ".*set_vital.*",
+)
+"""Warnings of libraries about things that are as they should be."""
 
 
 class RLMTCLI(LightningCLI):
@@ -42,6 +55,24 @@ class RLMTCLI(LightningCLI):
                 callback.dirpath = str(root / "checkpoints")
         return super().instantiate_trainer(logger=loggers, default_root_dir=str(root), **kwargs)
 
+    def check_checkpoint(self) -> None:
+        """Refuses a checkpoint that is not there or has another format, before any model is loaded.
+
+        Raises:
+            UserError: `--ckpt_path` is such a one.
+        """
+        given = self._get(self.config_init, "ckpt_path")
+        if given is None or not hasattr(self.model, "check_format"):
+            return
+        checkpoint = Path(self.trainer.default_root_dir, "checkpoints", "last.ckpt") if given == "last" else Path(given)
+        if not checkpoint.exists() and given not in KEYWORDS:
+            raise UserError(f"--ckpt_path {given}: no such checkpoint; give a .ckpt written by `rlmt fit`, or last.")
+        saved = checkpoint.parent / "policy"
+        if (saved / FILE_NAME).is_file():
+            self.model.check_format(ThinkingFormat.load(saved), f"--ckpt_path {given}")
+
+    before_fit = before_validate = before_test = before_predict = check_checkpoint
+
     def predict(self, **kwargs: Any) -> None:
         """Does not gather predictions in memory: a callback writes them."""
         self.trainer.predict(**{**kwargs, "return_predictions": False})
@@ -54,14 +85,16 @@ def run(args: list[str]) -> int:
         args: the command and its options.
 
     Returns:
-        Exit status: 0, or 130 when interrupted.
+        Exit status.
 
     Raises:
         UserError: a mistake in the configuration or the data.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
+    for message in QUIET:
+        warnings.filterwarnings("ignore", message=message)
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: "litlogger" not in record.getMessage())
     sys.argv = [sys.argv[0]]  # LightningCLI warns of arguments given twice
     RLMTCLI(
         parser_class=Parser,
@@ -72,6 +105,3 @@ def run(args: list[str]) -> int:
         args=args,
     )
     return 0
-
-
-__all__ = ["RLMTCLI", "UserError", "run"]

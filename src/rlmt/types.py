@@ -2,8 +2,8 @@
 
     Prompt → PromptBatch → (engine) RolloutBatch → (module) Experience → (algorithm) TokenBatch + PolicyOutputs
 
-Ragged data stays ragged: tokens of all samples lie end to end in one flat tensor, with `lengths` beside it, so no record
-holds padding. Letters in shapes: P prompts, G samples a prompt, B = P·G samples, T completion tokens of all B samples
+Ragged data stays ragged: tokens of all samples lie end to end in one flat tensor, with `lengths` beside it, so no
+record holds padding. Letters in shapes: P prompts, G samples a prompt, B = P·G samples, T completion tokens of all B samples
 together, t completion tokens of one micro-batch, b samples of one micro-batch.
 """
 
@@ -81,7 +81,7 @@ class FinishReason(StrEnum):
 
 @dataclass
 class Samples:
-    """What an engine returns: B = sum of seeds over requests, in the requests' order, a prompt's samples side by side."""
+    """What an engine returns: B = sum of seeds over requests, a prompt's samples side by side."""
 
     completion_ids: list[list[int]]
     """B ragged lists of sampled tokens, never empty; the stopping token is kept."""
@@ -192,7 +192,7 @@ class Experience:
     engine_logprobs: Tensor
     """[T] float32 log-probs at sampling time."""
     old_logprobs: Tensor | None = None
-    """[T] float32 log-probs under the trainer's weights before the first update; None when one update makes the ratio 1."""
+    """[T] float32 log-probs under the trainer's weights before the first update; None when one update makes it the same."""
     ref_logprobs: Tensor | None = None
     """[T] float32 log-probs under the reference; None when the algorithm does not ask for it."""
     advantages: Tensor | None = None
@@ -230,8 +230,8 @@ class TokenBatch:
     engine_logprobs: Tensor
     """[t] float32."""
     weights: Tensor
-    """[t] float32: each token's share in the loss; over a whole optimizer step they hold the aggregation, so the loss of
-    micro-batches adds up to the loss of the step whatever their size."""
+    """[t] float32: each token's share in the loss; over a whole optimizer step they hold the aggregation, so the loss
+    of micro-batches adds up to the loss of the step whatever their size."""
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from rlmt.algorithms.advantages import group_advantages
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from rlmt.algorithms import GRPO
 from rlmt.errors import UserError
 from rlmt.types import PolicyOutputs, TokenBatch

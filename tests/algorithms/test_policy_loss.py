@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from rlmt.algorithms import policy_loss
 from rlmt.algorithms.policy_loss import KLEstimator
 
@@ -68,7 +69,9 @@ def test_kl_estimators_have_the_true_kl_as_their_mean(estimator: KLEstimator) ->
 
 def test_truncated_importance() -> None:
     trainer = torch.tensor([math.log(0.5), math.log(0.1), math.log(0.9)], requires_grad=True)
-    weights = policy_loss.truncated_importance(trainer, torch.tensor([math.log(0.25), math.log(0.2), math.log(0.1)]), 2.5)
+    weights = policy_loss.truncated_importance(
+        trainer, torch.tensor([math.log(0.25), math.log(0.2), math.log(0.1)]), 2.5
+    )
     torch.testing.assert_close(weights, torch.tensor([2.0, 0.5, 2.5]))
     assert not weights.requires_grad
 
@@ -84,7 +87,11 @@ def test_token_weights() -> None:
 
 def test_masked_samples_weigh_nothing_and_count_in_no_denominator() -> None:
     lengths, mask = torch.tensor([2, 3, 1]), torch.tensor([True, False, True])
-    for how, first, last in (("token_mean", 1 / 3, 1 / 3), ("sequence_mean", 1 / 4, 1 / 2), ("constant", 1 / 20, 1 / 20)):
+    for how, first, last in (
+        ("token_mean", 1 / 3, 1 / 3),
+        ("sequence_mean", 1 / 4, 1 / 2),
+        ("constant", 1 / 20, 1 / 20),
+    ):
         weights = policy_loss.token_weights(lengths, mask, how, 10)  # type: ignore[arg-type]
         torch.testing.assert_close(weights, torch.tensor([first, first, 0.0, 0.0, 0.0, last]))
     assert policy_loss.token_weights(lengths, torch.zeros(3, dtype=torch.bool), "token_mean", 10).sum() == 0

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from rlmt.models.logprobs import collate, linear_logprobs, plan_micro_batches, token_logprobs
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from rlmt.models.logprobs import collate, linear_logprobs, plan_micro_batches, token_logprobs
 
 SHAPE = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 
@@ -44,7 +45,7 @@ def test_each_output_has_a_gradient_of_its_own(which: str) -> None:
 
 
 def test_memory_stays_within_a_few_chunks_of_logits() -> None:
-    """Forward and backward over 4,096 tokens × 8,192 words would hold 128 MiB of logits; chunks of 64 hold 2 MiB a copy."""
+    """Forward and backward over 4,096 tokens × 8,192 words makes 128 MiB of logits; chunks of 64 hold 2 MiB."""
     hidden = torch.randn(4096, 16, requires_grad=True)
     weight = torch.randn(8192, 16, requires_grad=True)
     targets = torch.randint(0, 8192, (4096,))

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from rlmt.algorithms import GRPO
 from rlmt.modules.update import PolicyUpdate, first_pass
 from rlmt.types import Experience, FinishReason, Prompt, RolloutBatch, Sampling, Scores
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 TEMPERATURE = 0.7
 
@@ -17,7 +18,12 @@ TEMPERATURE = 0.7
 def model(seed: int = 0) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.2,
     )
     return LlamaForCausalLM(config)
 

@@ -12,8 +12,9 @@ STD_EPSILON = 1e-6
 def group_advantages(rewards: Tensor, group: Tensor, normalize_std: bool) -> Tensor:
     """Advantage of each sample against its own group (GRPO, arXiv 2402.03300, eq. 21; RLMT, arXiv 2509.20357).
 
-    A_i = r_i - mean(r), divided by std(r) + 1e-6 when `normalize_std`; the standard deviation is the unbiased one. A group
-    whose rewards are all equal has advantage exactly 0: dividing its rounding error by 1e-6 would make noise a signal.
+    A_i = r_i - mean(r), divided by std(r) + 1e-6 when `normalize_std`; the standard deviation is the unbiased one. A
+    group whose rewards are all equal has advantage exactly 0: dividing its rounding error by 1e-6 would make noise a
+    signal.
 
     Args:
         rewards: [B] float.

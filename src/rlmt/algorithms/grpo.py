@@ -16,13 +16,13 @@ from rlmt.types import Experience, PolicyOutputs, TokenBatch
 class GRPO(Algorithm):
     """Group-relative policy optimisation (arXiv 2402.03300) with the RLMT authors' settings as defaults.
 
-    Loss of a token = w · clipped surrogate + kl_coef · KL - entropy_coef · entropy, over thought and response alike, where
-    w is 1 or the truncated importance weight; tokens are added up by `loss_aggregation`.
+    Loss of a token = w · clipped surrogate + kl_coef · KL - entropy_coef · entropy, over thought and response alike,
+    where w is 1 or the truncated importance weight; tokens are added up by `loss_aggregation`.
 
     Args:
-        normalize_std: divide group advantages by the group's standard deviation (the authors' code does, Dr. GRPO does not).
-        loss_aggregation: `token_mean` over the whole optimizer step, `sequence_mean` (what the authors' run computed) or
-            `constant` (Dr. GRPO).
+        normalize_std: divide group advantages by the group's standard deviation (the authors' code does, Dr. GRPO doesn't).
+        loss_aggregation: `token_mean` over the whole optimizer step, `sequence_mean` (what the authors' run computed)
+            or `constant` (Dr. GRPO).
         clip_low: clip range below a ratio of 1.
         clip_high: clip range above it.
         dual_clip: bound for negative advantages, or null.
@@ -105,9 +105,7 @@ class GRPO(Algorithm):
         now = outputs.logprobs.detach()
         old = now if batch.old_logprobs is None else batch.old_logprobs
         log_ratio = outputs.logprobs - old
-        loss = policy_loss.clipped_surrogate(
-            log_ratio, batch.advantages, self.clip_low, self.clip_high, self.dual_clip
-        )
+        loss = policy_loss.clipped_surrogate(log_ratio, batch.advantages, self.clip_low, self.clip_high, self.dual_clip)
         if self.importance_cap is not None:
             loss = loss * policy_loss.truncated_importance(old, batch.engine_logprobs, self.importance_cap)
         loss = loss - self.entropy_coef * outputs.entropy

@@ -113,8 +113,8 @@ class VLLMEngine(Engine):
             self.close()
             reason = " ".join(str(error).split())[:400] or type(error).__name__
             raise UserError(
-                f"VLLMEngine cannot start: {reason}; change the options under data.engine or use "
-                "--data.engine TransformersEngine"
+                f"VLLMEngine cannot start: {reason}; change its options (memory: gpu_memory_utilization, on CPU "
+                "cpu_kv_cache_gib) or use --data.engine TransformersEngine"
             ) from error
 
     def _launch(self, folder: str, dtype: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -87,8 +87,9 @@ def token_logprobs(model: PreTrainedModel, batch: MicroBatch, temperature: float
     Returns:
         [t] float32 each, with gradients if they are enabled.
     """
-    hidden = model.get_decoder()(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-    head = model.get_output_embeddings()
+    untyped = cast(Any, model)
+    hidden = untyped.get_decoder()(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    head = untyped.get_output_embeddings()
     chunk = max(1, LOGITS_PER_CHUNK // head.weight.shape[0])
     return linear_logprobs(hidden[batch.rows, batch.columns], head.weight, batch.targets, temperature, chunk)
 
@@ -106,7 +107,7 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature
     Returns:
         [t] float32 log-probs and entropies in nats.
     """
-    logprobs, entropy = _LinearLogprobs.apply(hidden, weight, targets, temperature, chunk)
+    logprobs, entropy = cast(Any, _LinearLogprobs).apply(hidden, weight, targets, temperature, chunk)
     return PolicyOutputs(logprobs, entropy)
 
 

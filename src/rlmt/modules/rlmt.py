@@ -41,9 +41,9 @@ class RLMTModule(LightningModule):
         format: how thoughts are written: think, no_think, zero_think, zero_no_think, or a ThinkingFormat with options.
         optimizer: made from the trainable parameters.
         scheduler: made from the optimizer and stepped after each of its steps; null keeps the learning rate constant.
-        malformed: what becomes of a completion that is not well formed: `penalty` gives it `malformed_reward`, `null` scores
-            the text "[NULL]" in its place (the paper's strict mode), `score_all` scores all of it, thought included (the
-            paper's non-strict mode).
+        malformed: what becomes of a completion that is not well formed: `penalty` gives it `malformed_reward`, `null`
+            scores the text "[NULL]" in its place (the paper's strict mode), `score_all` scores all of it, thought
+            included (the paper's non-strict mode).
         malformed_reward: reward of a malformed completion under `penalty`; never above the worst well-formed one.
         tokens_per_micro_batch: tokens, prompt and padding included, that one forward and backward holds.
         max_grad_norm: the gradient is clipped to this norm.
@@ -73,7 +73,9 @@ class RLMTModule(LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.strict_loading = False  # frozen models are not in the checkpoint; `load_state_dict` checks the policy itself
+        self.strict_loading = (
+            False  # frozen models are not in the checkpoint; `load_state_dict` checks the policy itself
+        )
         for option, value in {"tokens_per_micro_batch": tokens_per_micro_batch, "max_grad_norm": max_grad_norm}.items():
             if value <= 0:
                 raise UserError(f"--model.{option} is {value}: it must be positive.")
@@ -111,7 +113,7 @@ class RLMTModule(LightningModule):
 
     def policy_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The policy's weights under their Hugging Face names; tied ones under both."""
-        # state_dict and not named_parameters: the latter names tied weights once, and an engine's head would stay stale.
+        # state_dict and not named_parameters: the latter names tied weights once, and an engine's head would go stale.
         return iter(self._policy.state_dict().items())
 
     # Setting up -------------------------------------------------------------------------------------------------------
@@ -125,10 +127,6 @@ class RLMTModule(LightningModule):
             if data is not None:
                 self.algorithm.check(data.group_size)
                 self._check_minibatches(data.batch_size * data.group_size)
-        if self.trainer.ckpt_path:
-            saved = Path(self.trainer.ckpt_path).parent / "policy"
-            if (saved / "thinking_format.json").is_file():
-                self._check_format(ThinkingFormat.load(saved), str(self.trainer.ckpt_path))
 
     def _check_minibatches(self, samples: int) -> None:
         parts = self.algorithm.minibatches
@@ -148,7 +146,7 @@ class RLMTModule(LightningModule):
         )
         fitting = self.trainer.state.fn == "fit"
         if fitting and self.algorithm.needs_reference:
-            self.reference = copy.deepcopy(self.policy).requires_grad_(False).eval()
+            self.reference = copy.deepcopy(self.policy).requires_grad_(False).train(False)
         self.policy.train(fitting)
         if fitting and self.gradient_checkpointing:
             self.policy.gradient_checkpointing_enable({"use_reentrant": False})
@@ -211,7 +209,8 @@ class RLMTModule(LightningModule):
         rank_zero_warn(f"Optimizer step skipped at version {self.policy_version} of the policy: {problem}.")
         if self._skipped_in_a_row >= self.max_skipped:
             raise UserError(
-                f"Stopped after {self._skipped_in_a_row} skipped optimizer steps in a row (--model.max_skipped): {problem}; "
+                f"Stopped after {self._skipped_in_a_row} skipped optimizer steps in a row (--model.max_skipped): "
+                f"{problem}; "
                 "lower the learning rate or look at the reward curve, and continue from the last checkpoint."
             )
 
@@ -259,7 +258,7 @@ class RLMTModule(LightningModule):
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The policy's weights only: the reference and the reward are read again from where they came."""
         state = super().state_dict(*args, **kwargs)
         return {name: value for name, value in state.items() if name.startswith("policy.")}
@@ -274,7 +273,8 @@ class RLMTModule(LightningModule):
         wrong = [*result.unexpected_keys, *(k for k in result.missing_keys if k.startswith("policy."))]
         if wrong:
             raise UserError(
-                f"The checkpoint's weights do not fit the policy {self.policy_path} ({len(wrong)} differ, first {wrong[0]}); "
+                f"The checkpoint's weights do not fit the policy {self.policy_path} "
+                f"({len(wrong)} differ, first {wrong[0]}); "
                 "give --model.policy the model that the checkpoint was trained from."
             )
         return result
@@ -292,15 +292,29 @@ class RLMTModule(LightningModule):
                     save_policy_assets(Path(folder) / "policy", self._policy.config, self.tokenizer, self.format)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint written with another format."""
+        """Refuses a checkpoint of something else or of another format.
+
+        Raises:
+            UserError: it is one.
+        """
         saved = checkpoint.get("rlmt")
         if saved is None:
-            raise UserError(f"{self.trainer.ckpt_path} is not a checkpoint of an rlmt policy; give one written by `rlmt fit`.")
-        self._check_format(ThinkingFormat.from_dict(saved["format"]), str(self.trainer.ckpt_path))
+            raise UserError("--ckpt_path is not a checkpoint of an rlmt policy; give one written by `rlmt fit`.")
+        self.check_format(ThinkingFormat.from_dict(saved["format"]), "--ckpt_path")
         self.policy_version = saved["version"]
 
-    def _check_format(self, saved: ThinkingFormat, where: str) -> None:
+    def check_format(self, saved: ThinkingFormat, where: str) -> None:
+        """Refuses to go on with another format than a checkpoint's.
+
+        Args:
+            saved: the checkpoint's format.
+            where: what to call the checkpoint.
+
+        Raises:
+            UserError: the formats differ.
+        """
         if saved != self.format:
             raise UserError(
-                f"{where} was trained with {saved}, this run asks for {self.format}; set --model.format to the checkpoint's."
+                f"{where} was trained with {saved}, this run asks for {self.format}; "
+                "set --model.format to the checkpoint's."
             )

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from rlmt.algorithms import Algorithm
 from rlmt.models.logprobs import MicroBatch, collate, plan_micro_batches, token_logprobs
-from rlmt.types import Experience, PolicyOutputs, RolloutBatch, TokenBatch
+from rlmt.types import Experience, RolloutBatch, TokenBatch
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ def first_pass(model: PreTrainedModel, rollouts: RolloutBatch, budget: int, devi
 class PolicyUpdate:
     """Computes the gradients of an objective, one optimizer step at a time.
 
-    The gradient does not depend on how a step is cut into micro-batches: each token carries its share of the whole step's
-    loss from the start.
+    The gradient does not depend on how a step is cut into micro-batches: each token carries its share of the whole
+    step's loss from the start.
 
     Args:
         algorithm: the objective.
@@ -94,7 +94,9 @@ class PolicyUpdate:
     ) -> float:
         rollouts, device = experience.rollouts, experience.lengths.device
         lengths, samples = experience.lengths[part.to(device)], part.tolist()
-        mask = torch.ones_like(lengths, dtype=torch.bool) if experience.mask is None else experience.mask[part.to(device)]
+        mask = (
+            torch.ones_like(lengths, dtype=torch.bool) if experience.mask is None else experience.mask[part.to(device)]
+        )
         shares = self.algorithm.token_weights(lengths, mask, rollouts.sampling.max_new_tokens)
         weights = torch.zeros_like(experience.engine_logprobs)
         starts = _starts(experience.lengths.cpu())
@@ -138,7 +140,9 @@ class PolicyUpdate:
             problem = f"the loss is {loss}"
         elif not math.isfinite(norm):
             problem = f"the gradient's norm is {norm}"
-        self._seen.add_step({"policy/loss": loss, "policy/grad_norm": norm, "policy/skipped": float(problem is not None)})
+        self._seen.add_step(
+            {"policy/loss": loss, "policy/grad_norm": norm, "policy/skipped": float(problem is not None)}
+        )
         return Step(problem)
 
     def metrics(self) -> dict[str, float]:
@@ -153,7 +157,7 @@ def _mismatch(logprobs: Tensor, engine_logprobs: Tensor) -> dict[str, Tensor]:
 
 
 class _Averages:
-    """Per-token values averaged over the tokens of all steps, `_max` ones maximised; per-step values averaged over steps."""
+    """Per-token values averaged over the tokens of all steps, `_max` ones maximised; per-step values over steps."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}

@@ -27,9 +27,7 @@ class Reward(nn.Module):
         """Reads weights, if there are any; called once, before the trainer moves the module to its device."""
 
     @abstractmethod
-    def score(
-        self, prompts: Sequence[list[Message]], responses: Sequence[str], statuses: Sequence[Status]
-    ) -> Tensor:
+    def score(self, prompts: Sequence[list[Message]], responses: Sequence[str], statuses: Sequence[Status]) -> Tensor:
         """Scores B responses.
 
         Args:
