@@ -3,8 +3,8 @@
     Prompt → PromptBatch → (engine) RolloutBatch → (module) Experience → (algorithm) TokenBatch + PolicyOutputs
 
 Ragged data stays ragged: tokens of all samples lie end to end in one flat tensor, with `lengths` beside it, so no
-record holds padding. Letters in shapes: P prompts, G samples a prompt, B = P·G samples, T completion tokens of all B samples
-together, t completion tokens of one micro-batch, b samples of one micro-batch.
+record holds padding. Letters in shapes: P prompts, G samples a prompt, B = P·G samples, T completion tokens of all B
+samples together, t completion tokens of one micro-batch, b samples of one micro-batch.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ class Experience:
     engine_logprobs: Tensor
     """[T] float32 log-probs at sampling time."""
     old_logprobs: Tensor | None = None
-    """[T] float32 log-probs under the trainer's weights before the first update; None when one update makes it the same."""
+    """[T] float32 log-probs under the trainer's weights before any update; None when one update makes the ratio 1."""
     ref_logprobs: Tensor | None = None
     """[T] float32 log-probs under the reference; None when the algorithm does not ask for it."""
     advantages: Tensor | None = None

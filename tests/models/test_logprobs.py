@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from rlmt.models.logprobs import collate, linear_logprobs, plan_micro_batches, token_logprobs
+from rlmt.models.logprobs import collate, linear_logprobs, token_logprobs
 
 SHAPE = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 
@@ -79,11 +79,3 @@ def test_token_logprobs_equal_a_plain_forward_of_each_sample(family: str) -> Non
         logs = torch.log_softmax(model(torch.tensor([p + c])).logits[0] / 0.7, dim=-1)
         expected += [logs[len(p) + k - 1, token] for k, token in enumerate(c)]
     torch.testing.assert_close(out.logprobs, torch.stack(expected), rtol=1e-5, atol=1e-5)
-
-
-def test_plan_covers_every_sample_once_within_the_budget() -> None:
-    lengths = [5, 100, 7, 50, 51, 3, 99, 300]
-    plan = plan_micro_batches(lengths, 200)
-    assert sorted(i for batch in plan for i in batch) == list(range(8))
-    assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= 200 for b in plan)
-    assert plan == [[7], [1, 6], [4, 3, 2], [0, 5]]

@@ -17,7 +17,6 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from rlmt.errors import UserError
 from rlmt.rewards import ClassifierReward
-from rlmt.rewards.classifier import batches_by_length
 from rlmt.rewards.conversation import ConversationReader
 from rlmt.types import Message, Status
 
@@ -158,12 +157,6 @@ def test_order_is_kept_and_batches_do_not_matter(reward_model: MakeModel) -> Non
     assert torch.allclose(together.flip(0), score(loaded(folder), responses[::-1]), atol=1e-5)
     assert torch.equal(together, score(loaded(folder), responses))
     assert score(loaded(folder), []).shape == (0,)
-
-
-def test_batches_stay_within_the_token_budget() -> None:
-    assert list(batches_by_length([3, 9, 1, 4, 4], 9)) == [[1], [3, 4], [0, 2]]
-    assert list(batches_by_length([30, 2], 9)) == [[0], [1]]
-    assert list(batches_by_length([], 9)) == []
 
 
 def test_bfloat16_weights_give_float32_scores(reward_model: MakeModel) -> None:

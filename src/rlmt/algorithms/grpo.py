@@ -20,7 +20,8 @@ class GRPO(Algorithm):
     where w is 1 or the truncated importance weight; tokens are added up by `loss_aggregation`.
 
     Args:
-        normalize_std: divide group advantages by the group's standard deviation (the authors' code does, Dr. GRPO doesn't).
+        normalize_std: divide group advantages by the group's standard deviation, as the authors' code does; Dr. GRPO
+            does not.
         loss_aggregation: `token_mean` over the whole optimizer step, `sequence_mean` (what the authors' run computed)
             or `constant` (Dr. GRPO).
         clip_low: clip range below a ratio of 1.

@@ -42,7 +42,8 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator) -
     """Per-token estimate of KL(policy ‖ reference) from the policy's own samples.
 
     With d = log pi - log ref: k1 = d, k2 = d²/2, k3 = exp(-d) - 1 + d (Schulman, "Approximating KL divergence", 2020).
-    As a loss, k1 has no useful gradient (its expectation is 0); k2's is that of the true KL, k3's that of the reverse KL.
+    As a loss, k1 has no useful gradient (its expectation is 0); k2's is that of the true KL, k3's
+    that of the reverse KL.
 
     Args:
         logprobs: [t] of the policy, with gradient.
@@ -80,8 +81,8 @@ def token_weights(lengths: Tensor, mask: Tensor, aggregation: Aggregation, max_n
     """Each token's share in the loss of one optimizer step.
 
     - `token_mean`: 1 / tokens of the step: every token counts the same (DAPO, arXiv 2503.14476).
-    - `sequence_mean`: 1 / (samples · tokens of the sample): every sample counts the same, tokens of long ones less. What
-      the authors' run really computed, since it averaged micro-batches of one sample.
+    - `sequence_mean`: 1 / (samples · tokens of the sample): every sample counts the same, tokens of long ones less.
+      What the authors' run really computed, since it averaged micro-batches of one sample.
     - `constant`: 1 / (samples · max_new_tokens): no length enters (Dr. GRPO, arXiv 2503.20783).
 
     Masked samples weigh 0 and count in no denominator; when all are masked every weight is 0.

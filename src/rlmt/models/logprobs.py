@@ -32,28 +32,6 @@ class MicroBatch:
     """[t] int64 the completion tokens, samples end to end."""
 
 
-def plan_micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Groups samples of like length so that each group, padded to its longest, holds at most `budget` tokens.
-
-    Longest first, so that a budget too large for the memory shows at once. A sample longer than the budget goes alone.
-
-    Args:
-        lengths: tokens of each sample, prompt and completion.
-        budget: tokens a micro-batch, padding included.
-
-    Returns:
-        Lists of sample numbers; each sample is in exactly one.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    batches: list[list[int]] = []
-    for i in order:
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= budget:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
-
-
 def collate(
     samples: list[int], prompts: Sequence[list[int]], completions: Sequence[list[int]], device: torch.device
 ) -> MicroBatch:

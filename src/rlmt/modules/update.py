@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlmt.algorithms import Algorithm
-from rlmt.models.logprobs import MicroBatch, collate, plan_micro_batches, token_logprobs
+from rlmt.batching import batches_by_length
+from rlmt.models.logprobs import MicroBatch, collate, token_logprobs
 from rlmt.types import Experience, RolloutBatch, TokenBatch
 
 
@@ -29,7 +30,7 @@ def micro_batches(
     prompts = [rollouts.prompt_ids[i // rollouts.group_size] for i in samples]
     completions = [rollouts.completion_ids[i] for i in samples]
     lengths = [len(p) + len(c) - 1 for p, c in zip(prompts, completions, strict=True)]
-    for plan in plan_micro_batches(lengths, budget):
+    for plan in batches_by_length(lengths, budget):
         yield collate([samples[k] for k in plan], [prompts[k] for k in plan], [completions[k] for k in plan], device)
 
 

@@ -12,7 +12,7 @@ whatever the weights are stored in: around a score of 20 bfloat16 has steps of 0
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ from transformers import (
 )
 from transformers.modeling_layers import GenericForSequenceClassification
 
+from rlmt.batching import batches_by_length
 from rlmt.errors import UserError
 from rlmt.rewards.base import Reward
 from rlmt.rewards.conversation import ConversationReader, first_line
@@ -195,19 +196,6 @@ class ClassifierReward(Reward):
             hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             at_end = hidden[torch.arange(len(rows), device=device), last]
             return F.linear(at_end.float(), head.weight.float()).squeeze(-1)
-
-
-def batches_by_length(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices of rows, longest first, in batches whose padded size (rows times the longest) is within `budget`.
-
-    A single row longer than the budget makes a batch of its own.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    start = 0
-    while start < len(order):
-        size = max(1, budget // max(1, lengths[order[start]]))
-        yield order[start : start + size]
-        start += size
 
 
 def _load_config(source: str) -> PretrainedConfig:

@@ -1,0 +1,168 @@
+"""How far a training step is from the sum of its parts, each timed alone on the same tokens.
+
+    python benchmarks/step_floor.py --prompts FILE [--tiny runs/tiny] [--steps 8]
+
+The parts: vLLM generating as many tokens for the same prompts, with nothing asked of it but the tokens; one plain
+forward and backward of the policy over the same tokens; one forward of the reward model over the same texts. What a
+step has beside them: weight sync, log-probs from the engine, decoding and splitting, the reference's forward for the KL
+penalty, entropies, clipping, the optimizer, logging and the dump of all rollouts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.loggers import CSVLogger
+from rich.console import Console
+from rich.table import Table
+
+from rlmt.algorithms import GRPO
+from rlmt.batching import batches_by_length
+from rlmt.callbacks import CoTLength, PolicyHealth, RewardCurves, SampleTable, Throughput
+from rlmt.data import RolloutDataModule
+from rlmt.engines import VLLMEngine
+from rlmt.modules import RLMTModule
+from rlmt.modules.update import micro_batches
+from rlmt.rewards import ClassifierReward
+from rlmt.types import Experience, RolloutBatch
+
+WARM_UP = 2
+"""Steps left out of the figures: the first ones start the engine and fill caches."""
+
+
+class Floor(Callback):
+    """After each step times its parts alone; the clock of the step itself stands meanwhile."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+        self._began = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock."""
+        self._began = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Times the parts of the step just done."""
+        step = time.perf_counter() - self._began
+        assert isinstance(pl_module, RLMTModule) and isinstance(batch, RolloutBatch)
+        experience: Experience = outputs["experience"]
+        self.rows.append(
+            {
+                "generate": self._timed(lambda: generate(trainer, batch)),
+                "forward + backward": self._timed(lambda: forward_backward(pl_module, batch)),
+                "reward forward": self._timed(reward_forward(pl_module, experience)),
+                "step": step,
+                "tokens": float(sum(batch.lengths)),
+            }
+            | {name: value for name, value in outputs["metrics"].items() if name.startswith("time/")}
+        )
+        self._began = time.perf_counter()
+
+    @staticmethod
+    def _timed(run: Callable[[], None]) -> float:
+        began = time.perf_counter()
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+
+def generate(trainer: Trainer, batch: RolloutBatch) -> None:
+    """As many tokens for the same prompts from vLLM itself, without log-probs, stops or seeds."""
+    from vllm import SamplingParams
+
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    engine = data.engine
+    if engine.version is None:  # it sleeps between rollouts
+        engine.sync(trainer.lightning_module.policy_weights(), batch.weight_version)  # type: ignore[operator]
+    engine._llm.reset_prefix_cache()
+    prompts = [{"prompt_token_ids": batch.prompt_ids[i // batch.group_size]} for i in range(len(batch))]
+    params = [
+        SamplingParams(temperature=batch.sampling.temperature, max_tokens=n, ignore_eos=True, detokenize=False)
+        for n in batch.lengths
+    ]
+    with torch.compiler.set_stance("force_eager"):
+        engine._llm.generate(prompts, params, use_tqdm=False)
+
+
+def forward_backward(module: RLMTModule, batch: RolloutBatch) -> None:
+    """Cross-entropy of the completion tokens by transformers and torch alone, in the same micro-batches."""
+    policy: Any = module.policy
+    budget = module._update.tokens_per_micro_batch
+    for micro in micro_batches(batch, list(range(len(batch))), budget, module.device):
+        hidden = policy.model(input_ids=micro.input_ids, use_cache=False).last_hidden_state
+        logits = policy.lm_head(hidden[micro.rows, micro.columns])
+        torch.nn.functional.cross_entropy(logits.float(), micro.targets).backward()
+    policy.zero_grad()
+
+
+def reward_forward(module: RLMTModule, experience: Experience) -> Callable[[], None]:
+    """The classifier's forward over the scored texts, which are tokenised here, before the clock runs."""
+    reward: Any = module.reward
+    batch = experience.rollouts
+    texts = [
+        reward.render(batch.prompts[i // batch.group_size].messages, text)
+        for i, text in enumerate(experience.scores.texts)
+        if text is not None
+    ]
+    rows = reward._conversations.encode(texts)
+    plan = batches_by_length([len(row) for row in rows], reward.tokens_per_batch)
+    return lambda: [reward._forward([rows[i] for i in part]) for part in plan] and None
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", required=True)
+    parser.add_argument("--tiny", type=Path, default=Path("runs/tiny"), help="folder made by `rlmt tiny`")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--format", default="no_think")
+    parser.add_argument("--kl_coef", type=float, default=0.001)
+    args = parser.parse_args()
+    seed_everything(0)
+    floor = Floor()
+    module = RLMTModule(
+        policy=str(args.tiny / "policy"),
+        reward=ClassifierReward(str(args.tiny / "reward")),
+        algorithm=GRPO(kl_coef=args.kl_coef),
+        format=args.format,
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-4),
+        tokens_per_micro_batch=8192,
+    )
+    data = RolloutDataModule(args.prompts, VLLMEngine(), batch_size=8, group_size=8, max_new_tokens=256, val_size=0)
+    with tempfile.TemporaryDirectory() as folder:
+        observers = [CoTLength(), RewardCurves(), PolicyHealth(), SampleTable(every_n_steps=0), Throughput()]
+        trainer = Trainer(
+            max_steps=args.steps + WARM_UP,
+            callbacks=[*observers, floor],
+            logger=CSVLogger(folder),
+            enable_progress_bar=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            log_every_n_steps=1,
+        )
+        trainer.fit(module, data)
+    rows = floor.rows[WARM_UP:]
+    parts = ("generate", "forward + backward", "reward forward")
+    table = Table(title=f"median of {len(rows)} steps, {statistics.median(r['tokens'] for r in rows):,.0f} tokens each")
+    table.add_column("what")
+    table.add_column("seconds", justify="right")
+    for name in (*parts, *(name for name in rows[0] if name.startswith("time/")), "step"):
+        table.add_row(name, f"{statistics.median(row[name] for row in rows):.3f}")
+    ratio = statistics.median(row["step"] / sum(row[part] for part in parts) for row in rows)
+    table.add_row("step / (" + " + ".join(parts) + ")", f"{ratio:.2f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

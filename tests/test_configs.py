@@ -1,0 +1,86 @@
+"""Every shipped YAML parses and instantiates, and the paper's settings are in the ones that claim them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from lightning.pytorch import Trainer
+
+from rlmt.algorithms import GRPO
+from rlmt.cli import main
+from rlmt.data import RolloutDataModule
+from rlmt.engines import VLLMEngine
+from rlmt.modules import RLMTModule
+from rlmt.rewards import ClassifierReward
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+FORMATS = ("think", "no_think", "zero_think", "zero_no_think")
+MODELS = ("tiny", "llama-3.1-8b")
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
+    """What `rlmt fit` would have trained: the run is stopped where the trainer would start to load models."""
+    runs: list[Any] = []
+
+    def fit(trainer: Trainer, model: RLMTModule, datamodule: RolloutDataModule, **options: Any) -> None:
+        runs.append((trainer, model, datamodule))
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    monkeypatch.chdir(tmp_path)
+    return runs
+
+
+def compose(*names: str) -> list[str]:
+    # An H100 is not at hand in a test: the 8B config is instantiated for the CPU.
+    return ["fit", *(word for name in names for word in ("--config", name)), "--trainer.accelerator", "cpu"]
+
+
+def test_every_shipped_config_is_tested() -> None:
+    assert {path.stem for path in CONFIGS.rglob("*.yaml")} == {"base", "grpo", *FORMATS, *MODELS}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("form", FORMATS)
+def test_compositions_instantiate(model: str, form: str, launched: list[Any]) -> None:
+    assert main(compose("base", "grpo", model, form)) == 0
+    ((_, module, data),) = launched
+    assert isinstance(module.algorithm, GRPO) and isinstance(data.engine, VLLMEngine)
+    assert module.format.name == form
+    assert module.policy is None and module.reward.model is None  # nothing was loaded
+
+
+def test_think_and_no_think_differ_in_one_line() -> None:
+    for one, other in (("think", "no_think"), ("zero_think", "zero_no_think")):
+        lines = [(CONFIGS / f"{name}.yaml").read_text().splitlines() for name in (one, other)]
+        code = [[line for line in text if not line.startswith("#")] for text in lines]
+        assert sum(a != b for a, b in zip(*code, strict=True)) == 1
+
+
+def test_the_8b_config_holds_the_papers_settings(launched: list[Any]) -> None:
+    assert main(compose("base", "grpo", "llama-3.1-8b")) == 0
+    ((trainer, module, data),) = launched
+    import torch
+
+    assert (data.batch_size, data.group_size, data.temperature, data.top_p) == (64, 8, 0.7, 1.0)
+    assert (data.max_prompt_tokens, data.max_new_tokens) == (1024, 4096)
+    grpo = module.algorithm
+    assert (grpo.clip_low, grpo.clip_high, grpo.dual_clip, grpo.kl_coef, grpo.kl_estimator) == (
+        0.2,
+        0.2,
+        3.0,
+        0.001,
+        "k3",
+    )
+    assert (grpo.entropy_coef, grpo.update_epochs, grpo.minibatches, grpo.normalize_std) == (0.001, 1, 1, True)
+    optimizer = module._optimizer([torch.nn.Parameter(torch.zeros(1))])
+    assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (1e-6, 0.01)
+    assert module._scheduler is None and module._update.max_grad_norm == 1.0
+    assert trainer.max_steps == 120
+    assert isinstance(module.reward, ClassifierReward)
+
+
+def test_configs_name_only_keys_that_classes_take() -> None:
+    for path in CONFIGS.rglob("*.yaml"):
+        assert isinstance(yaml.safe_load(path.read_text()), dict), path

@@ -1,0 +1,79 @@
+"""Whole runs through the command line with vLLM: the reward rises, and no thought is ever scored."""
+
+import csv
+import os
+import statistics
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from rlmt.cli import main
+
+SEEDS = (0, 1, 2)
+
+
+def fit(tiny: Path, prompts: Path, run: Path, *more: object) -> list[dict[str, float]]:
+    """Trains, and returns the metrics of each step."""
+    options = {
+        "--model.policy": tiny / "policy",
+        "--model.reward.model": tiny / "reward",
+        "--data.prompts": prompts,
+        "--data.batch_size": 4,
+        "--data.max_prompt_tokens": 256,
+        "--data.max_new_tokens": 32,
+        "--data.val_size": 0,
+        "--trainer.default_root_dir": run,
+        "--trainer.enable_progress_bar": "false",
+    }
+    words = [str(word) for pair in options.items() for word in pair]
+    configs = [word for name in ("base", "grpo", "tiny") for word in ("--config", f"configs/{name}.yaml")]
+    assert main(["fit", *configs, *words, *map(str, more)]) == 0
+    with (run / "version_0" / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row.get("reward/mean")]
+    return [{name: float(value) for name, value in row.items() if value} for row in rows]
+
+
+def test_reward_rises_over_three_seeds(tiny: Path, prompts_file: Path, tmp_path: Path) -> None:
+    rises = []
+    for seed in SEEDS:
+        rows = fit(
+            *(tiny, prompts_file, tmp_path / str(seed), "--seed_everything", seed),
+            *("--model.format", "no_think", "--trainer.max_steps", 16),
+        )
+        assert [row["engine/weight_version"] for row in rows] == list(range(16))
+        # fp32 on both sides: the engine samples from the very function that is trained, after each sync
+        assert max(row["engine/mismatch_max"] for row in rows) < 1e-3
+        reward = [row["reward/mean"] for row in rows]
+        rises.append(statistics.mean(reward[-4:]) - statistics.mean(reward[:4]))
+    error = statistics.stdev(rises) / len(rises) ** 0.5
+    assert statistics.mean(rises) > 2 * error, rises
+
+
+@pytest.mark.parametrize("form", ["think", "zero_think"])
+def test_no_thought_is_scored(form: str, tiny: Path, prompts_file: Path, tmp_path: Path) -> None:
+    fit(tiny, prompts_file, tmp_path, "--model.format", form, "--trainer.max_steps", 4)
+    check_rollouts(tmp_path)
+
+
+@pytest.mark.skipif("RLMT_PROMPTS" not in os.environ, reason="RLMT_PROMPTS names no file of real prompts")
+def test_no_thought_is_scored_on_real_prompts(tiny: Path, tmp_path: Path) -> None:
+    fit(tiny, Path(os.environ["RLMT_PROMPTS"]), tmp_path, "--model.format", "think", "--trainer.max_steps", 2)
+    check_rollouts(tmp_path)
+
+
+def check_rollouts(run: Path) -> None:
+    """Takes every dumped rollout apart by plain string search: what was scored stood behind the first close tag."""
+    (folder,) = run.rglob("rollouts")
+    rows = [row for file in sorted(folder.glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
+    assert len(rows) >= 4 * 8
+    for row in rows:
+        before, tag, after = row["text"].partition("</think>")
+        scored = row["scored_text"]
+        if scored is not None:
+            assert tag and row["status"] == "ok"
+            assert scored in after and "think>" not in scored
+            assert scored == after.strip().removeprefix("<response>").partition("</response>")[0].strip()
+        else:
+            assert row["reward"] <= -1.0
+    print(sum(row["scored_text"] is not None for row in rows), "of", len(rows), "well formed")
