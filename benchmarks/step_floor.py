@@ -29,8 +29,8 @@ from rlmt.batching import batches_by_length
 from rlmt.callbacks import CoTLength, PolicyHealth, RewardCurves, SampleTable, Throughput
 from rlmt.data import RolloutDataModule
 from rlmt.engines import VLLMEngine
+from rlmt.models.micro_batch import micro_batches
 from rlmt.modules import RLMTModule
-from rlmt.modules.update import micro_batches
 from rlmt.rewards import ClassifierReward
 from rlmt.types import Experience, RolloutBatch
 
@@ -96,10 +96,10 @@ def generate(trainer: Trainer, batch: RolloutBatch) -> None:
 
 
 def forward_backward(module: RLMTModule, batch: RolloutBatch) -> None:
-    """Cross-entropy of the completion tokens by transformers and torch alone, in the same micro-batches."""
+    """Cross-entropy of the completion tokens, each sample with its prompt, in batches of like length."""
     policy: Any = module.policy
     budget = module._update.tokens_per_micro_batch
-    for micro in micro_batches(batch, list(range(len(batch))), budget, module.device):
+    for micro in micro_batches(batch, range(len(batch)), budget, False, module.device):
         hidden = policy.model(input_ids=micro.input_ids, use_cache=False).last_hidden_state
         logits = policy.lm_head(hidden[micro.rows, micro.columns])
         torch.nn.functional.cross_entropy(logits.float(), micro.targets).backward()
@@ -125,6 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", required=True)
     parser.add_argument("--tiny", type=Path, default=Path("runs/tiny"), help="folder made by `rlmt tiny`")
+    parser.add_argument("--policy", help="a policy to start from in place of the random one")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--format", default="no_think")
     parser.add_argument("--kl_coef", type=float, default=0.001)
@@ -132,7 +133,7 @@ def main() -> None:
     seed_everything(0)
     floor = Floor()
     module = RLMTModule(
-        policy=str(args.tiny / "policy"),
+        policy=args.policy or str(args.tiny / "policy"),
         reward=ClassifierReward(str(args.tiny / "reward")),
         algorithm=GRPO(kl_coef=args.kl_coef),
         format=args.format,

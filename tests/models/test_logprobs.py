@@ -4,7 +4,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from rlmt.models.logprobs import collate, linear_logprobs, token_logprobs
+from rlmt.models.logprobs import linear_logprobs, token_logprobs
+from rlmt.models.micro_batch import micro_batches
+from rlmt.types import RolloutBatch, Sampling
 
 SHAPE = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 
@@ -64,18 +66,54 @@ def test_memory_stays_within_a_few_chunks_of_logits() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied", "qwen2"])
-def test_token_logprobs_equal_a_plain_forward_of_each_sample(family: str) -> None:
+@pytest.mark.parametrize("share_prompts", [False, True])
+@pytest.mark.parametrize("budget", [1, 1000])
+def test_token_logprobs_equal_a_plain_forward_of_each_sample(family: str, share_prompts: bool, budget: int) -> None:
     torch.manual_seed(0)
     model = (
         Qwen2ForCausalLM(Qwen2Config(**SHAPE, num_key_value_heads=2))
         if family == "qwen2"
         else LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=family == "llama_tied"))
     )
-    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
-    completions = [[10, 11], [12, 13, 14, 15, 16, 17], [18]]
-    out = token_logprobs(model, collate([0, 1, 2], prompts, completions, torch.device("cpu")), 0.7)
-    expected = []
-    for p, c in zip(prompts, completions, strict=True):
-        logs = torch.log_softmax(model(torch.tensor([p + c])).logits[0] / 0.7, dim=-1)
-        expected += [logs[len(p) + k - 1, token] for k, token in enumerate(c)]
-    torch.testing.assert_close(out.logprobs, torch.stack(expected), rtol=1e-5, atol=1e-5)
+    rollouts = RolloutBatch(
+        prompts=[],
+        group_size=2,
+        prompt_ids=[[1, 2, 3], [4]],
+        completion_ids=[[10, 11], [12, 13, 14, 15, 16, 17], [18], [19]],
+        engine_logprobs=torch.zeros(10),
+        finish=[],
+        sampling=Sampling(0.7, 8),
+        weight_version=0,
+    )
+    seen = {}
+    for batch in micro_batches(rollouts, range(4), budget, share_prompts, torch.device("cpu")):
+        parts = token_logprobs(model, batch, 0.7).logprobs.split(
+            [len(rollouts.completion_ids[i]) for i in batch.samples]
+        )
+        seen |= dict(zip(batch.samples, parts, strict=True))
+    for i, completion in enumerate(rollouts.completion_ids):
+        prompt = rollouts.prompt_ids[i // 2]
+        logs = torch.log_softmax(model(torch.tensor([prompt + completion])).logits[0] / 0.7, dim=-1)
+        expected = torch.stack([logs[len(prompt) + k - 1, token] for k, token in enumerate(completion)])
+        torch.testing.assert_close(seen[i], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_micro_batches_hold_every_sample_once_within_the_budget() -> None:
+    lengths = [5, 9, 2, 30, 1, 7]
+    rollouts = RolloutBatch(
+        prompts=[],
+        group_size=3,
+        prompt_ids=[[0] * 4, [0] * 10],
+        completion_ids=[[0] * n for n in lengths],
+        engine_logprobs=torch.zeros(54),
+        finish=[],
+        sampling=Sampling(1.0, 30),
+        weight_version=0,
+    )
+    for share, budget in ((True, 20), (False, 20), (True, 1), (False, 1)):
+        batches = list(micro_batches(rollouts, range(6), budget, share, torch.device("cpu")))
+        assert sorted(i for batch in batches for i in batch.samples) == list(range(6))
+        for batch in batches:
+            tokens = batch.input_ids.numel() + (0 if batch.shared_prompt is None else batch.shared_prompt.numel())
+            assert tokens <= budget or len(batch.samples) == 1
+            assert (batch.shared_prompt is not None) == share

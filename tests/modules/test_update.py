@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlmt.algorithms import GRPO
+from rlmt.models.micro_batch import shares_prompts
 from rlmt.modules.update import PolicyUpdate, first_pass
 from rlmt.types import Experience, FinishReason, Prompt, RolloutBatch, Sampling, Scores
 
@@ -79,7 +80,8 @@ def gradients(policy: LlamaForCausalLM) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant"])
 @pytest.mark.parametrize("budget", [1, 60, 100_000])
-def test_gradient_is_that_of_one_big_padded_batch(aggregation: Any, budget: int) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["shared prompts", "checkpointed layers"])
+def test_gradient_is_that_of_one_big_padded_batch(aggregation: Any, budget: int, checkpointing: bool) -> None:
     data = experience()
     algorithm = GRPO(loss_aggregation=aggregation, kl_coef=0.1, entropy_coef=0.0)
     policy, reference = model(0), model(1)
@@ -100,6 +102,10 @@ def test_gradient_is_that_of_one_big_padded_batch(aggregation: Any, budget: int)
     expected = gradients(policy)
     policy.zero_grad()
 
+    if checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.train()
+    assert shares_prompts(policy) != checkpointing
     data.ref_logprobs = first_pass(reference, data.rollouts, budget, torch.device("cpu"))
     algorithm.prepare(data)
     update = PolicyUpdate(algorithm, budget, max_grad_norm=1e9)

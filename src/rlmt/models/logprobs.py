@@ -2,59 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlmt.models.micro_batch import MicroBatch, hidden_states
 from rlmt.types import PolicyOutputs
 
 LOGITS_PER_CHUNK = 2**25
 """Logits in memory at a time, per copy: 128 MiB in float32."""
-
-
-@dataclass
-class MicroBatch:
-    """Some samples, padded on the right to one length, and where their completion tokens are predicted."""
-
-    samples: list[int]
-    """b numbers of the samples in the rollout batch."""
-    input_ids: Tensor
-    """[b, L] int64: prompt and completion but its last token, padded on the right."""
-    rows: Tensor
-    """[t] int64 row of each completion token."""
-    columns: Tensor
-    """[t] int64 position whose hidden state predicts it."""
-    targets: Tensor
-    """[t] int64 the completion tokens, samples end to end."""
-
-
-def collate(
-    samples: list[int], prompts: Sequence[list[int]], completions: Sequence[list[int]], device: torch.device
-) -> MicroBatch:
-    """Pads samples into a micro-batch.
-
-    Args:
-        samples: numbers of the samples, for the record.
-        prompts: b prompts' token ids, one for each sample.
-        completions: b completions' token ids, none empty.
-        device: where the tensors go.
-    """
-    width = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True)) - 1
-    # Causal attention never looks right, so padding there needs no mask and any token id will do.
-    ids = [[*p, *c[:-1], *[0] * (width - len(p) - len(c) + 1)] for p, c in zip(prompts, completions, strict=True)]
-    return MicroBatch(
-        samples=samples,
-        input_ids=torch.tensor(ids, device=device),
-        rows=torch.tensor([r for r, c in enumerate(completions) for _ in c], device=device),
-        columns=torch.tensor(
-            [len(p) - 1 + k for p, c in zip(prompts, completions, strict=True) for k in range(len(c))], device=device
-        ),
-        targets=torch.tensor([token for c in completions for token in c], device=device),
-    )
 
 
 def token_logprobs(model: PreTrainedModel, batch: MicroBatch, temperature: float) -> PolicyOutputs:
@@ -66,10 +24,10 @@ def token_logprobs(model: PreTrainedModel, batch: MicroBatch, temperature: float
         [t] float32 each, with gradients if they are enabled.
     """
     untyped = cast(Any, model)
-    hidden = untyped.get_decoder()(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    hidden = hidden_states(untyped.get_decoder(), batch)
     head = untyped.get_output_embeddings()
     chunk = max(1, LOGITS_PER_CHUNK // head.weight.shape[0])
-    return linear_logprobs(hidden[batch.rows, batch.columns], head.weight, batch.targets, temperature, chunk)
+    return linear_logprobs(hidden, head.weight, batch.targets, temperature, chunk)
 
 
 def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int) -> PolicyOutputs:

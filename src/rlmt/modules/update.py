@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlmt.algorithms import Algorithm
-from rlmt.batching import batches_by_length
-from rlmt.models.logprobs import MicroBatch, collate, token_logprobs
+from rlmt.models.logprobs import token_logprobs
+from rlmt.models.micro_batch import MicroBatch, micro_batches, shares_prompts
 from rlmt.types import Experience, RolloutBatch, TokenBatch
 
 
@@ -23,23 +23,12 @@ class Step:
     problem: str | None
 
 
-def micro_batches(
-    rollouts: RolloutBatch, samples: list[int], budget: int, device: torch.device
-) -> Iterator[MicroBatch]:
-    """Pads the given samples into micro-batches of at most `budget` tokens, longest first."""
-    prompts = [rollouts.prompt_ids[i // rollouts.group_size] for i in samples]
-    completions = [rollouts.completion_ids[i] for i in samples]
-    lengths = [len(p) + len(c) - 1 for p, c in zip(prompts, completions, strict=True)]
-    for plan in batches_by_length(lengths, budget):
-        yield collate([samples[k] for k in plan], [prompts[k] for k in plan], [completions[k] for k in plan], device)
-
-
 @torch.no_grad()
 def first_pass(model: PreTrainedModel, rollouts: RolloutBatch, budget: int, device: torch.device) -> Tensor:
     """Log-probs of all sampled tokens under a model, without gradients: [T] float32."""
     starts = _starts(torch.tensor(rollouts.lengths))
     out = torch.empty(sum(rollouts.lengths), dtype=torch.float32, device=device)
-    for batch in micro_batches(rollouts, list(range(len(rollouts))), budget, device):
+    for batch in micro_batches(rollouts, range(len(rollouts)), budget, shares_prompts(model), device):
         where = _positions(batch.samples, starts, rollouts.lengths).to(device)
         out[where] = token_logprobs(model, batch, rollouts.sampling.temperature).logprobs
     return out
@@ -103,7 +92,8 @@ class PolicyUpdate:
         starts = _starts(experience.lengths.cpu())
         weights[_positions(samples, starts, rollouts.lengths).to(device)] = shares
         total = torch.zeros((), device=device)
-        for batch in micro_batches(rollouts, samples, self.tokens_per_micro_batch, device):
+        share = shares_prompts(policy)
+        for batch in micro_batches(rollouts, samples, self.tokens_per_micro_batch, share, device):
             where = _positions(batch.samples, starts, rollouts.lengths).to(device)
             outputs = token_logprobs(policy, batch, rollouts.sampling.temperature)
             tokens = self._tokens(experience, batch, where, weights)

@@ -1,0 +1,132 @@
+"""Micro-batches of rollouts: which tokens go through the policy together, and how.
+
+Samples of one prompt share its forward and backward: the prompt goes through the policy once, and its keys and values
+are handed to all its samples. With 8 samples to a prompt that leaves an eighth of the work on prompts, and the gradient
+is the same. Where layers are checkpointed, keys and values cannot be handed on, and every sample carries its prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlmt.batching import batches_by_length
+from rlmt.types import RolloutBatch
+
+
+@dataclass
+class MicroBatch:
+    """Some samples, padded on the right to one length, and where their completion tokens are predicted."""
+
+    samples: list[int]
+    """b numbers of the samples in the rollout batch."""
+    shared_prompt: Tensor | None
+    """[1, n] int64 prompt of all these samples, or None: each row of `input_ids` begins with its own."""
+    input_ids: Tensor
+    """[b, L] int64: (prompt and) completion but its last token, padded on the right; L may be 0."""
+    rows: Tensor
+    """[t] int64 row of each completion token."""
+    columns: Tensor
+    """[t] int64 position in the row's hidden states that predicts it; a shared prompt's last position is position 0."""
+    targets: Tensor
+    """[t] int64 the completion tokens, samples end to end."""
+
+
+def shares_prompts(model: PreTrainedModel) -> bool:
+    """Whether the model can hand a prompt's keys and values to several samples, with gradients if they are on."""
+    return not (model.is_gradient_checkpointing and model.training)
+
+
+def micro_batches(
+    rollouts: RolloutBatch, samples: Sequence[int], budget: int, share_prompts: bool, device: torch.device
+) -> Iterator[MicroBatch]:
+    """Cuts samples into micro-batches of at most `budget` tokens, padding included; one sample may exceed it.
+
+    Args:
+        rollouts: where the samples are.
+        samples: numbers of the samples to take.
+        budget: tokens a micro-batch, prompts and padding included.
+        share_prompts: whether samples of one prompt go together and share it.
+        device: where the tensors go.
+    """
+    if not (share_prompts and rollouts.group_size > 1):
+        lengths = [len(_prompt(rollouts, i)) + len(rollouts.completion_ids[i]) - 1 for i in samples]
+        for plan in batches_by_length(lengths, budget):
+            yield _with_own_prompts(rollouts, [samples[k] for k in plan], device)
+        return
+    groups: dict[int, list[int]] = {}
+    for i in samples:
+        groups.setdefault(i // rollouts.group_size, []).append(i)
+    for group in groups.values():
+        prompt = _prompt(rollouts, group[0])
+        plan = batches_by_length([len(rollouts.completion_ids[i]) for i in group], max(1, budget - len(prompt)))
+        for part in plan:
+            yield _with_shared_prompt(rollouts, [group[k] for k in part], prompt, device)
+
+
+def hidden_states(decoder: Any, batch: MicroBatch) -> Tensor:
+    """Last hidden states that predict the completion tokens: [t, H].
+
+    Args:
+        decoder: the model without its output projection.
+        batch: b samples with t completion tokens.
+    """
+    # Causal attention never looks right, so the padding there needs no mask.
+    if batch.shared_prompt is None:
+        hidden: Tensor = decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        return hidden[batch.rows, batch.columns]
+    prompt = decoder(input_ids=batch.shared_prompt, use_cache=True)
+    size, width = batch.input_ids.shape
+    hidden = prompt.last_hidden_state[:, -1:].expand(size, -1, -1)
+    if width:
+        cache = prompt.past_key_values
+        cache.batch_repeat_interleave(size)
+        rest = decoder(input_ids=batch.input_ids, past_key_values=cache, use_cache=True).last_hidden_state
+        hidden = torch.cat([hidden, rest], dim=1)
+    return hidden[batch.rows, batch.columns]
+
+
+def _prompt(rollouts: RolloutBatch, sample: int) -> list[int]:
+    return rollouts.prompt_ids[sample // rollouts.group_size]
+
+
+def _with_own_prompts(rollouts: RolloutBatch, samples: list[int], device: torch.device) -> MicroBatch:
+    completions = [rollouts.completion_ids[i] for i in samples]
+    prompts = [_prompt(rollouts, i) for i in samples]
+    rows = [[*p, *c[:-1]] for p, c in zip(prompts, completions, strict=True)]
+    return _padded(samples, None, rows, [len(p) - 1 for p in prompts], completions, device)
+
+
+def _with_shared_prompt(
+    rollouts: RolloutBatch, samples: list[int], prompt: list[int], device: torch.device
+) -> MicroBatch:
+    completions = [rollouts.completion_ids[i] for i in samples]
+    shared = torch.tensor([prompt], device=device)
+    return _padded(samples, shared, [c[:-1] for c in completions], [0] * len(samples), completions, device)
+
+
+def _padded(
+    samples: list[int],
+    shared_prompt: Tensor | None,
+    rows: list[list[int]],
+    first: list[int],
+    completions: list[list[int]],
+    device: torch.device,
+) -> MicroBatch:
+    """Pads `rows`; `first` is where the hidden state that predicts each row's first completion token lies."""
+    width = max(map(len, rows))
+    return MicroBatch(
+        samples=samples,
+        shared_prompt=shared_prompt,
+        input_ids=torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], dtype=torch.long, device=device),
+        rows=torch.tensor([r for r, c in enumerate(completions) for _ in c], device=device),
+        columns=torch.tensor(
+            [f + k for f, c in zip(first, completions, strict=True) for k in range(len(c))], device=device
+        ),
+        targets=torch.tensor([token for c in completions for token in c], device=device),
+    )
