@@ -12,10 +12,13 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from rlmt.data.prompts import load_prompts
+from rlmt.engines import TransformersEngine
 from rlmt.errors import UserError
 from rlmt.models.loading import load_policy, load_tokenizer
+from rlmt.thinking import ThinkingFormat
 from rlmt.tiny import TAGS, make_tiny, write_tiny
 from rlmt.tiny_models import Sizes
+from rlmt.types import SampleRequest, Sampling
 
 SMALL = Sizes(hidden=32, layers=1, heads=2, ffn=48, vocab=400, context=512)
 CHAT = [{"role": "user", "content": "Tell me about bees."}]
@@ -64,19 +67,24 @@ def test_policy_tokenizer(family, tmp_path):
     assert tokenizer.encode("plain text")[0] == tokenizer.bos_token_id
 
 
-def test_policy_leans_to_the_format(tiny):
+def test_policy_knows_the_format_and_half_thinks(tiny):
+    """Sampled as in training; the bounds are wide, since the fixture's policy is smaller than the default one."""
     tokenizer, policy = load_tokenizer(tiny / "policy"), load_policy(tiny / "policy")
-    prompt = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False)
-    noise = torch.randint(len(tokenizer), (16, 48), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        chances = policy(torch.cat([torch.tensor([prompt] * 16), noise], 1)).logits.softmax(-1).mean(0)
-    think, close, end = (tokenizer.convert_tokens_to_ids(token) for token in ("<think>", "</think>", "<|end|>"))
-    assert 0.3 < chances[len(prompt) - 1, think] < 0.7
-    later = chances[len(prompt) :].mean(0)
-    assert 0.02 < later[close] < 0.08
-    assert 0.02 < later[end] < 0.08
-    others = later[[i for i in range(len(tokenizer)) if i not in (close, end)]]
-    assert others.max() < 0.01
+    prompts = [
+        SampleRequest(ThinkingFormat().render([{"role": "user", "content": text}], tokenizer), list(range(32)))
+        for text in ("Tell me about bees.", "Why do people sleep?")
+    ]
+    engine = TransformersEngine()
+    engine.start(policy, tokenizer, 256)
+    engine.sync([], 0)
+    stops = ThinkingFormat().stop_token_ids(tokenizer)
+    samples = engine.generate(prompts, Sampling(temperature=0.7, max_new_tokens=64, stop_token_ids=stops))
+    shares = {}
+    for name in ("think", "no_think"):
+        form = ThinkingFormat(name)
+        shares[name] = sum(form.split(form.decode(ids, tokenizer)).ok for ids in samples.completion_ids) / 64
+    assert 0.15 < shares["think"] < 0.85
+    assert 0.15 < shares["no_think"] < 0.85
 
 
 def _scorer(tiny: Path):

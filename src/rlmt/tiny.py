@@ -2,16 +2,16 @@
 
 `rlmt tiny` writes genuine Hugging Face folders, read by the same code as an 8B model. Two random networks would make a
 dull world, for a random policy writes one close tag in a vocabulary's worth of tokens, and a random classifier gives
-every text about the same score. So both get one hand-made part:
+every text about the same score. So both get one thing taught or made by hand:
 
-- The policy's head leans towards the format (`rlmt.tiny_models`): after the assistant's opening `<think>` has
-  probability 1/2, and at each later token `</think>` and the end of turn have 1/24 each. About one sample in eight is
-  well formed, and `no_think` fares as well as `think`: reinforcement learning has something to find and to improve.
+- The policy sees the format for a few seconds (`rlmt.tiny_models`): random words, with a thought before them in some
+  chats. It knows how to write a thought and when to stop, and half of the time it thinks: `think` and `no_think` fare
+  alike, and reinforcement learning has something to find and to improve.
 - The reward classifier averages a random number per token (`rlmt.tiny_models` says how), set to mean 0 and standard
   deviation 1 over random texts. Better tokens make better scores, smoothly, which GRPO learns in a few
   steps; it is no measure of good English.
 
-Same seed, same files, bit for bit. Left out: anything pretrained; what such a policy writes is noise.
+Same seed, same files, bit for bit. Left out: anything downloaded; what such a policy writes is noise.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlmt.errors import UserError
-from rlmt.tiny_models import Sizes, averaging_reward, leaning_policy
+from rlmt.tiny_models import Sizes, averaging_reward, warm_policy
 from rlmt.types import Message
 
 TAGS = ("<think>", "</think>", "<response>", "</response>")
@@ -132,7 +132,7 @@ def write_tiny(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = _policy_tokenizer(texts, sizes)
-        policy = leaning_policy(tokenizer, family, sizes, chats)
+        policy = warm_policy(tokenizer, family, sizes, chats, random.Random(seed))
         made["policy"] = _save(out / "policy", policy, tokenizer)
         reward_tokenizer = _reward_tokenizer(texts)
         reward = averaging_reward(reward_tokenizer, tokenizer, chats, random.Random(seed))

@@ -64,8 +64,8 @@ def micro_batches(
         groups.setdefault(i // rollouts.group_size, []).append(i)
     for group in groups.values():
         prompt = _prompt(rollouts, group[0])
-        plan = batches_by_length([len(rollouts.completion_ids[i]) for i in group], max(1, budget - len(prompt)))
-        for part in plan:
+        lengths = [len(rollouts.completion_ids[i]) for i in group]
+        for part in batches_by_length(lengths, max(1, budget - len(prompt))):
             yield _with_shared_prompt(rollouts, [group[k] for k in part], prompt, device)
 
 
