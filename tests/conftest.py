@@ -19,7 +19,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from rlmt.tiny_models import Sizes
 
     out = tmp_path_factory.mktemp("tiny")
-    write_tiny(out, sizes=Sizes(hidden=64, layers=2, heads=4, ffn=128, vocab=512, context=1024))
+    write_tiny(out, sizes=Sizes(hidden=64, layers=2, heads=2, ffn=128, vocab=512, context=1024))
     return out
 
 

@@ -50,30 +50,31 @@ def test_reward_rises_over_three_seeds(tiny: Path, prompts_file: Path, tmp_path:
     assert statistics.mean(rises) > 2 * error, rises
 
 
-@pytest.mark.parametrize("form", ["think", "zero_think"])
+@pytest.mark.parametrize("form", ["think", "no_think"])
 def test_no_thought_is_scored(form: str, tiny: Path, prompts_file: Path, tmp_path: Path) -> None:
     fit(tiny, prompts_file, tmp_path, "--model.format", form, "--trainer.max_steps", 4)
-    check_rollouts(tmp_path)
+    check_rollouts(tmp_path, form)
 
 
 @pytest.mark.skipif("RLMT_PROMPTS" not in os.environ, reason="RLMT_PROMPTS names no file of real prompts")
 def test_no_thought_is_scored_on_real_prompts(tiny: Path, tmp_path: Path) -> None:
     fit(tiny, Path(os.environ["RLMT_PROMPTS"]), tmp_path, "--model.format", "think", "--trainer.max_steps", 2)
-    check_rollouts(tmp_path)
+    check_rollouts(tmp_path, "think")
 
 
-def check_rollouts(run: Path) -> None:
-    """Takes every dumped rollout apart by plain string search: what was scored stood behind the first close tag."""
+def check_rollouts(run: Path, form: str) -> None:
+    """Takes every dumped rollout apart by plain string search: what was scored holds no part of a thought."""
     (folder,) = run.rglob("rollouts")
     rows = [row for file in sorted(folder.glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
-    assert len(rows) >= 4 * 8
-    for row in rows:
+    scored = [row for row in rows if row["scored_text"] is not None]
+    assert 8 <= len(scored) < len(rows)
+    for row in scored:
         before, tag, after = row["text"].partition("</think>")
-        scored = row["scored_text"]
-        if scored is not None:
-            assert tag and row["status"] == "ok"
-            assert scored in after and "think>" not in scored
-            assert scored == after.strip().removeprefix("<response>").partition("</response>")[0].strip()
+        if form == "think":
+            assert before.lstrip().startswith("<think>") and tag
+            assert row["scored_text"] == after.strip()
         else:
-            assert row["reward"] <= -1.0
-    print(sum(row["scored_text"] is not None for row in rows), "of", len(rows), "well formed")
+            assert row["scored_text"] == row["text"].strip()
+        assert "think>" not in row["scored_text"]
+    worst = min(row["reward"] for row in scored)
+    assert all(row["reward"] <= worst for row in rows if row["scored_text"] is None)
