@@ -7,9 +7,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import json  # noqa: E402
+import logging  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
+
+logging.raiseExceptions = False  # Lightning's handler keeps the stream that pytest captured for an earlier test
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from rlmt.cli import main, resolve_configs
@@ -79,6 +80,27 @@ def test_fit_validate_predict_export_and_resume(
 
     assert main(["export", str(last), str(tmp_path / "model")]) == 0
     assert loading.load_policy(str(tmp_path / "model"), "float32").num_parameters() > 0
+
+
+def test_a_resumed_run_is_the_unbroken_run(command: Command, tmp_path: Path) -> None:
+    """Bit for bit: prompts, samples, rewards and weights of steps 3 to 7, across the end of an epoch (5 steps)."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    common = ("--model.format", "no_think", "--model.algorithm.minibatches", 2, "--model.scheduler", "LinearLR")
+    assert main(command("fit", *common, "--trainer.default_root_dir", whole, "--trainer.max_steps", 14)) == 0
+    there = ("--trainer.default_root_dir", broken)
+    assert main(command("fit", *common, *there, "--trainer.max_steps", 6)) == 0
+    assert main(command("fit", *common, *there, "--trainer.max_steps", 14, "--ckpt_path", "last")) == 0
+    # Lightning counts an epoch twice when a run that ended by max_steps goes on; the data's own count does not.
+    other = ("time/", "perf/", "epoch")
+    expected, first, second = (
+        [{k: v for k, v in row.items() if v and not k.startswith(other)} for row in rows if row.get("reward/mean")]
+        for rows in (metrics(whole), metrics(broken), metrics(broken, 1))
+    )
+    assert len(expected) == 7
+    assert first + second == expected
+    ends = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (whole, broken)]
+    for name, tensor in ends[0]["state_dict"].items():
+        assert torch.equal(tensor, ends[1]["state_dict"][name]), name
 
 
 def test_a_checkpoint_of_another_format_is_refused(

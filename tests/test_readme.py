@@ -1,0 +1,70 @@
+"""The README is true: its commands parse into runs, its tree is the tree, its links lead somewhere."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch import Trainer
+
+from rlmt import cli, export
+from rlmt.cli import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line.split("#")[0].strip()
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.startswith("rlmt ")
+]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_reach_the_trainer(line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    reached: list[str] = []
+    for name in ("fit", "validate", "test", "predict"):
+        monkeypatch.setattr(Trainer, name, lambda *args, _name=name, **options: reached.append(_name))
+    monkeypatch.setattr(export, "export", lambda ckpt, out, dtype=None: reached.append("export"))
+    monkeypatch.chdir(tmp_path)
+    checkpoint = tmp_path / "runs/tiny/run/checkpoints/last.ckpt"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+    words = shlex.split(line)[1:]
+    assert main([*words, *(["--trainer.accelerator", "cpu"] if words[0] != "export" else [])]) == 0
+    assert reached == [words[0]]
+
+
+def test_there_are_commands_of_every_kind() -> None:
+    assert {line.split()[1] for line in COMMANDS} == {"fit", "validate", "predict", "export"}
+    assert {"make quickstart", "make test"} <= {line.split("#")[0].strip() for line in README.splitlines()}
+    targets = (ROOT / "Makefile").read_text()
+    assert "\nquickstart:" in targets and "\ntest:" in targets
+
+
+def test_the_tree_is_the_tree() -> None:
+    tree = README.split("## What is where")[1].split("```")[1]
+    folder, named = "", set()
+    for line in tree.strip().splitlines():
+        path = line.split()[0]
+        folder = path if not line.startswith(" ") else folder
+        named.add(path if path == folder else folder + path)
+    files = {
+        f"{top}{path.relative_to(ROOT / top)}"
+        for top in ("src/rlmt/", "callbacks/")
+        for path in (ROOT / top).rglob("*.py")
+        if not path.name.startswith("_") and "callbacks" not in path.relative_to(ROOT / top).parts
+    }
+    assert {name for name in named if name.endswith(".py")} == files
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)h#][^)]*)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--help"])
+    text: Any = capsys.readouterr().out
+    assert all(re.search(rf"^  {name} ", text, re.MULTILINE) for name in cli._COMMANDS)
