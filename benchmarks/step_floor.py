@@ -3,8 +3,9 @@
     python benchmarks/step_floor.py --prompts FILE [--tiny runs/tiny] [--steps 8]
 
 The parts: vLLM generating as many tokens for the same prompts, with nothing asked of it but the tokens; one plain
-forward and backward of the policy over the same tokens; one forward of the reward model over the same texts. What a
-step has beside them: weight sync, log-probs from the engine, decoding and splitting, the reference's forward for the KL
+forward and backward of the policy over the same tokens, each sample with its prompt as in a plain trainer (and once more
+with the samples of a prompt sharing it, as rlmt does); one forward of the reward model over the same texts. What a step
+has beside them: weight sync, log-probs from the engine, decoding and splitting, the reference's forward for the KL
 penalty, entropies, clipping, the optimizer, logging and the dump of all rollouts.
 """
 
@@ -29,7 +30,7 @@ from rlmt.batching import batches_by_length
 from rlmt.callbacks import CoTLength, PolicyHealth, RewardCurves, SampleTable, Throughput
 from rlmt.data import RolloutDataModule
 from rlmt.engines import VLLMEngine
-from rlmt.models.micro_batch import micro_batches
+from rlmt.models.micro_batch import hidden_states, micro_batches
 from rlmt.modules import RLMTModule
 from rlmt.rewards import ClassifierReward
 from rlmt.types import Experience, RolloutBatch
@@ -59,7 +60,8 @@ class Floor(Callback):
         self.rows.append(
             {
                 "generate": self._timed(lambda: generate(trainer, batch)),
-                "forward + backward": self._timed(lambda: forward_backward(pl_module, batch)),
+                "forward + backward": self._timed(lambda: forward_backward(pl_module, batch, False)),
+                "the same, prompts shared": self._timed(lambda: forward_backward(pl_module, batch, True)),
                 "reward forward": self._timed(reward_forward(pl_module, experience)),
                 "step": step,
                 "tokens": float(sum(batch.lengths)),
@@ -91,17 +93,16 @@ def generate(trainer: Trainer, batch: RolloutBatch) -> None:
         SamplingParams(temperature=batch.sampling.temperature, max_tokens=n, ignore_eos=True, detokenize=False)
         for n in batch.lengths
     ]
-    with torch.compiler.set_stance("force_eager"):
+    with torch.compiler.set_stance("force_eager" if engine._eager else "default"):
         engine._llm.generate(prompts, params, use_tqdm=False)
 
 
-def forward_backward(module: RLMTModule, batch: RolloutBatch) -> None:
-    """Cross-entropy of the completion tokens, each sample with its prompt, in batches of like length."""
+def forward_backward(module: RLMTModule, batch: RolloutBatch, share_prompts: bool) -> None:
+    """Cross-entropy of the completion tokens; each sample with its prompt, or samples of a prompt sharing it."""
     policy: Any = module.policy
     budget = module._update.tokens_per_micro_batch
-    for micro in micro_batches(batch, range(len(batch)), budget, False, module.device):
-        hidden = policy.model(input_ids=micro.input_ids, use_cache=False).last_hidden_state
-        logits = policy.lm_head(hidden[micro.rows, micro.columns])
+    for micro in micro_batches(batch, range(len(batch)), budget, share_prompts, module.device):
+        logits = policy.lm_head(hidden_states(policy.model, micro))
         torch.nn.functional.cross_entropy(logits.float(), micro.targets).backward()
     policy.zero_grad()
 
@@ -154,14 +155,15 @@ def main() -> None:
         )
         trainer.fit(module, data)
     rows = floor.rows[WARM_UP:]
-    parts = ("generate", "forward + backward", "reward forward")
+    parts = [name for name in rows[0] if name not in ("step", "tokens") and not name.startswith("time/")]
     table = Table(title=f"median of {len(rows)} steps, {statistics.median(r['tokens'] for r in rows):,.0f} tokens each")
     table.add_column("what")
     table.add_column("seconds", justify="right")
     for name in (*parts, *(name for name in rows[0] if name.startswith("time/")), "step"):
         table.add_row(name, f"{statistics.median(row[name] for row in rows):.3f}")
-    ratio = statistics.median(row["step"] / sum(row[part] for part in parts) for row in rows)
-    table.add_row("step / (" + " + ".join(parts) + ")", f"{ratio:.2f}")
+    for left_out, name in ((parts[2], "step / its parts"), (parts[1], "step / its parts, prompts shared")):
+        ratios = [row["step"] / sum(row[part] for part in parts if part != left_out) for row in rows]
+        table.add_row(name, f"{statistics.median(ratios):.2f}")
     Console().print(table)
 
 

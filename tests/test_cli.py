@@ -12,6 +12,7 @@ import yaml
 
 from rlmt.cli import main, resolve_configs
 from rlmt.models import loading
+from rlmt.modules import RLMTModule
 
 BASE = ["--config", "configs/base.yaml", "--config", "configs/grpo.yaml", "--config", "configs/tiny.yaml"]
 Command = Callable[..., list[str]]
@@ -103,6 +104,68 @@ def test_a_resumed_run_is_the_unbroken_run(command: Command, tmp_path: Path) -> 
         assert torch.equal(tensor, ends[1]["state_dict"][name]), name
 
 
+@pytest.mark.parametrize("word", ["null", "penalty"])
+def test_malformed_null_is_the_word_null(word: str, command: Command, tmp_path: Path) -> None:
+    """YAML reads a bare null as nothing; the mode must be meant all the same."""
+    options = ("--model.malformed", word, "--trainer.max_steps", 1, "--model.malformed_reward", -77)
+    assert main(command("fit", *options)) == 0
+    (row,) = [row for row in metrics(tmp_path / "run") if row.get("reward/mean")]
+    assert float(row["reward/malformed"]) > 0
+    assert (float(row["reward/mean"]) > -5) == (word == "null")
+
+
+def test_the_last_steps_are_in_the_last_checkpoint(command: Command, tmp_path: Path) -> None:
+    callback = "{class_path: rlmt.callbacks.PolicyCheckpoint, init_args: {every_n_steps: 2}}"
+    (tmp_path / "often.yaml").write_text(f"trainer: {{callbacks: [{callback}]}}")
+    options = ("--model.format", "no_think", "--config", "often.yaml", "--trainer.max_steps", 3)
+    assert main(command("fit", *options)) == 0
+    (saved,) = (tmp_path / "run" / "checkpoints").glob("step=*.ckpt")
+    assert saved.name == "step=3.ckpt"
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").resolve() == saved
+
+
+def test_steps_without_a_finite_gradient_are_skipped_until_it_is_enough(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rlmt.algorithms import advantages, grpo
+
+    calls: list[int] = []
+
+    def sometimes_nan(*args: Any) -> torch.Tensor:
+        calls.append(1)
+        good = advantages.group_advantages(*args)
+        return good if len(calls) == 3 else good * float("nan")
+
+    monkeypatch.setattr(grpo, "group_advantages", sometimes_nan)
+    options = ("--model.format", "no_think", "--model.max_skipped", 3, "--trainer.max_steps", 9)
+    assert main(command("fit", *options)) == 2
+    assert "3 skipped optimizer steps in a row" in (message := one_line(capsys)) and "nan" in message
+    rows = [row for row in metrics(tmp_path / "run") if row.get("reward/mean")]
+    # two skipped, one taken, then three skipped, the last of which stops the run before it is logged
+    assert [row["policy/skipped"] for row in rows] == ["1.0", "1.0", "0.0", "1.0", "1.0"]
+    assert [float(row["engine/weight_version"]) for row in rows] == [0, 0, 0, 1, 1]
+
+
+def test_bf16_mixed_keeps_positions_and_reward_in_float32(command: Command, tmp_path: Path) -> None:
+    seen: list[RLMTModule] = []
+    setup = RLMTModule.configure_optimizers
+
+    def note(module: RLMTModule) -> Any:
+        seen.append(module)
+        return setup(module)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RLMTModule, "configure_optimizers", note)
+        options = ("--trainer.precision", "bf16-mixed", "--model.format", "no_think", "--trainer.max_steps", 1)
+        assert main(command("fit", *options)) == 0
+    (module,) = seen
+    assert {t.dtype for t in [*module.parameters(), *module.buffers()] if t.is_floating_point()} == {torch.float32}
+    assert module.compute_dtype is torch.bfloat16
+    (row,) = [row for row in metrics(tmp_path / "run") if row.get("reward/mean")]
+    assert float(row["policy/kl"]) == 0.0  # policy and reference are the same function
+    assert float(row["engine/mismatch_max"]) < 0.05
+
+
 def test_a_checkpoint_of_another_format_is_refused(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,7 +206,10 @@ BAD = {
     "missing policy": (["--model.policy", "runs/tiny/policy"], ["runs/tiny/policy", "rlmt tiny"]),
     "missing reward": (["--model.reward.model", "runs/tiny/reward"], ["runs/tiny/reward", "rlmt tiny"]),
     "group of one": (["--data.group_size", "1"], ["--data.group_size", "standard deviation"]),
-    "minibatches": (["--model.algorithm.minibatches", "3"], ["--model.algorithm.minibatches", "16"]),
+    "minibatches": (["--model.algorithm.minibatches", "3"], ["--model.algorithm.minibatches", "--data.batch_size"]),
+    "precision": (["--trainer.precision", "bf16-true"], ["--trainer.precision", "bf16-mixed"]),
+    "scores not finite": (["--model.malformed_reward", ".nan"], ["--model.malformed_reward"]),
+    "nothing to go on from": (["--ckpt_path", "nowhere.ckpt"], ["nowhere.ckpt"]),
     "context": (["--data.max_new_tokens", "100000"], ["--data.max_prompt_tokens", "--data.max_new_tokens", "context"]),
     "no vllm": (["--data.engine", "VLLMEngine"], ["vllm", "install"]),
 }

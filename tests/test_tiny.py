@@ -75,7 +75,7 @@ def test_policy_knows_the_format_and_half_thinks(tiny):
         for text in ("Tell me about bees.", "Why do people sleep?")
     ]
     engine = TransformersEngine()
-    engine.start(policy, tokenizer, 256)
+    engine.start(policy, tokenizer, 256, torch.float32)
     engine.sync([], 0)
     stops = ThinkingFormat().stop_token_ids(tokenizer)
     samples = engine.generate(prompts, Sampling(temperature=0.7, max_new_tokens=64, stop_token_ids=stops))

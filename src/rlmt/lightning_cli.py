@@ -66,8 +66,10 @@ class RLMTCLI(LightningCLI):
         if given is None or not hasattr(self.model, "check_format"):
             return
         checkpoint = Path(self.trainer.default_root_dir, "checkpoints", "last.ckpt") if given == "last" else Path(given)
-        if not checkpoint.exists() and given not in KEYWORDS:
-            raise UserError(f"--ckpt_path {given}: no such checkpoint; give a .ckpt written by `rlmt fit`, or last.")
+        # A training job that is queued again and again may say `last` from its first start.
+        optional = given in KEYWORDS and (given != "last" or self.subcommand == "fit")
+        if not checkpoint.exists() and not optional:
+            raise UserError(f"--ckpt_path {given}: there is no {checkpoint}; give a .ckpt written by `rlmt fit`.")
         saved = checkpoint.parent / "policy"
         if (saved / FILE_NAME).is_file():
             self.model.check_format(ThinkingFormat.load(saved), f"--ckpt_path {given}")

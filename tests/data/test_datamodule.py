@@ -50,7 +50,8 @@ class FakeEngine(Engine):
     def check(self):
         self.calls.append("check")
 
-    def start(self, policy, tokenizer, max_model_len):
+    def start(self, policy, tokenizer, max_model_len, dtype):
+        assert dtype is torch.float32
         assert self.version is None
         self.calls.append(("start", max_model_len))
 
@@ -83,6 +84,7 @@ class FakeModule(LightningModule):
     """One weight that moves by what it saw; a record of every batch in `seen`, keyed by stage."""
 
     max_positions = 100
+    compute_dtype = torch.float32
 
     def __init__(self, tokenizer, format="think", die_after=None):
         super().__init__()

@@ -21,7 +21,7 @@ def tokenizer(helpers: Any) -> PreTrainedTokenizerFast:
 def start(policy: Any, tokenizer: Any, helpers: Any, **options: Any) -> TransformersEngine:
     engine = TransformersEngine(**options)
     engine.check()
-    engine.start(policy, tokenizer, helpers.max_len)
+    engine.start(policy, tokenizer, helpers.max_len, torch.float32)
     engine.sync(iter(()), version=3)
     return engine
 
@@ -131,7 +131,7 @@ def test_batches_keep_to_their_budget(helpers: Any, tokenizer: Any) -> None:
 def test_generate_before_sync_and_after_close_is_refused(helpers: Any, tokenizer: Any) -> None:
     engine = TransformersEngine()
     engine.close()
-    engine.start(helpers.policy("llama-tied"), tokenizer, 64)
+    engine.start(helpers.policy("llama-tied"), tokenizer, 64, torch.float32)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="sync"):
             engine.generate([SampleRequest([1], [0])], Sampling(1.0, 1))

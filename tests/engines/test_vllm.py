@@ -49,7 +49,7 @@ class World:
         self.engine = VLLMEngine(cpu_kv_cache_gib=0.1, max_num_seqs=64)
         self.engine.check()
         self.before = process_state()
-        self.engine.start(self.policy, self.tokenizer, helpers.max_len)
+        self.engine.start(self.policy, self.tokenizer, helpers.max_len, torch.float32)
         self.after = process_state()
 
     def sync(self, version: int = 1) -> None:
@@ -74,7 +74,7 @@ def test_a_failed_start_tells_why_and_leaves_no_trace(helpers: Any) -> None:
         with pytest.raises(
             UserError, match="cannot start: No available memory for the cache.*cpu_kv_cache_gib"
         ) as caught:
-            engine.start(helpers.policy("llama-tied"), helpers.tokenizer(), helpers.max_len)
+            engine.start(helpers.policy("llama-tied"), helpers.tokenizer(), helpers.max_len, torch.float32)
         assert "\n" not in str(caught.value)
         engine.close()
         assert distributed.is_initialized()  # the trainer's own

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BloomConfig, LlamaConfig
+from transformers import BloomConfig, Gemma2Config, LlamaConfig
 
 from rlmt.errors import UserError
-from rlmt.models.loading import load_config, load_policy, load_tokenizer, max_positions
+from rlmt.models.loading import check_head, load_config, load_policy, load_tokenizer, max_positions
 
 
 @pytest.fixture
@@ -92,3 +92,9 @@ def test_models_that_are_no_policy(tiny, folder):
 def test_max_positions():
     assert max_positions(LlamaConfig(max_position_embeddings=77)) == 77
     _refused(max_positions, BloomConfig(), match="max_position_embeddings")
+
+
+def test_families_that_change_their_logits_are_refused() -> None:
+    with pytest.raises(UserError, match="final_logit_softcapping"):
+        check_head(Gemma2Config(), "some/model")
+    check_head(LlamaConfig(), "some/model")

@@ -69,6 +69,7 @@ class GRPO(Algorithm):
             "clip_high": (self.clip_high > 0, "must be positive"),
             "dual_clip": (self.dual_clip is None or self.dual_clip > 1, "must be above 1, or null"),
             "kl_coef": (self.kl_coef >= 0, "must not be negative"),
+            "entropy_coef": (self.entropy_coef >= 0, "must not be negative"),
             "update_epochs": (self.update_epochs >= 1, "must be at least 1"),
             "minibatches": (self.minibatches >= 1, "must be at least 1"),
             "importance_cap": (self.importance_cap is None or self.importance_cap > 0, "must be positive, or null"),

@@ -96,12 +96,12 @@ def token_weights(lengths: Tensor, mask: Tensor, aggregation: Aggregation, max_n
     Returns:
         [sum of lengths] float32, samples end to end.
     """
-    samples = mask.sum().clamp(min=1)
+    samples, tokens = mask.sum().clamp(min=1).float(), lengths.float()
     match aggregation:
         case "token_mean":
-            share = (1.0 / (lengths * mask).sum().clamp(min=1)).expand(len(lengths))
+            share = (1.0 / (tokens * mask).sum().clamp(min=1)).expand(len(lengths))
         case "sequence_mean":
-            share = 1.0 / (samples * lengths)
+            share = 1.0 / (samples * tokens)
         case "constant":
             share = (1.0 / (samples * max_new_tokens)).expand(len(lengths))
-    return (share.float() * mask).repeat_interleave(lengths)
+    return (share * mask).repeat_interleave(lengths)

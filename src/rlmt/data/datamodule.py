@@ -257,7 +257,7 @@ class RolloutDataModule(LightningDataModule):
         if not self._engine_started:
             assert source.policy is not None
             self._engine_started = True
-            self.engine.start(source.policy, source.tokenizer, self._max_model_len)
+            self.engine.start(source.policy, source.tokenizer, self._max_model_len, source.compute_dtype)
         sampling = Sampling(
             temperature=self.temperature,
             max_new_tokens=self.max_new_tokens,

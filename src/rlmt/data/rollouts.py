@@ -33,6 +33,10 @@ class PolicySource(Protocol):
         """The policy's context length in tokens; there before any weights are loaded."""
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        """Number format of the policy's forward."""
+
+    @property
     def policy(self) -> PreTrainedModel | None:
         """The policy; None until the module is configured, set by the first batch."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -25,13 +26,16 @@ class Engine(ABC):
         """Raises UserError, naming what to install, when this engine cannot run on this machine."""
 
     @abstractmethod
-    def start(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_model_len: int) -> None:
+    def start(
+        self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_model_len: int, dtype: torch.dtype
+    ) -> None:
         """Brings the engine up for a policy of this shape; its weights come by `sync`.
 
         Args:
-            policy: the trainer's policy, for its config, dtype and device.
+            policy: the trainer's policy, for its config and device.
             tokenizer: the policy's tokenizer.
             max_model_len: longest prompt + completion in tokens.
+            dtype: number format that the trainer's forward runs in.
         """
 
     @abstractmethod

@@ -45,15 +45,18 @@ class TransformersEngine(Engine):
         self.tokens_per_batch = tokens_per_batch
         self._policy: PreTrainedModel | None = None
 
-    def start(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_model_len: int) -> None:
+    def start(
+        self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_model_len: int, dtype: torch.dtype
+    ) -> None:
         """Takes a reference to the policy.
 
         Args:
             policy: the trainer's policy; sampled from as it is at each `generate`.
             tokenizer: the policy's tokenizer; finds the stop strings.
             max_model_len: longest prompt + completion in tokens.
+            dtype: number format of the forward, by autocast where it is not the weights' own.
         """
-        self._policy, self._tokenizer, self._max_model_len = policy, tokenizer, max_model_len
+        self._policy, self._tokenizer, self._max_model_len, self._dtype = policy, tokenizer, max_model_len, dtype
 
     def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Records the version; the policy's weights are already here, so `weights` is not read."""
@@ -80,7 +83,8 @@ class TransformersEngine(Engine):
             _Row(ids, seed, min(sampling.max_new_tokens, room(len(ids), self._max_model_len)))
             for ids, seed in ((request.prompt_ids, seed) for request in requests for seed in request.seeds)
         ]
-        with _evaluating(self._policy):
+        device, mixed = self._policy.device.type, self._dtype != self._policy.dtype
+        with _evaluating(self._policy), torch.autocast(device, self._dtype, enabled=mixed):
             for batch in self._batches(rows, sampling.max_new_tokens):
                 self._sample(self._policy, batch, sampling)
         return Samples(

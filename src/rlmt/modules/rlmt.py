@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -14,7 +15,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlmt.algorithms import Algorithm
@@ -24,11 +25,15 @@ from rlmt.models import loading
 from rlmt.modules.update import PolicyUpdate, first_pass
 from rlmt.rewards import Reward
 from rlmt.rewards.scoring import MalformedMode, score
+from rlmt.rng import random_states, restore_random_states
 from rlmt.thinking import FormatName, ThinkingFormat
 from rlmt.types import Experience, RolloutBatch
 
 OptimizerCallable = Callable[[Any], Optimizer]
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
+
+PRECISIONS = ("32-true", "bf16-mixed")
+"""Weights are float32 in both; Lightning's other precisions cast all of the module, positions and reward included."""
 
 
 class RLMTModule(LightningModule):
@@ -63,7 +68,7 @@ class RLMTModule(LightningModule):
         format: FormatName | ThinkingFormat = "think",  # noqa: A002 - the word users write
         optimizer: OptimizerCallable = AdamW,
         scheduler: LRSchedulerCallable | None = None,
-        malformed: MalformedMode = "penalty",
+        malformed: MalformedMode | None = "penalty",
         malformed_reward: float = -10.0,
         tokens_per_micro_batch: int = 16384,
         max_grad_norm: float = 1.0,
@@ -76,14 +81,18 @@ class RLMTModule(LightningModule):
         self.strict_loading = (
             False  # frozen models are not in the checkpoint; `load_state_dict` checks the policy itself
         )
-        for option, value in {"tokens_per_micro_batch": tokens_per_micro_batch, "max_grad_norm": max_grad_norm}.items():
-            if value <= 0:
+        positive = {"tokens_per_micro_batch": tokens_per_micro_batch, "max_grad_norm": max_grad_norm}
+        for option, value in (positive | {"max_skipped": max_skipped}).items():
+            if not value > 0:
                 raise UserError(f"--model.{option} is {value}: it must be positive.")
+        if not math.isfinite(malformed_reward):
+            raise UserError(f"--model.malformed_reward is {malformed_reward}: it must be a finite number.")
         self.policy_path = policy
         self.reward = reward
         self.algorithm = algorithm
         self.format = format if isinstance(format, ThinkingFormat) else ThinkingFormat(format)
-        self.malformed, self.malformed_reward = malformed, malformed_reward
+        self.malformed: MalformedMode = malformed or "null"  # YAML reads the bare word null as nothing
+        self.malformed_reward = malformed_reward
         self.max_skipped = max_skipped
         self.gradient_checkpointing = gradient_checkpointing
         self.attn_implementation = attn_implementation
@@ -111,6 +120,11 @@ class RLMTModule(LightningModule):
         """Longest sequence the policy can take, in tokens."""
         return loading.max_positions(self.policy_config)
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The number format that the policy's forward runs in, for the engine to sample in the same."""
+        return torch.bfloat16 if self.trainer.precision == "bf16-mixed" else torch.float32
+
     def policy_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The policy's weights under their Hugging Face names; tied ones under both."""
         # state_dict and not named_parameters: the latter names tied weights once, and an engine's head would go stale.
@@ -120,30 +134,40 @@ class RLMTModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Looks for mistakes that can be seen before any weights are read."""
+        self._check_trainer()
         self.format.check(self.tokenizer, self.policy_path)
+        loading.check_head(self.policy_config, self.policy_path)
         self.reward.check()
         if stage == "fit":
             data: Any = getattr(self.trainer, "datamodule", None)
             if data is not None:
                 self.algorithm.check(data.group_size)
-                self._check_minibatches(data.batch_size * data.group_size)
+                self._check_minibatches(data.batch_size)
 
-    def _check_minibatches(self, samples: int) -> None:
-        parts = self.algorithm.minibatches
-        if samples % parts:
+    def _check_trainer(self) -> None:
+        if self.trainer.precision not in PRECISIONS:
             raise UserError(
-                f"--model.algorithm.minibatches is {parts}: it does not divide the {samples} samples of a step "
-                "(--data.batch_size × --data.group_size); make it a divisor."
+                f"--trainer.precision is {self.trainer.precision}: use {' or '.join(PRECISIONS)}, since small updates "
+                "are lost in weights of 16 bits."
+            )
+        if self.trainer.world_size > 1:
+            raise UserError(
+                f"--trainer.devices gives {self.trainer.world_size} processes: a policy is trained on one; set 1."
+            )
+
+    def _check_minibatches(self, prompts: int) -> None:
+        parts = self.algorithm.minibatches
+        if prompts % parts:
+            raise UserError(
+                f"--model.algorithm.minibatches is {parts}: it does not divide the {prompts} prompts of a step "
+                "(--data.batch_size); make it a divisor."
             )
 
     def configure_model(self) -> None:
         """Loads the policy, the reference (a frozen copy, only if the objective wants it) and the reward."""
         if self.policy is not None:
             return
-        half = "bf16-true" in str(self.trainer.precision)
-        self.policy = loading.load_policy(
-            self.policy_path, "bfloat16" if half else "float32", attn_implementation=self.attn_implementation
-        )
+        self.policy = loading.load_policy(self.policy_path, "float32", attn_implementation=self.attn_implementation)
         fitting = self.trainer.state.fn == "fit"
         if fitting and self.algorithm.needs_reference:
             self.reference = copy.deepcopy(self.policy).requires_grad_(False).train(False)
@@ -157,7 +181,10 @@ class RLMTModule(LightningModule):
         optimizer = self._optimizer([p for p in self._policy.parameters() if p.requires_grad])
         if self._scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": self._scheduler(optimizer)}
+        scheduler = self._scheduler(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise UserError("--model.scheduler ReduceLROnPlateau wants a metric at each step: use one of steps.")
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     @property
     def _policy(self) -> PreTrainedModel:
@@ -285,6 +312,7 @@ class RLMTModule(LightningModule):
             "policy": self.policy_path,
             "format": self.format.to_dict(),
             "version": self.policy_version,
+            "random": random_states(),
         }
         if self.trainer.is_global_zero:
             for callback in self.trainer.checkpoint_callbacks:
@@ -302,6 +330,8 @@ class RLMTModule(LightningModule):
             raise UserError("--ckpt_path is not a checkpoint of an rlmt policy; give one written by `rlmt fit`.")
         self.check_format(ThinkingFormat.from_dict(saved["format"]), "--ckpt_path")
         self.policy_version = saved["version"]
+        if self.trainer.state.fn == "fit":
+            restore_random_states(saved["random"])
 
     def check_format(self, saved: ThinkingFormat, where: str) -> None:
         """Refuses to go on with another format than a checkpoint's.

@@ -68,10 +68,12 @@ class PolicyUpdate:
         samples = len(experience.rollouts)
         for epoch in range(self.algorithm.update_epochs):
             parts = [torch.arange(samples)]
-            if self.algorithm.minibatches > 1:
-                parts = list(torch.randperm(samples, generator=order).chunk(self.algorithm.minibatches))
+            if self.algorithm.minibatches > 1:  # of whole groups, so that samples of a prompt stay together
+                groups = torch.arange(samples).view(-1, experience.rollouts.group_size)
+                mixed = groups[torch.randperm(len(groups), generator=order)]
+                parts = [part.flatten().sort().values for part in mixed.chunk(self.algorithm.minibatches)]
             for number, part in enumerate(parts):
-                loss = self._accumulate(policy, experience, part.sort().values, backward, epoch == 0)
+                loss = self._accumulate(policy, experience, part, backward, epoch == 0)
                 yield self._close(policy, loss, first=epoch == 0 and number == 0)
 
     def _accumulate(
@@ -91,7 +93,7 @@ class PolicyUpdate:
         weights = torch.zeros_like(experience.engine_logprobs)
         starts = _starts(experience.lengths.cpu())
         weights[_positions(samples, starts, rollouts.lengths).to(device)] = shares
-        total = torch.zeros((), device=device)
+        total = torch.zeros((), dtype=torch.float32, device=device)
         share = shares_prompts(policy)
         for batch in micro_batches(rollouts, samples, self.tokens_per_micro_batch, share, device):
             where = _positions(batch.samples, starts, rollouts.lengths).to(device)
