@@ -3,9 +3,9 @@
     python benchmarks/step_floor.py --prompts FILE [--tiny runs/tiny] [--steps 8]
 
 The parts: vLLM generating as many tokens for the same prompts, with nothing asked of it but the tokens; one plain
-forward and backward of the policy over the same tokens, each sample with its prompt as in a plain trainer (and once more
-with the samples of a prompt sharing it, as rlmt does); one forward of the reward model over the same texts. What a step
-has beside them: weight sync, log-probs from the engine, decoding and splitting, the reference's forward for the KL
+forward and backward of the policy over the same tokens, each sample with its prompt as in a plain trainer (and once
+more with the samples of a prompt sharing it, as rlmt does); one forward of the reward model over the same texts. What a
+step has beside them: weight sync, log-probs from the engine, decoding and splitting, the reference's forward for the KL
 penalty, entropies, clipping, the optimizer, logging and the dump of all rollouts.
 """
 

@@ -49,9 +49,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if run is None:
             raise UserError(f"There is no command {command!r}; choose one of {', '.join(_COMMANDS)} (rlmt --help).")
         return run(command, rest)
-    except UserError as error:
-        print(f"rlmt: error: {error}", file=sys.stderr)
+    except Exception as error:
+        mistake = _mistake_behind(error)
+        if mistake is None:
+            raise
+        print(f"rlmt: error: {mistake}", file=sys.stderr)
         return 2
+
+
+def _mistake_behind(error: BaseException | None) -> UserError | None:
+    """The UserError that an exception is or was caused by: jsonargparse wraps those of constructors in its own."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def resolve_configs(args: Sequence[str]) -> list[str]:

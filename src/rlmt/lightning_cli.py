@@ -31,6 +31,8 @@ QUIET = (
     ".*module\\(s\\) in eval mode at the start of training.*",  # the reference and the reward, on purpose
     ".*Checkpoint directory .* exists and is not empty.*",  # resuming is the ordinary case
     ".*set_vital.*",
+    ".*torch.distributed.reduce_op.*",
+    ".*treespec.*",
     "Using ModelCheckpoint with manual optimization.*",  # the state after the optimizer's step is the one wanted
 )
 """Warnings of libraries about things that are as they should be."""
