@@ -240,6 +240,15 @@ def test_a_mistake_in_a_config_file_names_its_key(
     assert "--model.algorithm.kl_koef" in one_line(capsys)
 
 
+def test_a_torn_checkpoint_is_told_before_any_model_is_loaded(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "torn.ckpt").write_bytes(b"PK\x03\x04 and no more")
+    forbid_loading(monkeypatch)
+    assert main(command("fit", "--ckpt_path", tmp_path / "torn.ckpt")) == 2
+    assert "torn.ckpt" in one_line(capsys)
+
+
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train"]) == 2
     assert "'train'" in one_line(capsys)

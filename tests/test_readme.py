@@ -1,11 +1,14 @@
 """The README is true: its commands parse into runs, its tree is the tree, its links lead somewhere."""
 
+import functools
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch import Trainer
 
 from rlmt import cli, export
@@ -21,16 +24,26 @@ COMMANDS = [
 ]
 
 
+def recorder(function: Callable[..., Any], reached: list[str]) -> Callable[..., Any]:
+    """Takes the place of a function, with its signature, and notes that it was called."""
+
+    @functools.wraps(function)
+    def note(*args: Any, **options: Any) -> None:
+        reached.append(function.__name__)
+
+    return note
+
+
 @pytest.mark.parametrize("line", COMMANDS)
 def test_commands_reach_the_trainer(line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     reached: list[str] = []
     for name in ("fit", "validate", "test", "predict"):
-        monkeypatch.setattr(Trainer, name, lambda *args, _name=name, **options: reached.append(_name))
-    monkeypatch.setattr(export, "export", lambda ckpt, out, dtype=None: reached.append("export"))
+        monkeypatch.setattr(Trainer, name, recorder(getattr(Trainer, name), reached))
+    monkeypatch.setattr(export, "export", recorder(export.export, reached))
     monkeypatch.chdir(tmp_path)
     checkpoint = tmp_path / "runs/tiny/run/checkpoints/last.ckpt"
     checkpoint.parent.mkdir(parents=True)
-    checkpoint.touch()
+    torch.save({}, checkpoint)
     words = shlex.split(line)[1:]
     assert main([*words, *(["--trainer.accelerator", "cpu"] if words[0] != "export" else [])]) == 0
     assert reached == [words[0]]

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,9 @@ class RLMTCLI(LightningCLI):
                 callback.dirpath = str(root / "checkpoints")
         return super().instantiate_trainer(logger=loggers, default_root_dir=str(root), **kwargs)
 
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning would read all of the checkpoint for hyper-parameters, which rlmt keeps in none."""
+
     def check_checkpoint(self) -> None:
         """Refuses a checkpoint that is not there or has another format, before any model is loaded.
 
@@ -72,6 +76,8 @@ class RLMTCLI(LightningCLI):
         optional = given in KEYWORDS and (given != "last" or self.subcommand == "fit")
         if not checkpoint.exists() and not optional:
             raise UserError(f"--ckpt_path {given}: there is no {checkpoint}; give a .ckpt written by `rlmt fit`.")
+        if checkpoint.is_file() and not zipfile.is_zipfile(checkpoint):
+            raise UserError(f"--ckpt_path {given}: {checkpoint} is torn or no checkpoint; give an earlier one.")
         saved = checkpoint.parent / "policy"
         if (saved / FILE_NAME).is_file():
             self.model.check_format(ThinkingFormat.load(saved), f"--ckpt_path {given}")
