@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from rlmt.errors import UserError
+from rlmt.types import Experience
 
 from ._common import experience_of, log_step, metrics_of, over_ranks
 
@@ -18,8 +20,9 @@ PREFIXES = ("policy/", "engine/", "critic/", "dpo/")
 class PolicyHealth(Callback):
     """Logs what the update found: every metric of the step under policy/, engine/, critic/ and dpo/.
 
-    The progress bar shows `policy/kl` as `kl`. Two kinds of trouble warn once a run: engine and trainer that
-    disagree on the log-prob of a token, and a policy that runs away within one rollout.
+    The progress bar shows `policy/kl` as `kl`. Three kinds of trouble warn once a run: engine and trainer that
+    disagree on the log-prob of a token, a policy that runs away within one rollout, and one that does not know the
+    format.
 
     Args:
         max_mismatch: Warn when a token's log-prob under the engine and under the trainer differ by more, in nats.
@@ -54,6 +57,7 @@ class PolicyHealth(Callback):
         bar = {"kl": metrics["policy/kl"]} if "policy/kl" in metrics else {}
         log_step(pl_module, metrics, len(experience.rollouts), bar=bar)
         self._look_for_trouble(metrics)
+        self._look_for_form(experience)
 
     def _look_for_trouble(self, metrics: dict[str, float]) -> None:
         mismatch = metrics.get("engine/mismatch_max", 0.0)
@@ -70,6 +74,17 @@ class PolicyHealth(Callback):
                 f"policy/ratio_max is {ratio:.3g}: the policy runs away within one rollout; lower the learning rate or"
                 " --model.algorithm.update_epochs (PolicyHealth.max_ratio sets this limit)",
             )
+
+    def _look_for_form(self, experience: Experience) -> None:
+        if any(split.ok for split in experience.splits):
+            return
+        (status, count), *_ = Counter(split.status for split in experience.splits).most_common()
+        self._warn(
+            "malformed",
+            f"all {len(experience.splits)} samples of a step are malformed ({count} {status}), so there is nothing to"
+            " learn from: warm-start the policy on the format, tell it the format (--config instructed), or raise"
+            " --data.max_new_tokens",
+        )
 
     def _warn(self, kind: str, message: str) -> None:
         if kind not in self._warned:

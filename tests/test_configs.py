@@ -15,7 +15,7 @@ from rlmt.modules import RLMTModule
 from rlmt.rewards import ClassifierReward
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-FORMATS = ("think", "no_think", "zero_think", "zero_no_think")
+FORMATS = ("think", "no_think", "zero_think", "zero_no_think", "instructed")
 MODELS = ("tiny", "llama-3.1-8b")
 
 
@@ -47,7 +47,7 @@ def test_compositions_instantiate(model: str, form: str, launched: list[Any]) ->
     assert main(compose("base", "grpo", model, form)) == 0
     ((_, module, data),) = launched
     assert isinstance(module.algorithm, GRPO) and isinstance(data.engine, VLLMEngine)
-    assert module.format.name == form
+    assert module.format.name == {"instructed": "think"}.get(form, form)
     assert module.policy is None and module.reward.model is None  # nothing was loaded
 
 

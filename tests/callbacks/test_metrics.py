@@ -90,6 +90,14 @@ def test_trouble_warns_once(world, tmp_path, recwarn, name, value, warnings):
     assert len([w for w in recwarn if name in str(w.message)]) == warnings
 
 
+@pytest.mark.parametrize(("malformed", "warnings"), [(False, 0), (True, 1)])
+def test_a_policy_that_does_not_know_the_format_is_told_once(world, tmp_path, recwarn, malformed, warnings):
+    world.fit(tmp_path, [PolicyHealth()], steps=3, module=world.Module(malformed=malformed))
+    assert (
+        len([w for w in recwarn if "all 6 samples of a step are malformed (6 unclosed)" in str(w.message)]) == warnings
+    )
+
+
 def test_step_time_counts_fetching_and_leaves_validation_out(world, tmp_path, monkeypatch):
     clock = iter([100.0, 110.0, 1000.0, 1500.0, 1511.0, 2000.0, 2001.0])
     # start, end of step 0, validation from and to, end of step 1, validation from and to
