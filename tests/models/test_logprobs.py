@@ -46,6 +46,22 @@ def test_each_output_has_a_gradient_of_its_own(which: str) -> None:
     torch.testing.assert_close(got, want)
 
 
+def test_backward_makes_the_logits_of_the_forward_under_autocast() -> None:
+    """A column of ones in the projection cannot move log-probs, so that input has gradient Σ d logprob / d logit = 0."""
+    torch.manual_seed(0)
+    hidden = (torch.randn(64, 32) * 4).requires_grad_()
+    weight = torch.randn(500, 32)
+    weight[:, 0] = 1
+    targets = torch.randint(0, 500, (64,))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = linear_logprobs(hidden, weight, targets, 1.0, 16)
+        expected = torch.log_softmax(torch.nn.functional.linear(hidden, weight).float(), 1)
+    torch.testing.assert_close(out.logprobs, expected.gather(1, targets[:, None]).squeeze(1))
+    (gradient,) = torch.autograd.grad(out.logprobs.sum(), hidden)
+    assert gradient[:, 0].abs().max() < 0.01
+    assert gradient[:, 1:].abs().mean() > 0.1
+
+
 def test_memory_stays_within_a_few_chunks_of_logits() -> None:
     """Forward and backward over 4,096 tokens × 8,192 words makes 128 MiB of logits; chunks of 64 hold 2 MiB."""
     hidden = torch.randn(4096, 16, requires_grad=True)

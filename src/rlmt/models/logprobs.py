@@ -43,6 +43,9 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature
     Returns:
         [t] float32 log-probs and entropies in nats.
     """
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):  # here, since backward, which makes the logits again, runs outside of autocast
+        hidden = hidden.to(torch.get_autocast_dtype(kind))
     logprobs, entropy = cast(Any, _LinearLogprobs).apply(hidden, weight, targets, temperature, chunk)
     return PolicyOutputs(logprobs, entropy)
 
