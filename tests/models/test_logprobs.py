@@ -47,7 +47,7 @@ def test_each_output_has_a_gradient_of_its_own(which: str) -> None:
 
 
 def test_backward_makes_the_logits_of_the_forward_under_autocast() -> None:
-    """A column of ones in the projection cannot move log-probs, so that input has gradient Σ d logprob / d logit = 0."""
+    """A column of ones in the projection cannot move log-probs, so its input has gradient Σ d logprob / d logit = 0."""
     torch.manual_seed(0)
     hidden = (torch.randn(64, 32) * 4).requires_grad_()
     weight = torch.randn(500, 32)
