@@ -97,6 +97,7 @@ class RewardCurves(Callback):
         self._train: dict[str, list[float]] = {name: [] for name in ("step", *DRAWN)}
         self._validation: dict[str, list[float]] = {"step": [], "reward": []}
         self._folder: Path | None = None
+        self._drawn: Path | None = None
         self._subtitle = ""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -140,16 +141,22 @@ class RewardCurves(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws the whole run."""
-        self._draw_and_tell(trainer)
+        self._drawn = self._draw(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Tells where the picture is: as the last words of a run, after the progress bar."""
+        if stage == "fit":
+            self._tell()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Draws what there is of an interrupted or failed run."""
-        self._draw_and_tell(trainer)
+        self._drawn = self._draw(trainer)
+        self._tell()  # Lightning calls no teardown after an exception
 
-    def _draw_and_tell(self, trainer: Trainer) -> None:
-        path = self._draw(trainer)
-        if path is not None:
-            say(f"curves: {path}")
+    def _tell(self) -> None:
+        if self._drawn is not None:
+            say(f"curves: {self._drawn}")
+            self._drawn = None
 
     def _draw(self, trainer: Trainer) -> Path | None:
         if self._folder is None or not trainer.is_global_zero or not self._train["step"]:
