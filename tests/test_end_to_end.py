@@ -58,7 +58,7 @@ def test_no_thought_is_scored(form: str, tiny: Path, prompts_file: Path, tmp_pat
 
 @pytest.mark.skipif("RLMT_PROMPTS" not in os.environ, reason="RLMT_PROMPTS names no file of real prompts")
 def test_no_thought_is_scored_on_real_prompts(tiny: Path, tmp_path: Path) -> None:
-    fit(tiny, Path(os.environ["RLMT_PROMPTS"]), tmp_path, "--model.format", "think", "--trainer.max_steps", 2)
+    fit(tiny, Path(os.environ["RLMT_PROMPTS"]), tmp_path, "--model.format", "think", "--trainer.max_steps", 6)
     check_rollouts(tmp_path, "think")
 
 
@@ -67,7 +67,7 @@ def check_rollouts(run: Path, form: str) -> None:
     (folder,) = run.rglob("rollouts")
     rows = [row for file in sorted(folder.glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
     scored = [row for row in rows if row["scored_text"] is not None]
-    assert 8 <= len(scored) < len(rows)
+    assert 0 < len(scored) < len(rows)
     for row in scored:
         before, tag, after = row["text"].partition("</think>")
         if form == "think":

@@ -34,6 +34,7 @@ QUIET = (
     ".*set_vital.*",
     ".*torch.distributed.reduce_op.*",
     ".*treespec.*",
+    "Total length of `list` across ranks is zero.*",  # no validation prompts, as asked for
     "Using ModelCheckpoint with manual optimization.*",  # the state after the optimizer's step is the one wanted
 )
 """Warnings of libraries about things that are as they should be."""
