@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,29 @@ def test_a_mistake_is_one_line_before_any_model_is_loaded(
     assert main(command("fit", *options)) == 2
     message = one_line(capsys)
     assert all(word in message for word in named), message
+
+
+def test_models_that_cannot_serve_are_told_before_any_is_loaded(
+    command: Command,
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    forbid_loading(monkeypatch)
+    two_labels = Path(shutil.copytree(tiny / "reward", tmp_path / "two_labels"))
+    config = json.loads((two_labels / "config.json").read_text())
+    config |= {"id2label": {"0": "bad", "1": "good"}, "label2id": {"bad": 0, "good": 1}}
+    (two_labels / "config.json").write_text(json.dumps(config))
+    assert main(command("fit", "--model.reward.model", two_labels)) == 2
+    message = one_line(capsys)
+    assert "two_labels" in message and "2 outputs" in message and "num_labels" in message
+
+    no_template = Path(shutil.copytree(tiny / "policy", tmp_path / "no_template"))
+    (no_template / "chat_template.jinja").unlink()
+    assert main(command("fit", "--model.policy", no_template)) == 2
+    message = one_line(capsys)
+    assert "no_template" in message and "chat template" in message and "zero_think" in message
 
 
 def test_a_mistake_in_a_config_file_names_its_key(
