@@ -34,6 +34,7 @@ QUIET = (
     ".*set_vital.*",
     ".*torch.distributed.reduce_op.*",
     ".*treespec.*",
+    ".*sync_dist=True.*when logging on epoch level.*",  # vLLM's process group of one is no distributed run
     "Total length of `list` across ranks is zero.*",  # no validation prompts, as asked for
     "Using ModelCheckpoint with manual optimization.*",  # the state after the optimizer's step is the one wanted
 )

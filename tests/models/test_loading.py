@@ -49,7 +49,8 @@ def test_pad_token_stays_in_memory(folder):
     _refused(load_tokenizer, folder, match="neither a pad nor an eos token")
 
 
-def test_paths(tmp_path, folder):
+def test_paths(tmp_path, folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where there is no runs/tiny
     _refused(load_config, "runs/tiny/policy", match="run `rlmt tiny` first")
     _refused(load_config, tmp_path / "none", match="no such folder")
     _refused(load_config, "someone/some-model", match="from the hub")

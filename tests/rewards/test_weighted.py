@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from jsonargparse import ArgumentParser
@@ -82,7 +83,8 @@ reward:
 """
 
 
-def test_created_from_yaml() -> None:
+def test_created_from_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where there is no runs/tiny
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--reward", type=Reward)
     reward = parser.instantiate_classes(parser.parse_string(YAML)).reward
