@@ -68,6 +68,8 @@ class SampleRequest:
     """Rendered prompt, prefilled opening included."""
     seeds: list[int]
     """G seeds in [0, 2**63), one a sample, from (run seed, epoch, prompt, sample)."""
+    epoch: int = 0
+    """The pass over the prompt set."""
 
 
 class FinishReason(StrEnum):
@@ -115,6 +117,10 @@ class RolloutBatch:
     """Version of the weights that drew them."""
     epoch: int = 0
     """Pass over the prompt set."""
+    off_policy: bool = False
+    """Whether other weights than the policy's drew them, so that the objective has to correct for it."""
+    ref_logprobs: Tensor | None = None
+    """[T] float32 log-probs under the reference where they were recorded with the samples; None: not recorded."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall-clock seconds of the phases `rollout` and `sync`."""
 
@@ -195,10 +201,18 @@ class Experience:
     """[T] float32 log-probs under the trainer's weights before any update; None when one update makes the ratio 1."""
     ref_logprobs: Tensor | None = None
     """[T] float32 log-probs under the reference; None when the algorithm does not ask for it."""
+    values: Tensor | None = None
+    """[T] float32 the critic's values before any update, one for each state that a token is sampled in; None without a
+    critic."""
     advantages: Tensor | None = None
-    """[B] or [T] float32, set by `Algorithm.prepare`."""
+    """[B] or [T] float32, set by `Algorithm.prepare`; None for objectives over pairs."""
+    returns: Tensor | None = None
+    """[T] float32 what the critic should have said, set by `Algorithm.prepare`; None without a critic."""
+    pairs: Tensor | None = None
+    """[N, 2] int64 chosen and rejected sample of each pair, both of one prompt, set by `Algorithm.prepare` of
+    objectives over pairs; samples in no pair take no part in the loss."""
     mask: Tensor | None = None
-    """[B] bool, set by `Algorithm.prepare`: samples that take part in the loss (None: all)."""
+    """[B] bool, set by `Algorithm.prepare`: samples that take part in the loss (None: all, or all in `pairs`)."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Scalars found on the way, under their final names."""
 
@@ -215,14 +229,17 @@ class Experience:
 
 @dataclass
 class TokenBatch:
-    """The completion tokens of one micro-batch as `Algorithm.loss` sees them: flat, without padding."""
+    """The completion tokens of one micro-batch as `Algorithm.loss` sees them: flat, without padding.
+
+    For objectives over pairs samples 2k and 2k + 1 are the chosen and the rejected one of pair k.
+    """
 
     sample: Tensor
     """[t] int64: which of the b samples of this micro-batch each token belongs to, 0..b-1."""
     lengths: Tensor
     """[b] int64 completion lengths."""
-    advantages: Tensor
-    """[t] float32."""
+    advantages: Tensor | None
+    """[t] float32, or None for objectives over pairs."""
     old_logprobs: Tensor | None
     """[t] float32, or None: this is the only update, so the ratio is taken to the detached current log-probs."""
     ref_logprobs: Tensor | None
@@ -232,6 +249,12 @@ class TokenBatch:
     weights: Tensor
     """[t] float32: each token's share in the loss; over a whole optimizer step they hold the aggregation, so the loss
     of micro-batches adds up to the loss of the step whatever their size."""
+    off_policy: bool = False
+    """Whether other weights than the policy's drew the samples."""
+    values: Tensor | None = None
+    """[t] float32 the critic's values before any update, or None."""
+    returns: Tensor | None = None
+    """[t] float32, or None."""
 
 
 @dataclass

@@ -183,5 +183,5 @@ def test_a_non_finite_loss_is_told_and_named() -> None:
     data.advantages[0] = float("nan")
     update = PolicyUpdate(algorithm, 100, 1.0)
     (step,) = update.steps(policy, data, 0, lambda part: part.backward())
-    assert step.problem == "the loss is nan"
+    assert step.problem == "the policy's loss is nan"
     assert update.metrics()["policy/skipped"] == 1.0

@@ -1,6 +1,7 @@
 """The objectives, one a file."""
 
-from rlmt.algorithms.base import Algorithm
+from rlmt.algorithms.base import Algorithm, CriticOptions
 from rlmt.algorithms.grpo import GRPO
+from rlmt.algorithms.policy_gradient import PolicyGradient
 
-__all__ = ["GRPO", "Algorithm"]
+__all__ = ["GRPO", "Algorithm", "CriticOptions", "PolicyGradient"]

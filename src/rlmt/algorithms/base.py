@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from rlmt.types import Experience, PolicyOutputs, TokenBatch
+
+
+@dataclass(frozen=True)
+class CriticOptions:
+    """Which critic an objective wants; the module makes it."""
+
+    init: str
+    """`policy`: a copy of the policy's backbone; else folder or hub name of a reward model to start from."""
+    lr: float
+    """Learning rate of the critic's own parameters."""
+    shared: bool
+    """Whether the value head reads the policy's own backbone instead of a copy."""
+    warmup_steps: int
+    """Optimizer steps at the start in which the critic alone is trained."""
 
 
 class Algorithm(ABC):
@@ -16,10 +32,17 @@ class Algorithm(ABC):
     """Passes over a rollout batch."""
     minibatches: int = 1
     """Optimizer steps a pass."""
+    critic: CriticOptions | None = None
+    """The critic that is trained beside the policy, or None."""
 
     @property
     def needs_reference(self) -> bool:
         """Whether reference log-probs are wanted; without them no reference model is loaded."""
+        return False
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """Whether `prepare` reads the policy's log-probs before the update; several updates want them anyway."""
         return False
 
     def check(self, group_size: int) -> None:
@@ -27,7 +50,7 @@ class Algorithm(ABC):
 
     @abstractmethod
     def prepare(self, experience: Experience) -> None:
-        """Sets `experience.advantages`, and `mask` where some samples stay out; may add to `metrics`."""
+        """Sets `experience.advantages` (and `returns`) or `pairs`; `mask` if samples stay out; may add `metrics`."""
 
     @abstractmethod
     def token_weights(self, lengths: Tensor, mask: Tensor, max_new_tokens: int) -> Tensor:
@@ -44,9 +67,28 @@ class Algorithm(ABC):
 
     @abstractmethod
     def loss(self, batch: TokenBatch, outputs: PolicyOutputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """The micro-batch's share of the loss, and per-token values to log.
+        """The micro-batch's share of the loss, and values to log.
 
         Returns:
-            A scalar loss, and detached [t] values by name: they are averaged over the step's tokens, those whose name
-            ends in `_max` are maximised.
+            A scalar loss, and detached one-dimensional tensors by name, an element for each token, sample or pair: each
+            is averaged over all its elements in the step, those whose name ends in `_max` are maximised.
         """
+
+    def value_loss(self, batch: TokenBatch, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The micro-batch's share of the critic's loss, and values to log; objectives with a critic have it.
+
+        Args:
+            batch: with `values` before the update and `returns`.
+            values: [t] float32 the critic's values now, with gradients.
+
+        Returns:
+            As `loss`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no critic")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What changes while training and has to be resumed, as plain data."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state_dict` returned."""

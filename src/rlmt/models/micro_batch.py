@@ -43,30 +43,39 @@ def shares_prompts(model: PreTrainedModel) -> bool:
 
 
 def micro_batches(
-    rollouts: RolloutBatch, samples: Sequence[int], budget: int, share_prompts: bool, device: torch.device
+    rollouts: RolloutBatch,
+    samples: Sequence[int],
+    budget: int,
+    share_prompts: bool,
+    device: torch.device,
+    together: int = 1,
 ) -> Iterator[MicroBatch]:
-    """Cuts samples into micro-batches of at most `budget` tokens, padding included; one sample may exceed it.
+    """Cuts samples into micro-batches of at most `budget` tokens, padding included; one unit may exceed it.
 
     Args:
         rollouts: where the samples are.
-        samples: numbers of the samples to take.
+        samples: numbers of the samples to take, units one after the other.
         budget: tokens a micro-batch, prompts and padding included.
         share_prompts: whether samples of one prompt go together and share it.
         device: where the tensors go.
+        together: samples of one prompt that make up a unit, which is never cut: 2 for pairs.
     """
+    units = [samples[k : k + together] for k in range(0, len(samples), together)]
     if not (share_prompts and rollouts.group_size > 1):
-        lengths = [len(_prompt(rollouts, i)) + len(rollouts.completion_ids[i]) - 1 for i in samples]
-        for plan in batches_by_length(lengths, budget):
-            yield _with_own_prompts(rollouts, [samples[k] for k in plan], device)
+        lengths = [
+            len(_prompt(rollouts, unit[0])) + max(len(rollouts.completion_ids[i]) for i in unit) - 1 for unit in units
+        ]
+        for plan in batches_by_length(lengths, budget, together):
+            yield _with_own_prompts(rollouts, [i for k in plan for i in units[k]], device)
         return
-    groups: dict[int, list[int]] = {}
-    for i in samples:
-        groups.setdefault(i // rollouts.group_size, []).append(i)
+    groups: dict[int, list[Sequence[int]]] = {}
+    for unit in units:
+        groups.setdefault(unit[0] // rollouts.group_size, []).append(unit)
     for group in groups.values():
-        prompt = _prompt(rollouts, group[0])
-        lengths = [len(rollouts.completion_ids[i]) for i in group]
-        for part in batches_by_length(lengths, max(1, budget - len(prompt))):
-            yield _with_shared_prompt(rollouts, [group[k] for k in part], prompt, device)
+        prompt = _prompt(rollouts, group[0][0])
+        lengths = [max(len(rollouts.completion_ids[i]) for i in unit) for unit in group]
+        for part in batches_by_length(lengths, max(1, budget - len(prompt)), together):
+            yield _with_shared_prompt(rollouts, [i for k in part for i in group[k]], prompt, device)
 
 
 def hidden_states(decoder: Any, batch: MicroBatch) -> Tensor:

@@ -22,7 +22,9 @@ from rlmt.algorithms import Algorithm
 from rlmt.errors import UserError
 from rlmt.export import save_policy_assets
 from rlmt.models import loading
-from rlmt.modules.update import PolicyUpdate, first_pass
+from rlmt.models.adapters import own_parameters
+from rlmt.models.critic import Critic
+from rlmt.modules.update import PolicyUpdate, first_pass, first_values
 from rlmt.rewards import Reward
 from rlmt.rewards.scoring import MalformedMode, score
 from rlmt.rng import random_states, restore_random_states
@@ -34,6 +36,10 @@ LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
 
 PRECISIONS = ("32-true", "bf16-mixed")
 """Weights are float32 in both; Lightning's other precisions cast all of the module, positions and reward included."""
+
+
+_TRAINED = ("policy.", "critic.")
+"""Submodules whose weights are in a checkpoint."""
 
 
 class RLMTModule(LightningModule):
@@ -102,6 +108,7 @@ class RLMTModule(LightningModule):
         self._skipped_in_a_row = 0
         self.policy: PreTrainedModel | None = None
         self.reference: PreTrainedModel | None = None
+        self.critic: Critic | None = None
 
     # What the data module needs of the policy -------------------------------------------------------------------------
 
@@ -178,7 +185,10 @@ class RLMTModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer over what can be trained, and the scheduler if there is one."""
-        optimizer = self._optimizer([p for p in self._policy.parameters() if p.requires_grad])
+        groups: list[dict[str, Any]] = [{"params": own_parameters(self._policy)}]
+        if self.critic is not None and self.algorithm.critic is not None:
+            groups.append({"params": own_parameters(self.critic), "lr": self.algorithm.critic.lr})
+        optimizer = self._optimizer(groups)
         if self._scheduler is None:
             return optimizer
         scheduler = self._scheduler(optimizer)
@@ -205,10 +215,11 @@ class RLMTModule(LightningModule):
         updates = self.algorithm.update_epochs * self.algorithm.minibatches
         budget = self._update.tokens_per_micro_batch
         if self.algorithm.needs_reference:
-            assert self.reference is not None
-            experience.ref_logprobs = first_pass(self.reference, batch, budget, self.device)
-        if updates > 1:
+            experience.ref_logprobs = self._reference_logprobs(batch)
+        if updates > 1 or self.algorithm.needs_old_logprobs:
             experience.old_logprobs = first_pass(self._policy, batch, budget, self.device)
+        if self.critic is not None:
+            experience.values = first_values(self.critic, batch, budget, self.device)
         self.algorithm.prepare(experience)
         metrics = self._take_steps(experience)
         metrics |= {"engine/weight_version": float(batch.weight_version)}
@@ -216,15 +227,30 @@ class RLMTModule(LightningModule):
         metrics |= {"time/reward_s": scored - start, "time/update_s": time.perf_counter() - scored}
         return {"experience": experience, "metrics": metrics | experience.metrics}
 
+    def _reference_logprobs(self, batch: RolloutBatch) -> Tensor:
+        if batch.ref_logprobs is not None:
+            return batch.ref_logprobs.to(self.device)
+        assert self.reference is not None
+        return first_pass(self.reference, batch, self._update.tokens_per_micro_batch, self.device)
+
+    def _critic_only(self) -> bool:
+        """Whether the policy waits for the critic to warm up."""
+        options = self.algorithm.critic
+        return options is not None and self.global_step < options.warmup_steps
+
     def _take_steps(self, experience: Experience) -> dict[str, float]:
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         assert not isinstance(optimizer, list)
-        for step in self._update.steps(self._policy, experience, self.policy_version, self.manual_backward):
+        steps = self._update.steps(
+            self._policy, experience, self.policy_version, self.manual_backward, self.critic, self._critic_only
+        )
+        for step in steps:
             if step.problem is None:
+                moved = not self._critic_only()
                 optimizer.step()
                 if isinstance(scheduler, LRScheduler):
                     scheduler.step()
-                self.policy_version += 1
+                self.policy_version += moved
                 self._skipped_in_a_row = 0
             else:
                 self._skip(step.problem)
@@ -286,9 +312,9 @@ class RLMTModule(LightningModule):
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The policy's weights only: the reference and the reward are read again from where they came."""
+        """The policy's and the critic's weights only: the reference and the reward are read again."""
         state = super().state_dict(*args, **kwargs)
-        return {name: value for name, value in state.items() if name.startswith("policy.")}
+        return {name: value for name, value in state.items() if name.startswith(_TRAINED)}
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Loads a policy; a missing or unknown weight of it is an error.
@@ -297,7 +323,7 @@ class RLMTModule(LightningModule):
             UserError: the weights are not those of this policy.
         """
         result = super().load_state_dict(state_dict, strict=False, assign=assign)
-        wrong = [*result.unexpected_keys, *(k for k in result.missing_keys if k.startswith("policy."))]
+        wrong = [*result.unexpected_keys, *(k for k in result.missing_keys if k.startswith(_TRAINED))]
         if wrong:
             raise UserError(
                 f"The checkpoint's weights do not fit the policy {self.policy_path} "
@@ -312,6 +338,7 @@ class RLMTModule(LightningModule):
             "policy": self.policy_path,
             "format": self.format.to_dict(),
             "version": self.policy_version,
+            "algorithm": self.algorithm.state_dict(),
             "random": random_states(),
         }
         if self.trainer.is_global_zero:
@@ -331,6 +358,7 @@ class RLMTModule(LightningModule):
         self.check_format(ThinkingFormat.from_dict(saved["format"]), "--ckpt_path")
         self.policy_version = saved["version"]
         if self.trainer.state.fn == "fit":
+            self.algorithm.load_state_dict(saved.get("algorithm", {}))
             restore_random_states(saved["random"])
 
     def check_format(self, saved: ThinkingFormat, where: str) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlmt.algorithms import Algorithm
+from rlmt.models.adapters import own_parameters
+from rlmt.models.critic import Critic
 from rlmt.models.logprobs import token_logprobs
 from rlmt.models.micro_batch import MicroBatch, micro_batches, shares_prompts
 from rlmt.types import Experience, RolloutBatch, TokenBatch
@@ -26,11 +28,28 @@ class Step:
 @torch.no_grad()
 def first_pass(model: PreTrainedModel, rollouts: RolloutBatch, budget: int, device: torch.device) -> Tensor:
     """Log-probs of all sampled tokens under a model, without gradients: [T] float32."""
+    temperature = rollouts.sampling.temperature
+    return _for_all(rollouts, budget, model, device, lambda batch: token_logprobs(model, batch, temperature).logprobs)
+
+
+@torch.no_grad()
+def first_values(critic: Critic, rollouts: RolloutBatch, budget: int, device: torch.device) -> Tensor:
+    """The critic's values of all states in which a token was sampled, without gradients: [T] float32."""
+    return _for_all(rollouts, budget, critic.backbone, device, critic)
+
+
+def _for_all(
+    rollouts: RolloutBatch,
+    budget: int,
+    model: PreTrainedModel,
+    device: torch.device,
+    per_token: Callable[[MicroBatch], Tensor],
+) -> Tensor:
     starts = _starts(torch.tensor(rollouts.lengths))
     out = torch.empty(sum(rollouts.lengths), dtype=torch.float32, device=device)
     for batch in micro_batches(rollouts, range(len(rollouts)), budget, shares_prompts(model), device):
         where = _positions(batch.samples, starts, rollouts.lengths).to(device)
-        out[where] = token_logprobs(model, batch, rollouts.sampling.temperature).logprobs
+        out[where] = per_token(batch)
     return out
 
 
@@ -38,12 +57,12 @@ class PolicyUpdate:
     """Computes the gradients of an objective, one optimizer step at a time.
 
     The gradient does not depend on how a step is cut into micro-batches: each token carries its share of the whole
-    step's loss from the start.
+    step's loss from the start. Samples that take no part in the loss are not computed.
 
     Args:
         algorithm: the objective.
         tokens_per_micro_batch: tokens, padding included, in one forward and backward.
-        max_grad_norm: the gradient is clipped to this norm.
+        max_grad_norm: the gradient is clipped to this norm, the policy's and the critic's each on its own.
     """
 
     def __init__(self, algorithm: Algorithm, tokens_per_micro_batch: int, max_grad_norm: float) -> None:
@@ -53,7 +72,13 @@ class PolicyUpdate:
         self._seen = _Averages()
 
     def steps(
-        self, policy: PreTrainedModel, experience: Experience, seed: int, backward: Callable[[Tensor], None]
+        self,
+        policy: PreTrainedModel,
+        experience: Experience,
+        seed: int,
+        backward: Callable[[Tensor], None],
+        critic: Critic | None = None,
+        critic_only: Callable[[], bool] = lambda: False,
     ) -> Iterator[Step]:
         """Yields each time a clipped gradient is ready; the caller steps the optimizer and clears the gradient.
 
@@ -62,6 +87,8 @@ class PolicyUpdate:
             experience: prepared by the objective.
             seed: of the order of samples when there are several minibatches.
             backward: called with each micro-batch's loss.
+            critic: the critic to train beside it, for objectives that want one.
+            critic_only: whether the step about to be taken leaves the policy alone; asked before each.
         """
         self._seen = _Averages()
         order = torch.Generator().manual_seed(seed)
@@ -72,75 +99,103 @@ class PolicyUpdate:
                 groups = torch.arange(samples).view(-1, experience.rollouts.group_size)
                 mixed = groups[torch.randperm(len(groups), generator=order)]
                 parts = [part.flatten().sort().values for part in mixed.chunk(self.algorithm.minibatches)]
-            for number, part in enumerate(parts):
-                loss = self._accumulate(policy, experience, part, backward, epoch == 0)
-                yield self._close(policy, loss, first=epoch == 0 and number == 0)
+            for part in parts:
+                trained = None if critic_only() else policy
+                losses = self._accumulate(trained, critic, policy, experience, part, backward, epoch == 0)
+                yield self._close(trained, critic, losses)
 
     def _accumulate(
         self,
+        trained: PreTrainedModel | None,
+        critic: Critic | None,
         policy: PreTrainedModel,
         experience: Experience,
         part: Tensor,
         backward: Callable[[Tensor], None],
         first_epoch: bool,
-    ) -> float:
+    ) -> Tensor:
         rollouts, device = experience.rollouts, experience.lengths.device
-        lengths, samples = experience.lengths[part.to(device)], part.tolist()
-        mask = (
-            torch.ones_like(lengths, dtype=torch.bool) if experience.mask is None else experience.mask[part.to(device)]
-        )
+        lengths = experience.lengths[part.to(device)]
+        mask = _taking_part(experience)[part.to(device)]
         shares = self.algorithm.token_weights(lengths, mask, rollouts.sampling.max_new_tokens)
         weights = torch.zeros_like(experience.engine_logprobs)
         starts = _starts(experience.lengths.cpu())
-        weights[_positions(samples, starts, rollouts.lengths).to(device)] = shares
-        total = torch.zeros((), dtype=torch.float32, device=device)
-        share = shares_prompts(policy)
-        for batch in micro_batches(rollouts, samples, self.tokens_per_micro_batch, share, device):
+        weights[_positions(part.tolist(), starts, rollouts.lengths).to(device)] = shares
+        samples, together = part[mask.cpu()].tolist(), 1
+        if experience.pairs is not None:
+            inside = torch.isin(experience.pairs[:, 0].cpu(), part)
+            samples, together = experience.pairs[inside].flatten().tolist(), 2
+        total = torch.zeros(2, dtype=torch.float32, device=device)  # of the policy, of the critic
+        budget, share = self.tokens_per_micro_batch, shares_prompts(policy)
+        for batch in micro_batches(rollouts, samples, budget, share, device, together):
             where = _positions(batch.samples, starts, rollouts.lengths).to(device)
-            outputs = token_logprobs(policy, batch, rollouts.sampling.temperature)
-            tokens = self._tokens(experience, batch, where, weights)
-            loss, metrics = self.algorithm.loss(tokens, outputs)
-            backward(loss)
-            total += loss.detach()
-            if first_epoch:
-                now = outputs.logprobs.detach() if tokens.old_logprobs is None else tokens.old_logprobs
-                metrics |= _mismatch(now, tokens.engine_logprobs)
-            self._seen.add(metrics)
-        return float(total)
+            tokens = _tokens(experience, batch, where, weights)
+            if trained is not None:
+                outputs = token_logprobs(trained, batch, rollouts.sampling.temperature)
+                loss, metrics = self.algorithm.loss(tokens, outputs)
+                backward(loss)
+                total[0] += loss.detach()
+                if first_epoch and not rollouts.off_policy:
+                    now = outputs.logprobs.detach() if tokens.old_logprobs is None else tokens.old_logprobs
+                    metrics |= _mismatch(now, tokens.engine_logprobs)
+                self._seen.add(metrics)
+            if critic is not None:
+                loss, metrics = self.algorithm.value_loss(tokens, critic(batch))
+                backward(loss)
+                self._seen.add(metrics)
+                total[1] += loss.detach()
+        return total
 
-    def _tokens(self, experience: Experience, batch: MicroBatch, where: Tensor, weights: Tensor) -> TokenBatch:
-        assert experience.advantages is not None, "Algorithm.prepare sets the advantages"
-        lengths = experience.lengths[batch.samples]
-        advantages = experience.advantages
-        if len(advantages) == len(experience.rollouts):
-            per_token = advantages[batch.samples].repeat_interleave(lengths)
-        else:
-            per_token = advantages[where]
-        return TokenBatch(
-            sample=torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths),
-            lengths=lengths,
-            advantages=per_token,
-            old_logprobs=None if experience.old_logprobs is None else experience.old_logprobs[where],
-            ref_logprobs=None if experience.ref_logprobs is None else experience.ref_logprobs[where],
-            engine_logprobs=experience.engine_logprobs[where],
-            weights=weights[where],
-        )
-
-    def _close(self, policy: PreTrainedModel, loss: float, first: bool) -> Step:
-        norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), self.max_grad_norm))
+    def _close(self, trained: PreTrainedModel | None, critic: Critic | None, losses: Tensor) -> Step:
+        policy_loss, value_loss = losses.tolist()
         problem = None
-        if not math.isfinite(loss):
-            problem = f"the loss is {loss}"
-        elif not math.isfinite(norm):
-            problem = f"the gradient's norm is {norm}"
-        self._seen.add_step(
-            {"policy/loss": loss, "policy/grad_norm": norm, "policy/skipped": float(problem is not None)}
-        )
+        for model, prefix, loss in ((trained, "policy", policy_loss), (critic, "critic", value_loss)):
+            if model is None:
+                continue
+            norm = float(torch.nn.utils.clip_grad_norm_(own_parameters(model), self.max_grad_norm))
+            if not math.isfinite(loss):
+                problem = f"the {prefix}'s loss is {loss}"
+            elif not math.isfinite(norm):
+                problem = f"the norm of the {prefix}'s gradient is {norm}"
+            self._seen.add_step({f"{prefix}/loss": loss, f"{prefix}/grad_norm": norm})
+        self._seen.add_step({"policy/skipped": float(problem is not None)})
         return Step(problem)
 
     def metrics(self) -> dict[str, float]:
         """What was seen in the steps of the last rollout batch, under final names."""
         return self._seen.result()
+
+
+def _taking_part(experience: Experience) -> Tensor:
+    """[B] bool: the samples that take part in the loss."""
+    if experience.pairs is not None:
+        taking_part = torch.zeros_like(experience.lengths, dtype=torch.bool)
+        taking_part[experience.pairs.flatten()] = True
+        return taking_part
+    return torch.ones_like(experience.lengths, dtype=torch.bool) if experience.mask is None else experience.mask
+
+
+def _tokens(experience: Experience, batch: MicroBatch, where: Tensor, weights: Tensor) -> TokenBatch:
+    lengths = experience.lengths[batch.samples]
+
+    def here(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[where]
+
+    advantages = experience.advantages
+    if advantages is not None and len(advantages) == len(experience.rollouts):
+        advantages = advantages.repeat_interleave(experience.lengths)
+    return TokenBatch(
+        sample=torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths),
+        lengths=lengths,
+        advantages=here(advantages),
+        old_logprobs=here(experience.old_logprobs),
+        ref_logprobs=here(experience.ref_logprobs),
+        engine_logprobs=experience.engine_logprobs[where],
+        weights=weights[where],
+        off_policy=experience.rollouts.off_policy,
+        values=here(experience.values),
+        returns=here(experience.returns),
+    )
 
 
 def _mismatch(logprobs: Tensor, engine_logprobs: Tensor) -> dict[str, Tensor]:
@@ -150,7 +205,7 @@ def _mismatch(logprobs: Tensor, engine_logprobs: Tensor) -> dict[str, Tensor]:
 
 
 class _Averages:
-    """Per-token values averaged over the tokens of all steps, `_max` ones maximised; per-step values over steps."""
+    """Values averaged over tokens, samples or pairs of all steps, `_max` ones maximised; per-step values over steps."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -158,7 +213,7 @@ class _Averages:
         self._steps: dict[str, list[float]] = {}
 
     def add(self, values: dict[str, Tensor]) -> None:
-        """Adds [t] values of one micro-batch; kept on their device, since reading each would wait for it."""
+        """Adds a micro-batch's one-dimensional values; kept on their device, since reading each would wait for it."""
         for name, value in values.items():
             if name.endswith("_max"):
                 self._sums[name] = torch.maximum(self._sums.get(name, value.max()), value.max())

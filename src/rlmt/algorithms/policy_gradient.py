@@ -1,0 +1,117 @@
+"""What the policy-gradient objectives share: the clipped surrogate, the KL penalty and the entropy bonus."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlmt.algorithms import policy_loss
+from rlmt.algorithms.base import Algorithm
+from rlmt.algorithms.policy_loss import Aggregation, KLEstimator
+from rlmt.errors import UserError
+from rlmt.types import PolicyOutputs, TokenBatch
+
+OFF_POLICY_CAP = 2.0
+"""Largest importance weight of samples that other weights drew, where `importance_cap` says nothing."""
+
+
+class PolicyGradient(Algorithm):
+    """A clipped policy gradient; a subclass says in `prepare` what the advantages are.
+
+    Loss of a token = w · clipped surrogate + kl_coef · KL - entropy_coef · entropy, over thought and response alike,
+    where w is 1 or the truncated importance weight; tokens are added up by `loss_aggregation`.
+
+    Args:
+        loss_aggregation: `token_mean` over the whole optimizer step, `sequence_mean` (what the authors' run computed)
+            or `constant` (Dr. GRPO).
+        clip_low: clip range below a ratio of 1.
+        clip_high: clip range above it.
+        dual_clip: bound for negative advantages, or null.
+        kl_coef: weight of the KL penalty; 0 needs no reference model.
+        kl_estimator: k1, k2 or k3.
+        entropy_coef: weight of the entropy bonus.
+        update_epochs: passes over a rollout batch.
+        minibatches: optimizer steps a pass.
+        mask_truncated: leave samples cut at the length limit out of the loss; they stay in their group's baseline.
+        importance_cap: largest weight of the correction for engine and trainer log-probs that differ; null corrects
+            samples of other weights only.
+
+    Raises:
+        UserError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        loss_aggregation: Aggregation = "token_mean",
+        clip_low: float = 0.2,
+        clip_high: float = 0.2,
+        dual_clip: float | None = 3.0,
+        kl_coef: float = 0.001,
+        kl_estimator: KLEstimator = "k3",
+        entropy_coef: float = 0.001,
+        update_epochs: int = 1,
+        minibatches: int = 1,
+        mask_truncated: bool = False,
+        importance_cap: float | None = None,
+    ) -> None:
+        self.loss_aggregation = loss_aggregation
+        self.clip_low, self.clip_high, self.dual_clip = clip_low, clip_high, dual_clip
+        self.kl_coef, self.kl_estimator, self.entropy_coef = kl_coef, kl_estimator, entropy_coef
+        self.update_epochs, self.minibatches = update_epochs, minibatches
+        self.mask_truncated = mask_truncated
+        self.importance_cap = importance_cap
+        self._require(
+            clip_low=(0 < clip_low < 1, "must be between 0 and 1"),
+            clip_high=(clip_high > 0, "must be positive"),
+            dual_clip=(dual_clip is None or dual_clip > 1, "must be above 1, or null"),
+            kl_coef=(kl_coef >= 0, "must not be negative"),
+            entropy_coef=(entropy_coef >= 0, "must not be negative"),
+            update_epochs=(update_epochs >= 1, "must be at least 1"),
+            minibatches=(minibatches >= 1, "must be at least 1"),
+            importance_cap=(importance_cap is None or importance_cap > 0, "must be positive, or null"),
+        )
+
+    def _require(self, **rules: tuple[bool, str]) -> None:
+        """Raises UserError for the first option, named as the attribute that holds it, whose rule is broken."""
+        for option, (ok, rule) in rules.items():
+            if not ok:
+                raise UserError(f"--model.algorithm.{option} is {getattr(self, option)}: it {rule}.")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Only for the KL penalty."""
+        return self.kl_coef > 0
+
+    def token_weights(self, lengths: Tensor, mask: Tensor, max_new_tokens: int) -> Tensor:
+        """By `loss_aggregation`."""
+        return policy_loss.token_weights(lengths, mask, self.loss_aggregation, max_new_tokens)
+
+    def log_ratio(self, logprobs: Tensor, old: Tensor, batch: TokenBatch) -> Tensor:
+        """[t] log of the ratio that is clipped: each token's own; GSPO takes its sequence's."""
+        return logprobs - old
+
+    def loss(self, batch: TokenBatch, outputs: PolicyOutputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """Surrogate, KL penalty and entropy bonus of one micro-batch."""
+        assert batch.advantages is not None
+        now = outputs.logprobs.detach()
+        old = now if batch.old_logprobs is None else batch.old_logprobs
+        log_ratio = self.log_ratio(outputs.logprobs, old, batch)
+        loss = policy_loss.clipped_surrogate(log_ratio, batch.advantages, self.clip_low, self.clip_high, self.dual_clip)
+        cap = self.importance_cap or (OFF_POLICY_CAP if batch.off_policy else None)
+        if cap is not None:
+            loss = loss * policy_loss.truncated_importance(old, batch.engine_logprobs, cap)
+        loss = loss - self.entropy_coef * outputs.entropy
+        log_ratio = log_ratio.detach()
+        ratio = log_ratio.exp()
+        metrics = {
+            "policy/entropy": outputs.entropy.detach(),
+            "policy/approx_kl": ratio - 1 - log_ratio,
+            "policy/clip_low": ((ratio < 1 - self.clip_low) & (batch.advantages < 0)).float(),
+            "policy/clip_high": ((ratio > 1 + self.clip_high) & (batch.advantages > 0)).float(),
+            "policy/ratio_max": ratio,
+        }
+        if batch.ref_logprobs is not None:
+            kl = policy_loss.kl_penalty(outputs.logprobs, batch.ref_logprobs, self.kl_estimator)
+            loss = loss + self.kl_coef * kl
+            metrics["policy/kl"] = kl.detach()
+        return torch.sum(loss * batch.weights), metrics
