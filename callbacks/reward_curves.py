@@ -74,10 +74,12 @@ def reward_metrics(experience: Experience) -> dict[str, float]:
 class RewardCurves(Callback):
     """Logs rewards, and draws the curves of the run into `curves.png`, beside metrics.csv.
 
-    See `reward_metrics` for what is logged. The progress bar shows the mean as `reward`. The picture has the reward
-    with its spread within groups and on the validation set, lengths, malformed and truncated samples, KL and entropy.
-    Its points travel in checkpoints, so a resumed run draws the whole curve. It is drawn every `every_n_steps`, at the
-    end, and when a run is interrupted or fails.
+    See `reward_metrics` for what is logged, over all samples that were drawn; what the objective found under reward/ is
+    logged beside it: `reward/overlong_penalty`, the mean over the samples trained on, and with dynamic sampling
+    `reward/{refills,dropped_groups,surplus_groups}`. The progress bar shows the mean as `reward`. The picture has the
+    reward with its spread within groups and on the validation set, lengths, malformed and truncated samples, KL and
+    entropy. Its points travel in checkpoints, so a resumed run draws the whole curve. It is drawn every
+    `every_n_steps`, at the end, and when a run is interrupted or fails.
 
     Args:
         every_n_steps: How often to draw while training; 0 draws at the end only.
@@ -119,12 +121,14 @@ class RewardCurves(Callback):
     ) -> None:
         """Logs the step's rewards and keeps its points."""
         experience = experience_of(outputs)
-        rewards = reward_metrics(experience)
+        found = {name: value for name, value in metrics_of(outputs).items() if name.startswith("reward/")}
+        rewards = reward_metrics(experience) | found
         policy = {name: metrics_of(outputs).get(name, math.nan) for name in ("policy/kl", "policy/entropy")}
         metrics = over_ranks(trainer, pl_module, rewards | length_metrics(experience) | policy)
         logged = {name: metrics[name] for name in rewards}
         log_step(pl_module, logged, len(experience.rollouts), bar={"reward": metrics["reward/mean"]})
-        self._subtitle = _subtitle(pl_module, experience, trainer.world_size)
+        draws = 1 + int(found.get("reward/refills", 0))
+        self._subtitle = _subtitle(pl_module, experience, trainer.world_size, draws)
         step = step_number(trainer)
         for name in DRAWN:
             self._train[name].append(metrics[name])
@@ -167,13 +171,13 @@ class RewardCurves(Callback):
         return draw_curves(self._folder / "curves.png", self._train, self._validation, self._subtitle)
 
 
-def _subtitle(pl_module: LightningModule, experience: Experience, world_size: int) -> str:
-    """Which run this is, from what the module is made of: algorithm, format and batch."""
+def _subtitle(pl_module: LightningModule, experience: Experience, world_size: int, draws: int) -> str:
+    """Which run this is, from what the module is made of: algorithm, format and batch, of which `draws` were drawn."""
     rollouts = experience.rollouts
     algorithm: Any = getattr(pl_module, "algorithm", None)
     thinking: Any = getattr(pl_module, "format", None)
     parts = [type(algorithm).__name__] if algorithm is not None else []
     if thinking is not None:
         parts.append(f"format {thinking.name}")
-    parts.append(f"{len(rollouts.prompts) * world_size} prompts × {rollouts.group_size} samples a step")
+    parts.append(f"{len(rollouts.prompts) // draws * world_size} prompts × {rollouts.group_size} samples a step")
     return " · ".join(parts)

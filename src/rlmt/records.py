@@ -76,6 +76,7 @@ def rollout_table(
     rollouts, scores, sampling = experience.rollouts, experience.scores, experience.rollouts.sampling
     size, group_size = len(rollouts), rollouts.group_size
     prompt_of = [i // group_size for i in range(size)]
+    epochs = rollouts.epochs or [rollouts.epoch] * len(rollouts.prompts)
     messages = [
         [{"role": _text(m["role"]), "content": _text(m["content"])} for m in prompt.messages]
         for prompt in rollouts.prompts
@@ -85,7 +86,7 @@ def rollout_table(
     columns: dict[str, list[Any]] = {
         "step": [step] * size,
         "rank": [rank] * size,
-        "epoch": [rollouts.epoch] * size,
+        "epoch": [epochs[p] for p in prompt_of],
         "group": experience.group.tolist(),
         "sample": [i % group_size for i in range(size)],
         "prompt_index": [rollouts.prompts[p].index for p in prompt_of],

@@ -121,6 +121,8 @@ class RolloutBatch:
     """Whether other weights than the policy's drew them, so that the objective has to correct for it."""
     ref_logprobs: Tensor | None = None
     """[T] float32 log-probs under the reference where they were recorded with the samples; None: not recorded."""
+    epochs: list[int] | None = None
+    """P passes, one a prompt, where batches of several were merged; None: all are of `epoch`."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall-clock seconds of the phases `rollout` and `sync`."""
 

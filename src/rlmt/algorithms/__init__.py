@@ -3,5 +3,17 @@
 from rlmt.algorithms.base import Algorithm, CriticOptions
 from rlmt.algorithms.grpo import GRPO
 from rlmt.algorithms.policy_gradient import PolicyGradient
+from rlmt.algorithms.rloo import RLOO
+from rlmt.algorithms.variants import DAPO, GSPO, DrGRPO, REINFORCEPlusPlus
 
-__all__ = ["GRPO", "Algorithm", "CriticOptions", "PolicyGradient"]
+__all__ = [
+    "DAPO",
+    "GRPO",
+    "GSPO",
+    "RLOO",
+    "Algorithm",
+    "CriticOptions",
+    "DrGRPO",
+    "PolicyGradient",
+    "REINFORCEPlusPlus",
+]

@@ -1,4 +1,4 @@
-"""Advantages from rewards: pure functions, one a name."""
+"""Advantages from rewards, and how rewards are shaped: pure functions, one a name."""
 
 from __future__ import annotations
 
@@ -36,3 +36,66 @@ def group_advantages(rewards: Tensor, group: Tensor, normalize_std: bool) -> Ten
         variance = torch.zeros_like(size).index_add_(0, group, centred.square()) / (size - 1)
         advantages = centred / (variance.sqrt() + STD_EPSILON)[group]
     return torch.where((low == high)[group], 0.0, advantages).float()
+
+
+def leave_one_out_advantages(rewards: Tensor, group: Tensor) -> Tensor:
+    """Advantage of each sample against the mean of the others of its group (RLOO, arXiv 2402.14740, sec. 3.2).
+
+    A_i = r_i - (Σ_j r_j - r_i) / (n - 1) = n / (n - 1) · (r_i - mean(r)).
+
+    Args:
+        rewards: [B] float.
+        group: [B] int64, which group each sample belongs to; groups have two samples or more.
+
+    Returns:
+        [B] float32 advantages, exactly 0 in a group of equal rewards.
+    """
+    size = torch.bincount(group)
+    return group_advantages(rewards, group, False) * (size / (size - 1))[group]
+
+
+def batch_normalized_advantages(rewards: Tensor) -> Tensor:
+    """Rewards to go, normalised over all tokens of a step (REINFORCE++, arXiv 2501.03262).
+
+    A_t = (r_t - mean(r)) / std(r), with the population's standard deviation.
+
+    Args:
+        rewards: [T] float, one a token.
+
+    Returns:
+        [T] float32 advantages, exactly 0 if all rewards are equal.
+    """
+    r = rewards.double()
+    std, mean = torch.std_mean(r, correction=0)
+    return torch.where(r.min() == r.max(), 0.0, (r - mean) / std).float()
+
+
+def overlong_penalty(lengths: Tensor, max_new_tokens: int, buffer: float) -> Tensor:
+    """Soft penalty on overlong completions (DAPO, arXiv 2503.14476, eq. 13), 0 to -1.
+
+    With b = buffer · max_new_tokens: 0 up to max_new_tokens - b tokens, then falling in a straight line to -1 at
+    max_new_tokens.
+
+    Args:
+        lengths: [B] completion lengths in tokens, thoughts included.
+        max_new_tokens: completion length limit.
+        buffer: share of the limit, in (0, 1].
+
+    Returns:
+        [B] float32.
+    """
+    room = buffer * max_new_tokens
+    return ((max_new_tokens - room - lengths.float()) / room).clamp(-1, 0)
+
+
+def sum_by_sample(values: Tensor, lengths: Tensor) -> Tensor:
+    """Sums over each sample's tokens: [T] to [B] float32."""
+    sample = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+    return torch.zeros_like(lengths, dtype=torch.float64).index_add_(0, sample, values.double()).float()
+
+
+def sum_before(values: Tensor, lengths: Tensor) -> Tensor:
+    """Sum over the earlier tokens of the same sample: [T] to [T] float32, 0 at each sample's first token."""
+    before = values.double().cumsum(0) - values
+    starts = lengths.cumsum(0) - lengths
+    return (before - before[starts].repeat_interleave(lengths)).float()

@@ -32,6 +32,8 @@ class Algorithm(ABC):
     """Passes over a rollout batch."""
     minibatches: int = 1
     """Optimizer steps a pass."""
+    dynamic_sampling: int = 0
+    """Most extra draws a step, each of a whole batch, that replace groups whose rewards are all equal."""
     critic: CriticOptions | None = None
     """The critic that is trained beside the policy, or None."""
 

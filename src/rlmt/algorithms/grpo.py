@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from rlmt.algorithms.advantages import group_advantages
-from rlmt.algorithms.policy_gradient import PolicyGradient
-from rlmt.errors import UserError
+from rlmt.algorithms.critic_free import CriticFree
 from rlmt.types import Experience
 
 
-class GRPO(PolicyGradient):
+class GRPO(CriticFree):
     """Group-relative policy optimisation (arXiv 2402.03300) with the RLMT authors' settings as defaults.
 
     Args:
         normalize_std: divide group advantages by the group's standard deviation, as the authors' code does; Dr. GRPO
             does not.
-        **options: those of `PolicyGradient`.
+        **options: those of `CriticFree`.
 
     Raises:
         UserError: an argument is out of its range.
@@ -26,17 +27,6 @@ class GRPO(PolicyGradient):
         super().__init__(**options)
         self.normalize_std = normalize_std
 
-    def check(self, group_size: int) -> None:
-        """A group of one has no spread, and its advantage is always 0."""
-        if group_size < 2:
-            what = "has no standard deviation" if self.normalize_std else "always has advantage 0"
-            raise UserError(
-                f"--data.group_size is {group_size}: GRPO compares samples of one prompt, and a group of one {what}; "
-                "set it to 2 or more (the paper uses 8)."
-            )
-
-    def prepare(self, experience: Experience) -> None:
+    def advantages(self, rewards: Tensor, experience: Experience) -> Tensor:
         """Advantage of each sample against its group."""
-        experience.advantages = group_advantages(experience.scores.total, experience.group, self.normalize_std)
-        if self.mask_truncated:
-            experience.mask = ~experience.truncated
+        return group_advantages(rewards, experience.group, self.normalize_std)

@@ -268,6 +268,21 @@ class RolloutDataModule(LightningDataModule):
         group_size = self.group_size if self.trainer.training or self.trainer.predicting else 1
         return draw(batch, source, self.engine, sampling, group_size, self.seed)
 
+    def draw_more(self) -> RolloutBatch:
+        """Rollouts for what would have been the next training batch, drawn now; the loader goes on behind it.
+
+        Whole batches keep what makes resuming exact: all that the order depends on is the number of prompts drawn, and
+        no batch holds prompts of two passes.
+
+        Returns:
+            As `on_before_batch_transfer`.
+        """
+        sampler = self._sampler
+        assert sampler is not None
+        prompts = [sampler.dataset[i] for i in sampler.take(self.batch_size // self._world_size)]
+        batch: RolloutBatch = self.on_before_batch_transfer(LoadedPrompts(prompts, epoch=sampler.epoch), 0)
+        return batch
+
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Moves the tensors of a RolloutBatch; Lightning's own way would copy every list and fail on frozen records."""
         if isinstance(batch, RolloutBatch):

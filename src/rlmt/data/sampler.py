@@ -87,9 +87,20 @@ class PromptSampler(DistributedSampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         for _ in range(self.num_samples):
-            self.epoch, position = divmod(self._drawn, self.num_samples)
-            self._drawn += 1
-            yield self._order_of(self.epoch)[position]
+            yield self._next()
+
+    def take(self, count: int) -> list[int]:
+        """Draws this rank's next positions out of turn: iteration goes on behind them.
+
+        Args:
+            count: how many; a pass is never left within them if they are a whole batch.
+        """
+        return [self._next() for _ in range(count)]
+
+    def _next(self) -> int:
+        self.epoch, position = divmod(self._drawn, self.num_samples)
+        self._drawn += 1
+        return self._order_of(self.epoch)[position]
 
     def _order_of(self, epoch: int) -> list[int]:
         if self._order is None or self._order[0] != epoch:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -24,6 +24,7 @@ from rlmt.export import save_policy_assets
 from rlmt.models import loading
 from rlmt.models.adapters import own_parameters
 from rlmt.models.critic import Critic
+from rlmt.modules.dynamic_sampling import refill
 from rlmt.modules.update import PolicyUpdate, first_pass, first_values
 from rlmt.rewards import Reward
 from rlmt.rewards.scoring import MalformedMode, score
@@ -207,11 +208,22 @@ class RLMTModule(LightningModule):
         """Scores one rollout batch and takes the objective's optimizer steps on it.
 
         Returns:
-            `experience`, and `metrics`: floats under their final names.
+            `experience`, all samples that were drawn, and `metrics`: floats under their final names.
         """
         start = time.perf_counter()
-        experience = self.experience(batch)
+        drawn = experience = self.experience(batch)
+        metrics = {"engine/weight_version": float(batch.weight_version)}
+        drawing = -sum(batch.seconds.values())  # how much of the time from `start` to `scored` went into rollouts
+        if self.algorithm.dynamic_sampling:
+            drawn, experience, counts = refill(drawn, self.algorithm.dynamic_sampling, self._draw_more)
+            metrics, batch = metrics | counts, experience.rollouts
         scored = time.perf_counter()
+        drawing += sum(drawn.rollouts.seconds.values())
+        metrics |= {f"time/{phase}_s": seconds for phase, seconds in drawn.rollouts.seconds.items()}
+        metrics |= {"time/reward_s": scored - start - drawing}
+        if not len(batch):
+            self._skip("no prompt has samples of different rewards (--model.algorithm.dynamic_sampling drops the rest)")
+            return {"experience": drawn, "metrics": metrics | {"policy/skipped": 1.0, "time/update_s": 0.0}}
         updates = self.algorithm.update_epochs * self.algorithm.minibatches
         budget = self._update.tokens_per_micro_batch
         if self.algorithm.needs_reference:
@@ -221,11 +233,14 @@ class RLMTModule(LightningModule):
         if self.critic is not None:
             experience.values = first_values(self.critic, batch, budget, self.device)
         self.algorithm.prepare(experience)
-        metrics = self._take_steps(experience)
-        metrics |= {"engine/weight_version": float(batch.weight_version)}
-        metrics |= {f"time/{phase}_s": seconds for phase, seconds in batch.seconds.items()}
-        metrics |= {"time/reward_s": scored - start, "time/update_s": time.perf_counter() - scored}
-        return {"experience": experience, "metrics": metrics | experience.metrics}
+        metrics |= self._take_steps(experience)
+        metrics |= {"time/update_s": time.perf_counter() - scored}
+        return {"experience": drawn, "metrics": metrics | experience.metrics}
+
+    def _draw_more(self) -> Experience:
+        """Draws and scores the next prompts of the pass, in the middle of a step."""
+        data: Any = cast(Any, self.trainer).datamodule
+        return self.experience(data.transfer_batch_to_device(data.draw_more(), self.device, 0))
 
     def _reference_logprobs(self, batch: RolloutBatch) -> Tensor:
         if batch.ref_logprobs is not None:

@@ -98,7 +98,8 @@ class PolicyUpdate:
             if self.algorithm.minibatches > 1:  # of whole groups, so that samples of a prompt stay together
                 groups = torch.arange(samples).view(-1, experience.rollouts.group_size)
                 mixed = groups[torch.randperm(len(groups), generator=order)]
-                parts = [part.flatten().sort().values for part in mixed.chunk(self.algorithm.minibatches)]
+                parts = [part.flatten().sort().values for part in mixed.tensor_split(self.algorithm.minibatches)]
+                parts = [part for part in parts if len(part)]  # fewer groups than minibatches leave some empty
             for part in parts:
                 trained = None if critic_only() else policy
                 losses = self._accumulate(trained, critic, policy, experience, part, backward, epoch == 0)

@@ -1,0 +1,155 @@
+"""Dynamic sampling (DAPO, arXiv 2503.14476, sec. 3.2): groups that teach nothing give way to fresh prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from rlmt.types import Experience, RolloutBatch, Scores
+
+
+def refill(
+    first: Experience, most: int, draw: Callable[[], Experience]
+) -> tuple[Experience, Experience, dict[str, float]]:
+    """Draws whole batches of fresh prompts until as many groups as in `first` have rewards that differ.
+
+    Args:
+        first: the step's own batch, scored.
+        most: how many batches may be drawn on top of it.
+        draw: draws and scores the next batch with the present weights.
+
+    Returns:
+        All that was drawn; the groups to train on, in the order drawn, as many as in `first` or fewer; and
+        `reward/refills` draws, `reward/dropped_groups` of equal rewards and `reward/surplus_groups` that were good but
+        not needed.
+    """
+    wanted = len(first.rollouts.prompts)
+    parts = [first]
+    while sum(map(_count_spread, parts)) < wanted and len(parts) <= most:
+        parts.append(draw())
+    drawn = merge(parts)
+    spread = groups_with_spread(drawn)
+    counts = {
+        "reward/refills": len(parts) - 1,
+        "reward/dropped_groups": len(drawn.rollouts.prompts) - len(spread),
+        "reward/surplus_groups": max(0, len(spread) - wanted),
+    }
+    return drawn, select(drawn, spread[:wanted]), {name: float(count) for name, count in counts.items()}
+
+
+def groups_with_spread(experience: Experience) -> list[int]:
+    """The groups whose rewards are not all equal, in order."""
+    rewards = experience.scores.total.view(-1, experience.rollouts.group_size)
+    return torch.nonzero((rewards != rewards[:, :1]).any(dim=1)).flatten().tolist()
+
+
+def _count_spread(experience: Experience) -> int:
+    return len(groups_with_spread(experience))
+
+
+def merge(parts: Sequence[Experience]) -> Experience:
+    """Scored batches of one policy as one, groups numbered on; what `Algorithm.prepare` reads and writes is not there.
+
+    Args:
+        parts: of one group size and sampling, with the same rewards.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    rollouts = _merge_rollouts([part.rollouts for part in parts])
+    names = parts[0].scores.parts
+    return Experience(
+        rollouts=rollouts,
+        texts=[text for part in parts for text in part.texts],
+        splits=[split for part in parts for split in part.splits],
+        thought_tokens=torch.cat([part.thought_tokens for part in parts]),
+        scores=Scores(
+            total=torch.cat([part.scores.total for part in parts]),
+            parts={name: torch.cat([part.scores.parts[name] for part in parts]) for name in names},
+            texts=[text for part in parts for text in part.scores.texts],
+        ),
+        group=_group_numbers(rollouts, parts[0].group.device),
+        lengths=torch.cat([part.lengths for part in parts]),
+        engine_logprobs=torch.cat([part.engine_logprobs for part in parts]),
+    )
+
+
+def select(experience: Experience, groups: Sequence[int]) -> Experience:
+    """Some groups of a scored batch, in the given order; what `Algorithm.prepare` reads and writes is not there.
+
+    Args:
+        experience: a scored batch.
+        groups: numbers of the groups to keep; may be none.
+    """
+    size, device = experience.rollouts.group_size, experience.lengths.device
+    samples = [group * size + k for group in groups for k in range(size)]
+    rows = torch.tensor(samples, dtype=torch.long, device=device)
+    starts = experience.lengths.cumsum(0) - experience.lengths
+    lengths = experience.lengths[rows]
+    ends = lengths.cumsum(0)
+    shift = (starts[rows] - (ends - lengths)).repeat_interleave(lengths)  # from where a token comes to where it goes
+    tokens = torch.arange(len(shift), device=device) + shift
+    rollouts = _select_rollouts(experience.rollouts, groups, samples, tokens)
+    scores = experience.scores
+    return Experience(
+        rollouts=rollouts,
+        texts=[experience.texts[i] for i in samples],
+        splits=[experience.splits[i] for i in samples],
+        thought_tokens=experience.thought_tokens[rows],
+        scores=Scores(
+            total=scores.total[rows],
+            parts={name: values[rows.to(values.device)] for name, values in scores.parts.items()},
+            texts=[scores.texts[i] for i in samples],
+        ),
+        group=_group_numbers(rollouts, device),
+        lengths=lengths,
+        engine_logprobs=experience.engine_logprobs[tokens],
+    )
+
+
+def _merge_rollouts(parts: Sequence[RolloutBatch]) -> RolloutBatch:
+    first = parts[0]
+    references = [part.ref_logprobs for part in parts if part.ref_logprobs is not None]
+    return RolloutBatch(
+        prompts=[prompt for part in parts for prompt in part.prompts],
+        group_size=first.group_size,
+        prompt_ids=[ids for part in parts for ids in part.prompt_ids],
+        completion_ids=[ids for part in parts for ids in part.completion_ids],
+        engine_logprobs=torch.cat([part.engine_logprobs for part in parts]),
+        finish=[reason for part in parts for reason in part.finish],
+        sampling=first.sampling,
+        weight_version=first.weight_version,
+        epoch=first.epoch,
+        off_policy=any(part.off_policy for part in parts),
+        ref_logprobs=torch.cat(references) if len(references) == len(parts) else None,
+        epochs=[epoch for part in parts for epoch in part.epochs or [part.epoch] * len(part.prompts)],
+        seconds={phase: sum(part.seconds[phase] for part in parts) for phase in first.seconds},
+    )
+
+
+def _select_rollouts(
+    rollouts: RolloutBatch, groups: Sequence[int], samples: Sequence[int], tokens: Tensor
+) -> RolloutBatch:
+    def here(values: Tensor) -> Tensor:
+        return values[tokens.to(values.device)]
+
+    return RolloutBatch(
+        prompts=[rollouts.prompts[g] for g in groups],
+        group_size=rollouts.group_size,
+        prompt_ids=[rollouts.prompt_ids[g] for g in groups],
+        completion_ids=[rollouts.completion_ids[i] for i in samples],
+        engine_logprobs=here(rollouts.engine_logprobs),
+        finish=[rollouts.finish[i] for i in samples],
+        sampling=rollouts.sampling,
+        weight_version=rollouts.weight_version,
+        epoch=rollouts.epoch,
+        off_policy=rollouts.off_policy,
+        ref_logprobs=None if rollouts.ref_logprobs is None else here(rollouts.ref_logprobs),
+        epochs=None if rollouts.epochs is None else [rollouts.epochs[g] for g in groups],
+        seconds=rollouts.seconds,
+    )
+
+
+def _group_numbers(rollouts: RolloutBatch, device: torch.device) -> Tensor:
+    return torch.arange(len(rollouts.prompts), device=device).repeat_interleave(rollouts.group_size)
