@@ -86,7 +86,7 @@ class FakeModule(LightningModule):
     max_positions = 100
     compute_dtype = torch.float32
 
-    def __init__(self, tokenizer, format="think", die_after=None):
+    def __init__(self, tokenizer, format="think", die_after=None, more=(0,)):
         super().__init__()
         self.automatic_optimization = False
         self.tokenizer = tokenizer
@@ -94,8 +94,9 @@ class FakeModule(LightningModule):
         self.policy = torch.nn.Module()
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.register_buffer("updates", torch.zeros(1, dtype=torch.int64))
-        self.seen = {"train": [], "val": [], "test": [], "predict": []}
+        self.seen = {"train": [], "more": [], "val": [], "test": [], "predict": []}
         self.die_after = die_after
+        self.more = more  # batches that each step draws on top of its own, step by step in turn
 
     @property
     def policy_version(self):
@@ -116,6 +117,8 @@ class FakeModule(LightningModule):
         if len(self.seen["train"]) == self.die_after:
             raise Killed
         self.note("train", batch)
+        for _ in range(self.more[self.policy_version % len(self.more)]):
+            self.note("more", self.trainer.datamodule.draw_more())
         optimizer = self.optimizers()
         optimizer.zero_grad()
         self.manual_backward((self.weight * sum(map(sum, batch.completion_ids))).sum())
@@ -209,6 +212,18 @@ def test_passes_follow_each_other_wherever_iterations_start_and_stop():
     pieces = PromptSampler(dataset(20), 6, 1, 0, seed=0)
     pieces.set_epoch(7)  # Lightning's count changes nothing
     assert [(i, pieces.epoch) for _ in range(9) for i in itertools.islice(pieces, 6)] == stream
+
+
+def test_positions_taken_out_of_turn_are_skipped_by_the_iteration():
+    whole = PromptSampler(dataset(20), 6, 1, 0, seed=0)
+    stream = [(i, whole.epoch) for _ in range(2) for i in whole]
+    sampler = PromptSampler(dataset(20), 6, 1, 0, seed=0)
+    got = []
+    for i in sampler:
+        got.append((i, sampler.epoch))
+        if len(got) in (6, 24):
+            got += [(i, sampler.epoch) for i in sampler.take(6)]
+    assert got == stream[:30]  # an iteration yields a pass's number, whatever was taken meanwhile
 
 
 def test_a_position_is_resumed_on_another_number_of_ranks():
@@ -462,8 +477,8 @@ CUT = {
 }
 
 
-def fit(tokenizer, prompts, folder, length, saving, die_after=None, ckpt=None):
-    module = FakeModule(tokenizer, die_after=die_after)
+def fit(tokenizer, prompts, folder, length, saving, die_after=None, ckpt=None, more=(0,)):
+    module = FakeModule(tokenizer, die_after=die_after, more=more)
     saver = ModelCheckpoint(dirpath=folder, filename="{step}", save_top_k=-1, **SAVING[saving])
     run = trainer(folder, callbacks=[saver], num_sanity_val_steps=0, **(LENGTH | CUT)[length])
     try:
@@ -499,6 +514,36 @@ def test_a_killed_and_resumed_run_is_the_unbroken_run(
     ckpt = tmp_path / "killed" / f"step={resume_from}.ckpt"
     resumed = fit(tokenizer, prompts, tmp_path / "resumed", length, saving, ckpt=ckpt)
     assert resumed.seen["train"] == whole[resume_from:]
+
+
+MORE = (1, 0, 2, 0, 0, 1)
+
+
+@pytest.mark.parametrize("length", [*LENGTH, *CUT])
+@pytest.mark.parametrize(("kill_after", "resume_from"), [(3, 3), (5, 4), (7, 7)])
+def test_a_run_that_draws_more_within_steps_resumes_exactly(
+    tokenizer, prompts, tmp_path, length, kill_after, resume_from
+):
+    """Steps use up 2, 1, 3, 1, 1, 2, … batches of passes of 3, so draws end and begin passes within steps."""
+    options = (length, "every step")
+    whole = fit(tokenizer, prompts, tmp_path / "whole", *options, more=MORE).seen
+    assert len(whole["train"]) == 9 and len(whole["more"]) == 7
+    killed = fit(tokenizer, prompts, tmp_path / "killed", *options, die_after=kill_after, more=MORE).seen
+    assert killed["train"] == whole["train"][:kill_after]
+    ckpt = tmp_path / "killed" / f"step={resume_from}.ckpt"
+    resumed = fit(tokenizer, prompts, tmp_path / "resumed", *options, ckpt=ckpt, more=MORE).seen
+    assert resumed["train"] == whole["train"][resume_from:]
+    extra = sum((MORE * 2)[:resume_from])
+    assert resumed["more"] == whole["more"][extra:]
+
+
+def test_drawing_more_uses_no_seed_twice_and_leaves_no_prompt_out(tokenizer, prompts, tmp_path):
+    seen = fit(tokenizer, prompts, tmp_path, "steps", "every step", more=MORE).seen
+    drawn = [(epoch, index) for epoch, rows, *_ in seen["train"] + seen["more"] for index in rows]
+    assert len(drawn) == 16 * 6 and len(set(drawn)) == len(drawn)  # (epoch, prompt, sample) makes the seed
+    for epoch in range(5):  # whole passes
+        assert len({index for e, index in drawn if e == epoch}) == 18
+    assert max(drawn)[0] == 5
 
 
 def test_a_checkpoint_of_other_data_is_refused(tokenizer, prompts, tmp_path):

@@ -39,7 +39,7 @@ def group_advantages(rewards: Tensor, group: Tensor, normalize_std: bool) -> Ten
 
 
 def leave_one_out_advantages(rewards: Tensor, group: Tensor) -> Tensor:
-    """Advantage of each sample against the mean of the others of its group (RLOO, arXiv 2402.14740, sec. 3.2).
+    """Advantage of each sample against the mean of the others of its group (RLOO, arXiv 2402.14740).
 
     A_i = r_i - (Σ_j r_j - r_i) / (n - 1) = n / (n - 1) · (r_i - mean(r)).
 
