@@ -10,9 +10,7 @@ from torch import Tensor
 from rlmt.types import Experience, RolloutBatch, Scores
 
 
-def refill(
-    first: Experience, most: int, draw: Callable[[], Experience]
-) -> tuple[Experience, Experience, dict[str, float]]:
+def refill(first: Experience, most: int, draw: Callable[[], Experience]) -> tuple[Experience, Experience]:
     """Draws whole batches of fresh prompts until as many groups as in `first` have rewards that differ.
 
     Args:
@@ -21,32 +19,29 @@ def refill(
         draw: draws and scores the next batch with the present weights.
 
     Returns:
-        All that was drawn; the groups to train on, in the order drawn, as many as in `first` or fewer; and
-        `reward/refills` draws, `reward/dropped_groups` of equal rewards and `reward/surplus_groups` that were good but
-        not needed.
+        All that was drawn; and the groups to train on, in the order drawn, as many as in `first` or fewer, even none.
+        Both have the seconds that all of it took, and the latter's metrics count `reward/refills` draws,
+        `reward/dropped_groups` of equal rewards and `reward/surplus_groups` that were good but not needed.
     """
     wanted = len(first.rollouts.prompts)
-    parts = [first]
-    while sum(map(_count_spread, parts)) < wanted and len(parts) <= most:
+    parts, good = [first], len(groups_with_spread(first))
+    while good < wanted and len(parts) <= most:
         parts.append(draw())
+        good += len(groups_with_spread(parts[-1]))
     drawn = merge(parts)
-    spread = groups_with_spread(drawn)
-    counts = {
-        "reward/refills": len(parts) - 1,
-        "reward/dropped_groups": len(drawn.rollouts.prompts) - len(spread),
-        "reward/surplus_groups": max(0, len(spread) - wanted),
+    kept = select(drawn, groups_with_spread(drawn)[:wanted])
+    kept.metrics = {
+        "reward/refills": float(len(parts) - 1),
+        "reward/dropped_groups": float(len(drawn.rollouts.prompts) - good),
+        "reward/surplus_groups": float(max(0, good - wanted)),
     }
-    return drawn, select(drawn, spread[:wanted]), {name: float(count) for name, count in counts.items()}
+    return drawn, kept
 
 
 def groups_with_spread(experience: Experience) -> list[int]:
     """The groups whose rewards are not all equal, in order."""
     rewards = experience.scores.total.view(-1, experience.rollouts.group_size)
     return torch.nonzero((rewards != rewards[:, :1]).any(dim=1)).flatten().tolist()
-
-
-def _count_spread(experience: Experience) -> int:
-    return len(groups_with_spread(experience))
 
 
 def merge(parts: Sequence[Experience]) -> Experience:

@@ -208,22 +208,20 @@ class RLMTModule(LightningModule):
         """Scores one rollout batch and takes the objective's optimizer steps on it.
 
         Returns:
-            `experience`, all samples that were drawn, and `metrics`: floats under their final names.
+            `experience`, of all samples that were drawn, and `metrics`: floats under their final names.
         """
         start = time.perf_counter()
         drawn = experience = self.experience(batch)
-        metrics = {"engine/weight_version": float(batch.weight_version)}
-        drawing = -sum(batch.seconds.values())  # how much of the time from `start` to `scored` went into rollouts
         if self.algorithm.dynamic_sampling:
-            drawn, experience, counts = refill(drawn, self.algorithm.dynamic_sampling, self._draw_more)
-            metrics, batch = metrics | counts, experience.rollouts
+            before = sum(batch.seconds.values())
+            drawn, experience = refill(drawn, self.algorithm.dynamic_sampling, self._draw_more)
+            batch = experience.rollouts
+            start += sum(batch.seconds.values()) - before  # drawing more is not scoring
         scored = time.perf_counter()
-        drawing += sum(drawn.rollouts.seconds.values())
-        metrics |= {f"time/{phase}_s": seconds for phase, seconds in drawn.rollouts.seconds.items()}
-        metrics |= {"time/reward_s": scored - start - drawing}
         if not len(batch):
             self._skip("no prompt has samples of different rewards (--model.algorithm.dynamic_sampling drops the rest)")
-            return {"experience": drawn, "metrics": metrics | {"policy/skipped": 1.0, "time/update_s": 0.0}}
+            metrics = {"policy/skipped": 1.0} | _course(batch, start, scored)
+            return {"experience": drawn, "metrics": metrics | experience.metrics}
         updates = self.algorithm.update_epochs * self.algorithm.minibatches
         budget = self._update.tokens_per_micro_batch
         if self.algorithm.needs_reference:
@@ -233,13 +231,13 @@ class RLMTModule(LightningModule):
         if self.critic is not None:
             experience.values = first_values(self.critic, batch, budget, self.device)
         self.algorithm.prepare(experience)
-        metrics |= self._take_steps(experience)
-        metrics |= {"time/update_s": time.perf_counter() - scored}
+        metrics = self._take_steps(experience)
+        metrics |= _course(batch, start, scored)
         return {"experience": drawn, "metrics": metrics | experience.metrics}
 
     def _draw_more(self) -> Experience:
-        """Draws and scores the next prompts of the pass, in the middle of a step."""
-        data: Any = cast(Any, self.trainer).datamodule
+        """Draws and scores the next batch of prompts in the middle of a step."""
+        data = cast(Any, self.trainer).datamodule
         return self.experience(data.transfer_batch_to_device(data.draw_more(), self.device, 0))
 
     def _reference_logprobs(self, batch: RolloutBatch) -> Tensor:
@@ -391,3 +389,10 @@ class RLMTModule(LightningModule):
                 f"{where} was trained with {saved}, this run asks for {self.format}; "
                 "set --model.format to the checkpoint's."
             )
+
+
+def _course(batch: RolloutBatch, start: float, scored: float) -> dict[str, float]:
+    """Which weights drew a batch, and the seconds of each phase of the step that ends now."""
+    seconds = batch.seconds | {"reward": scored - start, "update": time.perf_counter() - scored}
+    version = {"engine/weight_version": float(batch.weight_version)}
+    return version | {f"time/{phase}_s": spent for phase, spent in seconds.items()}
