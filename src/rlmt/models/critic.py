@@ -125,10 +125,10 @@ def build_critic(options: CriticOptions, policy: PreTrainedModel) -> Critic:
     with _naming_the_option():
         reward.load()
     model: Any = reward.model
-    model.requires_grad_(True)
+    backbone = getattr(model, model.base_model_prefix).requires_grad_(True)
     if adapted:
-        _add_adapter_like(policy, model)
-    critic = Critic(getattr(model, model.base_model_prefix))
+        _add_adapter_like(policy, backbone)
+    critic = Critic(backbone)
     with torch.no_grad():
         critic.head.weight.copy_(model.score.weight)
         if model.score.bias is not None:
@@ -137,10 +137,10 @@ def build_critic(options: CriticOptions, policy: PreTrainedModel) -> Critic:
 
 
 def _add_critic_adapter(policy: Any) -> None:
-    """A second adapter on the policy, shaped like its own, in float32; the policy's stays the one it runs with."""
+    """A second adapter on the policy, shaped like its own; the policy's stays the one it runs with."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        policy.add_adapter(copy.deepcopy(policy.peft_config[POLICY]), adapter_name=CRITIC)
+        policy.add_adapter(_like_the_policys(policy), adapter_name=CRITIC)
     policy.set_adapter(POLICY)
     for name, parameter in policy.named_parameters():
         if f".{CRITIC}." in name:
@@ -148,15 +148,22 @@ def _add_critic_adapter(policy: Any) -> None:
             parameter.requires_grad_(True)
 
 
-def _add_adapter_like(policy: Any, model: Any) -> None:
-    """The policy's kind of adapter on another model of whatever depth, in float32."""
-    config = copy.deepcopy(policy.peft_config[POLICY])
+def _add_adapter_like(policy: Any, backbone: Any) -> None:
+    """The policy's kind of adapter on another backbone of whatever depth."""
+    config = _like_the_policys(policy)
     if not isinstance(config.target_modules, str):  # PEFT has written out the paths of the policy's layers
         config.target_modules = {path.rpartition(".")[2] for path in config.target_modules}
-    model.to(policy.dtype).add_adapter(config, adapter_name=POLICY)
-    for parameter in model.parameters():
+    backbone.to(policy.dtype).add_adapter(config, adapter_name=POLICY)
+    for parameter in backbone.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def _like_the_policys(policy: Any) -> Any:
+    """The configuration of the policy's adapter, for one that starts without effect and leaves the base as it is."""
+    config = copy.deepcopy(policy.peft_config[POLICY])
+    config.init_lora_weights = True
+    return config
 
 
 @contextmanager
