@@ -7,7 +7,7 @@ import pytest
 import yaml
 from lightning.pytorch import Trainer
 
-from rlmt.algorithms import GRPO
+from rlmt.algorithms import GRPO, PPO
 from rlmt.cli import main
 from rlmt.data import RolloutDataModule
 from rlmt.engines import VLLMEngine
@@ -38,7 +38,7 @@ def compose(*names: str) -> list[str]:
 
 
 def test_every_shipped_config_is_tested() -> None:
-    assert {path.stem for path in CONFIGS.rglob("*.yaml")} == {"base", "grpo", *FORMATS, *MODELS}
+    assert {path.stem for path in CONFIGS.rglob("*.yaml")} == {"base", "grpo", "ppo", *FORMATS, *MODELS}
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -79,6 +79,27 @@ def test_the_8b_config_holds_the_papers_settings(launched: list[Any]) -> None:
     assert module._scheduler is None and module._update.max_grad_norm == 1.0
     assert trainer.max_steps == 120
     assert isinstance(module.reward, ClassifierReward)
+
+
+def test_ppo_has_the_papers_settings(launched: list[Any]) -> None:
+    assert main(compose("base", "ppo", "llama-3.1-8b")) == 0
+    ((_, module, data),) = launched
+    assert (data.batch_size, data.group_size) == (64, 1)
+    ppo = module.algorithm
+    assert isinstance(ppo, PPO) and ppo.critic is not None
+    assert (ppo.gamma, ppo.lam, ppo.value_clip, ppo.kl_coef, ppo.kl_placement) == (1.0, 1.0, 0.5, 0.001, "loss")
+    assert (ppo.critic.init, ppo.critic.lr, ppo.critic.shared, ppo.critic.warmup_steps) == ("policy", 1e-5, False, 0)
+    assert vars(PPO()).keys() == vars(ppo).keys()
+    assert all(vars(PPO())[name] == value for name, value in vars(ppo).items())  # and they are the class's defaults
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_objective_is_one_flag(model: str, launched: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*compose("base", "grpo", model), "--model.algorithm", "PPO", "--model.algorithm.lam", "0.95"]) == 0
+    ((_, module, data),) = launched
+    assert isinstance(module.algorithm, PPO) and module.algorithm.lam == 0.95
+    assert data.group_size == 8  # the base config's
+    assert not capsys.readouterr().err
 
 
 def test_configs_name_only_keys_that_classes_take() -> None:

@@ -34,12 +34,19 @@ def fit(tiny: Path, prompts: Path, run: Path, *more: object) -> list[dict[str, f
     return [{name: float(value) for name, value in row.items() if value} for row in rows]
 
 
-def test_reward_rises_over_three_seeds(tiny: Path, prompts_file: Path, tmp_path: Path) -> None:
+OBJECTIVES: dict[str, tuple[object, ...]] = {
+    "GRPO": (),
+    "PPO": ("--model.algorithm", "PPO", "--model.algorithm.critic_lr", 1e-3),
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_reward_rises_over_three_seeds(objective: str, tiny: Path, prompts_file: Path, tmp_path: Path) -> None:
     rises = []
     for seed in SEEDS:
         rows = fit(
             *(tiny, prompts_file, tmp_path / str(seed), "--seed_everything", seed),
-            *("--model.format", "no_think", "--trainer.max_steps", 16),
+            *("--model.format", "no_think", "--trainer.max_steps", 16, *OBJECTIVES[objective]),
         )
         assert [row["engine/weight_version"] for row in rows] == list(range(16))
         # fp32 on both sides: the engine samples from the very function that is trained, after each sync

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from rlmt.errors import UserError
+from rlmt.models.adapters import CRITIC
 from rlmt.models.loading import load_config, load_tokenizer
 from rlmt.thinking import ThinkingFormat
 
@@ -84,7 +85,7 @@ def export(ckpt: Path, out: Path, dtype: Literal["float32", "bfloat16", "float16
     weights = {
         name.removeprefix(_PREFIX): tensor
         for name, tensor in checkpoint["state_dict"].items()
-        if name.startswith(_PREFIX)
+        if name.startswith(_PREFIX) and f".{CRITIC}." not in name
     }
     if dtype is not None:
         target: torch.dtype = getattr(torch, dtype)

@@ -3,6 +3,7 @@
 from rlmt.algorithms.base import Algorithm, CriticOptions
 from rlmt.algorithms.grpo import GRPO
 from rlmt.algorithms.policy_gradient import PolicyGradient
+from rlmt.algorithms.ppo import PPO
 from rlmt.algorithms.rloo import RLOO
 from rlmt.algorithms.variants import DAPO, GSPO, DrGRPO, REINFORCEPlusPlus
 
@@ -10,6 +11,7 @@ __all__ = [
     "DAPO",
     "GRPO",
     "GSPO",
+    "PPO",
     "RLOO",
     "Algorithm",
     "CriticOptions",

@@ -99,3 +99,87 @@ def sum_before(values: Tensor, lengths: Tensor) -> Tensor:
     before = values.double().cumsum(0) - values
     starts = lengths.cumsum(0) - lengths
     return (before - before[starts].repeat_interleave(lengths)).float()
+
+
+def rewards_on_last_tokens(scores: Tensor, lengths: Tensor) -> Tensor:
+    """Each sample's score on its last token, where its end is known, and 0 on all others.
+
+    Args:
+        scores: [B] float.
+        lengths: [B] int64 completion lengths in tokens, 1 or more each.
+
+    Returns:
+        [T] float32 rewards, samples end to end.
+    """
+    rewards = torch.zeros(int(lengths.sum()), dtype=torch.float32, device=scores.device)
+    rewards[lengths.cumsum(0) - 1] = scores.float()
+    return rewards
+
+
+def generalized_advantages(
+    rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Generalized advantage estimation (arXiv 1506.02438, eq. 16) over ragged samples.
+
+    δ_t = r_t + γ·V_{t+1} - V_t;  A_t = δ_t + γλ·A_{t+1};  return_t = A_t + V_t. After a sample's last token both V and
+    A are 0: every sample is taken to have ended there, one cut at the length limit, too, as in the authors' code.
+
+    Args:
+        rewards: [T] float, samples end to end.
+        values: [T] float, of the state in which each token was sampled.
+        lengths: [B] int64.
+        gamma: discount of a token.
+        lam: 0 trusts the values (one step), 1 the rewards (all steps).
+
+    Returns:
+        [T] float32 advantages, and [T] float32 returns.
+    """
+    width = int(lengths.max())
+    real = torch.arange(width, device=lengths.device) < lengths[:, None]
+
+    def padded(flat: Tensor) -> Tensor:
+        return torch.zeros(real.shape, dtype=torch.float64, device=flat.device).masked_scatter_(real, flat.double())
+
+    # Behind a sample's end rewards, values and so advantages are 0: padding needs no mask.
+    value = padded(values)
+    following = torch.nn.functional.pad(value[:, 1:], (0, 1))
+    advantages = padded(rewards) + gamma * following - value
+    for t in reversed(range(width - 1)):
+        advantages[:, t] += gamma * lam * advantages[:, t + 1]
+    return advantages[real].float(), (advantages + value)[real].float()
+
+
+def whitened(advantages: Tensor, mask: Tensor) -> Tensor:
+    """Advantages with mean 0 and standard deviation 1 over the tokens that take part in the loss.
+
+    Equal advantages become exactly 0, as in a group of equal rewards.
+
+    Args:
+        advantages: [T] float.
+        mask: [T] bool, the tokens that count; others are shifted and scaled with them.
+
+    Returns:
+        [T] float32.
+    """
+    counted = advantages[mask].double()
+    if not counted.numel() or counted.min() == counted.max():
+        return torch.zeros_like(advantages)
+    return ((advantages - counted.mean()) / (counted.std() + STD_EPSILON)).float()
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """How much of the returns' variance the critic knew: 1 - Var(returns - values) / Var(returns).
+
+    1 is a perfect critic, 0 one that knows the mean at best, below 0 one that misleads.
+
+    Args:
+        values: [n] float, before the update.
+        returns: [n] float.
+
+    Returns:
+        The share, NaN where the returns do not vary.
+    """
+    if not returns.numel() or returns.min() == returns.max():
+        return float("nan")
+    returns = returns.double()
+    return float(1 - (returns - values).var() / returns.var())

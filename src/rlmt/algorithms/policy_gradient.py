@@ -82,6 +82,11 @@ class PolicyGradient(Algorithm):
         """Only for the KL penalty."""
         return self.kl_coef > 0
 
+    @property
+    def kl_loss_coef(self) -> float:
+        """Weight of the KL penalty in the loss of this step."""
+        return self.kl_coef
+
     def token_weights(self, lengths: Tensor, mask: Tensor, max_new_tokens: int) -> Tensor:
         """By `loss_aggregation`."""
         return policy_loss.token_weights(lengths, mask, self.loss_aggregation, max_new_tokens)
@@ -112,6 +117,6 @@ class PolicyGradient(Algorithm):
         }
         if batch.ref_logprobs is not None:
             kl = policy_loss.kl_penalty(outputs.logprobs, batch.ref_logprobs, self.kl_estimator)
-            loss = loss + self.kl_coef * kl
+            loss = loss + self.kl_loss_coef * kl
             metrics["policy/kl"] = kl.detach()
         return torch.sum(loss * batch.weights), metrics

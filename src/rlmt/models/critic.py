@@ -2,36 +2,173 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlmt.algorithms.base import CriticOptions
+from rlmt.errors import UserError
+from rlmt.models import loading
+from rlmt.models.adapters import CRITIC, POLICY, active
 from rlmt.models.micro_batch import MicroBatch, hidden_states
+from rlmt.rewards.classifier import ClassifierReward
 
 
 class Critic(nn.Module):
-    """A value head on a backbone of its own.
+    """A value head on a backbone of its own or on the policy's.
 
     Args:
-        backbone: a causal language model, whose output projection is not used.
+        backbone: a decoder without output projection.
+        shared: whether it is the policy's; then its weights are none of the critic's, neither in `parameters` nor in
+            `state_dict`, but for the adapter named "critic" where it has one.
     """
 
-    def __init__(self, backbone: PreTrainedModel) -> None:
+    def __init__(self, backbone: PreTrainedModel, shared: bool = False) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone: PreTrainedModel
+        if shared:
+            object.__setattr__(self, "backbone", backbone)  # past nn.Module, which would register it as a submodule
+        else:
+            self.backbone = backbone
+        self._adapter = [p for name, p in backbone.named_parameters() if shared and f".{CRITIC}." in name]
+        self.moves_policy = shared and not self._adapter
+        """Whether its gradient reaches weights that are the policy's."""
         self.head = nn.Linear(cast(Any, backbone.config).get_text_config().hidden_size, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
     def own_parameters(self) -> list[nn.Parameter]:
-        """What is trained of it."""
-        return [p for p in self.parameters() if p.requires_grad]
+        """What is trained of it, the policy's weights left out."""
+        return [p for p in [*self.parameters(), *self._adapter] if p.requires_grad]
 
-    def forward(self, batch: MicroBatch) -> Tensor:
-        """Values of the states in which the micro-batch's completion tokens were sampled: [t] float32."""
-        hidden = hidden_states(cast(Any, self.backbone).get_decoder(), batch)
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Runs a shared backbone with the critic's adapter; around a backward, too, since it may run layers again."""
+        if self._adapter:
+            with active(self.backbone, CRITIC):
+                yield
+        else:
+            yield
+
+    def forward(self, batch: MicroBatch, head_only: bool = False) -> Tensor:
+        """Values of the states in which the micro-batch's completion tokens were sampled.
+
+        Args:
+            batch: b samples with t completion tokens.
+            head_only: keep the gradient out of the backbone.
+
+        Returns:
+            [t] float32.
+        """
+        with self.active(), torch.set_grad_enabled(torch.is_grad_enabled() and not head_only):
+            hidden = hidden_states(self.backbone, batch)
         with torch.autocast(hidden.device.type, enabled=False):
             values: Tensor = self.head(hidden.float())
         return values.squeeze(1)
+
+
+def check_critic(options: CriticOptions, policy: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Looks for mistakes in `critic_init` before any weights are read.
+
+    Args:
+        options: what the objective wants.
+        policy: folder or hub name of the policy.
+        tokenizer: the policy's.
+
+    Raises:
+        UserError: `critic_init` is no reward model that reads the policy's tokens.
+    """
+    if options.init == "policy":
+        return
+    with _naming_the_option():
+        ClassifierReward(options.init).check()
+    reads, wanted = loading.load_tokenizer(options.init).get_vocab(), tokenizer.get_vocab()
+    if strange := sorted(token for token, number in wanted.items() if reads.get(token) != number):
+        raise UserError(
+            f"--model.algorithm.critic_init {options.init}: {len(strange)} tokens of the policy's, such as "
+            f"{strange[0]!r}, are other ones in its tokenizer; give a reward model with the tokenizer of {policy}, "
+            "or leave the option out."
+        )
+    rows = [loading.load_config(source).get_text_config().vocab_size for source in (options.init, policy)]
+    if rows[0] < rows[1]:
+        raise UserError(
+            f"--model.algorithm.critic_init {options.init}: its vocabulary has {rows[0]} tokens, that of {policy} "
+            f"{rows[1]}, all of which can be sampled; give another reward model, or leave the option out."
+        )
+
+
+def build_critic(options: CriticOptions, policy: PreTrainedModel) -> Critic:
+    """Makes the critic; on a policy with adapters it is trained by adapters as well.
+
+    Args:
+        options: what the objective wants.
+        policy: the policy as it starts, its adapters added.
+
+    Raises:
+        UserError: the reward model to start from cannot be read.
+    """
+    adapted = POLICY in getattr(policy, "peft_config", {})
+    decoder: PreTrainedModel = cast(Any, policy).get_decoder()
+    if options.shared:
+        if adapted:
+            _add_critic_adapter(policy)
+        return Critic(decoder, shared=True)
+    if options.init == "policy":
+        return Critic(copy.deepcopy(decoder))  # without the output projection, which a critic has no use for
+    reward = ClassifierReward(options.init, dtype="float32")
+    with _naming_the_option():
+        reward.load()
+    model: Any = reward.model
+    backbone = getattr(model, model.base_model_prefix).requires_grad_(True)
+    if adapted:
+        _add_adapter_like(policy, backbone)
+    critic = Critic(backbone)
+    with torch.no_grad():
+        critic.head.weight.copy_(model.score.weight)
+        if model.score.bias is not None:
+            critic.head.bias.copy_(model.score.bias)
+    return critic
+
+
+def _add_critic_adapter(policy: Any) -> None:
+    """A second adapter on the policy, shaped like its own; the policy's stays the one it runs with."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        policy.add_adapter(_like_the_policys(policy), adapter_name=CRITIC)
+    policy.set_adapter(POLICY)
+    for name, parameter in policy.named_parameters():
+        if f".{CRITIC}." in name:
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+
+
+def _add_adapter_like(policy: Any, backbone: Any) -> None:
+    """The policy's kind of adapter on another backbone of whatever depth."""
+    config = _like_the_policys(policy)
+    if not isinstance(config.target_modules, str):  # PEFT has written out the paths of the policy's layers
+        config.target_modules = {path.rpartition(".")[2] for path in config.target_modules}
+    backbone.to(policy.dtype).add_adapter(config, adapter_name=POLICY)
+    for parameter in backbone.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def _like_the_policys(policy: Any) -> Any:
+    """The configuration of the policy's adapter, for one that starts without effect and leaves the base as it is."""
+    config = copy.deepcopy(policy.peft_config[POLICY])
+    config.init_lora_weights = True
+    return config
+
+
+@contextmanager
+def _naming_the_option() -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"--model.algorithm.critic_init: {error}") from error

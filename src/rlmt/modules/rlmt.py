@@ -22,8 +22,8 @@ from rlmt.algorithms import Algorithm
 from rlmt.errors import UserError
 from rlmt.export import save_policy_assets
 from rlmt.models import loading
-from rlmt.models.adapters import own_parameters
-from rlmt.models.critic import Critic
+from rlmt.models.adapters import CRITIC, own_parameters
+from rlmt.models.critic import Critic, build_critic, check_critic
 from rlmt.modules.dynamic_sampling import refill
 from rlmt.modules.update import PolicyUpdate, first_pass, first_values
 from rlmt.rewards import Reward
@@ -41,6 +41,11 @@ PRECISIONS = ("32-true", "bf16-mixed")
 
 _TRAINED = ("policy.", "critic.")
 """Submodules whose weights are in a checkpoint."""
+
+
+def _is_critics(name: str) -> bool:
+    """Whether a weight of the module is the critic's: its own, or its adapter on the policy."""
+    return name.startswith("critic.") or f".{CRITIC}." in name
 
 
 class RLMTModule(LightningModule):
@@ -136,7 +141,7 @@ class RLMTModule(LightningModule):
     def policy_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The policy's weights under their Hugging Face names; tied ones under both."""
         # state_dict and not named_parameters: the latter names tied weights once, and an engine's head would go stale.
-        return iter(self._policy.state_dict().items())
+        return ((name, weight) for name, weight in self._policy.state_dict().items() if f".{CRITIC}." not in name)
 
     # Setting up -------------------------------------------------------------------------------------------------------
 
@@ -147,6 +152,8 @@ class RLMTModule(LightningModule):
         loading.check_head(self.policy_config, self.policy_path)
         self.reward.check()
         if stage == "fit":
+            if self.algorithm.critic is not None:
+                check_critic(self.algorithm.critic, self.policy_path, self.tokenizer)
             data: Any = getattr(self.trainer, "datamodule", None)
             if data is not None:
                 self.algorithm.check(data.group_size)
@@ -172,16 +179,20 @@ class RLMTModule(LightningModule):
             )
 
     def configure_model(self) -> None:
-        """Loads the policy, the reference (a frozen copy, only if the objective wants it) and the reward."""
+        """Loads the policy, the reward, and if the objective wants them a reference (a frozen copy) and a critic."""
         if self.policy is not None:
             return
         self.policy = loading.load_policy(self.policy_path, "float32", attn_implementation=self.attn_implementation)
-        fitting = self.trainer.state.fn == "fit"
+        fitting = self._fitting
         if fitting and self.algorithm.needs_reference:
             self.reference = copy.deepcopy(self.policy).requires_grad_(False).train(False)
+        if fitting and self.algorithm.critic is not None:
+            self.critic = build_critic(self.algorithm.critic, self.policy).train()
         self.policy.train(fitting)
         if fitting and self.gradient_checkpointing:
             self.policy.gradient_checkpointing_enable({"use_reentrant": False})
+            if self.critic is not None:
+                self.critic.backbone.gradient_checkpointing_enable({"use_reentrant": False})
         self.reward.load()
 
     def configure_optimizers(self) -> Any:
@@ -196,6 +207,10 @@ class RLMTModule(LightningModule):
         if isinstance(scheduler, ReduceLROnPlateau):
             raise UserError("--model.scheduler ReduceLROnPlateau wants a metric at each step: use one of steps.")
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    @property
+    def _fitting(self) -> bool:
+        return self.trainer.state.fn == "fit"
 
     @property
     def _policy(self) -> PreTrainedModel:
@@ -330,13 +345,27 @@ class RLMTModule(LightningModule):
         return {name: value for name, value in state.items() if name.startswith(_TRAINED)}
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Loads a policy; a missing or unknown weight of it is an error.
+        """Loads a policy, and to go on training its critic; a missing or unknown weight is an error.
 
         Raises:
-            UserError: the weights are not those of this policy.
+            UserError: the weights are not those of this policy and critic.
         """
+        has_critic = any(_is_critics(name) for name in state_dict)
+        if has_critic and not self._fitting:
+            state_dict = {name: weight for name, weight in state_dict.items() if not _is_critics(name)}
+        elif has_critic != (self.critic is not None):
+            raise UserError(
+                f"The checkpoint holds {'a' if has_critic else 'no'} critic, and --model.algorithm "
+                f"{type(self.algorithm).__name__} trains {'none' if has_critic else 'one'}; go on with the algorithm "
+                "it was trained with, or give its policy, written by `rlmt export`, as --model.policy."
+            )
         result = super().load_state_dict(state_dict, strict=False, assign=assign)
         wrong = [*result.unexpected_keys, *(k for k in result.missing_keys if k.startswith(_TRAINED))]
+        if wrong and all(map(_is_critics, wrong)):
+            raise UserError(
+                f"The checkpoint's critic is another one ({len(wrong)} weights differ, first {wrong[0]}); give "
+                "--model.algorithm.critic_init and critic_shared as they were."
+            )
         if wrong:
             raise UserError(
                 f"The checkpoint's weights do not fit the policy {self.policy_path} "
@@ -370,7 +399,7 @@ class RLMTModule(LightningModule):
             raise UserError("--ckpt_path is not a checkpoint of an rlmt policy; give one written by `rlmt fit`.")
         self.check_format(ThinkingFormat.from_dict(saved["format"]), "--ckpt_path")
         self.policy_version = saved["version"]
-        if self.trainer.state.fn == "fit":
+        if self._fitting:
             self.algorithm.load_state_dict(saved.get("algorithm", {}))
             restore_random_states(saved["random"])
 

@@ -141,8 +141,10 @@ class PolicyUpdate:
                     metrics |= _mismatch(now, tokens.engine_logprobs)
                 self._seen.add(metrics)
             if critic is not None:
-                loss, metrics = self.algorithm.value_loss(tokens, critic(batch))
-                backward(loss)
+                with critic.active():
+                    values = critic(batch, head_only=trained is None and critic.moves_policy)
+                    loss, metrics = self.algorithm.value_loss(tokens, values)
+                    backward(loss)
                 self._seen.add(metrics)
                 total[1] += loss.detach()
         return total
