@@ -2,12 +2,13 @@
 
 import csv
 import re
-import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 
 from rlmt.cli import main
 
@@ -103,3 +104,76 @@ def test_a_run_and_its_twin_differ_in_one_line(name: str) -> None:
 
 def test_every_run_has_a_twin() -> None:
     assert len(RUNS) == 2 * len(THINKING) > 0
+
+
+# Optimizer steps, learning rate, prompts a step, samples a prompt. DPO: two passes over the paper's prompts.
+SETTINGS = {
+    "llama-grpo-think": (120, 1e-6, 64, 8),
+    "qwen-instruct-grpo-no_think": (120, 3e-7, 64, 8),
+    "qwen-grpo-zero_think": (120, 1e-6, 64, 8),
+    "llama-grpo-skywork-v2-think": (120, 1e-6, 64, 8),
+    "qwen-ppo-think": (120, 1e-6, 64, 1),
+    "llama-instruct-ppo-think": (120, 3e-7, 64, 1),
+    "qwen-dpo-no_think": (118, 3e-7, 128, 8),
+    "llama-instruct-dpo-think": (118, 3e-7, 128, 8),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_are_the_papers(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    runs: list[Any] = []
+
+    def fit(trainer: Trainer, model: Any, datamodule: Any, **options: Any) -> None:
+        runs.append((trainer, model, datamodule))
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    monkeypatch.chdir(tmp_path)
+    assert main([*command_of(name), "--trainer.accelerator", "cpu"]) == 0
+    ((trainer, module, data),) = runs
+    optimizer = module._optimizer([torch.nn.Parameter(torch.zeros(1))])
+    lr = optimizer.defaults["lr"]
+    assert (trainer.max_steps, lr, data.batch_size, data.group_size) == SETTINGS[name]
+    assert (data.max_prompt_tokens, data.max_new_tokens, data.temperature, data.top_p) == (1024, 4096, 0.7, 1.0)
+    assert optimizer.defaults["weight_decay"] == 0.01
+    assert trainer.default_root_dir == f"runs/paper/{name}"
+    assert ("V2" in module.reward.source) == ("skywork-v2" in name)
+
+
+def test_a_missing_warm_start_is_told_with_its_cure(
+    prompts_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = [
+        "--data.prompts",
+        str(prompts_file),
+        "--data.engine",
+        "TransformersEngine",
+        "--trainer.accelerator",
+        "cpu",
+    ]
+    assert main([*command_of("llama-grpo-no_think"), *options]) == 2
+    (message,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rlmt: error")]
+    assert "runs/paper/warm-start/llama-3.1-8b-no_think: no such folder" in message and "docs/paper.md" in message
+
+
+def test_the_docs_list_every_run_and_no_other() -> None:
+    rows = [line.split("|")[1:-1] for line in DOCS.split("## Commands")[0].splitlines() if line.startswith("| ")]
+    pairs = [(row[2].strip(" `"), row[4].strip(" `")) for row in rows if len(row) == 6 and "`" in row[2]]
+    assert sorted(name for pair in pairs for name in pair) == sorted(RUNS)
+    for baseline, thinking in pairs:
+        assert baseline == re.sub("think$", "no_think", thinking)
+
+
+def test_the_docs_give_every_runs_command() -> None:
+    lines = [line.split()[1:] for line in DOCS.splitlines() if line.startswith("rlmt fit ") and not line.endswith("\\")]
+    assert sorted(lines) == sorted(command_of(name) for name in THINKING)
+
+
+def test_warm_starts_in_the_docs_are_those_that_the_runs_read() -> None:
+    wanted = set()
+    for name, path in RUNS.items():
+        (policy,) = re.findall(r"^    policy: (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+        if policy.startswith("runs/"):
+            wanted.add(policy.replace("{format}", name.rpartition("-")[2]))
+    table = re.findall(r"`(runs/paper/warm-start/[^`{]+)`", DOCS)
+    assert sorted(table) == sorted(wanted)
