@@ -75,10 +75,9 @@ class RewardCurves(Callback):
     """Logs rewards, and draws the curves of the run into `curves.png`, beside metrics.csv.
 
     See `reward_metrics` for what is logged. The progress bar shows the mean as `reward`. The picture has the reward
-    with its spread within groups and on the validation set, below it what held-out rewards say of the same validation
-    samples, lengths, malformed and truncated samples, KL and entropy.
+    with its spread within groups and on the validation set, lengths, malformed and truncated samples, KL and entropy.
     Its points travel in checkpoints, so a resumed run draws the whole curve. It is drawn every `every_n_steps`, at the
-    end, and when a run is interrupted or fails.
+    end, and when a run is interrupted or fails. Held-out rewards, if there are any, stand below the reward.
 
     Args:
         every_n_steps: How often to draw while training; 0 draws at the end only.
