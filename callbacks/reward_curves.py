@@ -77,9 +77,9 @@ class RewardCurves(Callback):
     See `reward_metrics` for what is logged, over all samples that were drawn; what the objective found under reward/ is
     logged beside it: `reward/overlong_penalty`, the mean over the samples trained on, and with dynamic sampling
     `reward/{refills,dropped_groups,surplus_groups}`. The progress bar shows the mean as `reward`. The picture has the
-    reward with its spread within groups and on the validation set, lengths, malformed and truncated samples, KL and
-    entropy. Its points travel in checkpoints, so a resumed run draws the whole curve. It is drawn every
-    `every_n_steps`, at the end, and when a run is interrupted or fails.
+    reward with its spread within groups and on the validation set, held-out rewards below it if there are any, lengths,
+    malformed and truncated samples, KL and entropy. Its points travel in checkpoints, so a resumed run draws the whole
+    curve. It is drawn every `every_n_steps`, at the end, and when a run is interrupted or fails.
 
     Args:
         every_n_steps: How often to draw while training; 0 draws at the end only.
@@ -137,11 +137,19 @@ class RewardCurves(Callback):
             self._draw(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keeps the validation reward that the module logged."""
-        reward = trainer.callback_metrics.get("val/reward_mean")
-        if reward is not None and not trainer.sanity_checking and trainer.state.fn == "fit":
-            self._validation["step"].append(step_number(trainer))
-            self._validation["reward"].append(float(reward))
+        """Keeps the validation reward and the held-out ones that the module logged."""
+        logged = trainer.callback_metrics
+        if "val/reward_mean" not in logged or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        held_out: Any = getattr(pl_module, "held_out", None)
+        before = len(self._validation["step"])
+        for name in held_out.names if held_out is not None else ():
+            self._validation.setdefault(f"val/{name}", [math.nan] * before)  # a resumed run may have a new one
+        self._validation["step"].append(step_number(trainer))
+        self._validation["reward"].append(float(logged["val/reward_mean"]))
+        for name, values in self._validation.items():
+            if name.startswith("val/"):
+                values.append(float(logged.get(name, math.nan)))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws the whole run."""

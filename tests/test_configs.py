@@ -16,7 +16,7 @@ from rlmt.rewards import ClassifierReward
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FORMATS = ("think", "no_think", "zero_think", "zero_no_think", "instructed")
-MODELS = ("tiny", "llama-3.1-8b")
+MODELS = ("tiny", "llama-3.1-8b", "qwen2.5-7b")
 
 
 @pytest.fixture
@@ -38,7 +38,9 @@ def compose(*names: str) -> list[str]:
 
 
 def test_every_shipped_config_is_tested() -> None:
-    assert {path.stem for path in CONFIGS.rglob("*.yaml")} == {"base", "grpo", "ppo", *FORMATS, *MODELS}
+    paper = set((CONFIGS / "paper").glob("*.yaml"))  # see test_paper.py
+    shipped = {path.stem for path in set(CONFIGS.rglob("*.yaml")) - paper}
+    assert shipped == {"base", "grpo", "ppo", "early_stop", *FORMATS, *MODELS}
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -100,6 +102,19 @@ def test_the_objective_is_one_flag(model: str, launched: list[Any], capsys: pyte
     assert isinstance(module.algorithm, PPO) and module.algorithm.lam == 0.95
     assert data.group_size == 8  # the base config's
     assert not capsys.readouterr().err
+
+
+def test_early_stop_adds_to_the_callbacks_and_watches_its_own_reward(launched: list[Any]) -> None:
+    assert main(compose("base", "grpo", "llama-3.1-8b", "early_stop")) == 0
+    ((trainer, module, data),) = launched
+    (stop,) = trainer.early_stopping_callbacks
+    newest, best = trainer.checkpoint_callbacks
+    assert type(newest).__name__ == "PolicyCheckpoint" and best.dirpath == newest.dirpath
+    assert [f"val/{name}" for name in module.held_out.names] == [stop.monitor] == [best.monitor]
+    assert (stop.mode, best.mode, best.save_top_k) == ("max", "max", 1)
+    (held_out,) = module.held_out.rewards
+    assert held_out.source != module.reward.source
+    assert data.val_size > 0
 
 
 def test_configs_name_only_keys_that_classes_take() -> None:

@@ -97,7 +97,8 @@ def _find_config(name: str) -> str:
     wanted = name.removeprefix("configs/").removesuffix(".yaml")
     shipped = {str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.rglob("*.yaml"))}
     if wanted not in shipped:
-        raise UserError(f"--config {name}: no such file, and no shipped config of that name ({', '.join(shipped)}).")
+        near = [found for found in shipped if Path(found).parent == Path(wanted).parent] or shipped
+        raise UserError(f"--config {name}: no such file, and no shipped config of that name ({', '.join(near)}).")
     return str(shipped[wanted])
 
 

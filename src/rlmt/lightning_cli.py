@@ -49,9 +49,13 @@ class RLMTCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Adds the CSV logger and the checkpoint of the latest step, both inside `trainer.default_root_dir`."""
+        """Adds the CSV logger and the checkpoint of the latest step, both inside `trainer.default_root_dir`.
+
+        `{format}` in that folder stands for the format's name, so that runs that differ in it alone lie apart.
+        """
         config = self._get(self.config_init, "trainer")
-        root = Path(config.default_root_dir or "runs/default")
+        name = getattr(getattr(self.model, "format", None), "name", "{format}")
+        root = Path((config.default_root_dir or "runs/default").replace("{format}", name))
         given = config.logger
         loggers: list[Logger] = given if isinstance(given, list) else [given] if isinstance(given, Logger) else []
         if not any(isinstance(logger, CSVLogger) for logger in loggers):

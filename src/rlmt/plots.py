@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.gridspec import SubplotSpec
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
@@ -59,7 +60,9 @@ def draw_curves(path: Path, train: Curves, validation: Curves, subtitle: str) ->
     Args:
         path: Where to.
         train: `step` and the metrics under their names, each one value a step; NaN where there is none.
-        validation: `step` and `reward`, one value a validation.
+        validation: `step`, `reward` and, of any held-out rewards, `val/<name>`, one value a validation. Each held-out
+            reward has a panel of its own below the reward's, as no two have one scale, and its best validation marked:
+            where its curve turns while the reward goes on rising, the run over-optimises.
         subtitle: What kind of run this is.
 
     Returns:
@@ -69,12 +72,13 @@ def draw_curves(path: Path, train: Curves, validation: Curves, subtitle: str) ->
     figure = Figure(figsize=(11, 7.4), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(2, 2, left=0.07, right=0.9, top=0.865, bottom=0.075, wspace=0.46, hspace=0.34)
-    below = grid[1, 1].subgridspec(2, 1, hspace=0.22)
-    reward, length, broken = (figure.add_subplot(cell) for cell in (grid[0, 0], grid[0, 1], grid[1, 0]))
-    kl, entropy = figure.add_subplot(below[0]), figure.add_subplot(below[1])
+    held_out = [name for name in validation if name.startswith("val/")]
+    reward, *others = _stack(figure, grid[0, 0], [2] + [1] * len(held_out))
+    length, broken = figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, 0])
+    kl, entropy = _stack(figure, grid[1, 1], [1, 1])
     last = max([data["step"][-1], data["step"][0] + 1, *validation["step"]])
     margin = 0.012 * (last - data["step"][0])
-    for axes in (reward, length, broken, kl, entropy):
+    for axes in (reward, *others, length, broken, kl, entropy):
         axes.set_xlim(data["step"][0] - margin, last + margin)
 
     _panel(reward, "Reward", "reward")
@@ -82,8 +86,12 @@ def draw_curves(path: Path, train: Curves, validation: Curves, subtitle: str) ->
     _panel(broken, "Broken samples", "share of samples")
     _panel(kl, "KL to the reference and entropy", "KL\n(nats a token)")
     _panel(entropy, "", "entropy\n(nats a token)")
-    kl.tick_params(labelbottom=False)
-    kl.set_xlabel("")
+    for axes, name in zip(others, held_out, strict=True):
+        _panel(axes, "", "held-out")
+        _label_ends(axes, _held_out(axes, name, validation))
+    for axes in (kl, *[reward, *others][:-1]):
+        axes.tick_params(labelbottom=False)
+        axes.set_xlabel("")
 
     _label_ends(reward, _reward(reward, data, validation))
     labels = _lines(length, data, LENGTHS)
@@ -95,7 +103,7 @@ def draw_curves(path: Path, train: Curves, validation: Curves, subtitle: str) ->
     _label_ends(broken, labels)
     _label_ends(kl, _lines(kl, data, [("KL", "policy/kl", GREEN, "-")]))
     _label_ends(entropy, _lines(entropy, data, [("entropy", "policy/entropy", GREY, "-")]))
-    figure.align_ylabels([reward, broken])
+    figure.align_ylabels([reward, *others, broken])
     figure.align_ylabels([length, kl, entropy])
 
     count = len(data["step"])
@@ -127,6 +135,26 @@ def _reward(axes: Axes, data: Mapping[str, Array], validation: Curves) -> list[L
         axes.plot(validation["step"], held_out, "D-", color=ORANGE, markersize=4.5, linewidth=1, zorder=4)
         labels.append(("validation", float(held_out[-1]), ORANGE))
     return labels
+
+
+def _stack(figure: Figure, cell: SubplotSpec, heights: Sequence[int]) -> list[Axes]:
+    """One panel above the other in a cell of the grid."""
+    rows = cell.subgridspec(len(heights), 1, hspace=0.22, height_ratios=heights)
+    return [figure.add_subplot(rows[i]) for i in range(len(heights))]
+
+
+def _held_out(axes: Axes, name: str, validation: Curves) -> list[Label]:
+    steps, values = (np.asarray(validation[key], dtype=np.float64) for key in ("step", name))
+    known = ~np.isnan(values)
+    if not known.any():
+        return []
+    steps, values = steps[known], values[known]
+    best = int(values.argmax())
+    axes.yaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 2.5, 5, 10]))
+    axes.margins(y=0.15)
+    axes.plot(steps, values, "D-", color=GREEN, markersize=3.5, linewidth=1, zorder=4)
+    axes.plot(steps[best], values[best], "o", ms=9, markerfacecolor="none", markeredgecolor=GREEN, clip_on=False)
+    return [(f"{name.removeprefix('val/')}\nbest: step {steps[best]:.0f}", float(values[-1]), GREEN)]
 
 
 def _panel(axes: Axes, title: str, unit: str) -> None:

@@ -267,7 +267,14 @@ def test_folder_that_is_no_reward_model(reward_model: MakeModel, tokenizers_by: 
     (no_weights / "model.safetensors").unlink()
     encoder = Path(reward_model())
     (encoder / "config.json").write_text(json.dumps({"model_type": "bert", "id2label": {"0": "score"}}))
+    own_code = Path(
+        reward_model()
+    )  # as ArmoRM: weights and one output like any other's, but a head that needs its code
+    config = json.loads((own_code / "config.json").read_text())
+    config |= {"architectures": ["Gated"], "auto_map": {"AutoModelForSequenceClassification": "modeling_custom.Gated"}}
+    (own_code / "config.json").write_text(json.dumps(config))
     for folder, message in [
+        (str(own_code), r"has a head of its own code \(Gated\), which is never run"),
         (str(tmp_path / "empty"), "has no readable configuration"),
         (reward_model(num_labels=3), "has 3 outputs but must have one"),
         (no_template, "has no chat template"),

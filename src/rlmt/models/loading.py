@@ -197,6 +197,8 @@ def _source(path: str | Path, any_of: tuple[str, ...], what: str) -> str:
         raise UserError(f"{source}: is a file; give the folder that holds the model")
     if source.startswith("runs/tiny"):
         raise UserError(f"{source}: no such folder; run `rlmt tiny` first")
+    if source.startswith("runs/paper/warm-start") and not folder.exists():
+        raise UserError(f"{source}: no such folder; train and export it first, as docs/paper.md says")
     if not _HUB_NAME.fullmatch(source):
         raise UserError(f"{source}: no such folder")
     return source

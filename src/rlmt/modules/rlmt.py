@@ -27,6 +27,7 @@ from rlmt.models.critic import Critic, build_critic, check_critic
 from rlmt.modules.dynamic_sampling import refill
 from rlmt.modules.update import PolicyUpdate, first_pass, first_values
 from rlmt.rewards import Reward
+from rlmt.rewards.held_out import HeldOutRewards
 from rlmt.rewards.scoring import MalformedMode, score
 from rlmt.rng import random_states, restore_random_states
 from rlmt.thinking import FormatName, ThinkingFormat
@@ -52,7 +53,7 @@ class RLMTModule(LightningModule):
     """Trains a policy on rollouts against a reward that never sees its thoughts.
 
     Args:
-        policy: folder or hub name of the policy to start from.
+        policy: folder or hub name of the policy to start from; `{format}` in it stands for the format's name.
         reward: what scores the responses.
         algorithm: the objective, GRPO for one.
         format: how thoughts are written: think, no_think, zero_think, zero_no_think, or a ThinkingFormat with options.
@@ -67,6 +68,8 @@ class RLMTModule(LightningModule):
         max_skipped: steps in a row that a non-finite loss or gradient may cost before the run stops.
         gradient_checkpointing: trade time for memory in the policy's backward.
         attn_implementation: transformers' name of an attention, such as flash_attention_2; null lets it choose.
+        held_out_rewards: rewards that are not trained on; each scores the responses to validation and test prompts, and
+            is logged as `val/<name>`.
 
     Raises:
         UserError: an option is out of range, or later, while setting up, does not fit the models or the data.
@@ -87,6 +90,7 @@ class RLMTModule(LightningModule):
         max_skipped: int = 5,
         gradient_checkpointing: bool = False,
         attn_implementation: str | None = None,
+        held_out_rewards: list[Reward] | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -99,10 +103,11 @@ class RLMTModule(LightningModule):
                 raise UserError(f"--model.{option} is {value}: it must be positive.")
         if not math.isfinite(malformed_reward):
             raise UserError(f"--model.malformed_reward is {malformed_reward}: it must be a finite number.")
-        self.policy_path = policy
-        self.reward = reward
-        self.algorithm = algorithm
         self.format = format if isinstance(format, ThinkingFormat) else ThinkingFormat(format)
+        self.policy_path = policy.replace("{format}", self.format.name)
+        self.reward = reward
+        self.held_out = HeldOutRewards(held_out_rewards or ())
+        self.algorithm = algorithm
         self.malformed: MalformedMode = malformed or "null"  # YAML reads the bare word null as nothing
         self.malformed_reward = malformed_reward
         self.max_skipped = max_skipped
@@ -151,6 +156,7 @@ class RLMTModule(LightningModule):
         self.format.check(self.tokenizer, self.policy_path)
         loading.check_head(self.policy_config, self.policy_path)
         self.reward.check()
+        self.held_out.check(self.reward)
         if stage == "fit":
             if self.algorithm.critic is not None:
                 check_critic(self.algorithm.critic, self.policy_path, self.tokenizer)
@@ -158,6 +164,7 @@ class RLMTModule(LightningModule):
             if data is not None:
                 self.algorithm.check(data.group_size)
                 self._check_minibatches(data.batch_size)
+                self._check_validation(data)
 
     def _check_trainer(self) -> None:
         if self.trainer.precision not in PRECISIONS:
@@ -178,6 +185,13 @@ class RLMTModule(LightningModule):
                 "(--data.batch_size); make it a divisor."
             )
 
+    def _check_validation(self, data: Any) -> None:
+        if len(self.held_out) and not data.val_dataloader():
+            raise UserError(
+                f"--model.held_out_rewards has {', '.join(self.held_out.names)}, but there are no validation prompts: "
+                "set --data.val_size above 0 or --data.val_prompts, or leave them out."
+            )
+
     def configure_model(self) -> None:
         """Loads the policy, the reward, and if the objective wants them a reference (a frozen copy) and a critic."""
         if self.policy is not None:
@@ -194,6 +208,8 @@ class RLMTModule(LightningModule):
             if self.critic is not None:
                 self.critic.backbone.gradient_checkpointing_enable({"use_reentrant": False})
         self.reward.load()
+        if self.trainer.state.fn != "predict":
+            self.held_out.load()
 
     def configure_optimizers(self) -> Any:
         """The optimizer over what can be trained, and the scheduler if there is one."""
@@ -335,6 +351,8 @@ class RLMTModule(LightningModule):
         for name, part in experience.scores.parts.items():
             if len(experience.scores.parts) > 1 and (known := part[part.isfinite()]).numel():
                 self.log(f"{stage}/{name}", known.mean(), batch_size=known.numel(), sync_dist=True)
+        for name, mean in self.held_out.means(experience, self.malformed, self.malformed_reward).items():
+            self.log(f"{stage}/{name}", mean, batch_size=len(batch), sync_dist=True)
         return {"experience": experience}
 
     # Checkpoints ------------------------------------------------------------------------------------------------------

@@ -94,6 +94,12 @@ class ClassifierReward(Reward):
                 f"reward model {self.source!r} has {config.num_labels} outputs but must have one (num_labels: 1 in its "
                 "config.json): give a scalar reward model, not a chat model or a multi-objective one"
             )
+        if "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {}):
+            code = ", ".join(config.architectures or ["?"])
+            raise UserError(
+                f"reward model {self.source!r} has a head of its own code ({code}), which is never run: give a plain "
+                "sequence classifier"
+            )
         architecture = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
         if not (isinstance(architecture, type) and issubclass(architecture, GenericForSequenceClassification)):
             raise UserError(

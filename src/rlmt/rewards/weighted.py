@@ -60,7 +60,7 @@ class WeightedSum(Reward):
         for reward, weight in zip(self.parts, self.weights, strict=True):
             if not math.isfinite(weight):
                 raise UserError(f"WeightedSum: the weight of reward {reward.name!r} is {weight}: give a finite number")
-        twice = [name for name, count in Counter(_leaf_names(self)).items() if count > 1]
+        twice = [name for name, count in Counter(leaf_names(self)).items() if count > 1]
         if twice:
             raise UserError(f"WeightedSum has two rewards named {twice[0]!r}: set `name` so that they differ")
         for reward in self.parts:
@@ -88,8 +88,8 @@ class WeightedSum(Reward):
         return total, parts
 
 
-def _leaf_names(reward: Reward) -> list[str]:
+def leaf_names(reward: Reward) -> list[str]:
     """Names under which the scores of `reward` are logged."""
     if isinstance(reward, WeightedSum):
-        return [name for part in reward.parts for name in _leaf_names(part)]
+        return [name for part in reward.parts for name in leaf_names(part)]
     return [reward.name]
