@@ -24,6 +24,7 @@ from rlmt.export import save_policy_assets
 from rlmt.models import loading
 from rlmt.models.adapters import own_parameters
 from rlmt.models.critic import Critic
+from rlmt.modules.recorded import check_recording, record_reference, recording_of
 from rlmt.modules.update import PolicyUpdate, first_pass, first_values
 from rlmt.rewards import Reward
 from rlmt.rewards.scoring import MalformedMode, score
@@ -150,6 +151,8 @@ class RLMTModule(LightningModule):
             if data is not None:
                 self.algorithm.check(data.group_size)
                 self._check_minibatches(data.batch_size)
+            if (recording := recording_of(self.trainer)) is not None:
+                check_recording(recording, self.policy_config, self.algorithm)
 
     def _check_trainer(self) -> None:
         if self.trainer.precision not in PRECISIONS:
@@ -171,13 +174,21 @@ class RLMTModule(LightningModule):
             )
 
     def configure_model(self) -> None:
-        """Loads the policy, the reference (a frozen copy, only if the objective wants it) and the reward."""
+        """Loads the policy, the reference (a frozen copy, only if the objective wants it) and the reward.
+
+        Of recorded samples all reference log-probs are taken here, and no reference is kept. Lightning restores a
+        checkpoint after this hook, so a resumed run takes them under the initial policy as well.
+        """
         if self.policy is not None:
             return
         self.policy = loading.load_policy(self.policy_path, "float32", attn_implementation=self.attn_implementation)
         fitting = self.trainer.state.fn == "fit"
         if fitting and self.algorithm.needs_reference:
-            self.reference = copy.deepcopy(self.policy).requires_grad_(False).train(False)
+            if (recording := recording_of(self.trainer)) is not None:
+                budget = self._update.tokens_per_micro_batch
+                record_reference(recording, self.policy, self.algorithm, self.trainer, budget)
+            else:
+                self.reference = copy.deepcopy(self.policy).requires_grad_(False).train(False)
         self.policy.train(fitting)
         if fitting and self.gradient_checkpointing:
             self.policy.gradient_checkpointing_enable({"use_reentrant": False})
