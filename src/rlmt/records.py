@@ -116,38 +116,45 @@ def rollout_table(
     return pa.table(columns, schema=SCHEMA.with_metadata(metadata))
 
 
-def read_rollouts(path: str | Path) -> pa.Table:
+def read_rollouts(path: str | Path, columns: list[str] | None = None) -> pa.Table:
     """Reads a rollout file, or all of a folder's in the order of their names, which is that of their steps.
 
     Args:
         path: A parquet file, or the `rollouts` folder of a run.
+        columns: Names of the columns wanted; None reads all.
 
     Returns:
-        Table with the columns of `SCHEMA`; metadata is the first file's.
+        Table with columns of `SCHEMA`, and with the files' metadata.
 
     Raises:
-        UserError: Nothing is there, or a file is no rollout file.
+        UserError: Nothing is there, a file is no rollout file, or files of different formats lie side by side.
     """
     path = Path(path)
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
-        raise UserError(f"no rollouts at {path}: give a parquet file that SampleTable wrote, or the folder of them")
-    tables = [_read(file) for file in files]
-    metadata = tables[0].schema.metadata
-    return pa.concat_tables([table.replace_schema_metadata(metadata) for table in tables])
+        raise UserError(
+            f"no rollouts at {path}: give a parquet file that `rlmt predict` or SampleTable wrote, or a folder of them"
+        )
+    tables = [_read(file, columns) for file in files]
+    for file, table in zip(files, tables, strict=True):
+        if table.schema.metadata != tables[0].schema.metadata:
+            raise UserError(
+                f"{file} is in another format than {files[0].name}: put files of one run alone into a folder"
+            )
+    return pa.concat_tables(tables)
 
 
-def _read(file: Path) -> pa.Table:
+def _read(file: Path, columns: list[str] | None) -> pa.Table:
     # ParquetFile and not read_table: the latter takes folder names such as "a=b" for a partition and adds columns.
     try:
         with pq.ParquetFile(file) as reader:
-            table = reader.read()
+            schema = reader.schema_arrow
+            if not schema.equals(SCHEMA):
+                raise UserError(f"{file} is not a file of rollouts: its columns are {', '.join(schema.names[:8])}, …")
+            return reader.read(columns=columns)
     except pa.ArrowInvalid as error:
         why = str(error).splitlines()[0]
-        raise UserError(f"{file} is not a parquet file ({why}): give one that SampleTable wrote") from error
-    if not table.schema.equals(SCHEMA):
-        raise UserError(f"{file} is not a file of rollouts: its columns are {', '.join(table.column_names[:8])}, …")
-    return table
+        raise UserError(f"{file} is not a parquet file ({why}): give one that rlmt wrote") from error
 
 
 def write_rollouts(table: pa.Table, path: Path) -> None:

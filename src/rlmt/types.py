@@ -93,6 +93,8 @@ class Samples:
     """B reasons."""
     weight_version: int
     """Version of the weights that drew these samples."""
+    ref_logprobs: list[list[float]] | None = None
+    """B ragged lists: log-prob of each token under the reference, where it was recorded with the samples."""
 
 
 @dataclass

@@ -411,6 +411,76 @@ def test_validation_draws_one_sample_with_the_same_seeds_each_time(tokenizer, pr
     assert data.engine.calls.count("close") == 3
 
 
+class Recorded(FakeEngine):
+    """Stands for an engine that replays: knows some prompts, whose samples were drawn by weights 40."""
+
+    replays = True
+
+    def __init__(self, known=range(22)):
+        super().__init__()
+        self.texts, self.asked, self.tokenizer = {f"say{i:02}" for i in known}, [], None
+
+    def check_run(self, format, tokenizer, sampling, group_size):
+        self.calls.append(("check_run", format.name, sampling.temperature, sampling.max_new_tokens, group_size))
+        self.tokenizer = tokenizer
+
+    def knows(self, prompt_ids):
+        return any(text in self.tokenizer.decode(prompt_ids) for text in self.texts)
+
+    def generate(self, requests, sampling):
+        self.asked += [request.epoch for request in requests]
+        count = sum(len(request.seeds) for request in requests)
+        return Samples(
+            [[1, 2]] * count, [[-1.0, -2.0]] * count, [FinishReason.STOP] * count, 40, [[-3.0, -4.0]] * count
+        )
+
+
+def test_recorded_samples_are_off_policy_and_need_no_sync(tokenizer, prompts, tmp_path):
+    module, data = FakeModule(tokenizer), make(prompts, engine=Recorded(), val_size=0)
+    trainer(tmp_path, max_epochs=2).fit(module, datamodule=data)
+    assert data.engine.calls == ["check", ("check_run", "think", 0.7, 10, 2), ("start", 30), "close"]
+    assert len(module.seen["train"]) == 6 and data.engine.asked == [0] * 18 + [1] * 18
+    assert module.last.off_policy and module.last.weight_version == 40
+    assert module.last.ref_logprobs.tolist() == [-3.0, -4.0] * 12
+    fresh = make(prompts, val_size=0)
+    trainer(tmp_path, max_steps=1).fit(module, datamodule=fresh)
+    assert not module.last.off_policy and module.last.ref_logprobs is None
+
+
+def test_held_out_samples_come_from_an_engine_of_their_own(tokenizer, prompts, tmp_path):
+    module, data = FakeModule(tokenizer), make(prompts, engine=Recorded(), val_engine=FakeEngine(), val_size=2)
+    run = trainer(tmp_path, max_epochs=1, num_sanity_val_steps=0)
+    run.fit(module, datamodule=data)
+    assert data.val_engine.calls == ["check", ("start", 30), ("sync", 3), ("generate", 2), "close"]
+    assert data.engine.calls[-2:] == [("start", 30), "close"] and len(module.seen["train"]) == 3
+    run.validate(module, datamodule=data)
+    assert data.val_engine.calls[-1] == "close" and len(module.seen["val"]) == 2
+    assert not module.last.off_policy and data.engine.calls.count("check") == 1
+
+
+@pytest.mark.parametrize("val_engine", [None, Recorded()])
+@pytest.mark.parametrize("stage", ["fit", "validate", "test"])
+def test_recorded_samples_say_nothing_of_held_out_prompts(tokenizer, prompts, stage, val_engine):
+    with pytest.raises(UserError, match=r"--data\.val_size 0, or --data\.val_engine VLLMEngine"):
+        attached(make(prompts, engine=Recorded(), val_engine=val_engine), FakeModule(tokenizer), stage=stage)
+
+
+def test_prompts_without_recorded_samples_are_dropped_and_counted(tokenizer, prompts, monkeypatch):
+    said = []
+    monkeypatch.setattr("rlmt.data.rollouts.rank_zero_info", said.append)
+    options = {"engine": Recorded(range(3, 22)), "val_engine": FakeEngine(), "batch_size": 1}
+    data = attached(make(prompts, val_size=2, **options), FakeModule(tokenizer))
+    unsplit = attached(make(prompts, val_size=2), FakeModule(tokenizer))
+    assert [p.index for p in data._val] == [p.index for p in unsplit._val], "what is held out does not change"
+    assert sorted(p.index for p in data._train) == sorted(p.index for p in unsplit._train if p.index > 2)
+    missing = len(unsplit._train) - len(data._train)
+    assert said == [f"dropped {missing} of 20 prompts that were not recorded ({prompts})"]
+    data = attached(make(prompts, engine=Recorded([7, 5])), FakeModule(tokenizer), stage="predict")
+    assert [p.index for batch in data.predict_dataloader() for p in batch.prompts] == [5, 7]
+    with pytest.raises(UserError, match="none of the 22 prompts .* was recorded: give --data.prompts"):
+        attached(make(prompts, engine=Recorded([]), val_size=0), FakeModule(tokenizer))
+
+
 def test_without_validation_prompts_fit_trains_only(tokenizer, prompts, tmp_path):
     module = FakeModule(tokenizer)
     trainer(tmp_path, max_epochs=1).fit(module, datamodule=make(prompts, val_size=0))

@@ -121,6 +121,44 @@ def test_gradient_is_that_of_one_big_padded_batch(aggregation: Any, budget: int,
     assert metrics["engine/mismatch_kl"] == pytest.approx((gap.exp() - 1 - gap).mean().item(), rel=1e-4)
 
 
+def test_samples_of_other_weights_are_weighted_by_truncated_importance() -> None:
+    """Token by token over two update epochs with a real step between them, against autograd on plain formulas."""
+    data, policy, twin = experience(), model(0), model(0)
+    data.rollouts.off_policy = True
+    drew = model(2)
+    with torch.no_grad():
+        behaviour, mask = padded_logprobs(drew, data.rollouts)
+        old = padded_logprobs(policy, data.rollouts)[0]
+    data.engine_logprobs = data.rollouts.engine_logprobs = behaviour[mask]
+    algorithm = GRPO(kl_coef=0.0, entropy_coef=0.0, clip_low=0.02, clip_high=0.03, dual_clip=None, update_epochs=2)
+    data.old_logprobs = first_pass(policy, data.rollouts, 60, torch.device("cpu"))
+    algorithm.prepare(data)
+    update = PolicyUpdate(algorithm, 60, max_grad_norm=1e9)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (policy, twin)]
+    rewards = data.scores.total.view(3, 4)
+    advantages = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)).flatten()[:, None]
+    weight = torch.minimum((old - behaviour).exp(), torch.tensor(2.0))
+    assert 0.1 < (weight[mask] == 2).float().mean() < 0.9  # some are truncated
+    clipped = 0
+    for _ in update.steps(policy, data, 0, lambda part: part.backward()):
+        ratio = (padded_logprobs(twin, data.rollouts)[0] - old).exp()
+        kept = torch.minimum(ratio * advantages, ratio.clamp(0.98, 1.03) * advantages)
+        clipped += int(((kept != ratio * advantages) & mask).sum())
+        (-(weight * kept)[mask].sum() / mask.sum()).backward()
+        expected, got = gradients(twin), gradients(policy)
+        scale = max(float(g.abs().max()) for g in expected.values())
+        for name, gradient in expected.items():
+            torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-5 * scale, msg=name)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert clipped > 0
+    metrics = update.metrics()
+    assert metrics["engine/importance_mean"] == pytest.approx(weight[mask].mean().item(), rel=1e-4)
+    assert metrics["engine/importance_capped"] == pytest.approx((weight[mask] == 2).float().mean().item())
+    assert not {"engine/mismatch_kl", "engine/mismatch_max"} & set(metrics)
+
+
 def test_first_pass_gives_log_probs_in_the_order_of_the_samples() -> None:
     data, policy = experience(), model()
     with torch.no_grad():

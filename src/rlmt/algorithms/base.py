@@ -36,6 +36,8 @@ class Algorithm(ABC):
     """Most extra draws a step, each of a whole batch, that replace groups whose rewards are all equal."""
     critic: CriticOptions | None = None
     """The critic that is trained beside the policy, or None."""
+    logprob_temperature: float | None = None
+    """Temperature that log-probs are taken at; None: the sampling temperature."""
 
     @property
     def needs_reference(self) -> bool:
@@ -46,6 +48,11 @@ class Algorithm(ABC):
     def needs_old_logprobs(self) -> bool:
         """Whether `prepare` reads the policy's log-probs before the update; several updates want them anyway."""
         return False
+
+    @property
+    def off_policy_correction(self) -> str:
+        """What the objective does about samples that other weights drew, in words for the user."""
+        return "the objective takes them as they are"
 
     def check(self, group_size: int) -> None:
         """Raises UserError where the objective cannot work with this many samples a prompt."""

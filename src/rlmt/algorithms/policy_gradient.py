@@ -87,6 +87,11 @@ class PolicyGradient(Algorithm):
         """Weight of the KL penalty in the loss of this step."""
         return self.kl_coef
 
+    @property
+    def off_policy_correction(self) -> str:
+        """Truncated importance weights."""
+        return f"importance weights truncated at {self.importance_cap or OFF_POLICY_CAP:g}"
+
     def token_weights(self, lengths: Tensor, mask: Tensor, max_new_tokens: int) -> Tensor:
         """By `loss_aggregation`."""
         return policy_loss.token_weights(lengths, mask, self.loss_aggregation, max_new_tokens)
@@ -102,13 +107,16 @@ class PolicyGradient(Algorithm):
         old = now if batch.old_logprobs is None else batch.old_logprobs
         log_ratio = self.log_ratio(outputs.logprobs, old, batch)
         loss = policy_loss.clipped_surrogate(log_ratio, batch.advantages, self.clip_low, self.clip_high, self.dual_clip)
+        metrics = {}
         cap = self.importance_cap or (OFF_POLICY_CAP if batch.off_policy else None)
         if cap is not None:
-            loss = loss * policy_loss.truncated_importance(old, batch.engine_logprobs, cap)
+            importance = policy_loss.truncated_importance(old, batch.engine_logprobs, cap)
+            loss = loss * importance
+            metrics = {"engine/importance_mean": importance, "engine/importance_capped": (importance >= cap).float()}
         loss = loss - self.entropy_coef * outputs.entropy
         log_ratio = log_ratio.detach()
         ratio = log_ratio.exp()
-        metrics = {
+        metrics |= {
             "policy/entropy": outputs.entropy.detach(),
             "policy/approx_kl": ratio - 1 - log_ratio,
             "policy/clip_low": ((ratio < 1 - self.clip_low) & (batch.advantages < 0)).float(),

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from rlmt.data.prompts import PromptDataset, load_prompts
-from rlmt.data.rollouts import LoadedPrompts, PolicySource, draw
+from rlmt.data.rollouts import LoadedPrompts, PolicySource, draw, known_prompts
 from rlmt.data.sampler import PromptSampler, shuffled
 from rlmt.engines.base import Engine
 from rlmt.errors import UserError
@@ -48,6 +48,7 @@ class RolloutDataModule(LightningDataModule):
         val_prompts: file or hub data set to validate on; None splits validation prompts off `prompts`.
         val_size: number of validation prompts, 0 for none; None takes 64 of `prompts`, or all of `val_prompts`.
         seed: orders the prompts and seeds the samples.
+        val_engine: what draws the samples of validation and test; None takes `engine`, unless that one replays.
 
     Raises:
         UserError: an argument is out of range.
@@ -68,6 +69,7 @@ class RolloutDataModule(LightningDataModule):
         val_prompts: str | None = None,
         val_size: int | None = None,
         seed: int = 0,
+        val_engine: Engine | None = None,
     ) -> None:
         super().__init__()
         counts = {
@@ -98,11 +100,12 @@ class RolloutDataModule(LightningDataModule):
         self.val_prompts = val_prompts
         self.val_size = val_size
         self.seed = seed
+        self.val_engine = val_engine
         self._all: list[Prompt] | None = None
         self._train: list[Prompt] = []
         self._val: list[Prompt] = []
         self._sampler: PromptSampler | None = None
-        self._engine_started = False
+        self._started: list[Engine] = []
 
     # ---------------------------------------------------------------- prompts
 
@@ -115,7 +118,9 @@ class RolloutDataModule(LightningDataModule):
         Raises:
             UserError: anything is wrong with the engine, the options or the prompts.
         """
-        self.engine.check()
+        held_out = stage in ("validate", "test")
+        engine = self._held_out_engine if held_out else self.engine
+        engine.check()
         source = self._source
         if self._max_model_len > source.max_positions:
             raise UserError(
@@ -123,14 +128,25 @@ class RolloutDataModule(LightningDataModule):
                 f"exceed the model's context of {source.max_positions:,} tokens: lower one of them"
             )
         source.format.check(source.tokenizer, source.tokenizer.name_or_path)
+        engine.check_run(
+            source.format,
+            source.tokenizer,
+            self._sampling(source),
+            1 if held_out else self.group_size,
+        )
         if self._all is None:
             self._load(source)
         self._sampler = None
         if stage == "fit":
+            if self._val:
+                self._held_out_engine.check()
+            self._train = known_prompts(self._train, source, self.engine, self.prompts)
             self._check_batch_size()
             dataset = PromptDataset(self._train)
             self._sampler = PromptSampler(dataset, self.batch_size, self._world_size, self._rank, self.seed)
-        elif stage in ("validate", "test") and not self._val:
+        elif stage == "predict":
+            self._all = known_prompts(self._all or [], source, self.engine, self.prompts)
+        elif not self._val:
             raise UserError(f"nothing to {stage} on: set --data.val_size above 0 or --data.val_prompts")
 
     def _load(self, source: PolicySource) -> None:
@@ -254,19 +270,20 @@ class RolloutDataModule(LightningDataModule):
             return batch
         assert self.trainer is not None
         source = self._source
-        if not self._engine_started:
+        held_out = not (self.trainer.training or self.trainer.predicting)
+        engine, group_size = (self._held_out_engine, 1) if held_out else (self.engine, self.group_size)
+        if engine not in self._started:
             assert source.policy is not None
-            self._engine_started = True
-            self.engine.start(source.policy, source.tokenizer, self._max_model_len, source.compute_dtype)
-        sampling = Sampling(
-            temperature=self.temperature,
-            max_new_tokens=self.max_new_tokens,
-            stop=source.format.stop,
-            stop_token_ids=source.format.stop_token_ids(source.tokenizer),
-            top_p=self.top_p,
+            self._started.append(engine)
+            engine.start(source.policy, source.tokenizer, self._max_model_len, source.compute_dtype)
+        return draw(
+            batch,
+            source,
+            engine,
+            self._sampling(source),
+            group_size,
+            self.seed,
         )
-        group_size = self.group_size if self.trainer.training or self.trainer.predicting else 1
-        return draw(batch, source, self.engine, sampling, group_size, self.seed)
 
     def draw_more(self) -> RolloutBatch:
         """Rollouts for what would have been the next training batch, drawn now; the loader goes on behind it.
@@ -290,24 +307,26 @@ class RolloutDataModule(LightningDataModule):
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def teardown(self, stage: str) -> None:
-        """Closes the engine.
+        """Closes the engines.
 
         Args:
             stage: not used.
         """
-        self._close_engine()
+        self._close_engines()
 
     def on_exception(self, exception: BaseException) -> None:
-        """Closes the engine, since Lightning calls no teardown after an exception.
+        """Closes the engines, since Lightning calls no teardown after an exception.
 
         Args:
             exception: what ended the run.
         """
-        self._close_engine()
+        self._close_engines()
 
-    def _close_engine(self) -> None:
-        self.engine.close()
-        self._engine_started = False
+    def _close_engines(self) -> None:
+        for engine in (self.engine, self.val_engine):
+            if engine is not None:
+                engine.close()
+        self._started = []
 
     # ---------------------------------------------------------------- trainer
 
@@ -315,6 +334,20 @@ class RolloutDataModule(LightningDataModule):
     def _source(self) -> PolicySource:
         assert self.trainer is not None
         return cast(PolicySource, self.trainer.lightning_module)
+
+    def _sampling(self, source: PolicySource) -> Sampling:
+        stop_token_ids = source.format.stop_token_ids(source.tokenizer)
+        return Sampling(self.temperature, self.max_new_tokens, source.format.stop, stop_token_ids, self.top_p)
+
+    @property
+    def _held_out_engine(self) -> Engine:
+        engine = self.val_engine or self.engine
+        if engine.replays:
+            raise UserError(
+                f"recorded samples say nothing of the policy as it is, so {type(engine).__name__} draws none for "
+                "held-out prompts: set --data.val_size 0, or --data.val_engine VLLMEngine"
+            )
+        return engine
 
     @property
     def _max_model_len(self) -> int:

@@ -8,13 +8,15 @@ from time import perf_counter
 from typing import Any, ClassVar, Protocol
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlmt.data.sampler import sample_seed
 from rlmt.engines.base import Engine
+from rlmt.errors import UserError
 from rlmt.thinking import ThinkingFormat
-from rlmt.types import PromptBatch, RolloutBatch, SampleRequest, Samples, Sampling
+from rlmt.types import Prompt, PromptBatch, RolloutBatch, SampleRequest, Samples, Sampling
 
 
 class PolicySource(Protocol):
@@ -61,10 +63,38 @@ class LoadedPrompts(PromptBatch):
         return self
 
 
+def known_prompts(prompts: list[Prompt], source: PolicySource, engine: Engine, name: str) -> list[Prompt]:
+    """The prompts that the engine can sample from: all of them, unless it replays.
+
+    Args:
+        prompts: of one set.
+        source: the module that holds the policy.
+        engine: after its checks.
+        name: what to call the set.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not engine.replays:
+        return prompts
+    known = [p for p in prompts if engine.knows(source.format.render(p.messages, source.tokenizer))]
+    if prompts and not known:
+        raise UserError(
+            f"none of the {len(prompts):,} prompts of {name} was recorded: give --data.prompts and --data.system of "
+            "the run that recorded, or another --data.engine"
+        )
+    if len(known) < len(prompts):
+        missing = len(prompts) - len(known)
+        rank_zero_info(f"dropped {missing:,} of {len(prompts):,} prompts that were not recorded ({name})")
+    return known
+
+
 def draw(
     batch: PromptBatch, source: PolicySource, engine: Engine, sampling: Sampling, group_size: int, seed: int
 ) -> RolloutBatch:
     """Samples every prompt with the policy's present weights, syncing the engine first if the policy moved.
+
+    An engine that replays is not synced, and its samples are marked as off-policy.
 
     Args:
         batch: P prompts.
@@ -84,33 +114,40 @@ def draw(
         SampleRequest(
             prompt_ids=source.format.render(prompt.messages, source.tokenizer),
             seeds=[sample_seed(seed, batch.epoch, prompt.index, sample) for sample in range(group_size)],
+            epoch=batch.epoch,
         )
         for prompt in batch.prompts
     ]
     version = source.policy_version
     began = perf_counter()
-    if engine.version != version:
+    if not engine.replays and engine.version != version:
         engine.sync(source.policy_weights(), version)
     synced = perf_counter()
     samples = engine.generate(requests, sampling)
     sampled = perf_counter()
-    _check(samples, len(requests) * group_size, version)
+    _check(samples, len(requests) * group_size, samples.weight_version if engine.replays else version)
     return RolloutBatch(
         prompts=batch.prompts,
         group_size=group_size,
         prompt_ids=[request.prompt_ids for request in requests],
         completion_ids=samples.completion_ids,
-        engine_logprobs=torch.tensor([x for row in samples.logprobs for x in row], dtype=torch.float32),
+        engine_logprobs=_flat(samples.logprobs),
         finish=samples.finish,
         sampling=sampling,
         weight_version=samples.weight_version,
         epoch=batch.epoch,
+        off_policy=engine.replays,
+        ref_logprobs=None if samples.ref_logprobs is None else _flat(samples.ref_logprobs),
         seconds={"rollout": sampled - synced, "sync": synced - began},
     )
 
 
+def _flat(rows: list[list[float]]) -> Tensor:
+    return torch.tensor([x for row in rows for x in row], dtype=torch.float32)
+
+
 def _check(samples: Samples, count: int, version: int) -> None:
-    """Raises RuntimeError unless there is a sample for every seed, drawn with the policy's present weights."""
+    """Raises RuntimeError unless there is a sample for every seed, drawn with the weights of this version."""
     if samples.weight_version != version:
         raise RuntimeError(f"stale rollout: drawn with weights {samples.weight_version}, the policy has {version}")
     sizes = len(samples.completion_ids), len(samples.logprobs), len(samples.finish)

@@ -1,7 +1,8 @@
 """Engines: whatever draws samples from the policy. Importing this package imports no vLLM."""
 
 from rlmt.engines.base import Engine
+from rlmt.engines.replay import ReplayEngine
 from rlmt.engines.transformers import TransformersEngine
 from rlmt.engines.vllm import VLLMEngine
 
-__all__ = ["Engine", "TransformersEngine", "VLLMEngine"]
+__all__ = ["Engine", "ReplayEngine", "TransformersEngine", "VLLMEngine"]

@@ -9,21 +9,34 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlmt.thinking import ThinkingFormat
 from rlmt.types import SampleRequest, Samples, Sampling
 
 
 class Engine(ABC):
     """Draws samples with the weights it was last given.
 
-    Order of calls: `check` (cheap, before any model is loaded), `start` once the policy exists, then `sync` and
+    Order of calls: `check` and `check_run` before any model is loaded, `start` once the policy exists, then `sync` and
     `generate` as often as needed, `close` at the end. The constructor only stores options.
     """
 
     version: int | None = None
     """Version of the weights held; None until the first sync, or after the weights were given up to save memory."""
+    replays: bool = False
+    """Whether it returns recorded samples of the prompts that it `knows`. Other weights than the policy's drew them, so
+    it is not synced."""
 
     def check(self) -> None:
         """Raises UserError, naming what to install, when this engine cannot run on this machine."""
+
+    def check_run(
+        self, format: ThinkingFormat, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, group_size: int
+    ) -> None:
+        """Raises UserError, naming the option to change, when this engine cannot sample as the run asks for."""
+
+    def knows(self, prompt_ids: Sequence[int]) -> bool:
+        """Whether this prompt can be sampled from."""
+        return True
 
     @abstractmethod
     def start(

@@ -25,6 +25,7 @@ from rlmt.models import loading
 from rlmt.models.adapters import CRITIC, own_parameters
 from rlmt.models.critic import Critic, build_critic, check_critic
 from rlmt.modules.dynamic_sampling import refill
+from rlmt.modules.recorded import check_recording, record_reference, recording_of
 from rlmt.modules.update import PolicyUpdate, first_pass, first_values
 from rlmt.rewards import Reward
 from rlmt.rewards.held_out import HeldOutRewards
@@ -165,6 +166,8 @@ class RLMTModule(LightningModule):
                 self.algorithm.check(data.group_size)
                 self._check_minibatches(data.batch_size)
                 self._check_validation(data)
+            if (recording := recording_of(self.trainer)) is not None:
+                check_recording(recording, self.policy_config, self.algorithm)
 
     def _check_trainer(self) -> None:
         if self.trainer.precision not in PRECISIONS:
@@ -193,13 +196,21 @@ class RLMTModule(LightningModule):
             )
 
     def configure_model(self) -> None:
-        """Loads the policy, the reward, and if the objective wants them a reference (a frozen copy) and a critic."""
+        """Loads the policy, the reward, and if the objective wants them a reference (a frozen copy) and a critic.
+
+        Of recorded samples all reference log-probs are taken here, and no reference is kept. Lightning restores a
+        checkpoint after this hook, so a resumed run takes them under the initial policy as well.
+        """
         if self.policy is not None:
             return
         self.policy = loading.load_policy(self.policy_path, "float32", attn_implementation=self.attn_implementation)
         fitting = self._fitting
         if fitting and self.algorithm.needs_reference:
-            self.reference = copy.deepcopy(self.policy).requires_grad_(False).train(False)
+            if (recording := recording_of(self.trainer)) is not None:
+                budget = self._update.tokens_per_micro_batch
+                record_reference(recording, self.policy, self.algorithm, self.trainer, budget)
+            else:
+                self.reference = copy.deepcopy(self.policy).requires_grad_(False).train(False)
         if fitting and self.algorithm.critic is not None:
             self.critic = build_critic(self.algorithm.critic, self.policy).train()
         self.policy.train(fitting)
