@@ -11,13 +11,17 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from rlmt.algorithms import CriticOptions
+from rlmt.algorithms import PPO, CriticOptions
 from rlmt.errors import UserError
+from rlmt.export import export, save_policy_assets
 from rlmt.models import loading
 from rlmt.models.adapters import CRITIC, own_parameters
 from rlmt.models.critic import Critic, build_critic, check_critic
 from rlmt.models.logprobs import token_logprobs
 from rlmt.models.micro_batch import MicroBatch
+from rlmt.modules import RLMTModule
+from rlmt.rewards import FormatReward
+from rlmt.thinking import ThinkingFormat
 
 TARGETS = ["q_proj", "v_proj"]
 
@@ -138,6 +142,33 @@ def test_shared_with_adapters_it_has_its_own(policy: Any) -> None:
     assert policy.active_adapters() == ["default"]
     with torch.no_grad():
         assert torch.equal(token_logprobs(policy, batch(), 1.0).logprobs, before)
+
+
+def test_the_critics_adapter_goes_neither_to_the_engine_nor_into_an_export(
+    policy: Any, tiny: Path, tmp_path: Path
+) -> None:
+    plain = policy.state_dict().keys()
+    torch.save(
+        {
+            "state_dict": {f"policy.{name}": weight for name, weight in policy.state_dict().items()}
+            | {"policy.model.layers.0.self_attn.q_proj.lora_A.critic.weight": torch.zeros(4, 64)},
+            "rlmt": {"format": ThinkingFormat("think").to_dict()},
+        },
+        tmp_path / "last.ckpt",
+    )
+    save_policy_assets(
+        tmp_path / "policy", policy.config, loading.load_tokenizer(tiny / "policy"), ThinkingFormat("think")
+    )
+    export(tmp_path / "last.ckpt", tmp_path / "out")
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == plain
+
+    policy.add_adapter(LoraConfig(r=4, target_modules=TARGETS), adapter_name="default")
+    before = {name for name, _ in policy.state_dict().items()}
+    module = RLMTModule("a/policy", FormatReward(), PPO())
+    module.policy = policy
+    module.critic = build_critic(options(shared=True), policy)
+    assert {name for name, _ in module.policy_weights()} == before
+    assert {name for name in module.state_dict() if f".{CRITIC}." in name}  # but a checkpoint has it
 
 
 def test_a_copy_of_a_policy_with_adapters_trains_its_copies_of_them(policy: Any) -> None:
