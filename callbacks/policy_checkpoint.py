@@ -29,7 +29,13 @@ class PolicyCheckpoint(ModelCheckpoint):
 
     def __init__(self, every_n_steps: int = 20, dirpath: str | None = None) -> None:
         check_count("PolicyCheckpoint", "every_n_steps", every_n_steps, least=1)
-        super().__init__(dirpath, filename="{step}", save_last="link", every_n_train_steps=every_n_steps)
+        super().__init__(
+            dirpath,
+            filename="{step}",
+            save_last="link",
+            every_n_train_steps=every_n_steps,
+            enable_version_counter=False,
+        )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the steps since the last checkpoint."""

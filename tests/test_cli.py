@@ -291,3 +291,11 @@ def test_shipped_configs_are_found_from_any_folder(tmp_path: Path, monkeypatch: 
     assert Path(short[1]).is_file()
     (tmp_path / "grpo").write_text("{}")
     assert resolve_configs(["-c", "grpo"]) == ["-c", "grpo"]
+
+
+def test_a_new_run_in_the_same_folder_owns_last(command: Command, tmp_path: Path) -> None:
+    for steps in (2, 1):
+        assert main(command("fit", "--model.format", "no_think", "--trainer.max_steps", steps)) == 0
+        folder = tmp_path / "run" / "checkpoints"
+        assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == steps
+    assert [path.name for path in folder.glob("last*")] == ["last.ckpt"]
