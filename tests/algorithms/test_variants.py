@@ -9,7 +9,6 @@ from torch import Tensor
 
 from rlmt.algorithms import DAPO, GRPO, GSPO, RLOO, DrGRPO, PolicyGradient, REINFORCEPlusPlus
 from rlmt.algorithms.advantages import (
-    batch_normalized_advantages,
     leave_one_out_advantages,
     overlong_penalty,
     sum_before,
@@ -86,13 +85,6 @@ def test_leave_one_out_by_hand() -> None:
     assert leave_one_out_advantages(torch.full((3,), 0.1), torch.zeros(3, dtype=torch.long)).tolist() == [0.0] * 3
 
 
-def test_batch_normalisation_by_hand() -> None:
-    # mean 3, population variance (4 + 1 + 0 + 9) / 4 = 3.5
-    got = batch_normalized_advantages(torch.tensor([1.0, 2.0, 3.0, 6.0]))
-    torch.testing.assert_close(got, torch.tensor([-2.0, -1.0, 0.0, 3.0]) / math.sqrt(3.5))
-    assert batch_normalized_advantages(torch.full((7,), 0.1)).tolist() == [0.0] * 7
-
-
 def test_overlong_penalty_is_the_papers() -> None:
     # eq. 13 with the paper's numbers: at most 20,480 tokens, of which the last 4,096 are the buffer
     lengths = torch.tensor([1, 16_384, 17_408, 18_432, 20_480])
@@ -138,7 +130,7 @@ def test_reinforce_plus_plus_normalises_rewards_to_go() -> None:
         for t in range(len(row))
     ]
     mean = sum(to_go) / len(to_go)
-    std = math.sqrt(sum((a - mean) ** 2 for a in to_go) / len(to_go))
+    std = math.sqrt(sum((a - mean) ** 2 for a in to_go) / (len(to_go) - 1))
     assert data.advantages.tolist() == pytest.approx([(a - mean) / std for a in to_go], rel=1e-4)
 
 
@@ -148,9 +140,9 @@ def test_reinforce_plus_plus_without_kl_needs_no_reference_and_no_groups() -> No
     data = experience([1.0, 0.0, 0.0, 0.0], group_size=1)
     algorithm.check(1)
     algorithm.prepare(data)
-    # 2 of 10 tokens have reward 1: mean .2, deviation .4
+    # 2 of 10 tokens have reward 1: mean .2, variance 1.6 / 9
     assert data.advantages is not None
-    assert data.advantages.tolist() == pytest.approx([2.0, 2.0] + [-0.5] * 8)
+    assert data.advantages.tolist() == pytest.approx([0.8 * 3 / 1.6**0.5] * 2 + [-0.2 * 3 / 1.6**0.5] * 8, rel=1e-4)
 
 
 def gspo_objective(logprobs: Tensor, old: Tensor, advantages: list[float], low: float, high: float) -> Tensor:

@@ -54,22 +54,6 @@ def leave_one_out_advantages(rewards: Tensor, group: Tensor) -> Tensor:
     return group_advantages(rewards, group, False) * (size / (size - 1))[group]
 
 
-def batch_normalized_advantages(rewards: Tensor) -> Tensor:
-    """Rewards to go, normalised over all tokens of a step (REINFORCE++, arXiv 2501.03262).
-
-    A_t = (r_t - mean(r)) / std(r), with the population's standard deviation.
-
-    Args:
-        rewards: [T] float, one a token.
-
-    Returns:
-        [T] float32 advantages, exactly 0 if all rewards are equal.
-    """
-    r = rewards.double()
-    std, mean = torch.std_mean(r, correction=0)
-    return torch.where(r.min() == r.max(), 0.0, (r - mean) / std).float()
-
-
 def overlong_penalty(lengths: Tensor, max_new_tokens: int, buffer: float) -> Tensor:
     """Soft penalty on overlong completions (DAPO, arXiv 2503.14476, eq. 13), 0 to -1.
 

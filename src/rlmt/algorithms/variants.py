@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlmt.algorithms.advantages import batch_normalized_advantages, sum_before
+from rlmt.algorithms.advantages import sum_before, whitened
 from rlmt.algorithms.critic_free import CriticFree
 from rlmt.algorithms.grpo import GRPO
 from rlmt.types import Experience, TokenBatch
@@ -118,4 +118,4 @@ class REINFORCEPlusPlus(CriticFree):
         to_go = rewards.repeat_interleave(experience.lengths)
         if self.reward_kl_coef:  # `rewards` have paid for all tokens
             to_go = to_go + sum_before(self.kl_in_reward(experience), experience.lengths)
-        return batch_normalized_advantages(to_go)
+        return whitened(to_go, torch.ones_like(to_go, dtype=torch.bool))
