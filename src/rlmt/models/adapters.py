@@ -7,6 +7,7 @@ them from `merged`, one tensor at a time and on a copy.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, cast
@@ -124,7 +125,9 @@ class LoRA:
             UserError: the model has no such linear layers.
         """
         first = next(iter(adapter_names(model)), adapter_name)
-        inject_adapter_in_model(self._peft(model), model, adapter_name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter, on purpose
+            inject_adapter_in_model(self._peft(model), model, adapter_name)
         model.requires_grad_(False)
         for layer in model.modules():
             if isinstance(layer, LoraLayer):

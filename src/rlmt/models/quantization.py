@@ -6,7 +6,7 @@ import importlib.util
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import BitsAndBytesConfig
 
 from rlmt.errors import UserError
@@ -61,8 +61,3 @@ def dequantized(weight: Tensor) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(weight.data, cast(Any, weight).quant_state)
-
-
-def is_quantized(model: nn.Module) -> bool:
-    """Whether some of a model's weights are held in 4 bits."""
-    return any(type(p).__name__ == "Params4bit" for p in model.parameters())

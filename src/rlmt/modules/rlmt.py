@@ -151,7 +151,8 @@ class RLMTModule(LightningModule):
 
     def policy_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The policy's weights, with an adapter its frozen base's, under their Hugging Face names and in full."""
-        return ((name, dequantized(tensor)) for name, tensor in base_tensors(self._policy).items())
+        for name, tensor in base_tensors(self._policy).items():
+            yield name, dequantized(tensor)
 
     def policy_adapter(self) -> AdapterWeights | None:
         """The adapter that makes the policy of its frozen base; None where all parameters are trained."""
