@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -95,6 +95,17 @@ class Samples:
     """Version of the weights that drew these samples."""
     ref_logprobs: list[list[float]] | None = None
     """B ragged lists: log-prob of each token under the reference, where it was recorded with the samples."""
+
+
+@dataclass(frozen=True)
+class AdapterWeights:
+    """A LoRA adapter on its way to an engine, as PEFT writes it to a folder."""
+
+    config: dict[str, Any]
+    """adapter_config.json as plain data."""
+    tensors: dict[str, Tensor]
+    """adapter_model.safetensors: `base_model.model.<layer>.lora_A.weight` [rank, in], `….lora_B.weight` [out, rank],
+    with DoRA `….lora_magnitude_vector` [out]. The trained tensors themselves, not copies."""
 
 
 @dataclass

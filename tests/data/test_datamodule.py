@@ -55,7 +55,8 @@ class FakeEngine(Engine):
         assert self.version is None
         self.calls.append(("start", max_model_len))
 
-    def sync(self, weights, version):
+    def sync(self, weights, version, adapter=None):
+        assert adapter is None
         self.weight = {name: tensor.item() for name, tensor in weights}["weight"]
         self.version = version
         self.calls.append(("sync", version))
@@ -104,6 +105,9 @@ class FakeModule(LightningModule):
 
     def policy_weights(self):
         return iter([("weight", self.weight.detach())])
+
+    def policy_adapter(self):
+        return None
 
     def note(self, stage, batch):
         assert isinstance(batch, RolloutBatch)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
@@ -15,7 +15,7 @@ from rlmt.algorithms import PPO, CriticOptions
 from rlmt.errors import UserError
 from rlmt.export import export, save_policy_assets
 from rlmt.models import loading
-from rlmt.models.adapters import CRITIC, own_parameters
+from rlmt.models.adapters import CRITIC, LoRA, active, own_parameters
 from rlmt.models.critic import Critic, build_critic, check_critic
 from rlmt.models.logprobs import token_logprobs
 from rlmt.models.micro_batch import MicroBatch
@@ -23,7 +23,7 @@ from rlmt.modules import RLMTModule
 from rlmt.rewards import FormatReward
 from rlmt.thinking import ThinkingFormat
 
-TARGETS = ["q_proj", "v_proj"]
+LORA = LoRA(rank=4, alpha=8, target_modules=["q_proj", "v_proj"])
 
 
 def options(init: str | Path = "policy", shared: bool = False) -> CriticOptions:
@@ -110,15 +110,17 @@ def test_shared_it_owns_a_head_alone_and_moves_the_policy(policy: Any) -> None:
 
 
 def test_shared_with_adapters_it_has_its_own(policy: Any) -> None:
-    policy.add_adapter(LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False), adapter_name="default")
+    LORA.add_to(policy)
+    for parameter in own_parameters(policy):
+        torch.nn.init.normal_(parameter, std=0.1)
     base = {n: p.clone() for n, p in policy.named_parameters() if "lora_" not in n}
     mine = {n: p.clone() for n, p in policy.named_parameters() if "lora_" in n}
     with torch.no_grad():
         before = token_logprobs(policy, batch(), 1.0).logprobs
-    critic = build_critic(options(shared=True), policy)
+    critic = build_critic(options(shared=True), policy, LORA)
     torch.nn.init.ones_(critic.head.weight)
     assert not critic.moves_policy
-    assert policy.active_adapters() == ["default"]
+    assert {tuple(m._active_adapter) for m in policy.modules() if isinstance(m, BaseTunerLayer)} == {("default",)}
     assert {n for n, p in policy.named_parameters() if p.requires_grad and f".{CRITIC}." not in n} == set(mine)
     ids = {id(p) for p in own_parameters(policy)}
     assert len(ids) == 8 and not ids & {id(p) for p in own_parameters(critic)}
@@ -126,9 +128,8 @@ def test_shared_with_adapters_it_has_its_own(policy: Any) -> None:
     assert critic.state_dict().keys() == {"head.weight", "head.bias"}
 
     first = critic(batch()).detach()  # its adapter starts without effect: the values are the frozen base's
-    policy.disable_adapters()
-    hidden = torch.cat([policy.model(torch.tensor([row])).last_hidden_state[0, 2:].sum(1) for row in ROWS])
-    policy.enable_adapters()
+    with active(policy, None):
+        hidden = torch.cat([policy.model(torch.tensor([row])).last_hidden_state[0, 2:].sum(1) for row in ROWS])
     torch.testing.assert_close(first, hidden, rtol=1e-4, atol=1e-5)
 
     optimizer = torch.optim.SGD(own_parameters(critic), lr=0.1)
@@ -139,7 +140,7 @@ def test_shared_with_adapters_it_has_its_own(policy: Any) -> None:
     assert not torch.allclose(critic(batch()), first)
     now = dict(policy.named_parameters())
     assert all(torch.equal(now[name], weight) for name, weight in (base | mine).items())
-    assert policy.active_adapters() == ["default"]
+    assert {tuple(m._active_adapter) for m in policy.modules() if isinstance(m, BaseTunerLayer)} == {("default",)}
     with torch.no_grad():
         assert torch.equal(token_logprobs(policy, batch(), 1.0).logprobs, before)
 
@@ -162,18 +163,19 @@ def test_the_critics_adapter_goes_neither_to_the_engine_nor_into_an_export(
     export(tmp_path / "last.ckpt", tmp_path / "out")
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == plain
 
-    policy.add_adapter(LoraConfig(r=4, target_modules=TARGETS), adapter_name="default")
-    before = {name for name, _ in policy.state_dict().items()}
-    module = RLMTModule("a/policy", FormatReward(), PPO())
+    LORA.add_to(policy)
+    module = RLMTModule("a/policy", FormatReward(), PPO(), lora=LORA)
     module.policy = policy
-    module.critic = build_critic(options(shared=True), policy)
-    assert {name for name, _ in module.policy_weights()} == before
+    module.critic = build_critic(options(shared=True), policy, LORA)
+    assert {name for name, _ in module.policy_weights()} == plain
+    adapter = module.policy_adapter()
+    assert adapter is not None and len(adapter.tensors) == 8 and not any(CRITIC in name for name in adapter.tensors)
     assert {name for name in module.state_dict() if f".{CRITIC}." in name}  # but a checkpoint has it
 
 
 def test_a_copy_of_a_policy_with_adapters_trains_its_copies_of_them(policy: Any) -> None:
-    policy.add_adapter(LoraConfig(r=4, target_modules=TARGETS), adapter_name="default")
-    critic = build_critic(options(), policy)
+    LORA.add_to(policy)
+    critic = build_critic(options(), policy, LORA)
     assert len(own_parameters(critic)) == 2 + 8
     assert not {id(p) for p in own_parameters(critic)} & {id(p) for p in policy.parameters()}
 
@@ -181,8 +183,8 @@ def test_a_copy_of_a_policy_with_adapters_trains_its_copies_of_them(policy: Any)
 def test_a_reward_model_beside_a_policy_with_adapters_gets_adapters_in_all_its_layers(
     policy: Any, reward_model: Path
 ) -> None:
-    policy.add_adapter(LoraConfig(r=4, target_modules="all-linear"), adapter_name="default")
-    critic = build_critic(options(reward_model), policy)
+    LoRA(rank=4).add_to(policy)
+    critic = build_critic(options(reward_model), policy, LoRA(rank=4))
     trained = [name for name, p in critic.named_parameters() if p.requires_grad]
     assert len(trained) == 2 + 3 * 7 * 2  # A and B of seven projections in each of three layers, and the head
     assert all("lora_" in name or name.startswith("head.") for name in trained)

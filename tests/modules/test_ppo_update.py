@@ -1,15 +1,15 @@
 """PPO's two gradients against one big left-padded batch and the textbook formulas, for every kind of critic."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlmt.algorithms import PPO, CriticOptions
-from rlmt.models.adapters import CRITIC, own_parameters
+from rlmt.models.adapters import CRITIC, LoRA, active, own_parameters
 from rlmt.models.critic import Critic, build_critic
 from rlmt.modules.update import PolicyUpdate, first_values
 from rlmt.types import Experience, FinishReason, Prompt, RolloutBatch, Sampling, Scores
@@ -20,23 +20,28 @@ CPU = torch.device("cpu")
 KINDS = ["own", "shared", "shared with adapters"]
 
 
+LORA = LoRA(rank=4, alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
+
+
 def model(adapters: bool = False) -> Any:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     policy = LlamaForCausalLM(LlamaConfig(vocab_size=61, initializer_range=0.2, **sizes))
     if adapters:
-        config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
-        policy.add_adapter(config, adapter_name="default")
+        LORA.add_to(policy)
+        for parameter in own_parameters(policy):
+            torch.nn.init.normal_(parameter, std=0.1)  # adapters start without effect
     return policy
 
 
 def pair(kind: str) -> tuple[Any, Critic]:
     """A policy and a critic whose values are far from 0."""
-    policy = model(adapters=kind == "shared with adapters")
-    critic = build_critic(CriticOptions("policy", 1e-5, shared=kind != "own", warmup_steps=0), policy)
+    lora = LORA if kind == "shared with adapters" else None
+    policy = model(adapters=lora is not None)
+    critic = build_critic(CriticOptions("policy", 1e-5, shared=kind != "own", warmup_steps=0), policy, lora)
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
-            if f".{CRITIC}." in name:  # adapters start without effect
+            if f".{CRITIC}." in name:
                 parameter.normal_(std=0.1)
         critic.head.weight.normal_(std=0.3)
         critic.head.bias.fill_(0.2)
@@ -95,13 +100,9 @@ def padded(rollouts: RolloutBatch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
 def textbook(policy: Any, critic: Critic, data: Experience, counted: Tensor) -> tuple[Tensor, Tensor, float]:
     """Policy and value loss of the whole batch, and the share of clipped values; `counted`: samples in the loss."""
     inputs, tokens, completion = padded(data.rollouts)
-    adapters = hasattr(policy, "peft_config")
-    if adapters:
-        policy.set_adapter(CRITIC)
-    hidden = critic.backbone(**inputs).last_hidden_state[:, :-1]
+    with active(policy, CRITIC) if hasattr(policy, "peft_config") else nullcontext():
+        hidden = critic.backbone(**inputs).last_hidden_state[:, :-1]
     values = critic.head(hidden).squeeze(2)[completion]
-    if adapters:
-        policy.set_adapter("default")
     logprobs = torch.log_softmax(policy(**inputs).logits[:, :-1] / TEMPERATURE, -1)
     logprobs = logprobs.gather(2, tokens[:, :, None]).squeeze(2)[completion]
     old, take = moved(values.detach()), counted.repeat_interleave(torch.tensor(LENGTHS))

@@ -159,6 +159,26 @@ def test_order_is_kept_and_batches_do_not_matter(reward_model: MakeModel) -> Non
     assert score(loaded(folder), []).shape == (0,)
 
 
+def test_weights_in_4_bits_score_as_the_same_weights_in_full(reward_model: MakeModel) -> None:
+    pytest.importorskip("bitsandbytes")
+    from rlmt.models import NF4
+    from rlmt.models.adapters import base_tensors
+    from rlmt.models.quantization import dequantized
+
+    folder = reward_model(hidden_size=64)
+    small, plain = loaded(folder, quantization=NF4()), loaded(folder)
+    before = score(plain, ["yes", "no, never", "x" * 40])
+    assert small.model is not None and plain.model is not None
+    assert sum(p.dtype == torch.uint8 for p in small.model.parameters()) == 14  # two layers, seven linear layers each
+    tensors = base_tensors(small.model)
+    assert torch.equal(tensors["score.weight"], plain.model.state_dict()["score.weight"])  # the head is no part of it
+    plain.model.load_state_dict({name: dequantized(tensor) for name, tensor in tensors.items()})
+    for _ in range(2):  # the second time, too: bitsandbytes would have rewritten the weights at the first
+        got = score(small, ["yes", "no, never", "x" * 40])
+        torch.testing.assert_close(got, score(plain, ["yes", "no, never", "x" * 40]), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(got, before, atol=1e-3)
+
+
 def test_bfloat16_weights_give_float32_scores(reward_model: MakeModel) -> None:
     folder = reward_model(dtype=torch.bfloat16)
     reward = loaded(folder)

@@ -209,6 +209,8 @@ class RolloutDataModule(LightningDataModule):
             sampler=sampler,
             collate_fn=lambda prompts: LoadedPrompts(prompts, epoch=sampler.epoch),
             drop_last=True,
+            # Starting an epoch draws a number, which must not be the run's: a resumed run starts one more.
+            generator=torch.Generator(),
         )
 
     def state_dict(self) -> dict[str, Any]:

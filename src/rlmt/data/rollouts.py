@@ -16,7 +16,7 @@ from rlmt.data.sampler import sample_seed
 from rlmt.engines.base import Engine
 from rlmt.errors import UserError
 from rlmt.thinking import ThinkingFormat
-from rlmt.types import Prompt, PromptBatch, RolloutBatch, SampleRequest, Samples, Sampling
+from rlmt.types import AdapterWeights, Prompt, PromptBatch, RolloutBatch, SampleRequest, Samples, Sampling
 
 
 class PolicySource(Protocol):
@@ -47,7 +47,10 @@ class PolicySource(Protocol):
         """Counts the policy's updates."""
 
     def policy_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """All weights under their Hugging Face names; a collective call when they are sharded."""
+        """All weights under their Hugging Face names, with an adapter the frozen base's; collective where sharded."""
+
+    def policy_adapter(self) -> AdapterWeights | None:
+        """The adapter that makes the policy of the frozen base, or None."""
 
 
 class LoadedPrompts(PromptBatch):
@@ -121,7 +124,7 @@ def draw(
     version = source.policy_version
     began = perf_counter()
     if not engine.replays and engine.version != version:
-        engine.sync(source.policy_weights(), version)
+        engine.sync(source.policy_weights(), version, source.policy_adapter())
     synced = perf_counter()
     samples = engine.generate(requests, sampling)
     sampled = perf_counter()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlmt.thinking import ThinkingFormat
-from rlmt.types import SampleRequest, Samples, Sampling
+from rlmt.types import AdapterWeights, SampleRequest, Samples, Sampling
 
 
 class Engine(ABC):
@@ -38,6 +39,13 @@ class Engine(ABC):
         """Whether this prompt can be sampled from."""
         return True
 
+    def check_adapter(self, config: dict[str, Any]) -> None:
+        """Raises UserError, with the reason and the cure, when this engine cannot serve such an adapter.
+
+        Args:
+            config: PEFT's adapter_config.json as plain data.
+        """
+
     @abstractmethod
     def start(
         self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_model_len: int, dtype: torch.dtype
@@ -52,8 +60,16 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Takes over the policy's weights (Hugging Face names, as in `state_dict()`) and drops every stale cache."""
+    def sync(self, weights: Iterable[tuple[str, Tensor]], version: int, adapter: AdapterWeights | None = None) -> None:
+        """Takes over the policy's weights and drops every stale cache.
+
+        Args:
+            weights: all of the policy's weights (Hugging Face names, as in `state_dict()`); with an adapter the
+                frozen base's, which never change and are read only where the engine does not hold them. Made as they
+                are read.
+            version: version of these weights.
+            adapter: what makes the policy of the base; None: the weights are the policy's own.
+        """
 
     @abstractmethod
     def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Samples:

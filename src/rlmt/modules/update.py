@@ -15,6 +15,7 @@ from rlmt.models.adapters import own_parameters
 from rlmt.models.critic import Critic
 from rlmt.models.logprobs import token_logprobs
 from rlmt.models.micro_batch import MicroBatch, micro_batches, shares_prompts
+from rlmt.models.modes import evaluating
 from rlmt.types import Experience, RolloutBatch, TokenBatch
 
 
@@ -47,9 +48,10 @@ def _for_all(
 ) -> Tensor:
     starts = _starts(torch.tensor(rollouts.lengths))
     out = torch.empty(sum(rollouts.lengths), dtype=torch.float32, device=device)
-    for batch in micro_batches(rollouts, range(len(rollouts)), budget, shares_prompts(model), device):
-        where = _positions(batch.samples, starts, rollouts.lengths).to(device)
-        out[where] = per_token(batch)
+    with evaluating(model):  # no dropout, and no layer is checkpointed where nothing goes backward
+        for batch in micro_batches(rollouts, range(len(rollouts)), budget, shares_prompts(model), device):
+            where = _positions(batch.samples, starts, rollouts.lengths).to(device)
+            out[where] = per_token(batch)
     return out
 
 

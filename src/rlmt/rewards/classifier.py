@@ -32,6 +32,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from rlmt.batching import batches_by_length
 from rlmt.errors import UserError
+from rlmt.models.quantization import NF4
 from rlmt.rewards.base import Reward
 from rlmt.rewards.conversation import ConversationReader, first_line
 from rlmt.types import Message, Status
@@ -54,6 +55,7 @@ class ClassifierReward(Reward):
         truncation_side: Which side of a longer input is cut.
         tokens_per_batch: Tokens in one forward pass, padding included.
         name: Under which the scores are logged.
+        quantization: Holds the linear layers in 4 bits, but not the score head.
 
     Example:
         >>> ClassifierReward("Skywork/Skywork-Reward-Llama-3.1-8B-v0.2", dtype="bfloat16").name
@@ -68,6 +70,7 @@ class ClassifierReward(Reward):
         truncation_side: Literal["left", "right"] = "left",
         tokens_per_batch: int = 16384,
         name: str = "reward_model",
+        quantization: NF4 | None = None,
     ) -> None:
         super().__init__()
         self.source = model
@@ -76,6 +79,7 @@ class ClassifierReward(Reward):
         self.truncation_side = truncation_side
         self.tokens_per_batch = tokens_per_batch
         self.name = name
+        self.quantization = quantization
         self.truncated = 0
         """How many inputs have been cut so far."""
         self.model: PreTrainedModel | None = None
@@ -89,6 +93,8 @@ class ClassifierReward(Reward):
                 longer input than it or `tokens_per_batch` can hold.
         """
         config = _load_config(self.source)
+        if self.quantization is not None:
+            self.quantization.check()
         if config.num_labels != 1:
             raise UserError(
                 f"reward model {self.source!r} has {config.num_labels} outputs but must have one (num_labels: 1 in its "
@@ -126,9 +132,10 @@ class ClassifierReward(Reward):
             UserError: As `check`, or the weights are unreadable or lack the score head.
         """
         self.check()
+        options = {} if self.quantization is None else self.quantization.loading_options()
         try:
             model, info = AutoModelForSequenceClassification.from_pretrained(
-                self.source, dtype=self.dtype, use_safetensors=True, output_loading_info=True
+                self.source, dtype=self.dtype, use_safetensors=True, output_loading_info=True, **options
             )
         except OSError as error:
             raise UserError(f"reward model {self.source!r}: {first_line(error)}; give safetensors weights") from error
@@ -138,6 +145,8 @@ class ClassifierReward(Reward):
                 f"reward model {self.source!r} lacks the weights {', '.join(missing[:3])} ({len(missing)} missing): "
                 "give a trained sequence classifier"
             )
+        if self.quantization is not None:
+            self.quantization.finish(model)
         self.model = model.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> ClassifierReward:

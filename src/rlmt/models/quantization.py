@@ -1,0 +1,63 @@
+"""Frozen weights in 4 bits (QLoRA): NormalFloat by bitsandbytes."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import BitsAndBytesConfig
+
+from rlmt.errors import UserError
+
+
+class NF4:
+    """4-bit NormalFloat for the linear layers of a frozen model (QLoRA, arXiv 2305.14314); needs bitsandbytes.
+
+    Embeddings, norms and heads stay as they are. The layers compute in the number format of the rest of the model.
+
+    Args:
+        double_quant: quantise the scales of the blocks of 64 weights, too: 4.13 bits a weight instead of 4.5.
+    """
+
+    def __init__(self, double_quant: bool = True) -> None:
+        self.double_quant = double_quant
+
+    def check(self) -> None:
+        """Raises UserError when bitsandbytes is not installed."""
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise UserError("NF4 needs bitsandbytes, which is not installed: pip install 'rlmt[quantization]'.")
+
+    def loading_options(self) -> dict[str, Any]:
+        """What `from_pretrained` takes to quantise while loading, on the device that tensors are made on."""
+        self.check()
+        config = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=self.double_quant
+        )
+        return {"quantization_config": config, "device_map": {"": torch.get_default_device()}}
+
+    def finish(self, model: Any) -> None:
+        """Makes a model just loaded compute what its weights say, on any machine; its config forgets the 4 bits."""
+        from bitsandbytes.nn.modules import Linear4bit
+
+        for layer in model.modules():
+            if isinstance(layer, Linear4bit):
+                layer.compute_dtype, layer.compute_type_is_set = model.dtype, True
+                # On CPUs that have bfloat16 instructions, bitsandbytes rewrites the weights in place at the first
+                # forward in eval mode. From then on the layer computes in bfloat16 and passes no gradient on.
+                layer.support_avx512bf16_for_cpu = False
+        del model.config.quantization_config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as plain data."""
+        return {"type": "nf4", "double_quant": self.double_quant}
+
+
+def dequantized(weight: Tensor) -> Tensor:
+    """A weight in full: of a 4-bit one the very numbers that its layer computes with, any other as it is."""
+    if type(weight).__name__ != "Params4bit":
+        return weight.detach()
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.data, cast(Any, weight).quant_state)
