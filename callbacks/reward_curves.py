@@ -36,8 +36,11 @@ DRAWN = (
     "length/truncated",
     "policy/kl",
     "policy/entropy",
+    "dpo/accuracy",
 )
 """The metrics in the picture, kept in the checkpoint."""
+OF_UPDATE = [name for name in DRAWN if name.startswith(("policy/", "dpo/"))]
+"""Those that the update found, which not every objective has."""
 
 
 def reward_metrics(experience: Experience) -> dict[str, float]:
@@ -75,7 +78,8 @@ class RewardCurves(Callback):
     """Logs rewards, and draws the curves of the run into `curves.png`, beside metrics.csv.
 
     See `reward_metrics` for what is logged. The progress bar shows the mean as `reward`. The picture has the reward
-    with its spread within groups and on the validation set, lengths, malformed and truncated samples, KL and entropy.
+    with its spread within groups and on the validation set, lengths, malformed and truncated samples, KL (of DPO
+    the accuracy) and entropy.
     Its points travel in checkpoints, so a resumed run draws the whole curve. It is drawn every `every_n_steps`, at the
     end, and when a run is interrupted or fails.
 
@@ -120,7 +124,7 @@ class RewardCurves(Callback):
         """Logs the step's rewards and keeps its points."""
         experience = experience_of(outputs)
         rewards = reward_metrics(experience)
-        policy = {name: metrics_of(outputs).get(name, math.nan) for name in ("policy/kl", "policy/entropy")}
+        policy = {name: metrics_of(outputs).get(name, math.nan) for name in OF_UPDATE}
         metrics = over_ranks(trainer, pl_module, rewards | length_metrics(experience) | policy)
         logged = {name: metrics[name] for name in rewards}
         log_step(pl_module, logged, len(experience.rollouts), bar={"reward": metrics["reward/mean"]})

@@ -24,6 +24,7 @@ from rlmt.export import save_policy_assets
 from rlmt.models import loading
 from rlmt.models.adapters import own_parameters
 from rlmt.models.critic import Critic
+from rlmt.modules.schedules import CosineWithWarmup
 from rlmt.modules.update import PolicyUpdate, first_pass, first_values
 from rlmt.rewards import Reward
 from rlmt.rewards.scoring import MalformedMode, score
@@ -194,6 +195,8 @@ class RLMTModule(LightningModule):
         scheduler = self._scheduler(optimizer)
         if isinstance(scheduler, ReduceLROnPlateau):
             raise UserError("--model.scheduler ReduceLROnPlateau wants a metric at each step: use one of steps.")
+        if isinstance(scheduler, CosineWithWarmup):
+            scheduler.over(self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     @property
@@ -214,24 +217,30 @@ class RLMTModule(LightningModule):
         scored = time.perf_counter()
         updates = self.algorithm.update_epochs * self.algorithm.minibatches
         budget = self._update.tokens_per_micro_batch
+        if self.algorithm.pairwise:
+            self.algorithm.prepare(experience)
         if self.algorithm.needs_reference:
-            experience.ref_logprobs = self._reference_logprobs(batch)
-        if updates > 1 or self.algorithm.needs_old_logprobs:
+            experience.ref_logprobs = self._reference_logprobs(experience)
+        if (updates > 1 and not self.algorithm.pairwise) or self.algorithm.needs_old_logprobs:
             experience.old_logprobs = first_pass(self._policy, batch, budget, self.device)
         if self.critic is not None:
             experience.values = first_values(self.critic, batch, budget, self.device)
-        self.algorithm.prepare(experience)
+        if not self.algorithm.pairwise:
+            self.algorithm.prepare(experience)
         metrics = self._take_steps(experience)
         metrics |= {"engine/weight_version": float(batch.weight_version)}
         metrics |= {f"time/{phase}_s": seconds for phase, seconds in batch.seconds.items()}
         metrics |= {"time/reward_s": scored - start, "time/update_s": time.perf_counter() - scored}
         return {"experience": experience, "metrics": metrics | experience.metrics}
 
-    def _reference_logprobs(self, batch: RolloutBatch) -> Tensor:
+    def _reference_logprobs(self, experience: Experience) -> Tensor:
+        batch = experience.rollouts
         if batch.ref_logprobs is not None:
             return batch.ref_logprobs.to(self.device)
         assert self.reference is not None
-        return first_pass(self.reference, batch, self._update.tokens_per_micro_batch, self.device)
+        budget, temperature = self._update.tokens_per_micro_batch, self.algorithm.logprob_temperature
+        samples = None if experience.pairs is None else experience.pairs.flatten().tolist()
+        return first_pass(self.reference, batch, budget, self.device, temperature, samples)
 
     def _critic_only(self) -> bool:
         """Whether the policy waits for the critic to warm up."""
