@@ -15,14 +15,18 @@ from ._common import experience_of, log_step, metrics_of, over_ranks
 
 PREFIXES = ("policy/", "engine/", "critic/", "dpo/")
 """Families of metrics that this callback logs; those of time are `Throughput`'s."""
+SHOWN = {"policy/kl": "kl", "dpo/accuracy": "accuracy"}
+"""Metrics on the progress bar, and their names there."""
+NO_PAIR = ("malformed", "margin", "length")
+"""Why a prompt has no pair, as counted in dpo/skipped_…"""
 
 
 class PolicyHealth(Callback):
     """Logs what the update found: every metric of the step under policy/, engine/, critic/ and dpo/.
 
-    The progress bar shows `policy/kl` as `kl`. Three kinds of trouble warn once a run: engine and trainer that
-    disagree on the log-prob of a token, a policy that runs away within one rollout, and one that does not know the
-    format.
+    The progress bar shows `policy/kl` as `kl` and `dpo/accuracy` as `accuracy`. Four kinds of trouble warn once a run:
+    engine and trainer that disagree on the log-prob of a token, a policy that runs away within one rollout, one that
+    does not know the format, and a step of DPO without a pair.
 
     Args:
         max_mismatch: Warn when a token's log-prob under the engine and under the trainer differ by more, in nats.
@@ -54,7 +58,7 @@ class PolicyHealth(Callback):
         experience = experience_of(outputs)
         found = {name: value for name, value in metrics_of(outputs).items() if name.startswith(PREFIXES)}
         metrics = over_ranks(trainer, pl_module, found)
-        bar = {"kl": metrics["policy/kl"]} if "policy/kl" in metrics else {}
+        bar = {short: metrics[name] for name, short in SHOWN.items() if name in metrics}
         log_step(pl_module, metrics, len(experience.rollouts), bar=bar)
         self._look_for_trouble(metrics)
         self._look_for_form(experience)
@@ -73,6 +77,14 @@ class PolicyHealth(Callback):
                 "policy/ratio_max",
                 f"policy/ratio_max is {ratio:.3g}: the policy runs away within one rollout; lower the learning rate or"
                 " --model.algorithm.update_epochs (PolicyHealth.max_ratio sets this limit)",
+            )
+
+        if metrics.get("dpo/pairs") == 0:
+            why = ", ".join(f"{metrics[f'dpo/skipped_{reason}']:g} {reason}" for reason in NO_PAIR)
+            self._warn(
+                "dpo/pairs",
+                f"no prompt of a step has a pair to learn from (skipped: {why}); look at the samples, and at"
+                " --model.algorithm.min_valid, min_margin and max_tokens",
             )
 
     def _look_for_form(self, experience: Experience) -> None:

@@ -36,8 +36,11 @@ DRAWN = (
     "length/truncated",
     "policy/kl",
     "policy/entropy",
+    "dpo/accuracy",
 )
 """The metrics in the picture, kept in the checkpoint."""
+OF_UPDATE = [name for name in DRAWN if name.startswith(("policy/", "dpo/"))]
+"""Those that the update found, which not every objective has."""
 
 
 def reward_metrics(experience: Experience) -> dict[str, float]:
@@ -78,8 +81,9 @@ class RewardCurves(Callback):
     logged beside it: `reward/overlong_penalty`, the mean over the samples trained on, and with dynamic sampling
     `reward/{refills,dropped_groups,surplus_groups}`. The progress bar shows the mean as `reward`. The picture has the
     reward with its spread within groups and on the validation set, held-out rewards below it if there are any, lengths,
-    malformed and truncated samples, KL and entropy. Its points travel in checkpoints, so a resumed run draws the whole
-    curve. It is drawn every `every_n_steps`, at the end, and when a run is interrupted or fails.
+    malformed and truncated samples, KL (of DPO the accuracy) and entropy. Its points travel in checkpoints, so a
+    resumed run draws the whole curve. It is drawn every `every_n_steps`, at the end, and when a run is interrupted or
+    fails.
 
     Args:
         every_n_steps: How often to draw while training; 0 draws at the end only.
@@ -123,7 +127,7 @@ class RewardCurves(Callback):
         experience = experience_of(outputs)
         found = {name: value for name, value in metrics_of(outputs).items() if name.startswith("reward/")}
         rewards = reward_metrics(experience) | found
-        policy = {name: metrics_of(outputs).get(name, math.nan) for name in ("policy/kl", "policy/entropy")}
+        policy = {name: metrics_of(outputs).get(name, math.nan) for name in OF_UPDATE}
         metrics = over_ranks(trainer, pl_module, rewards | length_metrics(experience) | policy)
         logged = {name: metrics[name] for name in rewards}
         log_step(pl_module, logged, len(experience.rollouts), bar={"reward": metrics["reward/mean"]})

@@ -84,10 +84,20 @@ def test_fit_validate_predict_export_and_resume(
     assert loading.load_policy(str(tmp_path / "model"), "float32").num_parameters() > 0
 
 
-def test_a_resumed_run_is_the_unbroken_run(command: Command, tmp_path: Path) -> None:
+RESUMED: dict[str, tuple[object, ...]] = {
+    "GRPO": ("--model.algorithm.minibatches", 2, "--model.scheduler", "LinearLR"),
+    "DPO": (
+        *("--model.algorithm", "DPO", "--model.algorithm.min_valid", 2, "--model.algorithm.minibatches", 2),
+        *("--model.scheduler", "CosineWithWarmup", "--model.scheduler.steps", 14),
+    ),
+}
+
+
+@pytest.mark.parametrize("objective", RESUMED)
+def test_a_resumed_run_is_the_unbroken_run(objective: str, command: Command, tmp_path: Path) -> None:
     """Bit for bit: prompts, samples, rewards and weights of steps 3 to 7, across the end of an epoch (5 steps)."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    common = ("--model.format", "no_think", "--model.algorithm.minibatches", 2, "--model.scheduler", "LinearLR")
+    common = ("--model.format", "no_think", *RESUMED[objective])
     assert main(command("fit", *common, "--trainer.default_root_dir", whole, "--trainer.max_steps", 14)) == 0
     there = ("--trainer.default_root_dir", broken)
     assert main(command("fit", *common, *there, "--trainer.max_steps", 6)) == 0
@@ -99,10 +109,18 @@ def test_a_resumed_run_is_the_unbroken_run(command: Command, tmp_path: Path) -> 
         for rows in (metrics(whole), metrics(broken), metrics(broken, 1))
     )
     assert len(expected) == 7
+    assert any(float(row.get("dpo/pairs", 0)) > 0 for row in expected) == (objective == "DPO")
     assert first + second == expected
     ends = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (whole, broken)]
     for name, tensor in ends[0]["state_dict"].items():
         assert torch.equal(tensor, ends[1]["state_dict"][name]), name
+
+
+def test_the_learning_rate_falls_to_zero_with_the_last_step(command: Command, tmp_path: Path) -> None:
+    dpo = ("--model.algorithm", "DPO", "--model.algorithm.min_valid", 2, "--model.algorithm.update_epochs", 2)
+    assert main(command("fit", *dpo, "--model.scheduler", "CosineWithWarmup", "--trainer.max_steps", 4)) == 0
+    (schedule,) = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["lr_schedulers"]
+    assert (schedule["last_epoch"], schedule["_last_lr"]) == (4, [0.0])
 
 
 @pytest.mark.parametrize("word", ["null", "penalty"])
@@ -207,6 +225,7 @@ BAD = {
     "missing policy": (["--model.policy", "runs/tiny/policy"], ["runs/tiny/policy", "rlmt tiny"]),
     "missing reward": (["--model.reward.model", "runs/tiny/reward"], ["runs/tiny/reward", "rlmt tiny"]),
     "group of one": (["--data.group_size", "1"], ["--data.group_size", "standard deviation"]),
+    "group without pairs": (["--model.algorithm", "DPO", "--data.group_size", "3"], ["--data.group_size", "min_valid"]),
     "minibatches": (["--model.algorithm.minibatches", "3"], ["--model.algorithm.minibatches", "--data.batch_size"]),
     "precision": (["--trainer.precision", "bf16-true"], ["--trainer.precision", "bf16-mixed"]),
     "scores not finite": (["--model.malformed_reward", ".nan"], ["--model.malformed_reward"]),

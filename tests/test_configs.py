@@ -7,11 +7,12 @@ import pytest
 import yaml
 from lightning.pytorch import Trainer
 
-from rlmt.algorithms import GRPO, PPO
+from rlmt.algorithms import DPO, GRPO, PPO
 from rlmt.cli import main
 from rlmt.data import RolloutDataModule
 from rlmt.engines import VLLMEngine
 from rlmt.modules import RLMTModule
+from rlmt.modules.schedules import CosineWithWarmup
 from rlmt.rewards import ClassifierReward
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -40,7 +41,7 @@ def compose(*names: str) -> list[str]:
 def test_every_shipped_config_is_tested() -> None:
     paper = set((CONFIGS / "paper").glob("*.yaml"))  # see test_paper.py
     shipped = {path.stem for path in set(CONFIGS.rglob("*.yaml")) - paper}
-    assert shipped == {"base", "grpo", "ppo", "dpo_offline", "early_stop", *FORMATS, *MODELS}
+    assert shipped == {"base", "grpo", "ppo", "dpo", "dpo_offline", "early_stop", *FORMATS, *MODELS}
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -115,6 +116,31 @@ def test_early_stop_adds_to_the_callbacks_and_watches_its_own_reward(launched: l
     (held_out,) = module.held_out.rewards
     assert held_out.source != module.reward.source
     assert data.val_size > 0
+
+
+def test_dpo_has_the_papers_settings(launched: list[Any]) -> None:
+    assert main(compose("base", "llama-3.1-8b", "dpo")) == 0
+    ((trainer, module, data),) = launched
+    import torch
+
+    dpo = module.algorithm
+    assert isinstance(dpo, DPO) and vars(dpo) == vars(DPO())  # the class's defaults are the paper's, too
+    assert (dpo.beta, dpo.pair_loss, dpo.min_valid, dpo.max_tokens) == (0.1, "sigmoid", 4, 8192)
+    assert (data.batch_size, data.group_size, trainer.max_steps) == (128, 8, 118)
+    optimizer = module._optimizer([torch.nn.Parameter(torch.zeros(1))])
+    assert optimizer.defaults["lr"] == 3e-7
+    schedule = module._scheduler(optimizer)
+    assert isinstance(schedule, CosineWithWarmup) and (schedule.steps, schedule.warmup) == (None, 0.05)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_dpo_in_the_place_of_grpo_is_one_flag(
+    model: str, launched: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*compose("base", "grpo", model), "--model.algorithm", "DPO", "--model.algorithm.beta", "0.3"]) == 0
+    ((_, module, _),) = launched
+    assert isinstance(module.algorithm, DPO) and module.algorithm.beta == 0.3
+    assert not capsys.readouterr().err
 
 
 def test_configs_name_only_keys_that_classes_take() -> None:

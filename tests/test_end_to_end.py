@@ -37,6 +37,11 @@ def fit(tiny: Path, prompts: Path, run: Path, *more: object) -> list[dict[str, f
 OBJECTIVES: dict[str, tuple[object, ...]] = {
     "GRPO": (),
     "PPO": ("--model.algorithm", "PPO", "--model.algorithm.critic_lr", 1e-3),
+    "DPO": (
+        *("--model.algorithm", "DPO", "--model.algorithm.loss", "length_normalized", "--model.algorithm.beta", 5),
+        *("--model.algorithm.min_valid", 2, "--model.algorithm.update_epochs", 2, "--trainer.max_steps", 32),
+        *("--data.batch_size", 8, "--data.max_new_tokens", 16),
+    ),
 }
 
 
@@ -48,9 +53,12 @@ def test_reward_rises_over_three_seeds(objective: str, tiny: Path, prompts_file:
             *(tiny, prompts_file, tmp_path / str(seed), "--seed_everything", seed),
             *("--model.format", "no_think", "--trainer.max_steps", 16, *OBJECTIVES[objective]),
         )
-        assert [row["engine/weight_version"] for row in rows] == list(range(16))
-        # fp32 on both sides: the engine samples from the very function that is trained, after each sync
-        assert max(row["engine/mismatch_max"] for row in rows) < 1e-3
+        updates = 2 if objective == "DPO" else 1
+        assert [row["engine/weight_version"] for row in rows] == [updates * step for step in range(16)]
+        if objective == "DPO":  # takes its log-probs at another temperature than the engine
+            assert all(row["dpo/pairs"] > 0 for row in rows)
+        else:  # fp32 on both sides: the engine samples from the very function that is trained, after each sync
+            assert max(row["engine/mismatch_max"] for row in rows) < 1e-3
         reward = [row["reward/mean"] for row in rows]
         rises.append(statistics.mean(reward[-4:]) - statistics.mean(reward[:4]))
     error = statistics.stdev(rises) / len(rises) ** 0.5

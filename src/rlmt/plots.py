@@ -28,6 +28,8 @@ LENGTHS = [
     ("response mean", "length/response_mean", ORANGE, "-"),
 ]
 BROKEN = [("malformed", "reward/malformed", RED, "-"), ("truncated", "length/truncated", PURPLE, "-")]
+KL = [("KL", "policy/kl", GREEN, "-")]
+ACCURACY = [("accuracy", "dpo/accuracy", GREEN, "-")]
 """Label, metric, colour and line style of the lines in a panel."""
 
 
@@ -53,7 +55,7 @@ def smooth(steps: Array, values: Array, width: float) -> Array:
 
 
 def draw_curves(path: Path, train: Curves, validation: Curves, subtitle: str) -> Path:
-    """Draws reward, lengths, malformed samples, KL and entropy over the rollout steps into one PNG.
+    """Draws reward, lengths, malformed samples, KL (or, for pairs, accuracy) and entropy over the steps into one PNG.
 
     Dots are steps, lines are smoothed. The file is replaced in one go, so a viewer never sees half of it.
 
@@ -84,7 +86,11 @@ def draw_curves(path: Path, train: Curves, validation: Curves, subtitle: str) ->
     _panel(reward, "Reward", "reward")
     _panel(length, "Length", "tokens a sample")
     _panel(broken, "Broken samples", "share of samples")
-    _panel(kl, "KL to the reference and entropy", "KL\n(nats a token)")
+    pairwise = not np.isnan(data["dpo/accuracy"]).all()
+    if pairwise:
+        _panel(kl, "Pairs ranked as the reward does, and entropy", "accuracy")
+    else:
+        _panel(kl, "KL to the reference and entropy", "KL\n(nats a token)")
     _panel(entropy, "", "entropy\n(nats a token)")
     for axes, name in zip(others, held_out, strict=True):
         _panel(axes, "", "held-out")
@@ -101,7 +107,9 @@ def draw_curves(path: Path, train: Curves, validation: Curves, subtitle: str) ->
     broken.set_ylim(bottom=0, top=max(0.02, broken.get_ylim()[1]))
     broken.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if broken.get_ylim()[1] > 0.1 else 1))
     _label_ends(broken, labels)
-    _label_ends(kl, _lines(kl, data, [("KL", "policy/kl", GREEN, "-")]))
+    _label_ends(kl, _lines(kl, data, ACCURACY if pairwise else KL))
+    if pairwise:
+        kl.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     _label_ends(entropy, _lines(entropy, data, [("entropy", "policy/entropy", GREY, "-")]))
     figure.align_ylabels([reward, *others, broken])
     figure.align_ylabels([length, kl, entropy])

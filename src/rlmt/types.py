@@ -215,7 +215,8 @@ class Experience:
     old_logprobs: Tensor | None = None
     """[T] float32 log-probs under the trainer's weights before any update; None when one update makes the ratio 1."""
     ref_logprobs: Tensor | None = None
-    """[T] float32 log-probs under the reference; None when the algorithm does not ask for it."""
+    """[T] float32 log-probs under the reference; None when the algorithm does not ask for it, NaN for tokens of samples
+    that take no part in it."""
     values: Tensor | None = None
     """[T] float32 the critic's values before any update, one for each state that a token is sampled in; None without a
     critic."""
@@ -277,6 +278,6 @@ class PolicyOutputs:
     """What the policy says of a micro-batch's tokens, with gradients."""
 
     logprobs: Tensor
-    """[t] float32 log-prob of each sampled token at the sampling temperature."""
+    """[t] float32 log-prob of each sampled token at the sampling temperature, or the objective's own."""
     entropy: Tensor
-    """[t] float32 entropy of each token's distribution at the sampling temperature, in nats."""
+    """[t] float32 entropy of each token's distribution at that temperature, in nats."""

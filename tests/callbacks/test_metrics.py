@@ -90,6 +90,15 @@ def test_trouble_warns_once(world, tmp_path, recwarn, name, value, warnings):
     assert len([w for w in recwarn if name in str(w.message)]) == warnings
 
 
+@pytest.mark.parametrize(("pairs", "warnings"), [(2.0, 0), (0.0, 1)])
+def test_a_step_without_pairs_warns_once(world, tmp_path, recwarn, pairs, warnings):
+    metrics = {"dpo/pairs": pairs, "dpo/skipped_malformed": 2.0, "dpo/skipped_margin": 1.0, "dpo/skipped_length": 0.0}
+    world.fit(tmp_path, [PolicyHealth()], steps=3, module=world.Module(metrics=metrics))
+    told = [str(w.message) for w in recwarn if "no prompt of a step has a pair" in str(w.message)]
+    assert len(told) == warnings
+    assert all("2 malformed, 1 margin, 0 length" in message for message in told)
+
+
 @pytest.mark.parametrize(("malformed", "warnings"), [(False, 0), (True, 1)])
 def test_a_policy_that_does_not_know_the_format_is_told_once(world, tmp_path, recwarn, malformed, warnings):
     world.fit(tmp_path, [PolicyHealth()], steps=3, module=world.Module(malformed=malformed))
@@ -153,9 +162,10 @@ def test_the_progress_bar_shows_reward_thought_and_kl(world, tmp_path, capsys, b
 
     callbacks = [CoTLength(), RewardCurves(), PolicyHealth()]
     callbacks.append(TQDMProgressBar() if bar == "tqdm" else RichProgressBar(console_kwargs={"width": 200}))
-    world.fit(tmp_path, callbacks, enable_progress_bar=True)
+    world.fit(tmp_path, callbacks, enable_progress_bar=True, module=world.Module(metrics={"dpo/accuracy": 0.75}))
     shown = capsys.readouterr().out
     tqdm, rich = ("reward=4.500", "thought=35.00", "kl=0.002"), ("reward: 4.500", "thought: 35.000", "kl: 0.002")
+    tqdm, rich = (*tqdm, "accuracy=0.750"), (*rich, "accuracy: 0.750")
     for text in tqdm if bar == "tqdm" else rich:
         assert text in shown
 

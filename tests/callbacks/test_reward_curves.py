@@ -91,12 +91,15 @@ def test_a_resumed_run_has_the_whole_curve(world, tmp_path):
             world.fit(folder, [curves, saving], steps=6, module=module, **options)
         return curves.state_dict()
 
-    whole = run(tmp_path / "whole", world.Module())
-    broken = world.Module()
+    def module():
+        return world.Module(metrics={"dpo/accuracy": 0.75})
+
+    whole = run(tmp_path / "whole", module())
+    broken = module()
     broken.before_step = interrupt(3, boom)
     run(tmp_path / "broken", broken)
     (checkpoint,) = (tmp_path / "broken").glob("*step=6.ckpt")  # three rollouts of two optimizer steps
-    resumed = run(tmp_path / "resumed", world.Module(), ckpt_path=checkpoint)
+    resumed = run(tmp_path / "resumed", module(), ckpt_path=checkpoint)
     assert whole["train"]["step"] == [0, 1, 2, 3, 4, 5]
     assert whole["train"]["reward/mean"] == [3.5 + step for step in range(6)]
     assert whole["train"]["policy/kl"] == pytest.approx([0.001 * (step + 1) for step in range(6)])
@@ -147,9 +150,20 @@ def test_smoothing_is_the_gaussian_mean_of_known_neighbours():
     np.testing.assert_allclose(smooth(steps, np.full(4, 2.5), 3.0), 2.5)
 
 
+@pytest.mark.parametrize(("accuracy", "drawn"), [([0.5, math.nan, 0.75], "accuracy"), ([math.nan] * 3, "KL")])
+def test_pairs_have_their_accuracy_in_the_place_of_the_kl(tmp_path, monkeypatch, accuracy, drawn):
+    written = []
+    monkeypatch.setattr(Axes, "text", lambda axes, x, y, text, **style: written.append(text))
+    train = {name: [0.25] * 3 for name in RewardCurves().state_dict()["train"]} | {"step": [0, 1, 2]}
+    train |= {"policy/kl": [math.nan if drawn == "accuracy" else 0.1] * 3, "dpo/accuracy": accuracy}
+    draw_curves(tmp_path / "c.png", train, {"step": [], "reward": []}, "")
+    assert {"KL", "accuracy"} & set(written) == {drawn}
+    assert "not measured" not in written
+
+
 def test_a_run_without_kl_and_of_one_step_draws(tmp_path):
     curves = RewardCurves().state_dict()
-    train = {name: [math.nan if name.startswith("policy/") else 0.0] for name in curves["train"]}
+    train = {name: [math.nan if name.startswith(("policy/", "dpo/")) else 0.0] for name in curves["train"]}
     path = draw_curves(tmp_path / "new" / "c.png", train, {"step": [], "reward": []}, "costs $5 and $6 _ ^")
     assert plt.get_fignums() == [], "pyplot's global figures are other code's"
     assert png_size(path) == (1650, 1110)

@@ -1,6 +1,7 @@
 """The objectives, one a file."""
 
 from rlmt.algorithms.base import Algorithm, CriticOptions
+from rlmt.algorithms.dpo import DPO
 from rlmt.algorithms.grpo import GRPO
 from rlmt.algorithms.policy_gradient import PolicyGradient
 from rlmt.algorithms.ppo import PPO
@@ -9,6 +10,7 @@ from rlmt.algorithms.variants import DAPO, GSPO, DrGRPO, REINFORCEPlusPlus
 
 __all__ = [
     "DAPO",
+    "DPO",
     "GRPO",
     "GSPO",
     "PPO",

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rlmt.errors import UserError
 from rlmt.types import Experience, PolicyOutputs, TokenBatch
 
 
@@ -36,6 +37,9 @@ class Algorithm(ABC):
     """Most extra draws a step, each of a whole batch, that replace groups whose rewards are all equal."""
     critic: CriticOptions | None = None
     """The critic that is trained beside the policy, or None."""
+    pairwise: bool = False
+    """Whether the loss is over pairs: `prepare` makes them from rewards alone, before any log-probs are taken, and the
+    reference reads paired samples only."""
     logprob_temperature: float | None = None
     """Temperature that log-probs are taken at; None: the sampling temperature."""
 
@@ -53,6 +57,12 @@ class Algorithm(ABC):
     def off_policy_correction(self) -> str:
         """What the objective does about samples that other weights drew, in words for the user."""
         return "the objective takes them as they are"
+
+    def _require(self, **rules: tuple[bool, str]) -> None:
+        """Raises UserError for the first option, named as the attribute that holds it, whose rule is broken."""
+        for option, (ok, rule) in rules.items():
+            if not ok:
+                raise UserError(f"--model.algorithm.{option} is {getattr(self, option)}: it {rule}.")
 
     def check(self, group_size: int) -> None:
         """Raises UserError where the objective cannot work with this many samples a prompt."""

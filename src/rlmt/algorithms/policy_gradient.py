@@ -8,7 +8,6 @@ from torch import Tensor
 from rlmt.algorithms import policy_loss
 from rlmt.algorithms.base import Algorithm
 from rlmt.algorithms.policy_loss import Aggregation, KLEstimator
-from rlmt.errors import UserError
 from rlmt.types import PolicyOutputs, TokenBatch
 
 OFF_POLICY_CAP = 2.0
@@ -70,12 +69,6 @@ class PolicyGradient(Algorithm):
             minibatches=(minibatches >= 1, "must be at least 1"),
             importance_cap=(importance_cap is None or importance_cap > 0, "must be positive, or null"),
         )
-
-    def _require(self, **rules: tuple[bool, str]) -> None:
-        """Raises UserError for the first option, named as the attribute that holds it, whose rule is broken."""
-        for option, (ok, rule) in rules.items():
-            if not ok:
-                raise UserError(f"--model.algorithm.{option} is {getattr(self, option)}: it {rule}.")
 
     @property
     def needs_reference(self) -> bool:

@@ -36,6 +36,7 @@ from rlmt.models.critic import Critic, build_critic, check_critic
 from rlmt.models.quantization import NF4, dequantized
 from rlmt.modules.dynamic_sampling import refill
 from rlmt.modules.recorded import check_recording, record_reference, recording_of
+from rlmt.modules.schedules import CosineWithWarmup
 from rlmt.modules.update import PolicyUpdate, first_pass, first_values
 from rlmt.rewards import Reward
 from rlmt.rewards.held_out import HeldOutRewards
@@ -269,6 +270,8 @@ class RLMTModule(LightningModule):
         scheduler = self._scheduler(optimizer)
         if isinstance(scheduler, ReduceLROnPlateau):
             raise UserError("--model.scheduler ReduceLROnPlateau wants a metric at each step: use one of steps.")
+        if isinstance(scheduler, CosineWithWarmup):
+            scheduler.over(self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     @property
@@ -302,13 +305,16 @@ class RLMTModule(LightningModule):
             return {"experience": drawn, "metrics": metrics | experience.metrics}
         updates = self.algorithm.update_epochs * self.algorithm.minibatches
         budget = self._update.tokens_per_micro_batch
+        if self.algorithm.pairwise:
+            self.algorithm.prepare(experience)
         if self.algorithm.needs_reference:
-            experience.ref_logprobs = self._reference_logprobs(batch)
-        if updates > 1 or self.algorithm.needs_old_logprobs:
+            experience.ref_logprobs = self._reference_logprobs(experience)
+        if (updates > 1 and not self.algorithm.pairwise) or self.algorithm.needs_old_logprobs:
             experience.old_logprobs = first_pass(self._policy, batch, budget, self.device)
         if self.critic is not None:
             experience.values = first_values(self.critic, batch, budget, self.device)
-        self.algorithm.prepare(experience)
+        if not self.algorithm.pairwise:
+            self.algorithm.prepare(experience)
         metrics = self._take_steps(experience)
         metrics |= _course(batch, start, scored)
         return {"experience": drawn, "metrics": metrics | experience.metrics}
@@ -318,12 +324,15 @@ class RLMTModule(LightningModule):
         data = cast(Any, self.trainer).datamodule
         return self.experience(data.transfer_batch_to_device(data.draw_more(), self.device, 0))
 
-    def _reference_logprobs(self, batch: RolloutBatch) -> Tensor:
+    def _reference_logprobs(self, experience: Experience) -> Tensor:
+        batch = experience.rollouts
         if batch.ref_logprobs is not None:
             return batch.ref_logprobs.to(self.device)
         model = self._policy if self.reference is None else self.reference
+        budget, temperature = self._update.tokens_per_micro_batch, self.algorithm.logprob_temperature
+        samples = None if experience.pairs is None else experience.pairs.flatten().tolist()
         with active(model, None):
-            return first_pass(model, batch, self._update.tokens_per_micro_batch, self.device)
+            return first_pass(model, batch, budget, self.device, temperature, samples)
 
     def _critic_only(self) -> bool:
         """Whether the policy waits for the critic to warm up."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,10 +27,29 @@ class Step:
 
 
 @torch.no_grad()
-def first_pass(model: PreTrainedModel, rollouts: RolloutBatch, budget: int, device: torch.device) -> Tensor:
-    """Log-probs of all sampled tokens under a model, without gradients: [T] float32."""
-    temperature = rollouts.sampling.temperature
-    return _for_all(rollouts, budget, model, device, lambda batch: token_logprobs(model, batch, temperature).logprobs)
+def first_pass(
+    model: PreTrainedModel,
+    rollouts: RolloutBatch,
+    budget: int,
+    device: torch.device,
+    temperature: float | None = None,
+    samples: Sequence[int] | None = None,
+) -> Tensor:
+    """Log-probs of sampled tokens under a model, without gradients.
+
+    Args:
+        model: a policy.
+        rollouts: the samples.
+        budget: tokens, padding included, in one forward.
+        device: the model's.
+        temperature: None is the sampling temperature.
+        samples: which are wanted; None is all.
+
+    Returns:
+        [T] float32, NaN for tokens of samples that are not wanted.
+    """
+    at = rollouts.sampling.temperature if temperature is None else temperature
+    return _for_all(rollouts, budget, model, device, lambda batch: token_logprobs(model, batch, at).logprobs, samples)
 
 
 @torch.no_grad()
@@ -45,11 +64,13 @@ def _for_all(
     model: PreTrainedModel,
     device: torch.device,
     per_token: Callable[[MicroBatch], Tensor],
+    samples: Sequence[int] | None = None,
 ) -> Tensor:
     starts = _starts(torch.tensor(rollouts.lengths))
-    out = torch.empty(sum(rollouts.lengths), dtype=torch.float32, device=device)
+    out = torch.full((sum(rollouts.lengths),), math.nan, dtype=torch.float32, device=device)
+    wanted = range(len(rollouts)) if samples is None else samples
     with evaluating(model):  # no dropout, and no layer is checkpointed where nothing goes backward
-        for batch in micro_batches(rollouts, range(len(rollouts)), budget, shares_prompts(model), device):
+        for batch in micro_batches(rollouts, wanted, budget, shares_prompts(model), device):
             where = _positions(batch.samples, starts, rollouts.lengths).to(device)
             out[where] = per_token(batch)
     return out
@@ -102,9 +123,11 @@ class PolicyUpdate:
                 mixed = groups[torch.randperm(len(groups), generator=order)]
                 parts = [part.flatten().sort().values for part in mixed.tensor_split(self.algorithm.minibatches)]
                 parts = [part for part in parts if len(part)]  # fewer groups than minibatches leave some empty
-            for part in parts:
+            for number, part in enumerate(parts):
+                # The engine drew from these weights: what is measured against it are log-probs from before any step.
+                drawn_from = epoch == 0 and (number == 0 or experience.old_logprobs is not None)
                 trained = None if critic_only() else policy
-                losses = self._accumulate(trained, critic, policy, experience, part, backward, epoch == 0)
+                losses = self._accumulate(trained, critic, policy, experience, part, backward, drawn_from)
                 yield self._close(trained, critic, losses)
 
     def _accumulate(
@@ -115,7 +138,7 @@ class PolicyUpdate:
         experience: Experience,
         part: Tensor,
         backward: Callable[[Tensor], None],
-        first_epoch: bool,
+        drawn_from: bool,
     ) -> Tensor:
         rollouts, device = experience.rollouts, experience.lengths.device
         lengths = experience.lengths[part.to(device)]
@@ -130,15 +153,17 @@ class PolicyUpdate:
             samples, together = experience.pairs[inside].flatten().tolist(), 2
         total = torch.zeros(2, dtype=torch.float32, device=device)  # of the policy, of the critic
         budget, share = self.tokens_per_micro_batch, shares_prompts(policy)
+        sampled_at = rollouts.sampling.temperature
+        temperature = self.algorithm.logprob_temperature or sampled_at
         for batch in micro_batches(rollouts, samples, budget, share, device, together):
             where = _positions(batch.samples, starts, rollouts.lengths).to(device)
             tokens = _tokens(experience, batch, where, weights)
             if trained is not None:
-                outputs = token_logprobs(trained, batch, rollouts.sampling.temperature)
+                outputs = token_logprobs(trained, batch, temperature)
                 loss, metrics = self.algorithm.loss(tokens, outputs)
                 backward(loss)
                 total[0] += loss.detach()
-                if first_epoch and not rollouts.off_policy:
+                if drawn_from and not rollouts.off_policy and temperature == sampled_at:
                     now = outputs.logprobs.detach() if tokens.old_logprobs is None else tokens.old_logprobs
                     metrics |= _mismatch(now, tokens.engine_logprobs)
                 self._seen.add(metrics)
