@@ -38,7 +38,7 @@ def compose(*names: str) -> list[str]:
 
 
 def test_every_shipped_config_is_tested() -> None:
-    assert {path.stem for path in CONFIGS.rglob("*.yaml")} == {"base", "grpo", *FORMATS, *MODELS}
+    assert {path.stem for path in CONFIGS.rglob("*.yaml")} == {"base", "grpo", "lora", "qlora", *FORMATS, *MODELS}
 
 
 @pytest.mark.parametrize("model", MODELS)
