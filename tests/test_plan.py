@@ -211,3 +211,14 @@ def test_mistakes(command: Any, capsys: pytest.CaptureFixture[str], monkeypatch:
     config = json.loads(Path("reward/config.json").read_text())
     assert config["architectures"] == ["LlamaForSequenceClassification"]
     assert "not a causal language model" in refused("--memory", 24, "--model.policy", "reward")
+
+
+def test_the_docs_print_what_the_plan_prints(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "single-gpu.md").read_text(encoding="utf-8")
+    line, printed = re.findall(r"```(?:sh)?\n(.*?)```", text, re.DOTALL)[:2]
+    monkeypatch.chdir(tmp_path)
+    folders = ["--model.policy", str(shapes / "policy"), "--model.reward.model", str(shapes / "reward")]
+    assert main([*line.split()[1:], *folders]) == 0
+    assert [row.rstrip() for row in capsys.readouterr().out.splitlines()] == printed.splitlines()

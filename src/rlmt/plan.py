@@ -272,10 +272,17 @@ def _add_engine(budget: Budget, module: RLMTModule, data: RolloutDataModule, com
     budget.parts.append(Part.always("vLLM, the rest (assumed)", VLLM_REST))
     wanted = min(engine.max_num_seqs, data.batch_size * data.group_size)
     tokens = max(granted, 0) // each
-    budget.remarks.append(
-        f"vLLM's cache holds {tokens:,} tokens: {tokens // length:,} samples of the greatest length ({length:,}) at a "
-        f"time; it decodes up to {wanted:,} while they are shorter."
-    )
+    if tokens < length:
+        least = (size + VLLM_REST + length * each) / budget.memory
+        budget.problems.append(
+            f"vLLM's cache cannot hold one sample of {length:,} tokens: data.engine.gpu_memory_utilization would have "
+            f"to be at least {least:.2f}."
+        )
+    else:
+        budget.remarks.append(
+            f"vLLM's cache holds {tokens:,} tokens: {tokens // length:,} samples of the greatest length ({length:,}) at a "
+            f"time; it decodes up to {wanted:,} while they are shorter."
+        )
     beside = budget.total("rollout") - max(granted, 0) - size - VLLM_REST + CONTEXT
     share = (budget.memory - beside) / budget.memory
     budget.remarks.append(
@@ -283,12 +290,6 @@ def _add_engine(budget: Budget, module: RLMTModule, data: RolloutDataModule, com
         if share > 0
         else "The trainer alone leaves vLLM no room."
     )
-    if tokens < length:
-        least = (size + VLLM_REST + length * each) / budget.memory
-        budget.problems.append(
-            f"vLLM's cache cannot hold one sample of {length:,} tokens: data.engine.gpu_memory_utilization would have "
-            f"to be at least {least:.2f}."
-        )
 
 
 def _engine_weights(config: PretrainedConfig, dtype: torch.dtype, quantization: str | None) -> int:
