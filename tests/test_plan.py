@@ -12,13 +12,13 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, PreTra
 
 from rlmt.algorithms import GRPO
 from rlmt.algorithms.base import CriticOptions
+from rlmt.budget import CONTEXT, GIB, VLLM_REST, Budget, _add_engine, make_budget
 from rlmt.cli import main
 from rlmt.data import RolloutDataModule
 from rlmt.engines import TransformersEngine, VLLMEngine
 from rlmt.errors import UserError
 from rlmt.models.loading import load_policy
 from rlmt.modules import RLMTModule
-from rlmt.plan import CONTEXT, GIB, VLLM_REST, Budget, _add_engine, make_budget
 from rlmt.rewards import ClassifierReward
 
 LLAMA_8B: dict[str, Any] = {
