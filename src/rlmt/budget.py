@@ -1,8 +1,8 @@
 """The memory budget of a run on one device: weights, what trains them, activations, caches, phase by phase.
 
 Weights, adapters, gradients and optimizer states are counted from the models' configs; activations come from running
-the trainer's code without data (`rlmt.models.footprint`); what vLLM takes is what it is granted. Two figures are assumed,
-and their names say so.
+the trainer's code without data (`rlmt.models.footprint`); what vLLM takes is what it is granted. Two figures are
+assumed, and their names say so.
 
 Left out: fragmentation of torch's allocator, several devices, and memory of the host.
 """
