@@ -8,6 +8,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import json  # noqa: E402
 import logging  # noqa: E402
+from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
@@ -43,3 +44,22 @@ def real_prompts() -> str:
     if not path:
         pytest.skip("RLMT_PROMPTS names no prompt file")
     return path
+
+
+@pytest.fixture
+def allocated_peak(tmp_path: Path) -> Callable[[Callable[[], None]], int]:
+    """The most bytes that torch's own allocator held at a time during a piece of work, beyond what it held before."""
+
+    def measure(work: Callable[[], None]) -> int:
+        import torch
+
+        with torch.profiler.profile(profile_memory=True) as profile:
+            work()
+        trace = tmp_path / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+        events.sort(key=lambda event: event["ts"])
+        before = events[0]["args"]["Total Allocated"] - events[0]["args"]["Bytes"]
+        return int(max(event["args"]["Total Allocated"] for event in events) - before)
+
+    return measure

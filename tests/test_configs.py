@@ -41,7 +41,7 @@ def compose(*names: str) -> list[str]:
 def test_every_shipped_config_is_tested() -> None:
     paper = set((CONFIGS / "paper").glob("*.yaml"))  # see test_paper.py
     shipped = {path.stem for path in set(CONFIGS.rglob("*.yaml")) - paper}
-    assert shipped == {"base", "grpo", "ppo", "dpo", "dpo_offline", "early_stop", *FORMATS, *MODELS}
+    assert shipped == {"base", "grpo", "ppo", "dpo", "dpo_offline", "early_stop", "lora", "qlora", *FORMATS, *MODELS}
 
 
 @pytest.mark.parametrize("model", MODELS)

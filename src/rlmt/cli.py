@@ -17,6 +17,7 @@ usage: rlmt COMMAND [options]
   validate  reward and lengths on the held-out prompts
   test      the same, for prompts given by --data.val_prompts at the end of a project
   predict   samples and scores of every prompt, written to parquet
+  plan      the memory that a run will take, before anything is loaded: rlmt plan --config … --memory 24
   export    turn a checkpoint into a Hugging Face folder: rlmt export CKPT OUT
   tiny      make small random models to try everything out on a laptop: rlmt tiny [OUT] [--corpus FILE]
 
@@ -109,6 +110,13 @@ def _lightning(command: str, args: list[str]) -> int:
     return run([command, *args])
 
 
+def _plan(command: str, args: list[str]) -> int:
+    args = resolve_configs(args)
+    from rlmt.plan import plan
+
+    return plan(args)
+
+
 def _export(command: str, args: list[str]) -> int:
     from rlmt.export import export
     from rlmt.parsing import run_function
@@ -125,6 +133,7 @@ def _tiny(command: str, args: list[str]) -> int:
 
 _COMMANDS: dict[str, Callable[[str, list[str]], int]] = {
     **dict.fromkeys(("fit", "validate", "test", "predict"), _lightning),
+    "plan": _plan,
     "export": _export,
     "tiny": _tiny,
 }

@@ -5,17 +5,24 @@ policy began and in which format it thinks. Everything else that a folder needs 
 written once a run beside the checkpoints, in `policy/`, by `save_policy_assets`; so an export needs neither the initial
 model nor the network nor a GPU. Weights are read lazily and go out with the bits they came in with, unless a dtype is
 asked for.
+
+The checkpoint of a LoRA run holds the adapter alone. It becomes either whole weights, for which the model that it was
+trained on is read again and passed through (`rlmt.merge`), or an adapter folder as PEFT writes it.
 """
 
 from __future__ import annotations
 
+import os
 import pickle
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -26,14 +33,17 @@ from transformers import (
 )
 
 from rlmt.errors import UserError
-from rlmt.models.adapters import CRITIC
+from rlmt.merge import PEFT_PREFIX, Adapter, check_fits, merge, open_base
+from rlmt.models.adapters import CRITIC, POLICY
 from rlmt.models.loading import load_config, load_tokenizer
+from rlmt.models.nf4 import quantized_weights
 from rlmt.thinking import ThinkingFormat
 
 ASSETS = "policy"
 """Folder beside a run's checkpoints with all of the policy but its weights."""
 
 _PREFIX = "policy."
+_ADAPTER_WEIGHT = re.compile(rf"(.+)\.lora_(A|B|magnitude_vector)\.{POLICY}\.weight")
 
 
 def save_policy_assets(
@@ -59,17 +69,28 @@ def save_policy_assets(
     format.save(folder)
 
 
-def export(ckpt: Path, out: Path, dtype: Literal["float32", "bfloat16", "float16"] | None = None) -> None:
+def export(
+    ckpt: Path,
+    out: Path,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    what: Literal["merged", "adapter"] = "merged",
+    base: str | None = None,
+) -> None:
     """Turns a checkpoint into a Hugging Face folder: weights, config, tokenizer, chat template and thinking format.
 
     Args:
         ckpt: Checkpoint of a run, in the folder where the run wrote it: a file, or a folder of shards.
         out: Folder to write; must be new or empty.
-        dtype: Precision of the exported weights; by default the one they were trained in.
+        dtype: Precision of the exported weights; by default the one that the trained weights, the base to merge into
+            or the adapter are stored in.
+        what: What to make of a LoRA checkpoint: `merged` weights that load like any model, or the `adapter` alone, for
+            PEFT and vLLM's LoRA requests.
+        base: Folder or hub name of the model that the adapter was trained on, if it is no longer where the run found
+            it.
 
     Raises:
         UserError: If the checkpoint is missing, damaged or not one of rlmt, the files beside it are missing or do not
-            belong to its weights, or `out` is not empty.
+            belong to its weights, the base cannot be read, or `out` is not empty.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is there already; name a new folder to export to")
@@ -81,22 +102,80 @@ def export(ckpt: Path, out: Path, dtype: Literal["float32", "bfloat16", "float16
     checkpoint = _read_sharded(ckpt) if ckpt.is_dir() else _read(ckpt)
     if not isinstance(checkpoint, dict) or "rlmt" not in checkpoint or "state_dict" not in checkpoint:
         raise UserError(f"{ckpt}: is not a checkpoint of `rlmt fit`")
-    format = ThinkingFormat.from_dict(checkpoint["rlmt"]["format"])
     weights = {
         name.removeprefix(_PREFIX): tensor
         for name, tensor in checkpoint["state_dict"].items()
         if name.startswith(_PREFIX) and f".{CRITIC}." not in name
     }
-    if dtype is not None:
-        target: torch.dtype = getattr(torch, dtype)
+    target: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
+    about = checkpoint["rlmt"]
+    if about.get("adapter") is not None:
+        adapter = _adapter(about["adapter"], weights, ckpt)
+        source = base or about["policy"]
+        if what == "merged":
+            _export_merged(adapter, source, about, assets, out, target)
+        else:
+            _export_adapter(adapter, source, about, assets, out, target)
+        return
+    if what == "adapter" or base is not None:
+        option = "--what adapter" if what == "adapter" else "--base"
+        raise UserError(f"{ckpt}: holds all of the policy's weights and no adapter; leave {option} out")
+    if target is not None:
         weights = {name: t.to(target) if t.is_floating_point() else t for name, t in weights.items()}
     model = _assemble(load_config(assets), weights, ckpt)
-    tokenizer = load_tokenizer(assets)
-    save_policy_assets(out, model.config, tokenizer, format)
+    save_policy_assets(out, model.config, load_tokenizer(assets), ThinkingFormat.from_dict(about["format"]))
     model.generation_config = GenerationConfig.from_pretrained(out)
     # Last, so that a folder with weights is a whole one.
     model.save_pretrained(out)
     print(f"{out}: {type(model).__name__}, {model.num_parameters():,} parameters in {model.dtype}")
+
+
+def _adapter(config: dict[str, Any], weights: Mapping[str, Tensor], ckpt: Path) -> Adapter:
+    """The policy's adapter under the names of PEFT's files; a critic's beside it stays behind."""
+    named = {}
+    for name, tensor in weights.items():
+        if match := _ADAPTER_WEIGHT.fullmatch(name):
+            layer, part = match.groups()
+            # PEFT's files keep DoRA's row sizes, a module in memory, under the name of the plain tensor they once were.
+            suffix = "" if part == "magnitude_vector" else ".weight"
+            named[f"{PEFT_PREFIX}{layer}.lora_{part}{suffix}"] = tensor
+    if not named:
+        raise UserError(f"{ckpt}: says that it holds an adapter, and there is none in it; use an earlier one")
+    return Adapter(config, named)
+
+
+def _export_merged(
+    adapter: Adapter, source: str, about: dict[str, Any], assets: Path, out: Path, dtype: torch.dtype | None
+) -> None:
+    base = open_base(source)
+    check_fits(base, adapter)
+    config, quantization = load_config(assets), about.get("quantization")
+    held = cast(torch.dtype, config.dtype or torch.float32)
+    config.dtype = dtype or base.tensors[f"{adapter.layers[0]}.weight"].dtype
+    save_policy_assets(out, config, load_tokenizer(assets), ThinkingFormat.from_dict(about["format"]))
+    if quantization is None:
+        merge(base, adapter, out, held, dtype)
+    else:
+        merge(base, adapter, out, held, dtype, quantized_weights(config), quantization["double_quant"])
+    print(f"{out}: {source} with the adapter of {len(adapter.layers)} layers merged into it, in {config.dtype}")
+
+
+def _export_adapter(
+    adapter: Adapter, source: str, about: dict[str, Any], assets: Path, out: Path, dtype: torch.dtype | None
+) -> None:
+    folder = Path(source).expanduser()
+    name = str(folder.resolve()) if folder.is_dir() else source  # a relative path would be wrong from anywhere else
+    out.mkdir(parents=True, exist_ok=True)
+    load_tokenizer(assets).save_pretrained(out)
+    ThinkingFormat.from_dict(about["format"]).save(out)
+    LoraConfig(**{**adapter.config, "base_model_name_or_path": name, "inference_mode": True}).save_pretrained(str(out))
+    tensors = {key: (t if dtype is None else t.to(dtype)).contiguous() for key, t in adapter.tensors.items()}
+    partial = out / "adapter_model.partial"
+    save_file(tensors, partial, metadata={"format": "pt"})
+    os.replace(partial, out / "adapter_model.safetensors")
+    print(f"{out}: adapter of {len(adapter.layers)} layers for {name}")
+    if about.get("quantization") is not None:
+        print("It was trained on this model in 4 bits (NF4): load that so, or export --what merged.")
 
 
 def _assemble(config: PretrainedConfig, weights: Mapping[str, Tensor], ckpt: Path) -> PreTrainedModel:

@@ -95,11 +95,12 @@ class RLMTCLI(LightningCLI):
         self.trainer.predict(**{**kwargs, "return_predictions": False})
 
 
-def run(args: list[str]) -> int:
+def run(args: list[str], cli: type[RLMTCLI] = RLMTCLI) -> int:
     """Runs a Trainer command.
 
     Args:
         args: the command and its options.
+        cli: what runs it.
 
     Returns:
         Exit status.
@@ -113,7 +114,7 @@ def run(args: list[str]) -> int:
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "litlogger" not in record.getMessage())
     sys.argv = [sys.argv[0]]  # LightningCLI warns of arguments given twice
-    RLMTCLI(
+    cli(
         parser_class=Parser,
         subclass_mode_model=True,
         subclass_mode_data=True,

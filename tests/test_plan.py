@@ -1,0 +1,224 @@
+"""`rlmt plan`: from the options of a run to its budget, with nothing loaded."""
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, LlamaConfig, PreTrainedModel
+
+from rlmt.algorithms import GRPO
+from rlmt.algorithms.base import CriticOptions
+from rlmt.budget import CONTEXT, GIB, VLLM_REST, Budget, _add_engine, make_budget
+from rlmt.cli import main
+from rlmt.data import RolloutDataModule
+from rlmt.engines import TransformersEngine, VLLMEngine
+from rlmt.errors import UserError
+from rlmt.models.loading import load_policy
+from rlmt.modules import RLMTModule
+from rlmt.rewards import ClassifierReward
+
+LLAMA_8B: dict[str, Any] = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 131072,
+    "dtype": "bfloat16",
+}
+LINEAR = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+"""Weights of its linear layers but the head."""
+ALL = LINEAR + 2 * 128256 * 4096 + 65 * 4096
+ADAPTER = 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
+"""Of rank 16 on all of them."""
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders with a config.json and nothing else: policy/, reward/."""
+    root = tmp_path_factory.mktemp("shapes")
+    LlamaConfig(**LLAMA_8B, architectures=["LlamaForCausalLM"]).save_pretrained(root / "policy")
+    LlamaConfig(**LLAMA_8B, num_labels=1).save_pretrained(root / "reward")
+    assert [file.name for file in (root / "policy").iterdir()] == ["config.json"]
+    return root
+
+
+def nf4(weights: int) -> float:
+    """Bytes under double quantisation: half a byte a weight, a byte for 64, four for 64 × 256."""
+    return weights * (1 / 2 + 1 / 64 + 4 / 64 / 256)
+
+
+def parts(budget: Budget) -> dict[str, Any]:
+    """The lines of a budget by their first words."""
+    return {re.sub(r" \(.*", "", part.name): part for part in budget.parts}
+
+
+def qlora(shapes: Path, **engine: Any) -> tuple[RLMTModule, RolloutDataModule]:
+    """What configs/qlora.yaml asks for, on shapes of 8B."""
+    reward = ClassifierReward(str(shapes / "reward"), dtype="bfloat16", tokens_per_batch=8192)
+    import bitsandbytes
+
+    module = RLMTModule(
+        str(shapes / "policy"),
+        reward,
+        GRPO(),
+        optimizer=bitsandbytes.optim.PagedAdamW8bit,
+        gradient_checkpointing=True,
+        tokens_per_micro_batch=8192,
+    )
+    lora = SimpleNamespace(rank=16, alpha=32, dropout=0.0, target_modules="all-linear", dora=False, rslora=False)
+    for owner, name, value in (
+        (module, "lora", lora),
+        (module, "quantization", SimpleNamespace(double_quant=True)),
+        (reward, "quantization", SimpleNamespace(double_quant=True)),
+    ):
+        setattr(owner, name, value)
+    made = VLLMEngine(gpu_memory_utilization=engine.pop("share", 0.52))
+    made.quantization = engine.pop("quantization", "fp8_per_channel")  # type: ignore[attr-defined]
+    return module, RolloutDataModule("prompts.jsonl", made, **engine)
+
+
+def test_an_8b_policy_and_an_8b_reward_model_in_24_gb_by_hand(shapes: Path) -> None:
+    module, data = qlora(shapes)
+    budget = make_budget(module, data, torch.bfloat16, 24 * GIB)
+    found = parts(budget)
+    whole = 2 * (ALL - LINEAR)  # embeddings, head and norms in bfloat16
+    assert found["policy weights"].update == pytest.approx(nf4(LINEAR) + whole, rel=0.001)
+    assert found["reward weights"].update == pytest.approx(nf4(LINEAR) + whole - 2 * 128256 * 4096, rel=0.001)
+    assert found["LoRA adapter"].rollout == found["gradients"].update == 4 * ADAPTER
+    assert found["gradients"].rollout == 0
+    assert found["optimizer states"].reward == pytest.approx(ADAPTER * (2 + 8 / 256), rel=0.001)
+    assert "reference weights" not in found and "critic weights" not in found
+    # Two samples of 4,096 tokens: their inputs to each of 32 checkpointed layers, in bfloat16, and the last layer's.
+    assert found["activations"].update == pytest.approx(32 * 8192 * 4096 * 2, rel=0.1)
+    assert found["logits chunk"].update == pytest.approx(2**25 * 16, rel=0.01)
+    engine = LINEAR + whole + 2 * ADAPTER
+    assert found["vLLM weights"].rollout == pytest.approx(engine, rel=1e-6) and found["vLLM weights"].update == 0
+    granted = 0.52 * 24 * GIB - found["vLLM weights"].rollout - VLLM_REST
+    assert found["vLLM KV cache"].rollout == pytest.approx(granted, abs=1)
+    assert f"{int(granted // (128 * 1024)):,} tokens" in budget.remarks[0]  # of 128 KiB each
+    assert found["CUDA context"].reward == CONTEXT
+    assert budget.fits and budget.peak == "rollout"
+    assert budget.total("rollout") < 23.5 * GIB
+
+
+def test_vllm_in_16_bits_wants_another_card(shapes: Path) -> None:
+    budget = Budget(24 * GIB)
+    _add_engine(budget, *qlora(shapes, quantization=None), torch.bfloat16)
+    assert "cannot hold one sample of 5,120 tokens" in budget.problems[0] and not budget.fits
+    budget = Budget(48 * GIB)
+    _add_engine(budget, *qlora(shapes, quantization=None), torch.bfloat16)
+    assert budget.fits and parts(budget)["vLLM weights"].rollout == pytest.approx(2 * (ALL + ADAPTER), rel=1e-6)
+    with pytest.raises(UserError, match="quantization awq"):
+        _add_engine(budget, *qlora(shapes, quantization="awq"), torch.bfloat16)
+
+
+def test_all_parameters_with_a_reference_and_a_critic(tmp_path: Path) -> None:
+    small = LLAMA_8B | {"hidden_size": 512, "num_hidden_layers": 2, "intermediate_size": 1024, "vocab_size": 4096}
+    LlamaConfig(**small, architectures=["LlamaForCausalLM"], head_dim=64).save_pretrained(tmp_path / "policy")
+    size = 2 * 4096 * 512 + 5 * 512 + 2 * (2 * 512 * 2048 + 2 * 512 * 512 + 3 * 512 * 1024)
+    LlamaConfig(**small, num_labels=1).save_pretrained(tmp_path / "reward")
+    reward = ClassifierReward(str(tmp_path / "reward"))
+    module = RLMTModule(str(tmp_path / "policy"), reward, GRPO(), tokens_per_micro_batch=64)
+    engine = TransformersEngine(tokens_per_batch=65536)
+    data = RolloutDataModule("prompts.jsonl", engine, max_prompt_tokens=32, max_new_tokens=32)
+    found = parts(make_budget(module, data, torch.float32, 80 * GIB))
+    assert found["policy weights"].update == found["reference weights"].update
+    assert found["policy weights"].update == pytest.approx(4 * size, rel=1e-3)
+    assert found["gradients"].update == 4 * size
+    assert found["optimizer states"].update == pytest.approx(8 * size, rel=1e-3)
+    assert found["KV cache"].rollout == 65536 * 2 * 2 * 8 * 64 * 4
+    # AdamW's step on a GPU lists the roots of all second moments: more than forward and backward take here.
+    rest = found["working memory"].update + found["logits chunk"].update + found["activations"].update
+    assert rest == 4 * size
+
+    module.algorithm = GRPO(kl_coef=0)
+    module.algorithm.critic = CriticOptions(init="policy", lr=1e-5, shared=False, warmup_steps=0)
+    found = parts(make_budget(module, data, torch.float32, 80 * GIB))
+    critic = 4 * (size - 4096 * 512 + 513)  # no output projection, but a value head
+    assert "reference weights" not in found
+    assert found["critic weights"].update == critic and found["gradients"].update == 4 * size + critic
+
+
+def test_the_tiny_run_is_within_15_percent_of_its_bytes(tiny: Path) -> None:
+    """Policy, reference, gradients and Adam's moments of a real step, the reward model, and all together."""
+    module = RLMTModule(str(tiny / "policy"), ClassifierReward(str(tiny / "reward")), GRPO())
+    data = RolloutDataModule("x", TransformersEngine(), max_prompt_tokens=64, max_new_tokens=32)
+    found = parts(make_budget(module, data, torch.float32, GIB))
+    policy = load_policy(tiny / "policy", "float32")
+    optimizer = torch.optim.AdamW(policy.parameters())
+    policy(torch.arange(9)[None]).logits.sum().backward()
+    optimizer.step()
+
+    def held(tensors: Any) -> int:
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    model = AutoModelForSequenceClassification.from_pretrained(tiny / "reward")
+    real = {
+        "policy weights": held([*policy.parameters(), *policy.buffers()]),
+        "reference weights": held([*policy.parameters(), *policy.buffers()]),
+        "gradients": held(p.grad for p in policy.parameters()),
+        "optimizer states": held(v for state in optimizer.state.values() for v in state.values()),
+        "reward weights": held([*model.parameters(), *model.buffers()]),
+    }
+    for name, size in real.items():
+        assert found[name].update == pytest.approx(size, rel=0.01), name
+
+
+@pytest.fixture
+def command(shapes: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`command("--memory", "24")`: a plan for tiny models of which only the configs are there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    for name in ("policy", "reward"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text((tiny / name / "config.json").read_text())
+    base = "plan --config base --config grpo --config tiny --model.policy policy --model.reward.model reward"
+    return lambda *more: main([*base.split(), "--trainer.accelerator", "gpu", *map(str, more)])
+
+
+def test_command(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("--memory", 24) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines()[:2]] == ["GiB", "policy"]
+    assert "Fits in 24 GB: yes" in out and "Peak: " in out and "vLLM's cache holds" in out
+    assert command("--memory", 1) == 0
+    assert "Fits in 1 GB: no" in capsys.readouterr().out
+
+
+def test_command_must_fit(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("--memory", 1, "--must_fit", "true") == 2
+    assert "--must_fit" in capsys.readouterr().err
+    assert command("--memory", 24, "--must_fit", "true") == 0
+
+
+def test_mistakes(command: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*options: Any) -> str:
+        assert command(*options) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rlmt: error:")]
+        return line
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "--memory" in refused()
+    assert "an-org/a-model" in refused("--memory", 24, "--model.policy", "an-org/a-model")
+    assert "kl_koef" in refused("--memory", 24, "--model.algorithm.kl_koef", 1)
+    config = json.loads(Path("reward/config.json").read_text())
+    assert config["architectures"] == ["LlamaForSequenceClassification"]
+    assert "not a causal language model" in refused("--memory", 24, "--model.policy", "reward")
+
+
+def test_the_docs_print_what_the_plan_prints(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "single-gpu.md").read_text(encoding="utf-8")
+    line, printed = re.findall(r"```(?:sh)?\n(.*?)```", text, re.DOTALL)[:2]
+    monkeypatch.chdir(tmp_path)
+    folders = ["--model.policy", str(shapes / "policy"), "--model.reward.model", str(shapes / "reward")]
+    assert main([*line.split()[1:], *folders]) == 0
+    assert [row.rstrip() for row in capsys.readouterr().out.splitlines()] == printed.splitlines()
