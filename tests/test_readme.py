@@ -41,9 +41,10 @@ def test_commands_reach_the_trainer(line: str, monkeypatch: pytest.MonkeyPatch, 
         monkeypatch.setattr(Trainer, name, recorder(getattr(Trainer, name), reached))
     monkeypatch.setattr(export, "export", recorder(export.export, reached))
     monkeypatch.chdir(tmp_path)
-    checkpoint = tmp_path / "runs/tiny/run/checkpoints/last.ckpt"
-    checkpoint.parent.mkdir(parents=True)
-    torch.save({}, checkpoint)
+    for run in ("tiny/run", "sft", "reward"):
+        checkpoint = tmp_path / "runs" / run / "checkpoints/last.ckpt"
+        checkpoint.parent.mkdir(parents=True)
+        torch.save({}, checkpoint)
     words = shlex.split(line)[1:]
     assert main([*words, *(["--trainer.accelerator", "cpu"] if words[0] != "export" else [])]) == 0
     assert reached == [words[0]]

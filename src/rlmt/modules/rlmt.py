@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +19,10 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from rlmt.algorithms import Algorithm
 from rlmt.errors import UserError
-from rlmt.export import save_policy_assets
 from rlmt.models import loading
 from rlmt.models.adapters import own_parameters
 from rlmt.models.critic import Critic
+from rlmt.modules.checkpoints import check_same_format, record_of, save_beside_checkpoints
 from rlmt.modules.update import PolicyUpdate, first_pass, first_values
 from rlmt.rewards import Reward
 from rlmt.rewards.scoring import MalformedMode, score
@@ -341,10 +340,7 @@ class RLMTModule(LightningModule):
             "algorithm": self.algorithm.state_dict(),
             "random": random_states(),
         }
-        if self.trainer.is_global_zero:
-            for callback in self.trainer.checkpoint_callbacks:
-                if folder := getattr(callback, "dirpath", None):
-                    save_policy_assets(Path(folder) / "policy", self._policy.config, self.tokenizer, self.format)
+        save_beside_checkpoints(self.trainer, self._policy.config, self.tokenizer, self.format)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of something else or of another format.
@@ -352,9 +348,7 @@ class RLMTModule(LightningModule):
         Raises:
             UserError: it is one.
         """
-        saved = checkpoint.get("rlmt")
-        if saved is None:
-            raise UserError("--ckpt_path is not a checkpoint of an rlmt policy; give one written by `rlmt fit`.")
+        saved = record_of(checkpoint, "RLMTModule")
         self.check_format(ThinkingFormat.from_dict(saved["format"]), "--ckpt_path")
         self.policy_version = saved["version"]
         if self.trainer.state.fn == "fit":
@@ -371,8 +365,4 @@ class RLMTModule(LightningModule):
         Raises:
             UserError: the formats differ.
         """
-        if saved != self.format:
-            raise UserError(
-                f"{where} was trained with {saved}, this run asks for {self.format}; "
-                "set --model.format to the checkpoint's."
-            )
+        check_same_format(self.format, saved, where)
