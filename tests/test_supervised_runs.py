@@ -147,6 +147,21 @@ def test_reward_model_learns_and_its_export_scores_the_same(
 
 
 @pytest.mark.parametrize("config", ["sft", "reward"])
+def test_mixed_precision_and_checkpointed_layers_give_about_the_same_loss(
+    config: str, command: Command, tmp_path: Path
+) -> None:
+    first = []
+    for number, options in enumerate(
+        [(), ("--trainer.precision", "bf16-mixed", "--model.gradient_checkpointing", "true")]
+    ):
+        root = ("--trainer.default_root_dir", tmp_path / str(number))
+        assert main(command("fit", config, *root, *options, "--trainer.max_steps", 2, "--data.val_size", 0)) == 0
+        rows = metrics(tmp_path / str(number))
+        first.append([float(row["sft/loss" if config == "sft" else "rm/loss"]) for row in rows])
+    assert first[0] != first[1] and first[0] == pytest.approx(first[1], rel=0.02)
+
+
+@pytest.mark.parametrize("config", ["sft", "reward"])
 def test_a_resumed_run_is_the_unbroken_run(
     config: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -201,7 +201,9 @@ class DemonstrationEncoder:
         self.format = format
         self.tokenizer = tokenizer
         self._control = control_strings(tokenizer, format.tags)
-        self._end = turn_end(tokenizer, format.stop_token_ids(tokenizer), format.zero)
+        stops = format.stop_token_ids(tokenizer)
+        self._turn_end = turn_end(tokenizer, stops, format.zero)
+        self._document_end = list(stops[:1])
 
     def __call__(self, row: Demonstration) -> EncodedDemonstration:
         """A sequence for each trained turn, or one for a document.
@@ -210,19 +212,19 @@ class DemonstrationEncoder:
             UserError: the format cannot write a turn so that it is split again.
         """
         if not row.turns:
-            document = one_bos(self._ids(row.text), self.tokenizer)
+            document = one_bos(self._ids(row.text) + self._document_end, self.tokenizer)
             return EncodedDemonstration(row.index, [torch.tensor(document, dtype=torch.int32)], [1])
         sequences, prompts = [], []
         for turn in row.turns:
             prompt = self.format.render(turn.context, self.tokenizer)
-            target = self._ids(self.format.target(turn.thought, turn.response))
+            target = self._ids(self.format.target(turn.thought, turn.response)) + self._turn_end
             sequences.append(torch.tensor(prompt + target, dtype=torch.int32))
             prompts.append(len(prompt))
         return EncodedDemonstration(row.index, sequences, prompts)
 
     def _ids(self, text: str) -> list[int]:
         (message,), literals = shield([Message(role="assistant", content=text)], self._control)
-        return encode(message["content"], literals, self.tokenizer) + self._end
+        return encode(message["content"], literals, self.tokenizer)
 
 
 class SFTDataModule(SupervisedDataModule[EncodedDemonstration]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_layers import GenericForSequenceClassification
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from rlmt.errors import UserError
 from rlmt.models.loading import drawn_by_seed, load_config, weights_of
@@ -95,12 +96,12 @@ def load_reward_model(
 @contextmanager
 def _unreported() -> Iterator[None]:
     """Without transformers' table of missing and unused weights, which the caller looks at."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        transformers_logging.set_verbosity(verbosity)
 
 
 def _is_classifier(config: PretrainedConfig) -> bool:
