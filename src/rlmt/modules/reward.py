@@ -24,14 +24,8 @@ from rlmt.export import REWARD_ASSETS, save_reward_assets
 from rlmt.models import loading
 from rlmt.models.reward_model import load_reward_model, reward_config
 from rlmt.modules.checkpoints import checkpoint_folders, record_of
-from rlmt.modules.supervised import (
-    LRSchedulerCallable,
-    OptimizerCallable,
-    check_options,
-    check_trainer,
-    make_optimizer,
-    take_step,
-)
+from rlmt.modules.rlmt import LRSchedulerCallable, OptimizerCallable
+from rlmt.modules.supervised import check_options, check_trainer, make_optimizer, take_step
 from rlmt.rewards.classifier import score_states, states_at_end
 from rlmt.rewards.conversation import ConversationReader
 from rlmt.rng import random_states, restore_random_states

@@ -20,14 +20,8 @@ from rlmt.models import loading
 from rlmt.models.logprobs import token_logprobs
 from rlmt.models.micro_batch import MicroBatch
 from rlmt.modules.checkpoints import check_same_format, record_of, save_beside_checkpoints
-from rlmt.modules.supervised import (
-    LRSchedulerCallable,
-    OptimizerCallable,
-    check_options,
-    check_trainer,
-    make_optimizer,
-    take_step,
-)
+from rlmt.modules.rlmt import LRSchedulerCallable, OptimizerCallable
+from rlmt.modules.supervised import check_options, check_trainer, make_optimizer, take_step
 from rlmt.rng import random_states, restore_random_states
 from rlmt.thinking import FormatName, ThinkingFormat
 

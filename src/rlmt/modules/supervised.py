@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from rlmt.errors import UserError
+from rlmt.modules.rlmt import PRECISIONS, LRSchedulerCallable, OptimizerCallable
 from rlmt.modules.schedules import CosineWithWarmup
-
-OptimizerCallable = Callable[[Any], Optimizer]
-LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
-
-PRECISIONS = ("32-true", "bf16-mixed")
-"""Weights are float32 in both."""
 
 
 def check_options(positive: dict[str, float], not_negative: dict[str, float]) -> None:
