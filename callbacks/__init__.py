@@ -1,5 +1,6 @@
 """Callbacks: they observe and log, and never change a gradient."""
 
+from .calibration import Calibration
 from .cot_length import CoTLength
 from .policy_checkpoint import PolicyCheckpoint
 from .policy_health import PolicyHealth
@@ -9,6 +10,7 @@ from .sample_table import SampleTable
 from .throughput import Throughput
 
 __all__ = [
+    "Calibration",
     "CoTLength",
     "PolicyCheckpoint",
     "PolicyHealth",

@@ -4,15 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from lightning.pytorch import Trainer
 
 from rlmt.algorithms import DPO, GRPO, PPO
 from rlmt.cli import main
-from rlmt.data import RolloutDataModule
+from rlmt.data import PreferenceDataModule, RolloutDataModule, SFTDataModule
 from rlmt.engines import VLLMEngine
-from rlmt.modules import RLMTModule
-from rlmt.modules.schedules import CosineWithWarmup
+from rlmt.modules import SFT, CosineWithWarmup, RewardModeling, RLMTModule
 from rlmt.rewards import ClassifierReward
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -41,7 +41,8 @@ def compose(*names: str) -> list[str]:
 def test_every_shipped_config_is_tested() -> None:
     paper = set((CONFIGS / "paper").glob("*.yaml"))  # see test_paper.py
     shipped = {path.stem for path in set(CONFIGS.rglob("*.yaml")) - paper}
-    assert shipped == {"base", "grpo", "ppo", "dpo", "dpo_offline", "early_stop", "lora", "qlora", *FORMATS, *MODELS}
+    objectives = {"grpo", "ppo", "dpo", "dpo_offline"}
+    assert shipped == {"base", "early_stop", "lora", "qlora", "sft", "reward", *objectives, *FORMATS, *MODELS}
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -64,8 +65,6 @@ def test_think_and_no_think_differ_in_one_line() -> None:
 def test_the_8b_config_holds_the_papers_settings(launched: list[Any]) -> None:
     assert main(compose("base", "grpo", "llama-3.1-8b")) == 0
     ((trainer, module, data),) = launched
-    import torch
-
     assert (data.batch_size, data.group_size, data.temperature, data.top_p) == (64, 8, 0.7, 1.0)
     assert (data.max_prompt_tokens, data.max_new_tokens) == (1024, 4096)
     grpo = module.algorithm
@@ -121,8 +120,6 @@ def test_early_stop_adds_to_the_callbacks_and_watches_its_own_reward(launched: l
 def test_dpo_has_the_papers_settings(launched: list[Any]) -> None:
     assert main(compose("base", "llama-3.1-8b", "dpo")) == 0
     ((trainer, module, data),) = launched
-    import torch
-
     dpo = module.algorithm
     assert isinstance(dpo, DPO) and vars(dpo) == vars(DPO())  # the class's defaults are the paper's, too
     assert (dpo.beta, dpo.pair_loss, dpo.min_valid, dpo.max_tokens) == (0.1, "sigmoid", 4, 8192)
@@ -141,6 +138,28 @@ def test_dpo_in_the_place_of_grpo_is_one_flag(
     ((_, module, _),) = launched
     assert isinstance(module.algorithm, DPO) and module.algorithm.beta == 0.3
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["think", "no_think"])
+def test_the_sft_config_holds_the_papers_settings(form: str, launched: list[Any]) -> None:
+    words = compose("sft", form)
+    assert main([*words, "--model.policy", "runs/policy", "--data.path", "demonstrations.jsonl"]) == 0
+    ((trainer, module, data),) = launched
+    assert isinstance(module, SFT) and isinstance(data, SFTDataModule)
+    assert module.format.name == form and module.policy is None
+    assert (data.batch_size, data.max_length, trainer.max_epochs, module.prompt_weight) == (16, 20000, 2, 0)
+    optimizer = module._optimizer([torch.nn.Parameter(torch.zeros(1))])
+    defaults = optimizer.defaults
+    assert (defaults["lr"], tuple(defaults["betas"]), defaults["weight_decay"]) == (4e-6, (0.9, 0.95), 1e-4)
+    schedule = module._scheduler(optimizer)
+    assert isinstance(schedule, CosineWithWarmup) and (schedule.steps, schedule.warmup) == (None, 0.1)
+
+
+def test_the_reward_config_instantiates(launched: list[Any]) -> None:
+    assert main([*compose("reward"), "--model.model", "runs/warm", "--data.path", "preferences.jsonl"]) == 0
+    ((_, module, data),) = launched
+    assert isinstance(module, RewardModeling) and isinstance(data, PreferenceDataModule)
+    assert module.model is None and module.centering == 0.01
 
 
 def test_configs_name_only_keys_that_classes_take() -> None:

@@ -43,7 +43,7 @@ def test_commands_reach_the_trainer(line: str, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(export, "export", recorder(export.export, reached))
     monkeypatch.setattr(PlanCLI, "fit", lambda cli, **options: reached.append("plan"))
     monkeypatch.chdir(tmp_path)
-    for run in ("tiny/run", "llama-3.1-8b"):
+    for run in ("tiny/run", "llama-3.1-8b", "sft", "reward"):
         checkpoint = tmp_path / "runs" / run / "checkpoints/last.ckpt"
         checkpoint.parent.mkdir(parents=True)
         torch.save({}, checkpoint)

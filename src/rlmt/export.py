@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -42,8 +43,12 @@ from rlmt.thinking import ThinkingFormat
 ASSETS = "policy"
 """Folder beside a run's checkpoints with all of the policy but its weights."""
 
+REWARD_ASSETS = "reward"
+"""The same of a reward model that is trained."""
+
 _PREFIX = "policy."
 _ADAPTER_WEIGHT = re.compile(rf"(.+)\.lora_(A|B|magnitude_vector)\.{POLICY}\.weight")
+_REWARD_PREFIX = "model."
 
 
 def save_policy_assets(
@@ -96,12 +101,16 @@ def export(
         raise UserError(f"{out}: is there already; name a new folder to export to")
     if not ckpt.exists():
         raise UserError(f"{ckpt}: no such checkpoint")
-    assets = ckpt.parent / ASSETS
-    if not assets.is_dir():
-        raise UserError(f"{assets}: not found; export the checkpoint from the folder where its run wrote it")
     checkpoint = _read_sharded(ckpt) if ckpt.is_dir() else _read(ckpt)
     if not isinstance(checkpoint, dict) or "rlmt" not in checkpoint or "state_dict" not in checkpoint:
         raise UserError(f"{ckpt}: is not a checkpoint of `rlmt fit`")
+    trains_reward = checkpoint["rlmt"].get("module") == "RewardModeling"
+    assets = ckpt.parent / (REWARD_ASSETS if trains_reward else ASSETS)
+    if not assets.is_dir():
+        raise UserError(f"{assets}: not found; export the checkpoint from the folder where its run wrote it")
+    if trains_reward:
+        _export_reward(checkpoint["state_dict"], ckpt, assets, out, dtype)
+        return
     weights = {
         name.removeprefix(_PREFIX): tensor
         for name, tensor in checkpoint["state_dict"].items()
@@ -178,23 +187,49 @@ def _export_adapter(
         print("It was trained on this model in 4 bits (NF4): load that so, or export --what merged.")
 
 
-def _assemble(config: PretrainedConfig, weights: Mapping[str, Tensor], ckpt: Path) -> PreTrainedModel:
+def save_reward_assets(folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Writes all that a reward model's folder holds but the weights.
+
+    Args:
+        folder: Where to; made if it is missing.
+        config: The classifier's config.
+        tokenizer: Its tokenizer, with the chat template.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _export_reward(state: Mapping[str, Tensor], ckpt: Path, assets: Path, out: Path, dtype: str | None) -> None:
+    """Writes a sequence classifier with one output; the head for attributes stays behind."""
+    weights = {n.removeprefix(_REWARD_PREFIX): t for n, t in state.items() if n.startswith(_REWARD_PREFIX)}
+    if dtype is not None:
+        weights = {name: t.to(getattr(torch, dtype)) for name, t in weights.items()}
+    model = _assemble(load_config(assets), weights, ckpt, AutoModelForSequenceClassification)
+    save_reward_assets(out, model.config, load_tokenizer(assets))
+    model.save_pretrained(out)
+    print(f"{out}: {type(model).__name__}, {model.num_parameters():,} parameters in {model.dtype}")
+
+
+def _assemble(
+    config: PretrainedConfig, weights: Mapping[str, Tensor], ckpt: Path, auto: Any = AutoModelForCausalLM
+) -> PreTrainedModel:
     """The model of `config` holding `weights` themselves, without a copy; no weight is ever made up."""
+    assets = ASSETS if auto is AutoModelForCausalLM else REWARD_ASSETS
     with torch.device("meta"):
-        auto: Any = AutoModelForCausalLM
         model: PreTrainedModel = auto.from_config(config).eval()
     wanted = model.state_dict()
     for name, tensor in weights.items():
         if name in wanted and tensor.shape != wanted[name].shape:
             shapes = f"{tuple(tensor.shape)}, the config beside it wants {tuple(wanted[name].shape)}"
-            raise UserError(f"{ckpt}: {name} has shape {shapes}; use the folder {ASSETS}/ that the same run wrote")
+            raise UserError(f"{ckpt}: {name} has shape {shapes}; use the folder {assets}/ that the same run wrote")
     found = model.load_state_dict(weights, strict=False, assign=True)
     # Tying again makes tied weights one tensor, which is then written once.
     model.tie_weights()
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left or found.unexpected_keys:
         name, what = (left[0], "missing from") if left else (found.unexpected_keys[0], "unknown to the config beside")
-        raise UserError(f"{ckpt}: {name} is {what} it; use the folder {ASSETS}/ that the same run wrote")
+        raise UserError(f"{ckpt}: {name} is {what} it; use the folder {assets}/ that the same run wrote")
     return model
 
 

@@ -19,6 +19,7 @@ import rlmt.algorithms
 import rlmt.data
 import rlmt.engines
 import rlmt.modules
+import rlmt.optim
 import rlmt.rewards  # noqa: F401 - imported so that their classes can be named without a module path
 from rlmt.errors import UserError
 from rlmt.parsing import Parser
@@ -75,7 +76,7 @@ class RLMTCLI(LightningCLI):
             UserError: `--ckpt_path` is such a one.
         """
         given = self._get(self.config_init, "ckpt_path")
-        if given is None or not hasattr(self.model, "check_format"):
+        if given is None:
             return
         checkpoint = Path(self.trainer.default_root_dir, "checkpoints", "last.ckpt") if given == "last" else Path(given)
         # A training job that is queued again and again may say `last` from its first start.
@@ -85,7 +86,7 @@ class RLMTCLI(LightningCLI):
         if checkpoint.is_file() and not zipfile.is_zipfile(checkpoint):
             raise UserError(f"--ckpt_path {given}: {checkpoint} is torn or no checkpoint; give an earlier one.")
         saved = checkpoint.parent / "policy"
-        if (saved / FILE_NAME).is_file():
+        if (saved / FILE_NAME).is_file() and hasattr(self.model, "check_format"):
             self.model.check_format(ThinkingFormat.load(saved), f"--ckpt_path {given}")
 
     before_fit = before_validate = before_test = before_predict = check_checkpoint

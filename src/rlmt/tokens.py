@@ -66,6 +66,27 @@ def chat_text(turns: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> s
         raise UserError(f"the chat template refuses turns {roles} ({reason}): use roles that it knows") from error
 
 
+def turn_end(tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int], plain: bool) -> list[int]:
+    """The token that ends an assistant's turn in training data: one that the policy's samples stop at.
+
+    Args:
+        tokenizer: The policy's tokenizer.
+        stop_token_ids: Ids that end a sample, the eos token first.
+        plain: Whether prompts are plain text, so that no chat template says how a turn ends.
+
+    Returns:
+        The first stop token that the chat template writes behind an assistant's turn, else the eos token; empty for a
+        tokenizer with neither.
+    """
+    if not plain:
+        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
+        text = str(tokenizer.apply_chat_template(probe, tokenize=False))
+        after = tokenizer(text.rpartition(_MARK)[2], add_special_tokens=False)["input_ids"]
+        if ends := [token for token in after if token in stop_token_ids]:
+            return ends[:1]
+    return list(stop_token_ids[:1])
+
+
 def encode(text: str, literals: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Encode `text` without BOS or EOS, each mark in it as the plain characters of its literal.
 

@@ -247,7 +247,7 @@ def test_a_position_is_resumed_on_another_number_of_ranks():
 def test_a_state_of_another_run_is_refused():
     state = PromptSampler(dataset(20), 6, 1, 0, seed=0).state_dict()
     for count, batch_size, seed in ((21, 6, 0), (20, 4, 0), (20, 6, 1)):
-        with pytest.raises(UserError, match="the checkpoint was made with other training prompts"):
+        with pytest.raises(UserError, match="the checkpoint was made with other training data"):
             PromptSampler(dataset(count), batch_size, 1, 0, seed=seed).load_state_dict(state)
 
 
@@ -623,5 +623,5 @@ def test_drawing_more_uses_no_seed_twice_and_leaves_no_prompt_out(tokenizer, pro
 def test_a_checkpoint_of_other_data_is_refused(tokenizer, prompts, tmp_path):
     fit(tokenizer, prompts, tmp_path, "steps", "every step", die_after=2)
     data = make(prompts, seed=1)
-    with pytest.raises(UserError, match="the checkpoint was made with other training prompts"):
+    with pytest.raises(UserError, match="the checkpoint was made with other training data"):
         trainer(tmp_path, max_steps=9).fit(FakeModule(tokenizer), datamodule=data, ckpt_path=tmp_path / "step=2.ckpt")

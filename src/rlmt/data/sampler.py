@@ -9,12 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
-from typing import Any
+from typing import Any, Protocol, cast
 
 from torch.utils.data import DistributedSampler
 
-from rlmt.data.prompts import PromptDataset
 from rlmt.errors import UserError
+
+
+class KeyedRows(Protocol):
+    """A data set whose rows have an identity apart from their position."""
+
+    @property
+    def keys(self) -> list[int]:
+        """A distinct integer for each row."""
+
+    def fingerprint(self) -> str:
+        """A digest of all rows."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, position: int) -> Any: ...
 
 
 def sample_seed(run_seed: int, epoch: int, prompt_index: int, sample: int) -> int:
@@ -69,8 +83,10 @@ class PromptSampler(DistributedSampler[int]):
         seed: seed of the run.
     """
 
-    def __init__(self, dataset: PromptDataset, batch_size: int, num_replicas: int, rank: int, seed: int) -> None:
-        super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=True, seed=seed, drop_last=True)
+    def __init__(self, dataset: KeyedRows, batch_size: int, num_replicas: int, rank: int, seed: int) -> None:
+        super().__init__(
+            cast(Any, dataset), num_replicas=num_replicas, rank=rank, shuffle=True, seed=seed, drop_last=True
+        )
         self._keys = dataset.keys
         self._fingerprint = f"{seed}/{batch_size}/{dataset.fingerprint()}"
         self.total_size = len(dataset) // batch_size * batch_size
@@ -126,7 +142,7 @@ class PromptSampler(DistributedSampler[int]):
         """
         if state_dict["fingerprint"] != self._fingerprint:
             raise UserError(
-                "the checkpoint was made with other training prompts, another --data.batch_size or another --data.seed:"
+                "the checkpoint was made with other training data, another --data.batch_size or another --data.seed:"
                 " resume with the same data options, or start afresh without --ckpt_path"
             )
         self._drawn = state_dict["drawn"] // self.num_replicas

@@ -144,6 +144,49 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
         return cast(PreTrainedModel, auto.from_config(config))
 
 
+def random_policy(path: str | Path, attn_implementation: str | None = None) -> PreTrainedModel:
+    """Draws the weights of a causal language model, in float32, as its config says (`initializer_range`).
+
+    The draw depends on torch's seed alone, not on what was drawn before.
+
+    Args:
+        path: A local folder or a hub name with config.json; weights in it are not read.
+        attn_implementation: As for `load_policy`.
+
+    Returns:
+        The model, in eval mode, on the CPU.
+
+    Raises:
+        UserError: There is no such config, or it is not one of a causal language model.
+    """
+    config = load_config(path)
+    check_causal_lm(config, str(path))
+    options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    auto: Any = AutoModelForCausalLM
+    with drawn_by_seed():
+        return cast(PreTrainedModel, auto.from_config(config, dtype=torch.float32, **options).eval())
+
+
+@contextmanager
+def weights_of(path: str | Path) -> Iterator[str]:
+    """Gives the name under which transformers finds a model's safetensors; errors of reading them are one line.
+
+    Raises:
+        UserError: There is no such folder or hub repository, or its weights are not safetensors or are damaged.
+    """
+    source = _source(path, _WEIGHT_FILES, "safetensors weights (model.safetensors)")
+    with _told_in_one_line(source, "safetensors weights"):
+        yield source
+
+
+@contextmanager
+def drawn_by_seed() -> Iterator[None]:
+    """Random numbers of torch inside depend on its seed alone, and those outside not on how many are drawn inside."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch.initial_seed())
+        yield
+
+
 def check_causal_lm(config: PretrainedConfig, source: str) -> None:
     """Checks that a config is one of a causal language model, so that a classifier is not trained as a policy.
 

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -20,7 +19,6 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from rlmt.algorithms import Algorithm
 from rlmt.errors import UserError
-from rlmt.export import save_policy_assets
 from rlmt.models import loading
 from rlmt.models.adapters import (
     CRITIC,
@@ -34,6 +32,7 @@ from rlmt.models.adapters import (
 )
 from rlmt.models.critic import Critic, build_critic, check_critic
 from rlmt.models.quantization import NF4, dequantized
+from rlmt.modules.checkpoints import check_same_format, record_of, save_beside_checkpoints
 from rlmt.modules.dynamic_sampling import refill
 from rlmt.modules.recorded import check_recording, record_reference, recording_of
 from rlmt.modules.schedules import CosineWithWarmup
@@ -463,10 +462,7 @@ class RLMTModule(LightningModule):
             "algorithm": self.algorithm.state_dict(),
             "random": random_states(),
         }
-        if self.trainer.is_global_zero:
-            for callback in self.trainer.checkpoint_callbacks:
-                if folder := getattr(callback, "dirpath", None):
-                    save_policy_assets(Path(folder) / "policy", self._policy.config, self.tokenizer, self.format)
+        save_beside_checkpoints(self.trainer, self._policy.config, self.tokenizer, self.format)
 
     def _adapter_record(self) -> dict[str, Any]:
         """What makes the policy of the base's weights: the adapter's configuration, and how the base is quantised."""
@@ -479,9 +475,7 @@ class RLMTModule(LightningModule):
         Raises:
             UserError: it is one.
         """
-        saved = checkpoint.get("rlmt")
-        if saved is None:
-            raise UserError("--ckpt_path is not a checkpoint of an rlmt policy; give one written by `rlmt fit`.")
+        saved = record_of(checkpoint, "RLMTModule")
         self.check_format(ThinkingFormat.from_dict(saved["format"]), "--ckpt_path")
         check_same_adapter(saved, self._adapter_record())
         self.policy_version = saved["version"]
@@ -499,11 +493,7 @@ class RLMTModule(LightningModule):
         Raises:
             UserError: the formats differ.
         """
-        if saved != self.format:
-            raise UserError(
-                f"{where} was trained with {saved}, this run asks for {self.format}; "
-                "set --model.format to the checkpoint's."
-            )
+        check_same_format(self.format, saved, where)
 
 
 def _course(batch: RolloutBatch, start: float, scored: float) -> dict[str, float]:

@@ -198,19 +198,29 @@ class ClassifierReward(Reward):
         if self.model is None:
             raise RuntimeError(f"reward model {self.source!r} is not loaded: call load() before score()")
         device = self.model.device
-        lengths = torch.tensor([len(row) for row in rows])
-        ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)  # what pads does not matter: it is masked
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
-        mask = torch.arange(ids.shape[1]) < lengths[:, None]
-        ids, mask, last = ids.to(device), mask.long().to(device), (lengths - 1).to(device)
         backbone = getattr(self.model, self.model.base_model_prefix)
-        head: Any = self.model.score
         # The trainer may run under autocast; the reward runs in its own dtype, and its head in float32.
         with torch.autocast(device.type, enabled=False):
-            hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-            at_end = hidden[torch.arange(len(rows), device=device), last]
-            return F.linear(at_end.float(), head.weight.float()).squeeze(-1)
+            return score_states(self.model, states_at_end(backbone, [torch.tensor(row) for row in rows], device))
+
+
+def states_at_end(backbone: Any, rows: Sequence[Tensor], device: torch.device) -> Tensor:
+    """[b, H] the last hidden states at the last token of b rows of token ids, each [n]."""
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)  # what pads does not matter: it is masked
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]
+    ids, mask, last = ids.to(device), mask.long().to(device), (lengths - 1).to(device)
+    hidden: Tensor = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    return hidden[torch.arange(len(rows), device=device), last]
+
+
+def score_states(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """[b] float32 scores of [b, H] hidden states under a classifier's head, which runs in float32."""
+    head: Any = model.score
+    with torch.autocast(states.device.type, enabled=False):
+        return F.linear(states.float(), head.weight.float()).squeeze(-1)
 
 
 def _load_config(source: str) -> PretrainedConfig:
