@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from rlmt.memory import fullest, kv_bytes, logits_bytes, optimizer_bytes, step_bytes, tensor_bytes, weight_bytes
 from rlmt.models.footprint import Tokens
 from rlmt.models.logprobs import LOGITS_PER_CHUNK, linear_logprobs
-from rlmt.models.nf4 import nf4_bytes, quantized_weights
+from rlmt.models.quantization import nf4_bytes, quantized_weights
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 700,

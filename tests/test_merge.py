@@ -19,7 +19,7 @@ import rlmt.merge
 from rlmt.errors import UserError
 from rlmt.export import export, save_policy_assets
 from rlmt.models.loading import load_policy, load_tokenizer
-from rlmt.models.nf4 import quantized_and_back, quantized_weights
+from rlmt.models.quantization import quantized_and_back, quantized_weights
 from rlmt.thinking import ThinkingFormat
 
 FORMAT = ThinkingFormat(prefill=True)
@@ -267,14 +267,14 @@ PEAK = """
 import resource, sys, torch
 from pathlib import Path
 import rlmt.merge as m
-from rlmt.models.nf4 import quantized_weights
+from rlmt.models.quantization import quantized_weights
 from transformers import AutoConfig
 torch.set_num_threads(1)
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 folder, out = Path(sys.argv[1]), Path(sys.argv[2])
 base = m.open_base(str(folder))
 config = {"r": 4, "lora_alpha": 8, "use_rslora": False, "use_dora": False}
-adapter = m.Adapter(config, {
+adapter = m.AdapterWeights(config, {
     m.PEFT_PREFIX + name.removesuffix("weight") + f"lora_{part}.weight": torch.ones(shape)
     for name, t in base.tensors.items() if "_proj" in name
     for part, shape in (("A", (4, t.shape[1])), ("B", (t.shape[0], 4)))})
@@ -318,9 +318,9 @@ def exported(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[d
     export(write(root / "run", first, base, True), root / "merged")
     second = load_trainer(root / "merged")
     export(write(root / "second", second, root / "merged"), root / "adapter", what="adapter")
-    from rlmt.engines.vllm import _undisturbed
+    from rlmt.engines.guest import undisturbed
 
-    with pytest.MonkeyPatch.context() as patch, _undisturbed():
+    with pytest.MonkeyPatch.context() as patch, undisturbed():
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         import vllm
 

@@ -33,7 +33,7 @@ from rlmt.memory import (
 from rlmt.models import loading
 from rlmt.models.footprint import Footprint, Tokens, forward_footprint, update_footprint
 from rlmt.models.micro_batch import hidden_states
-from rlmt.models.nf4 import quantized_weights
+from rlmt.models.quantization import quantized_weights
 from rlmt.modules import RLMTModule
 from rlmt.rewards import ClassifierReward
 

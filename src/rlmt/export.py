@@ -34,11 +34,12 @@ from transformers import (
 )
 
 from rlmt.errors import UserError
-from rlmt.merge import PEFT_PREFIX, Adapter, check_fits, merge, open_base
-from rlmt.models.adapters import CRITIC, POLICY
+from rlmt.merge import adapted_layers, check_fits, merge, open_base
+from rlmt.models.adapters import CRITIC, PEFT_PREFIX, POLICY
 from rlmt.models.loading import load_config, load_tokenizer
-from rlmt.models.nf4 import quantized_weights
+from rlmt.models.quantization import quantized_weights
 from rlmt.thinking import ThinkingFormat
+from rlmt.types import AdapterWeights
 
 ASSETS = "policy"
 """Folder beside a run's checkpoints with all of the policy but its weights."""
@@ -139,7 +140,7 @@ def export(
     print(f"{out}: {type(model).__name__}, {model.num_parameters():,} parameters in {model.dtype}")
 
 
-def _adapter(config: dict[str, Any], weights: Mapping[str, Tensor], ckpt: Path) -> Adapter:
+def _adapter(config: dict[str, Any], weights: Mapping[str, Tensor], ckpt: Path) -> AdapterWeights:
     """The policy's adapter under the names of PEFT's files; a critic's beside it stays behind."""
     named = {}
     for name, tensor in weights.items():
@@ -150,27 +151,30 @@ def _adapter(config: dict[str, Any], weights: Mapping[str, Tensor], ckpt: Path) 
             named[f"{PEFT_PREFIX}{layer}.lora_{part}{suffix}"] = tensor
     if not named:
         raise UserError(f"{ckpt}: says that it holds an adapter, and there is none in it; use an earlier one")
-    return Adapter(config, named)
+    return AdapterWeights(config, named)
 
 
 def _export_merged(
-    adapter: Adapter, source: str, about: dict[str, Any], assets: Path, out: Path, dtype: torch.dtype | None
+    adapter: AdapterWeights, source: str, about: dict[str, Any], assets: Path, out: Path, dtype: torch.dtype | None
 ) -> None:
     base = open_base(source)
     check_fits(base, adapter)
     config, quantization = load_config(assets), about.get("quantization")
     held = cast(torch.dtype, config.dtype or torch.float32)
-    config.dtype = dtype or base.tensors[f"{adapter.layers[0]}.weight"].dtype
+    layers = adapted_layers(adapter)
+    config.dtype = dtype or base.tensors[f"{layers[0]}.weight"].dtype
     save_policy_assets(out, config, load_tokenizer(assets), ThinkingFormat.from_dict(about["format"]))
     if quantization is None:
         merge(base, adapter, out, held, dtype)
     else:
         merge(base, adapter, out, held, dtype, quantized_weights(config), quantization["double_quant"])
-    print(f"{out}: {source} with the adapter of {len(adapter.layers)} layers merged into it, in {config.dtype}")
+    print(
+        f"{out}: {source} with the adapter of {len(adapted_layers(adapter))} layers merged into it, in {config.dtype}"
+    )
 
 
 def _export_adapter(
-    adapter: Adapter, source: str, about: dict[str, Any], assets: Path, out: Path, dtype: torch.dtype | None
+    adapter: AdapterWeights, source: str, about: dict[str, Any], assets: Path, out: Path, dtype: torch.dtype | None
 ) -> None:
     folder = Path(source).expanduser()
     name = str(folder.resolve()) if folder.is_dir() else source  # a relative path would be wrong from anywhere else
@@ -182,7 +186,7 @@ def _export_adapter(
     partial = out / "adapter_model.partial"
     save_file(tensors, partial, metadata={"format": "pt"})
     os.replace(partial, out / "adapter_model.safetensors")
-    print(f"{out}: adapter of {len(adapter.layers)} layers for {name}")
+    print(f"{out}: adapter of {len(adapted_layers(adapter))} layers for {name}")
     if about.get("quantization") is not None:
         print("It was trained on this model in 4 bits (NF4): load that so, or export --what merged.")
 

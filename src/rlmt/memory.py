@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from rlmt.models.footprint import Tokens
 from rlmt.models.logprobs import LOGITS_PER_CHUNK
-from rlmt.models.nf4 import nf4_bytes
+from rlmt.models.quantization import nf4_bytes
 
 _SAMPLE = 2**16
 """Elements of the tensor on which an optimizer's state is measured, in place of larger ones."""

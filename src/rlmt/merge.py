@@ -17,59 +17,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlmt.errors import UserError
+from rlmt.models.adapters import PEFT_PREFIX, merged
 from rlmt.models.loading import load_config
-from rlmt.models.nf4 import quantized_and_back
+from rlmt.models.quantization import quantized_and_back
+from rlmt.types import AdapterWeights
 
-PEFT_PREFIX = "base_model.model."
-"""What PEFT's file format puts before the name of each layer."""
 SHARD_BYTES = 2 * 2**30
 """Largest file to write, unless a single tensor is larger; a merge takes the memory of about two."""
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """A LoRA adapter as PEFT writes it to a folder."""
-
-    config: dict[str, Any]
-    """adapter_config.json as plain data."""
-    tensors: dict[str, Tensor]
-    """`base_model.model.<layer>.lora_A.weight` [rank, in], `….lora_B.weight` [out, rank], with DoRA
-    `….lora_magnitude_vector` [out]."""
-
-    @property
-    def layers(self) -> list[str]:
-        """Names of the layers that it adapts."""
-        end = ".lora_A.weight"
-        return [name.removeprefix(PEFT_PREFIX).removesuffix(end) for name in self.tensors if name.endswith(end)]
-
-
-@torch.no_grad()
-def merged(name: str, weight: Tensor, adapter: Adapter) -> Tensor:
-    """One of the base's weights with the adapter in it; a weight without adapter is returned as it is.
-
-    W + s · B A with s = alpha / rank (rsLoRA: alpha / sqrt(rank)); with DoRA each row scaled to its learned size.
-
-    Args:
-        name: of the weight in the base.
-        weight: [out, in] in any floating-point format.
-        adapter: to merge.
-
-    Returns:
-        [out, in] float32.
-    """
-    layer, config, tensors = PEFT_PREFIX + name.removesuffix(".weight"), adapter.config, adapter.tensors
-    if f"{layer}.lora_A.weight" not in tensors:
-        return weight
-    down, up = (tensors[f"{layer}.lora_{part}.weight"].float() for part in "AB")
-    rank = config["r"]
-    scale = config["lora_alpha"] / (rank**0.5 if config["use_rslora"] else rank)
-    full: Tensor = weight.float() + scale * (up @ down)
-    if config["use_dora"]:
-        size = tensors[f"{layer}.lora_magnitude_vector"].float()
-        full *= (size / torch.linalg.norm(full, dim=1))[:, None]
-    return full
+def adapted_layers(adapter: AdapterWeights) -> list[str]:
+    """Names of the layers that an adapter adapts."""
+    end = ".lora_A.weight"
+    return [name.removeprefix(PEFT_PREFIX).removesuffix(end) for name in adapter.tensors if name.endswith(end)]
 
 
 @dataclass(frozen=True)
@@ -134,13 +96,13 @@ def _meta(part: Any) -> Tensor:
     return torch.empty(part.get_shape(), dtype=empty.dtype, device="meta")
 
 
-def check_fits(base: Base, adapter: Adapter) -> None:
+def check_fits(base: Base, adapter: AdapterWeights) -> None:
     """Checks that every adapted layer is in the base and has the adapter's shape.
 
     Raises:
         UserError: one is not, or the adapter is not whole.
     """
-    for layer in adapter.layers:
+    for layer in adapted_layers(adapter):
         down, up = (adapter.tensors.get(f"{PEFT_PREFIX}{layer}.lora_{part}.weight") for part in "AB")
         weight = base.tensors.get(f"{layer}.weight")
         if weight is None:
@@ -158,7 +120,7 @@ def check_fits(base: Base, adapter: Adapter) -> None:
 
 def merge(
     base: Base,
-    adapter: Adapter,
+    adapter: AdapterWeights,
     out: Path,
     held: torch.dtype,
     dtype: torch.dtype | None,

@@ -29,7 +29,7 @@ CRITIC = "critic"
 
 _DECISIVE = ("r", "lora_alpha", "target_modules", "use_dora", "use_rslora")
 """Of PEFT's options those that make the adapter's weights mean what they mean; dropout is none."""
-_PEFT = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 """What PEFT's file format puts before each name."""
 
 
@@ -202,7 +202,7 @@ def adapter_weights(model: PreTrainedModel, adapter: str = POLICY) -> AdapterWei
         return None
     own = {name: p.detach() for name, p in model.named_parameters() if f".{adapter}." in name and is_adapter(name)}
     named = get_peft_model_state_dict(model, own, adapter, save_embedding_layers=False)
-    return AdapterWeights(config, {_PEFT + name: tensor for name, tensor in named.items()})
+    return AdapterWeights(config, {PEFT_PREFIX + name: tensor for name, tensor in named.items()})
 
 
 def is_adapter(name: str) -> bool:
@@ -262,7 +262,7 @@ def merged(name: str, weight: Tensor, adapter: AdapterWeights) -> Tensor:
     Returns:
         [out, in] float32.
     """
-    layer, config, tensors = _PEFT + name.removesuffix(".weight"), adapter.config, adapter.tensors
+    layer, config, tensors = PEFT_PREFIX + name.removesuffix(".weight"), adapter.config, adapter.tensors
     if f"{layer}.lora_A.weight" not in tensors:
         return weight
     down, up = (tensors[f"{layer}.lora_{part}.weight"].to(weight.device).float() for part in "AB")
