@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from rlmt import cli, export
+from rlmt import chat, cli, export
 from rlmt.cli import main
 from rlmt.plan import PlanCLI
 
@@ -42,18 +42,19 @@ def test_commands_reach_the_trainer(line: str, monkeypatch: pytest.MonkeyPatch, 
         monkeypatch.setattr(Trainer, name, recorder(getattr(Trainer, name), reached))
     monkeypatch.setattr(export, "export", recorder(export.export, reached))
     monkeypatch.setattr(PlanCLI, "fit", lambda cli, **options: reached.append("plan"))
+    monkeypatch.setattr(chat, "chat", recorder(chat.chat, reached))
     monkeypatch.chdir(tmp_path)
     for run in ("tiny/run", "llama-3.1-8b", "sft", "reward"):
         checkpoint = tmp_path / "runs" / run / "checkpoints/last.ckpt"
         checkpoint.parent.mkdir(parents=True)
         torch.save({}, checkpoint)
     words = shlex.split(line)[1:]
-    assert main([*words, *(["--trainer.accelerator", "cpu"] if words[0] != "export" else [])]) == 0
+    assert main([*words, *(["--trainer.accelerator", "cpu"] if words[0] not in ("export", "chat") else [])]) == 0
     assert reached == [words[0]]
 
 
 def test_there_are_commands_of_every_kind() -> None:
-    assert {line.split()[1] for line in COMMANDS} == {"fit", "validate", "predict", "plan", "export"}
+    assert {line.split()[1] for line in COMMANDS} == {"fit", "validate", "predict", "plan", "export", "chat"}
     assert {"make quickstart", "make test"} <= {line.split("#")[0].strip() for line in README.splitlines()}
     targets = (ROOT / "Makefile").read_text()
     assert "\nquickstart:" in targets and "\ntest:" in targets

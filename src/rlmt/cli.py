@@ -19,6 +19,7 @@ usage: rlmt COMMAND [options]
   predict   samples and scores of every prompt, written to parquet
   plan      the memory that a run will take, before anything is loaded: rlmt plan --config … --memory 24
   export    turn a checkpoint into a Hugging Face folder: rlmt export CKPT OUT
+  chat      talk to a checkpoint or an exported folder: rlmt chat CKPT_OR_FOLDER [--prompt TEXT]
   tiny      make small random models to try everything out on a laptop: rlmt tiny [OUT] [--corpus FILE]
 
 Configs are composed, later ones win: --config takes a file or the name of a shipped one (base, grpo, no_think, …).
@@ -124,6 +125,13 @@ def _export(command: str, args: list[str]) -> int:
     return run_function(command, export, args)
 
 
+def _chat(command: str, args: list[str]) -> int:
+    from rlmt.chat import chat
+    from rlmt.parsing import run_function
+
+    return run_function(command, chat, args)
+
+
 def _tiny(command: str, args: list[str]) -> int:
     from rlmt.parsing import run_function
     from rlmt.tiny import make_tiny
@@ -135,5 +143,6 @@ _COMMANDS: dict[str, Callable[[str, list[str]], int]] = {
     **dict.fromkeys(("fit", "validate", "test", "predict"), _lightning),
     "plan": _plan,
     "export": _export,
+    "chat": _chat,
     "tiny": _tiny,
 }

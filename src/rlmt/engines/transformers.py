@@ -155,6 +155,29 @@ class TransformersEngine(Engine):
         return FinishReason.LENGTH if len(row.ids) >= row.limit else None
 
 
+@torch.no_grad()
+def stream(policy: PreTrainedModel, prompt_ids: list[int], sampling: Sampling, seed: int) -> Iterator[int]:
+    """Samples one completion and yields each token as soon as it is drawn, the stopping one too.
+
+    The tokens are those that the engine would draw for the same prompt and seed. Stop strings are the caller's to find:
+    it may leave the iterator at any token.
+
+    Args:
+        policy: the model, in eval mode.
+        prompt_ids: rendered prompt.
+        sampling: temperature, limits and stop tokens.
+        seed: of the sample.
+    """
+    cache = DynamicCache(config=policy.config)
+    logits, _ = _prefill(policy, cache, [_Row(prompt_ids, seed, sampling.max_new_tokens)])
+    for uniform in _uniforms(seed, sampling.max_new_tokens).to(policy.device):
+        token = _draw(logits, uniform[None], sampling)[0]
+        yield int(token)
+        if int(token) in sampling.stop_token_ids:
+            return
+        logits = policy(input_ids=token[:, None], past_key_values=cache, use_cache=True).logits[:, -1]
+
+
 def _prefill(policy: PreTrainedModel, cache: DynamicCache, rows: list[_Row]) -> tuple[Tensor, Tensor]:
     """Computes each different prompt of the batch once and fills the cache for all rows.
 
