@@ -11,7 +11,8 @@ from lightning.pytorch import Trainer
 from rlmt.algorithms import DPO, GRPO, PPO
 from rlmt.cli import main
 from rlmt.data import PreferenceDataModule, RolloutDataModule, SFTDataModule
-from rlmt.engines import VLLMEngine
+from rlmt.engines import ReplayEngine, VLLMEngine
+from rlmt.models import LoRA
 from rlmt.modules import SFT, CosineWithWarmup, RewardModeling, RLMTModule
 from rlmt.rewards import ClassifierReward
 
@@ -165,3 +166,22 @@ def test_the_reward_config_instantiates(launched: list[Any]) -> None:
 def test_configs_name_only_keys_that_classes_take() -> None:
     for path in CONFIGS.rglob("*.yaml"):
         assert isinstance(yaml.safe_load(path.read_text()), dict), path
+
+
+def test_offline_dpo_is_dpo_on_recorded_samples(launched: list[Any]) -> None:
+    for names in (("base", "llama-3.1-8b", "dpo"), ("base", "llama-3.1-8b", "dpo_offline")):
+        assert main(compose(*names)) == 0
+    (_, fresh, fresh_data), (_, fixed, fixed_data) = ((run[0], run[1], run[2]) for run in launched)
+    assert vars(fresh.algorithm) == vars(fixed.algorithm)
+    assert isinstance(fixed_data.engine, ReplayEngine) and fixed_data.val_size == 0
+    assert (fresh_data.batch_size, fresh_data.group_size) == (fixed_data.batch_size, fixed_data.group_size)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "qlora"])
+@pytest.mark.parametrize("objective", ["grpo", "ppo", "dpo"])
+def test_adapters_go_with_every_objective(adapter: str, objective: str, launched: list[Any]) -> None:
+    assert main(compose("base", "llama-3.1-8b", objective, adapter)) == 0
+    ((_, module, data),) = launched
+    assert isinstance(module.lora, LoRA) and module.lora.rank == 16
+    assert (module.quantization is not None) == (adapter == "qlora") == (module.reward.quantization is not None)
+    assert data.engine.quantization == ("fp8_per_channel" if adapter == "qlora" else None)
