@@ -20,6 +20,8 @@ usage: rlmt COMMAND [options]
   plan      the memory that a run will take, before anything is loaded: rlmt plan --config … --memory 24
   export    turn a checkpoint into a Hugging Face folder: rlmt export CKPT OUT
   chat      talk to a checkpoint or an exported folder: rlmt chat CKPT_OR_FOLDER [--prompt TEXT]
+  study     many runs from one file, with seeds, and a report over them: rlmt study --config study/mini
+  mini      write a miniature world in which thinking pays, to train everything from scratch: rlmt mini [OUT]
   tiny      make small random models to try everything out on a laptop: rlmt tiny [OUT] [--corpus FILE]
 
 Configs are composed, later ones win: --config takes a file or the name of a shipped one (base, grpo, no_think, …).
@@ -139,10 +141,25 @@ def _tiny(command: str, args: list[str]) -> int:
     return run_function(command, make_tiny, args, optional_positional="out")
 
 
+def _mini(command: str, args: list[str]) -> int:
+    from rlmt.mini.files import make_mini
+    from rlmt.parsing import run_function
+
+    return run_function(command, make_mini, args, optional_positional="out")
+
+
+def _study(command: str, args: list[str]) -> int:
+    from rlmt.study.command import run
+
+    return run(args)
+
+
 _COMMANDS: dict[str, Callable[[str, list[str]], int]] = {
     **dict.fromkeys(("fit", "validate", "test", "predict"), _lightning),
     "plan": _plan,
     "export": _export,
     "chat": _chat,
+    "mini": _mini,
+    "study": _study,
     "tiny": _tiny,
 }

@@ -83,17 +83,17 @@ def draw_curves(path: Path, train: Curves, validation: Curves, subtitle: str) ->
     for axes in (reward, *others, length, broken, kl, entropy):
         axes.set_xlim(data["step"][0] - margin, last + margin)
 
-    _panel(reward, "Reward", "reward")
-    _panel(length, "Length", "tokens a sample")
-    _panel(broken, "Broken samples", "share of samples")
+    panel(reward, "Reward", "reward")
+    panel(length, "Length", "tokens a sample")
+    panel(broken, "Broken samples", "share of samples")
     pairwise = not np.isnan(data["dpo/accuracy"]).all()
     if pairwise:
-        _panel(kl, "Pairs ranked as the reward does, and entropy", "accuracy")
+        panel(kl, "Pairs ranked as the reward does, and entropy", "accuracy")
     else:
-        _panel(kl, "KL to the reference and entropy", "KL\n(nats a token)")
-    _panel(entropy, "", "entropy\n(nats a token)")
+        panel(kl, "KL to the reference and entropy", "KL\n(nats a token)")
+    panel(entropy, "", "entropy\n(nats a token)")
     for axes, name in zip(others, held_out, strict=True):
-        _panel(axes, "", "held-out")
+        panel(axes, "", "held-out")
         _label_ends(axes, _held_out(axes, name, validation))
     for axes in (kl, *[reward, *others][:-1]):
         axes.tick_params(labelbottom=False)
@@ -165,7 +165,8 @@ def _held_out(axes: Axes, name: str, validation: Curves) -> list[Label]:
     return [(f"{name.removeprefix('val/')}\nbest: step {steps[best]:.0f}", float(values[-1]), GREEN)]
 
 
-def _panel(axes: Axes, title: str, unit: str) -> None:
+def panel(axes: Axes, title: str, unit: str) -> None:
+    """Gives a panel its title, the unit of its values, and the style that all panels share."""
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color="#222222", pad=8)
     axes.set_ylabel(unit, fontsize=9, color=GREY)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))

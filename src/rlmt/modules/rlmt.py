@@ -404,6 +404,8 @@ class RLMTModule(LightningModule):
         experience = self.experience(batch)
         total = experience.scores.total
         self.log(f"{stage}/reward_mean", total.mean(), batch_size=len(batch), sync_dist=True, prog_bar=True)
+        broken = sum(not split.ok for split in experience.splits) / len(experience.splits)
+        self.log(f"{stage}/malformed", broken, batch_size=len(batch), sync_dist=True)
         for name, part in experience.scores.parts.items():
             if len(experience.scores.parts) > 1 and (known := part[part.isfinite()]).numel():
                 self.log(f"{stage}/{name}", known.mean(), batch_size=known.numel(), sync_dist=True)

@@ -4,6 +4,7 @@ from rlmt.rewards.base import Reward
 from rlmt.rewards.classifier import ClassifierReward
 from rlmt.rewards.rules import CallableReward, FormatReward, LengthWindow, RegexReward
 from rlmt.rewards.scoring import MalformedMode, score
+from rlmt.rewards.shuffled import ShuffledReward
 from rlmt.rewards.weighted import WeightedSum
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "MalformedMode",
     "RegexReward",
     "Reward",
+    "ShuffledReward",
     "WeightedSum",
     "score",
 ]

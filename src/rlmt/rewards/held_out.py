@@ -18,7 +18,7 @@ from rlmt.rewards.scoring import MalformedMode, score
 from rlmt.rewards.weighted import leaf_names
 from rlmt.types import Experience
 
-TAKEN = ("reward_mean", "thought_tokens", "response_tokens")
+TAKEN = ("reward_mean", "malformed", "thought_tokens", "response_tokens")
 """What else is logged of held-out prompts, under `val/` and `test/`."""
 
 

@@ -1,0 +1,143 @@
+"""`rlmt study`: runs what is not done yet, then reports. It has no training loop: its jobs are `rlmt` commands."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from rlmt.cli import resolve_configs
+from rlmt.errors import UserError
+from rlmt.study.report import Comparison, Findings, print_table, sentences, write_report
+from rlmt.study.results import Estimate, Row, last_values, read_rows
+from rlmt.study.runner import State, run_jobs
+from rlmt.study.stages import Arm, Plan, Stage, keys
+
+
+def study(
+    stages: dict[str, Stage],
+    arms: dict[str, Arm],
+    metrics: dict[str, str],
+    out: Path,
+    title: str = "A study",
+    seeds: list[int] | None = None,
+    texts: dict[str, str] | None = None,
+    comparisons: list[Comparison] | None = None,
+    picture: list[str] | None = None,
+    only: list[str] | None = None,
+    jobs: int = 1,
+    command: str = "rlmt study",
+) -> None:
+    """Runs a study: the jobs that are not done yet, and a report over all.
+
+    Args:
+        stages: Name → what is run for each seed and each combination of axes.
+        arms: Name → a row of the tables.
+        metrics: Name → the name it is logged under; the first is the one that arms are judged by.
+        out: Folder to write to; jobs that are done there are not run again.
+        title: Heading of the report.
+        seeds: Fixed before a run, all of them reported; null takes 0.
+        texts: Name → text that several commands share.
+        comparisons: Questions that the report answers.
+        picture: Arms whose curves are drawn; null draws none.
+        only: Arms to run and report; null takes all.
+        jobs: Most jobs at a time, each on its share of the cores.
+        command: How to make the report again, to be written into it.
+
+    Raises:
+        UserError: The study is not well put, or jobs failed.
+    """
+    chosen = _chosen(arms, only)
+    seeds = seeds or [0]
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds {seeds}: one of them is there twice")
+    if jobs < 1:
+        raise UserError(f"--jobs is {jobs}: give at least 1")
+    for question in comparisons or []:
+        for name in (question.more, question.than):
+            if name not in arms:
+                raise UserError(f"--comparisons: there is no arm {name!r}; choose of {', '.join(arms)}")
+        if question.by is not None and question.by not in metrics:
+            raise UserError(f"--comparisons: there is no metric {question.by!r}; choose of {', '.join(metrics)}")
+    plan = Plan(stages, seeds, out, texts or {})
+    needed = plan.needed(list(chosen.values()))
+    signal.signal(signal.SIGTERM, _interrupt)
+    run_jobs(needed, keys(needed, out), jobs)
+
+    rows = {arm: [read_rows(plan.folder(chosen[arm], seed)) for seed in seeds] for arm in chosen}
+    table = {}
+    for arm in chosen:
+        values = [
+            last_values(of_seed, metrics, plan.folder(chosen[arm], seed))
+            for seed, of_seed in zip(seeds, rows[arm], strict=True)
+        ]
+        table[arm] = {metric: Estimate(tuple(value[metric] for value in values)) for metric in metrics}
+    drawn = [arm for arm in picture or [] if arm in chosen]
+    found = Findings(
+        title=title,
+        command=command,
+        seeds=seeds,
+        labels={arm: chosen[arm].label for arm in chosen},
+        metrics=list(metrics),
+        table=table,
+        minutes={arm: _minutes(plan, chosen[arm], seeds) for arm in chosen},
+        comparisons=comparisons or [],
+        picture=_draw(out, title, {chosen[arm].label: rows[arm] for arm in drawn}) if drawn else None,
+    )
+    console = Console()
+    written = write_report(found, out)
+    console.print(print_table(found))
+    for sentence in sentences(found):
+        console.print(sentence.replace("**", ""), soft_wrap=True, markup=False, highlight=False)
+    for path in [*written, *([found.picture] if found.picture else [])]:
+        console.print(f"{path}", soft_wrap=True, highlight=False)
+
+
+def _chosen(arms: dict[str, Arm], only: list[str] | None) -> dict[str, Arm]:
+    if unknown := set(only or ()) - set(arms):
+        raise UserError(f"--only: there is no arm {min(unknown)!r}; choose of {', '.join(arms)}")
+    return {name: arm for name, arm in arms.items() if only is None or name in only}
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Makes SIGTERM what Ctrl-C is, so that jobs are ended, too."""
+    raise KeyboardInterrupt
+
+
+def _minutes(plan: Plan, arm: Arm, seeds: Sequence[int]) -> Estimate:
+    states = [State.load(plan.folder(arm, seed)) for seed in seeds]
+    return Estimate(tuple(sum(state.seconds.values()) / 60 for state in states if state is not None))
+
+
+def _draw(out: Path, title: str, curves: dict[str, list[list[Row]]]) -> Path:
+    # Imported here because matplotlib takes a second to load.
+    from rlmt.study.figure import draw_study
+
+    return draw_study(out / "curves.png", title, curves)
+
+
+def run(args: Sequence[str]) -> int:
+    """Reads the command line, with configs, and runs the study.
+
+    Args:
+        args: after `rlmt study`.
+
+    Returns:
+        Exit status 0.
+
+    Raises:
+        UserError: a mistake in the configuration, or jobs failed.
+    """
+    from rlmt.parsing import Parser
+
+    parser = Parser(prog="rlmt study", description="Many runs from one file, with seeds, and a report over them.")
+    parser.add_argument("--config", action="config", help="a study, such as study/mini; later ones win")
+    parser.add_function_arguments(study, skip={"command"})
+    options = parser.instantiate_classes(parser.parse_args(resolve_configs(args))).as_dict()
+    options.pop("config", None)
+    study(**options, command=" ".join(["rlmt study", *map(shlex.quote, args)]))
+    return 0
