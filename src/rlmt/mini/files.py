@@ -66,7 +66,7 @@ def write_mini(out: Path, seed: int, sizes: Sizes | None = None) -> dict[str, st
         What was written → a word on it.
 
     Raises:
-        UserError: `out` is a file, or a folder that this function did not make.
+        UserError: `out` is a file, or holds files that this function would write and did not make.
     """
     sizes = sizes or Sizes()
     _make_room(out)
@@ -93,8 +93,9 @@ def write_mini(out: Path, seed: int, sizes: Sizes | None = None) -> dict[str, st
 def _make_room(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; name a folder to write to")
-    if out.is_dir() and any(out.iterdir()) and not (out / _MARKER).is_file():
-        raise UserError(f"{out}: was not made by `rlmt mini`; name another folder or move it away")
+    found = [path for name in ("base", "*.jsonl") for path in out.glob(name)]
+    if found and not (out / _MARKER).is_file():
+        raise UserError(f"{found[0]}: was not made by `rlmt mini`; name another folder or move it away")
     out.mkdir(parents=True, exist_ok=True)
     (out / _MARKER).touch()  # first, so that a run killed halfway can be repeated
 

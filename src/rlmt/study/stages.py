@@ -132,9 +132,8 @@ class Plan:
         needs: dict[Path, None] = {}
         commands = []
         for line in stage.run:
-            verb = line.split(maxsplit=1)[0] if line.strip() else ""
-            extra = {"fit": FIT_OPTIONS, "validate": _FOLDER_OPTION}.get(verb, "")
-            words = shlex.split(self._with_texts(f"{line} {extra}", name))
+            words = shlex.split(self._with_texts(line, name))
+            words += {"fit": FIT_OPTIONS, "validate": _FOLDER_OPTION}.get(words[0] if words else "", "").split()
             scope = {"seed": str(seed), "dir": str(folder), **values}
             commands.append(tuple(self._fill(word, name, scope, seed, values, needs) for word in words))
         return Job(name, seed, tuple(values.items()), folder, tuple(commands), tuple(needs))
