@@ -68,21 +68,20 @@ def test_reward_rises_over_three_seeds(objective: str, tiny: Path, prompts_file:
 @pytest.mark.parametrize("form", ["think", "no_think"])
 def test_no_thought_is_scored(form: str, tiny: Path, prompts_file: Path, tmp_path: Path) -> None:
     fit(tiny, prompts_file, tmp_path, "--model.format", form, "--trainer.max_steps", 4)
-    check_rollouts(tmp_path, form)
+    assert 0 < scored_share(tmp_path, form) < 1
 
 
 @pytest.mark.skipif("RLMT_PROMPTS" not in os.environ, reason="RLMT_PROMPTS names no file of real prompts")
 def test_no_thought_is_scored_on_real_prompts(tiny: Path, tmp_path: Path) -> None:
     fit(tiny, Path(os.environ["RLMT_PROMPTS"]), tmp_path, "--model.format", "think", "--trainer.max_steps", 6)
-    check_rollouts(tmp_path, "think")
+    assert 0 < scored_share(tmp_path, "think") < 1
 
 
-def check_rollouts(run: Path, form: str) -> None:
-    """Takes every dumped rollout apart by plain string search: what was scored holds no part of a thought."""
+def scored_share(run: Path, form: str) -> float:
+    """Takes every dumped rollout apart by string search: what was scored holds no part of a thought; how much was."""
     (folder,) = run.rglob("rollouts")
     rows = [row for file in sorted(folder.glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
     scored = [row for row in rows if row["scored_text"] is not None]
-    assert 0 < len(scored) < len(rows)
     for row in scored:
         before, tag, after = row["text"].partition("</think>")
         if form == "think":
@@ -93,3 +92,4 @@ def check_rollouts(run: Path, form: str) -> None:
         assert "think>" not in row["scored_text"]
     worst = min(row["reward"] for row in scored)
     assert all(row["reward"] <= worst for row in rows if row["scored_text"] is None)
+    return len(scored) / len(rows)

@@ -86,8 +86,7 @@ def step_bytes(make: Callable[[Any], Optimizer], trained: Iterable[Tensor]) -> i
 def logits_bytes(tokens: int, head: Tensor, compute: torch.dtype) -> int:
     """The most bytes that the logits of a micro-batch, made a chunk at a time, and their gradients take.
 
-    In backward two float32 copies of a chunk are alive, and a third in a shorter number format of the forward; the next
-    chunk's logits are made, once in each format, before these go.
+    In backward two float32 copies of a chunk are alive, and a third in a shorter number format of the forward.
 
     Args:
         tokens: whose logits are wanted.
@@ -97,7 +96,7 @@ def logits_bytes(tokens: int, head: Tensor, compute: torch.dtype) -> int:
     vocabulary = head.shape[0]
     chunk = min(tokens, max(1, LOGITS_PER_CHUNK // vocabulary))
     short = 0 if compute is torch.float32 else compute.itemsize
-    return chunk * vocabulary * (8 + short + (4 + short if tokens > chunk else 0))
+    return chunk * vocabulary * (8 + short)
 
 
 def kv_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from rlmt.base_prompt import base_prompt
 from rlmt.errors import UserError
 from rlmt.tokens import TURN_ENDS, chat_text, control_strings, encode, one_bos, shield
 from rlmt.types import Message, Split, Status
@@ -35,14 +36,6 @@ FILE_NAME = "thinking_format.json"
 
 _THINK = ("<think>", "</think>")
 _RESPONSE = ("<response>", "</response>")
-
-_PREAMBLE = "What follows is a conversation between a user and a helpful assistant. "
-_ZERO_THINK = (
-    "Before every answer the assistant works out what the user needs and how best to reply; it writes these thoughts "
-    "first, between <think> and </think>, and the user does not see them. It then writes the answer that the user "
-    "reads between <response> and </response>."
-)
-_ZERO_NO_THINK = "The assistant writes the answer that the user reads between <response> and </response>."
 
 _INVISIBLE = frozenset({"Cc", "Cf", "Cs", "Zs", "Zl", "Zp", "Mn", "Me"})
 _FILLERS = frozenset("\u115f\u1160\u2800\u3164\uffa0")
@@ -157,7 +150,7 @@ class ThinkingFormat:
             raise UserError("a prompt's last turn is not the user's: drop the row or its trailing turns")
         turns, literals = shield(self._turns(messages), control_strings(tokenizer, self.tags))
         if self.zero:
-            text = self._zero_text(turns)
+            text = base_prompt(turns, self.thinks, self._opening if self.prefill else "")
         else:
             text = chat_text(turns, tokenizer)
             if self.prefill and not self._template_opens(tokenizer):
@@ -196,24 +189,6 @@ class ThinkingFormat:
         """Whether the template's generation prompt ends with an opening tag (as those of reasoning models do)."""
         probe = chat_text(self._turns([Message(role="user", content="Hi")]), tokenizer)
         return probe.rstrip().endswith(_THINK[0])
-
-    def _zero_text(self, messages: Sequence[Message]) -> str:
-        """The plain-text prompt of a base model: preamble, system text, turns, and the assistant's cue."""
-        head = [_PREAMBLE + (_ZERO_THINK if self.thinks else _ZERO_NO_THINK)]
-        turns: list[str] = []
-        for message in messages:
-            role, content = message["role"], message["content"]
-            if role == "system":
-                head.append(content)
-            elif role == "user":
-                turns.append(f"User: <query>{content}</query>")
-            elif role == "assistant":
-                # Past turns show what the user saw: the response without its thought.
-                turns.append(f"Assistant: {_RESPONSE[0]} {content} {_RESPONSE[1]}")
-            else:
-                raise UserError(f"a prompt has a turn of role {role!r}: use system, user or assistant")
-        cue = f"Assistant: {self._opening}" if self.prefill else "Assistant:"
-        return "\n\n".join(head) + "\n\n" + "\n".join([*turns, cue])
 
     def target(self, thought: str, response: str) -> str:
         """Write the completion that SFT trains on.

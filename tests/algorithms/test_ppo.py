@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlmt.algorithms import PPO
+from rlmt.algorithms import GRPO, PPO
 from rlmt.errors import UserError
 from rlmt.types import (
     Experience,
@@ -211,6 +211,8 @@ def test_options_out_of_range_are_named(options: dict[str, Any], named: str) -> 
         PPO(**options)
 
 
-def test_any_group_size_will_do() -> None:
+def test_a_group_of_one_will_do_unlike_without_a_critic() -> None:
+    with pytest.raises(UserError, match="group_size is 1"):
+        GRPO().check(1)
     PPO().check(1)
     PPO().check(8)

@@ -1,24 +1,34 @@
-"""A tokenizer whose tokens can be counted by hand."""
+"""Tokenizers whose tokens can be counted by hand."""
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-TEMPLATE = (
-    "<s>{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-SPECIAL = ["<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>", "<|im_end|>"]
 
-
-@pytest.fixture(scope="session")
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte; turns end with <|im_end|>, which is not the eos token </s>."""
+def one_token_a_byte(turn_end: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of bytes and control tokens; a turn ends with the control token given and what follows it."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens(SPECIAL)
+    inner.add_special_tokens(["<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"])
+    inner.add_special_tokens([turn_end.strip()])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = (
+        "<s>{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+        + turn_end
+        + "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Turns end with <|im_end|>, which is not the eos token </s>, and a new line."""
+    return one_token_a_byte("<|im_end|>\n")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Turns end with the eos token."""
+    return one_token_a_byte("</s>")

@@ -1,4 +1,3 @@
-import itertools
 import json
 import random
 from collections import Counter
@@ -8,35 +7,16 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.data import DistributedSampler
 from transformers import PreTrainedTokenizerFast
 
-from rlmt.data import PromptDataset, PromptSampler, RolloutDataModule, sample_seed, shuffled
+from rlmt.data import RolloutDataModule, sample_seed
 from rlmt.engines.base import Engine
 from rlmt.errors import UserError
 from rlmt.thinking import ThinkingFormat
-from rlmt.types import FinishReason, Prompt, PromptBatch, RolloutBatch, Samples
+from rlmt.types import FinishReason, PromptBatch, RolloutBatch, Samples
 
-TEMPLATE = (
-    "<s>{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-SPECIAL = ["<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
 FRAME = 4  # tokens around a one-turn prompt: <s> <|user|> … </s> <|assistant|>
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    """One token a byte, so that lengths can be counted by hand."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens(SPECIAL)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
 
 
 class FakeEngine(Engine):
@@ -168,89 +148,6 @@ def attached(data, module, world_size=1, rank=0, stage="fit"):
     return data
 
 
-# ------------------------------------------------------------------------------------------------ seeds and order
-
-
-def test_sample_seeds_are_what_they_always_were():
-    # blake2b("sample/0/0/0/0", 8 bytes), big-endian, shifted right by one, worked out with hashlib by hand.
-    assert sample_seed(0, 0, 0, 0) == 8_643_706_224_667_963_891
-    assert sample_seed(7, 3, 1234, 5) == 7_975_850_294_270_900_313
-
-
-def test_sample_seeds_are_distinct_and_in_range():
-    seeds = [sample_seed(*key) for key in itertools.product((0, 1), range(3), range(200), range(8))]
-    assert len(set(seeds)) == 2 * 3 * 200 * 8
-    assert all(0 <= seed < 2**63 for seed in seeds)
-    assert sample_seed(1, 12, 3, 0) != sample_seed(1, 1, 23, 0)
-
-
-def test_shuffled_is_a_permutation_that_survives_the_loss_of_an_item():
-    keys = list(range(50))
-    order = [keys[i] for i in shuffled(keys, 0, "split")]
-    fewer = [k for k in keys if k != 17]
-    assert sorted(order) == keys and order != keys
-    assert [fewer[i] for i in shuffled(fewer, 0, "split")] == [k for k in order if k != 17]
-    assert [keys[i] for i in shuffled(keys, 1, "split")] != order != [keys[i] for i in shuffled(keys, 0, "epoch 0")]
-
-
-def dataset(count):
-    return PromptDataset([Prompt(i, [{"role": "user", "content": str(i)}]) for i in range(count)])
-
-
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_global_batches_do_not_depend_on_the_number_of_ranks(ranks):
-    alone = list(PromptSampler(dataset(20), 6, 1, 0, seed=0))
-    parts = [list(PromptSampler(dataset(20), 6, ranks, rank, seed=0)) for rank in range(ranks)]
-    share = 6 // ranks
-    assert len(alone) == 18 and all(len(part) == 18 // ranks for part in parts)
-    for step in range(3):
-        together = [i for part in parts for i in part[step * share : (step + 1) * share]]
-        assert sorted(together) == sorted(alone[step * 6 : (step + 1) * 6])
-
-
-def test_passes_follow_each_other_wherever_iterations_start_and_stop():
-    whole = PromptSampler(dataset(20), 6, 1, 0, seed=0)
-    stream = [(i, whole.epoch) for _ in range(3) for i in whole]
-    assert [epoch for _, epoch in stream] == [0] * 18 + [1] * 18 + [2] * 18
-    assert all(len({i for i, e in stream if e == epoch}) == 18 for epoch in range(3))
-    pieces = PromptSampler(dataset(20), 6, 1, 0, seed=0)
-    pieces.set_epoch(7)  # Lightning's count changes nothing
-    assert [(i, pieces.epoch) for _ in range(9) for i in itertools.islice(pieces, 6)] == stream
-
-
-def test_positions_taken_out_of_turn_are_skipped_by_the_iteration():
-    whole = PromptSampler(dataset(20), 6, 1, 0, seed=0)
-    stream = [(i, whole.epoch) for _ in range(2) for i in whole]
-    sampler = PromptSampler(dataset(20), 6, 1, 0, seed=0)
-    got = []
-    for i in sampler:
-        got.append((i, sampler.epoch))
-        if len(got) in (6, 24):
-            got += [(i, sampler.epoch) for i in sampler.take(6)]
-    assert got == stream[:30]  # an iteration yields a pass's number, whatever was taken meanwhile
-
-
-def test_a_position_is_resumed_on_another_number_of_ranks():
-    one = PromptSampler(dataset(20), 6, 1, 0, seed=0)
-    order = [i for _ in range(2) for i in one]
-    one = PromptSampler(dataset(20), 6, 1, 0, seed=0)
-    assert list(itertools.islice(one, 6)) == order[:6]
-    rest = []
-    for rank in range(2):
-        sampler = PromptSampler(dataset(20), 6, 2, rank, seed=0)
-        sampler.load_state_dict(one.state_dict())
-        rest.append(list(sampler))
-    assert sorted(rest[0][:6] + rest[1][:6]) == sorted(order[6:18])
-    assert sorted(rest[0][6:] + rest[1][6:]) == sorted(order[18:24])
-
-
-def test_a_state_of_another_run_is_refused():
-    state = PromptSampler(dataset(20), 6, 1, 0, seed=0).state_dict()
-    for count, batch_size, seed in ((21, 6, 0), (20, 4, 0), (20, 6, 1)):
-        with pytest.raises(UserError, match="the checkpoint was made with other training data"):
-            PromptSampler(dataset(count), batch_size, 1, 0, seed=seed).load_state_dict(state)
-
-
 # ------------------------------------------------------------------------------------------------ setting up
 
 
@@ -338,7 +235,9 @@ def test_what_does_not_fit_is_told_in_one_line(tokenizer, prompts, options, worl
 
 
 def test_limits_that_just_fit(tokenizer, prompts):
-    attached(make(prompts, max_prompt_tokens=9, max_new_tokens=91, batch_size=20), FakeModule(tokenizer), world_size=4)
+    data = make(prompts, max_prompt_tokens=9, max_new_tokens=91, batch_size=20)
+    attached(data, FakeModule(tokenizer), world_size=4)
+    assert len(data._train) == 20 and {len(batch.prompts) for batch in data.train_dataloader()} == {5}
 
 
 def test_the_engine_is_checked_before_prompts_are_read(tokenizer):
@@ -356,7 +255,7 @@ def test_a_prompt_that_the_template_refuses_is_named(tokenizer, prompts):
         tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>"
     )
     refuses = "{% if messages[0].content == 'say03' %}{{ raise_exception('no threes') }}{% endif %}"
-    module.tokenizer.chat_template = refuses + TEMPLATE
+    module.tokenizer.chat_template = refuses + tokenizer.chat_template
     with pytest.raises(UserError, match=rf"{prompts}: row 4: .*no threes"):
         attached(make(prompts), module)
 

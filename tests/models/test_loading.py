@@ -21,10 +21,12 @@ def _edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
 
 
-def _refused(load, *args, match: str) -> None:
-    with pytest.raises(UserError, match=match) as caught:
+def _refusal(load, *args) -> str:
+    """The one line that refuses."""
+    with pytest.raises(UserError) as caught:
         load(*args)
     assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def test_weights_are_those_of_the_file(folder):
@@ -36,7 +38,7 @@ def test_weights_are_those_of_the_file(folder):
     half = load_policy(folder, "bfloat16", attn_implementation="eager")
     assert half.dtype is torch.bfloat16
     assert half.config._attn_implementation == "eager"
-    _refused(load_policy, folder, "int3", match="dtype 'int3'")
+    assert "dtype 'int3'" in _refusal(load_policy, folder, "int3")
 
 
 def test_pad_token_stays_in_memory(folder):
@@ -46,16 +48,16 @@ def test_pad_token_stays_in_memory(folder):
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     assert (folder / "tokenizer_config.json").read_bytes() == before
     _edit(folder / "tokenizer_config.json", eos_token=None)
-    _refused(load_tokenizer, folder, match="neither a pad nor an eos token")
+    assert "neither a pad nor an eos token" in _refusal(load_tokenizer, folder)
 
 
 def test_paths(tmp_path, folder, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where there is no runs/tiny
-    _refused(load_config, "runs/tiny/policy", match="run `rlmt tiny` first")
-    _refused(load_config, tmp_path / "none", match="no such folder")
-    _refused(load_config, "someone/some-model", match="from the hub")
-    _refused(load_tokenizer, "someone/some-model", match="from the hub")
-    _refused(load_config, folder / "config.json", match="is a file")
+    assert "run `rlmt tiny` first" in _refusal(load_config, "runs/tiny/policy")
+    assert "no such folder" in _refusal(load_config, tmp_path / "none")
+    assert "from the hub" in _refusal(load_config, "someone/some-model")
+    assert "from the hub" in _refusal(load_tokenizer, "someone/some-model")
+    assert "is a file" in _refusal(load_config, folder / "config.json")
 
 
 def test_incomplete_folders(folder):
@@ -64,35 +66,35 @@ def test_incomplete_folders(folder):
     tensors = {name: tensor.clone() for name, tensor in load_file(weights).items()}
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    _refused(load_policy, folder, match="damaged")
+    assert "damaged" in _refusal(load_policy, folder)
     tensors.pop("lm_head.weight")
     save_file(tensors, weights, metadata={"format": "pt"})
-    _refused(load_policy, folder, match="lack 1 tensors of the model, such as lm_head.weight")
+    assert "lack 1 tensors of the model, such as lm_head.weight" in _refusal(load_policy, folder)
     torch.save(tensors, folder / "pytorch_model.bin")
     weights.unlink()
-    _refused(load_policy, folder, match="no safetensors weights")
+    assert "no safetensors weights" in _refusal(load_policy, folder)
     (folder / "tokenizer.json").unlink()
-    _refused(load_tokenizer, folder, match="no tokenizer")
+    assert "no tokenizer" in _refusal(load_tokenizer, folder)
     (folder / "config.json").write_text("{")
-    _refused(load_config, folder, match="JSON")
+    assert "JSON" in _refusal(load_config, folder)
     (folder / "config.json").unlink()
-    _refused(load_config, folder, match="no config.json")
+    assert "no config.json" in _refusal(load_config, folder)
 
 
 def test_models_that_are_no_policy(tiny, folder):
-    _refused(load_policy, tiny / "reward", match="holds a LlamaForSequenceClassification")
+    assert "holds a LlamaForSequenceClassification" in _refusal(load_policy, tiny / "reward")
     _edit(folder / "config.json", model_type="vit", architectures=["ViTModel"])
-    _refused(load_policy, folder, match="vit is not a causal language model")
+    assert "vit is not a causal language model" in _refusal(load_policy, folder)
     _edit(folder / "config.json", model_type="nobodys")
-    _refused(load_config, folder, match="model type")
+    assert "model type" in _refusal(load_config, folder)
     (folder / "code.py").write_text("raise SystemExit('ran remote code')")
     _edit(folder / "config.json", auto_map={"AutoConfig": "code.Config"})
-    _refused(load_config, folder, match="never runs")
+    assert "never runs" in _refusal(load_config, folder)
 
 
 def test_max_positions():
     assert max_positions(LlamaConfig(max_position_embeddings=77)) == 77
-    _refused(max_positions, BloomConfig(), match="max_position_embeddings")
+    assert "max_position_embeddings" in _refusal(max_positions, BloomConfig())
 
 
 def test_families_that_change_their_logits_are_refused() -> None:

@@ -18,7 +18,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from rlmt.data.prompts import PromptDataset, load_prompts
 from rlmt.data.rollouts import LoadedPrompts, PolicySource, draw, known_prompts
-from rlmt.data.sampler import PromptSampler, shuffled
+from rlmt.data.sampler import PromptSampler, ResumableOrder, shuffled
 from rlmt.engines.base import Engine
 from rlmt.errors import UserError
 from rlmt.types import Prompt, PromptBatch, RolloutBatch, Sampling
@@ -27,7 +27,7 @@ DEFAULT_VAL_SIZE = 64
 """Prompts split off for validation when neither `val_size` nor `val_prompts` is given."""
 
 
-class RolloutDataModule(LightningDataModule):
+class RolloutDataModule(ResumableOrder, LightningDataModule):
     """Loads prompts and has the engine draw samples from the policy for them.
 
     Training batches hold `group_size` samples a prompt; validation and test batches hold one, drawn with seeds that are
@@ -104,7 +104,6 @@ class RolloutDataModule(LightningDataModule):
         self._all: list[Prompt] | None = None
         self._train: list[Prompt] = []
         self._val: list[Prompt] = []
-        self._sampler: PromptSampler | None = None
         self._started: list[Engine] = []
 
     # ---------------------------------------------------------------- prompts
@@ -128,12 +127,8 @@ class RolloutDataModule(LightningDataModule):
                 f"exceed the model's context of {source.max_positions:,} tokens: lower one of them"
             )
         source.format.check(source.tokenizer, source.tokenizer.name_or_path)
-        engine.check_run(
-            source.format,
-            source.tokenizer,
-            self._sampling(source),
-            1 if held_out else self.group_size,
-        )
+        samples = 1 if held_out else self.group_size
+        engine.check_run(source.format, source.tokenizer, self._sampling(source), samples)
         if self._all is None:
             self._load(source)
         self._sampler = None
@@ -213,25 +208,6 @@ class RolloutDataModule(LightningDataModule):
             generator=torch.Generator(),
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where training stands in the prompts, for the checkpoint.
-
-        Lightning saves the loader's state too, but does not load it when a run goes on at the start of an epoch.
-        """
-        return {} if self._sampler is None else self._sampler.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on with the prompts where a checkpoint stood; other stages than fit start from the first prompt.
-
-        Args:
-            state_dict: what `state_dict` returned.
-
-        Raises:
-            UserError: the checkpoint belongs to other prompts, another batch size or another seed.
-        """
-        if self._sampler is not None:
-            self._sampler.load_state_dict(state_dict)
-
     def val_dataloader(self) -> DataLoader[Prompt] | list[DataLoader[Prompt]]:
         """The held-out prompts, as many samples a batch as in training; no loader if there are none."""
         if not self._val:
@@ -278,14 +254,7 @@ class RolloutDataModule(LightningDataModule):
             assert source.policy is not None
             self._started.append(engine)
             engine.start(source.policy, source.tokenizer, self._max_model_len, source.compute_dtype)
-        return draw(
-            batch,
-            source,
-            engine,
-            self._sampling(source),
-            group_size,
-            self.seed,
-        )
+        return draw(batch, source, engine, self._sampling(source), group_size, self.seed)
 
     def draw_more(self) -> RolloutBatch:
         """Rollouts for what would have been the next training batch, drawn now; the loader goes on behind it.

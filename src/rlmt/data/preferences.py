@@ -214,9 +214,7 @@ class PreferenceDataModule(SupervisedDataModule[EncodedComparison]):
         path: file (.parquet, .jsonl, .json, .csv) or hub data set, see `rlmt.data.preferences` for its columns.
         batch_size: rows an optimizer step.
         max_length: rows with a longer conversation, in tokens, are dropped, and counted aloud.
-        val_path: file or hub data set to validate on; None splits validation rows off `path`.
-        val_size: number of validation rows, 0 for none; None takes 64 of `path`, or all of `val_path`.
-        seed: orders the rows.
+        **options: those of `SupervisedDataModule`.
 
     Raises:
         UserError: an argument is out of range.
@@ -224,16 +222,8 @@ class PreferenceDataModule(SupervisedDataModule[EncodedComparison]):
 
     what = "comparisons"
 
-    def __init__(
-        self,
-        path: str,
-        batch_size: int = 64,
-        max_length: int = 4096,
-        val_path: str | None = None,
-        val_size: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(path, batch_size, max_length, val_path, val_size, seed)
+    def __init__(self, path: str, batch_size: int = 64, max_length: int = 4096, **options: Any) -> None:
+        super().__init__(path, batch_size, max_length, **options)
 
     @property
     def attributes(self) -> int:

@@ -146,3 +146,28 @@ class PromptSampler(DistributedSampler[int]):
                 " resume with the same data options, or start afresh without --ckpt_path"
             )
         self._drawn = state_dict["drawn"] // self.num_replicas
+
+
+class ResumableOrder:
+    """What a data module that draws its training rows by a `PromptSampler` saves of it."""
+
+    _sampler: PromptSampler | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where training stands in the rows, for the checkpoint.
+
+        Lightning saves the loader's state too, but does not load it when a run goes on at the start of an epoch.
+        """
+        return {} if self._sampler is None else self._sampler.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on with the rows where a checkpoint stood; other stages than fit start from the first.
+
+        Args:
+            state_dict: what `state_dict` returned.
+
+        Raises:
+            UserError: the checkpoint belongs to other rows, another batch size or another seed.
+        """
+        if self._sampler is not None:
+            self._sampler.load_state_dict(state_dict)

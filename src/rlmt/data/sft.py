@@ -235,9 +235,7 @@ class SFTDataModule(SupervisedDataModule[EncodedDemonstration]):
         batch_size: demonstrations an optimizer step.
         max_length: longer demonstrations, in tokens of prompt and target, are dropped, and counted aloud.
         system: system prompt for rows that have none.
-        val_path: file or hub data set to validate on; None splits validation rows off `path`.
-        val_size: number of validation rows, 0 for none; None takes 64 of `path`, or all of `val_path`.
-        seed: orders the demonstrations.
+        **options: those of `SupervisedDataModule`.
 
     Raises:
         UserError: an argument is out of range.
@@ -251,11 +249,9 @@ class SFTDataModule(SupervisedDataModule[EncodedDemonstration]):
         batch_size: int = 16,
         max_length: int = 20000,
         system: str | None = None,
-        val_path: str | None = None,
-        val_size: int | None = None,
-        seed: int = 0,
+        **options: Any,
     ) -> None:
-        super().__init__(path, batch_size, max_length, val_path, val_size, seed)
+        super().__init__(path, batch_size, max_length, **options)
         self.system = system
 
     def read(self, source: str, module: Any) -> list[EncodedDemonstration]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from rlmt.data.sampler import PromptSampler, shuffled
+from rlmt.data.sampler import PromptSampler, ResumableOrder, shuffled
 from rlmt.errors import UserError
 
 DEFAULT_VAL_SIZE = 64
@@ -80,7 +80,7 @@ class RowDataset(Dataset[Row]):
         return blake2b(b"".join(row.digest() for row in self.rows), digest_size=16).hexdigest()
 
 
-class SupervisedDataModule(LightningDataModule, Generic[Row]):
+class SupervisedDataModule(ResumableOrder, LightningDataModule, Generic[Row]):
     """Reads rows, drops the over-long ones, splits some off for validation and batches the rest.
 
     The order depends on the seed and each row's number alone. Rows left over after the last whole batch of an epoch sit
@@ -102,7 +102,13 @@ class SupervisedDataModule(LightningDataModule, Generic[Row]):
     """What a row is, in the plural, for messages."""
 
     def __init__(
-        self, path: str, batch_size: int, max_length: int, val_path: str | None, val_size: int | None, seed: int
+        self,
+        path: str,
+        batch_size: int,
+        max_length: int,
+        val_path: str | None = None,
+        val_size: int | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         for name, count in {"batch_size": batch_size, "max_length": max_length}.items():
@@ -119,7 +125,6 @@ class SupervisedDataModule(LightningDataModule, Generic[Row]):
         self.train_rows: list[Row] = []
         self.val_rows: list[Row] = []
         self._read = False
-        self._sampler: PromptSampler | None = None
 
     @abstractmethod
     def read(self, source: str, module: Any) -> list[Row]:
@@ -212,22 +217,3 @@ class SupervisedDataModule(LightningDataModule, Generic[Row]):
     def test_dataloader(self) -> DataLoader[Row] | list[DataLoader[Row]]:
         """The same as `val_dataloader`."""
         return self.val_dataloader()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where training stands in the rows, for the checkpoint.
-
-        Lightning saves the loader's state too, but does not load it when a run goes on at the start of an epoch.
-        """
-        return {} if self._sampler is None else self._sampler.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on with the rows where a checkpoint stood; other stages than fit have no place to go on from.
-
-        Args:
-            state_dict: what `state_dict` returned.
-
-        Raises:
-            UserError: the checkpoint belongs to other rows, another batch size or another seed.
-        """
-        if self._sampler is not None:
-            self._sampler.load_state_dict(state_dict)

@@ -67,6 +67,7 @@ class _LinearLogprobs(torch.autograd.Function):
             probabilities = (logits - lse[:, None]).exp_()
             entropy[part] = lse - (probabilities.mul_(logits)).sum(dim=1)
             normalizer[part] = lse
+            del logits, probabilities  # before the next chunk's are made
         ctx.save_for_backward(hidden, weight, targets, normalizer, entropy)
         ctx.temperature, ctx.chunk = temperature, chunk
         ctx.set_materialize_grads(False)
@@ -96,6 +97,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 hidden_grad[part] = logit_grad @ projection
             if weight_grad is not None:
                 weight_grad.add_((logit_grad.T @ hidden[part]).to(weight.dtype))
+            del logs, p, logit_grad  # before the next chunk's are made
         return hidden_grad, weight_grad, None, None, None
 
 

@@ -8,10 +8,8 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import AdamW
 from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryAccuracy
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -23,12 +21,12 @@ from rlmt.errors import UserError
 from rlmt.export import REWARD_ASSETS, save_reward_assets
 from rlmt.models import loading
 from rlmt.models.reward_model import load_reward_model, reward_config
-from rlmt.modules.checkpoints import checkpoint_folders, record_of
-from rlmt.modules.rlmt import LRSchedulerCallable, OptimizerCallable
-from rlmt.modules.supervised import check_options, check_trainer, make_optimizer, take_step
+from rlmt.modules.checkpoints import checkpoint_folders
+from rlmt.modules.checks import check_options, check_trainer
+from rlmt.modules.supervised import SupervisedModule, take_step
 from rlmt.rewards.classifier import score_states, states_at_end
 from rlmt.rewards.conversation import ConversationReader
-from rlmt.rng import random_states, restore_random_states
+from rlmt.rng import random_states
 
 
 @dataclass
@@ -45,7 +43,7 @@ class PairLoss:
     """Which part of the data each pair belongs to."""
 
 
-class RewardModeling(LightningModule):
+class RewardModeling(SupervisedModule):
     """Trains a sequence classifier with one output so that the better response of each pair scores higher.
 
     With scores r and pairs (c, j) of a chosen and a rejected response the loss is the mean over all pairs of an
@@ -63,53 +61,29 @@ class RewardModeling(LightningModule):
     Args:
         model: folder or hub name of what to start from: a causal language model, which is given a new head, or a
             classifier with one output; with a chat template in its tokenizer.
-        from_scratch: start from random weights instead, drawn by the run's seed: `model` is then a folder with
-            config.json and a tokenizer, and weights in it are not read.
-        optimizer: made from the trainable parameters, which it is given with their names.
-        scheduler: made from the optimizer and stepped after each of its steps; null keeps the learning rate constant.
         centering: weight of the squared sum of a pair's scores, which keeps their mean at 0.
         attribute_weight: weight of the regression on ratings; not read where the data has none.
-        tokens_per_micro_batch: tokens, padding included, that one forward and backward holds; the responses of a row
-            stay together.
-        max_grad_norm: the gradient is clipped to this norm.
-        gradient_checkpointing: trade time for memory in the backward.
-        attn_implementation: transformers' name of an attention, such as flash_attention_2; null lets it choose.
+        **options: those of `SupervisedModule`.
 
     Raises:
         UserError: an option is out of range, or later, while setting up, does not fit the model or the data.
     """
 
     data_module = "PreferenceDataModule"
-    """What it is trained on."""
+    kind = "RewardModeling"
 
     def __init__(
         self,
         model: str,
-        from_scratch: bool = False,
-        optimizer: OptimizerCallable = AdamW,
-        scheduler: LRSchedulerCallable | None = None,
         centering: float = 0.0,
         attribute_weight: float = 1.0,
-        tokens_per_micro_batch: int = 16384,
-        max_grad_norm: float = 1.0,
-        gradient_checkpointing: bool = False,
-        attn_implementation: str | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        check_options(
-            {"tokens_per_micro_batch": tokens_per_micro_batch, "max_grad_norm": max_grad_norm},
-            {"centering": centering, "attribute_weight": attribute_weight},
-        )
+        super().__init__(**options)
+        check_options({}, {"centering": centering, "attribute_weight": attribute_weight})
         self.model_path = model
-        self.from_scratch = from_scratch
         self.centering = centering
         self.attribute_weight = attribute_weight
-        self.tokens_per_micro_batch = tokens_per_micro_batch
-        self.max_grad_norm = max_grad_norm
-        self.gradient_checkpointing = gradient_checkpointing
-        self.attn_implementation = attn_implementation
-        self._optimizer, self._scheduler = optimizer, scheduler
         self.model: PreTrainedModel | None = None
         self.attribute_head: nn.Linear | None = None
         self._subsets: list[str] = []
@@ -158,24 +132,17 @@ class RewardModeling(LightningModule):
         if self.model is not None:
             return
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        fitting = self.trainer.state.fn == "fit"
-        self.model = self._load().train(fitting)
+        self.model = self._ready(self._load())
         if data.attributes:
             # The mean rating is soon learnt by the bias; a zero start leaves torch's random state alone.
             self.attribute_head = nn.Linear(self.model_config.get_text_config().hidden_size, data.attributes)
             nn.init.zeros_(self.attribute_head.weight)
             nn.init.zeros_(self.attribute_head.bias)
-        if fitting and self.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def _load(self) -> PreTrainedModel:
         model = load_reward_model(self.model_path, self.from_scratch, self.attn_implementation)
         model.config.pad_token_id = self.tokenizer.pad_token_id
         return model
-
-    def configure_optimizers(self) -> Any:
-        """The optimizer over what can be trained, and the scheduler if there is one."""
-        return make_optimizer(self.trainer, self, self._optimizer, self._scheduler)
 
     # One step ---------------------------------------------------------------------------------------------------------
 
@@ -264,33 +231,16 @@ class RewardModeling(LightningModule):
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Loads a reward model.
-
-        Raises:
-            UserError: the weights are not those of this model, or of data with other attributes.
-        """
-        try:
-            return super().load_state_dict(state_dict, strict=strict, assign=assign)
-        except RuntimeError as error:
-            raise UserError(
-                f"The checkpoint's weights do not fit the reward model {self.model_path} with the attributes of these "
-                "data; give --model.model and --data.path as they were."
-            ) from error
+    @property
+    def _misfit(self) -> str:
+        return (
+            f"the reward model {self.model_path} with the attributes of these data; give --model.model and --data.path "
+            "as they were"
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what export needs."""
-        checkpoint["rlmt"] = {"module": "RewardModeling", "model": self.model_path, "random": random_states()}
+        checkpoint["rlmt"] = {"module": self.kind, "model": self.model_path, "random": random_states()}
         assert self.model is not None
         for folder in checkpoint_folders(self.trainer):
             save_reward_assets(folder / REWARD_ASSETS, self.model.config, self.tokenizer)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of something else.
-
-        Raises:
-            UserError: it is one.
-        """
-        saved = record_of(checkpoint, "RewardModeling")
-        if self.trainer.state.fn == "fit":
-            restore_random_states(saved["random"])

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
-from collections.abc import Callable, Iterator
-from functools import cached_property
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedModel
 
 from rlmt.algorithms import Algorithm
 from rlmt.errors import UserError
 from rlmt.models import loading
 from rlmt.models.adapters import (
-    CRITIC,
     LoRA,
     active,
     adapter_config,
@@ -30,12 +27,14 @@ from rlmt.models.adapters import (
     check_same_adapter,
     own_parameters,
 )
-from rlmt.models.critic import Critic, build_critic, check_critic
+from rlmt.models.critic import Critic
 from rlmt.models.quantization import NF4, dequantized
-from rlmt.modules.checkpoints import check_same_format, record_of, save_beside_checkpoints
+from rlmt.modules.building import build_models, weights_to_load, weights_to_save
+from rlmt.modules.checkpoints import record_of, save_beside_checkpoints
+from rlmt.modules.checks import check_options, check_run
 from rlmt.modules.dynamic_sampling import refill
-from rlmt.modules.recorded import check_recording, record_reference, recording_of
-from rlmt.modules.schedules import CosineWithWarmup
+from rlmt.modules.policy import PolicyOwner
+from rlmt.modules.schedules import LRSchedulerCallable, OptimizerCallable, with_schedule
 from rlmt.modules.update import PolicyUpdate, first_pass, first_values
 from rlmt.rewards import Reward
 from rlmt.rewards.held_out import HeldOutRewards
@@ -44,23 +43,8 @@ from rlmt.rng import random_states, restore_random_states
 from rlmt.thinking import FormatName, ThinkingFormat
 from rlmt.types import AdapterWeights, Experience, RolloutBatch
 
-OptimizerCallable = Callable[[Any], Optimizer]
-LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
 
-PRECISIONS = ("32-true", "bf16-mixed")
-"""Trained weights are float32 in both; Lightning's other precisions cast the whole module, positions and reward too."""
-
-
-_TRAINED = ("policy.", "critic.")
-"""Submodules whose weights are in a checkpoint."""
-
-
-def _is_critics(name: str) -> bool:
-    """Whether a weight of the module is the critic's: its own, or its adapter on the policy."""
-    return name.startswith("critic.") or f".{CRITIC}." in name
-
-
-class RLMTModule(LightningModule):
+class RLMTModule(LightningModule, PolicyOwner):
     """Trains a policy on rollouts against a reward that never sees its thoughts.
 
     Args:
@@ -110,13 +94,9 @@ class RLMTModule(LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.strict_loading = (
-            False  # frozen models are not in the checkpoint; `load_state_dict` checks the policy itself
-        )
-        positive = {"tokens_per_micro_batch": tokens_per_micro_batch, "max_grad_norm": max_grad_norm}
-        for option, value in (positive | {"max_skipped": max_skipped}).items():
-            if not value > 0:
-                raise UserError(f"--model.{option} is {value}: it must be positive.")
+        self.strict_loading = False  # frozen models are in no checkpoint; `load_state_dict` checks what has to be
+        sizes: dict[str, float] = {"tokens_per_micro_batch": tokens_per_micro_batch, "max_skipped": max_skipped}
+        check_options(sizes | {"max_grad_norm": max_grad_norm})
         if not math.isfinite(malformed_reward):
             raise UserError(f"--model.malformed_reward is {malformed_reward}: it must be a finite number.")
         if quantization is not None and lora is None:
@@ -142,21 +122,6 @@ class RLMTModule(LightningModule):
 
     # What the data module needs of the policy -------------------------------------------------------------------------
 
-    @cached_property
-    def policy_config(self) -> PretrainedConfig:
-        """The policy's configuration, read without its weights."""
-        return loading.load_config(self.policy_path)
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The policy's tokenizer."""
-        return loading.load_tokenizer(self.policy_path)
-
-    @property
-    def max_positions(self) -> int:
-        """Longest sequence the policy can take, in tokens."""
-        return loading.max_positions(self.policy_config)
-
     @property
     def compute_dtype(self) -> torch.dtype:
         """The number format that the policy's forward runs in, for the engine to sample in the same."""
@@ -175,85 +140,14 @@ class RLMTModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Looks for mistakes that can be seen before any weights are read."""
-        self._check_trainer()
-        self.format.check(self.tokenizer, self.policy_path)
-        loading.check_head(self.policy_config, self.policy_path)
-        self.reward.check()
-        self.held_out.check(self.reward)
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if self.lora is not None:
-            adapter = self.lora.config(loading.skeleton(self.policy_config))
-            for engine in () if data is None else (data.engine, data.val_engine):
-                if engine is not None:
-                    engine.check_adapter(adapter)
-        if self.quantization is not None:
-            self.quantization.check()
-        if stage == "fit":
-            if self.algorithm.critic is not None:
-                check_critic(self.algorithm.critic, self.policy_path, self.tokenizer)
-            if data is not None:
-                self.algorithm.check(data.group_size)
-                self._check_minibatches(data.batch_size)
-                self._check_validation(data)
-            if (recording := recording_of(self.trainer)) is not None:
-                check_recording(recording, self.policy_config, self.algorithm)
-
-    def _check_trainer(self) -> None:
-        if self.trainer.precision not in PRECISIONS:
-            raise UserError(
-                f"--trainer.precision is {self.trainer.precision}: use {' or '.join(PRECISIONS)}, since small updates "
-                "are lost in weights of 16 bits."
-            )
-        if self.trainer.world_size > 1:
-            raise UserError(
-                f"--trainer.devices gives {self.trainer.world_size} processes: a policy is trained on one; set 1."
-            )
-
-    def _check_minibatches(self, prompts: int) -> None:
-        parts = self.algorithm.minibatches
-        if prompts % parts:
-            raise UserError(
-                f"--model.algorithm.minibatches is {parts}: it does not divide the {prompts} prompts of a step "
-                "(--data.batch_size); make it a divisor."
-            )
-
-    def _check_validation(self, data: Any) -> None:
-        if len(self.held_out) and not data.val_dataloader():
-            raise UserError(
-                f"--model.held_out_rewards has {', '.join(self.held_out.names)}, but there are no validation prompts: "
-                "set --data.val_size above 0 or --data.val_prompts, or leave them out."
-            )
+        check_run(self, stage)
 
     def configure_model(self) -> None:
-        """Loads the policy, the reward, and if the objective wants them a reference (a frozen copy) and a critic.
-
-        With LoRA the policy without its adapter is the reference. Of recorded samples all reference log-probs are taken
-        here, and no reference is kept. Lightning restores a checkpoint after this hook, so a resumed run takes them
-        under the initial policy as well.
-        """
+        """Loads the models, and the rewards."""
         if self.policy is not None:
             return
-        # Trained weights are float32; frozen ones lose nothing in the number format that they are multiplied in.
-        half = self.lora is not None and self.compute_dtype is torch.bfloat16
-        self.policy = loading.load_policy(
-            self.policy_path, "bfloat16" if half else "float32", self.attn_implementation, self.quantization
-        )
-        fitting = self._fitting
-        if fitting and self.algorithm.needs_reference:
-            if (recording := recording_of(self.trainer)) is not None:
-                budget = self._update.tokens_per_micro_batch
-                record_reference(recording, self.policy, self.algorithm, self.trainer, budget)
-            elif self.lora is None:
-                self.reference = copy.deepcopy(self.policy).requires_grad_(False).train(False)
-        if self.lora is not None:
-            self.lora.add_to(self.policy)
-        if fitting and self.algorithm.critic is not None:
-            self.critic = build_critic(self.algorithm.critic, self.policy, self.lora).train()
-        self.policy.train(fitting)
-        if fitting and self.gradient_checkpointing:
-            self.policy.gradient_checkpointing_enable({"use_reentrant": False})
-            if self.critic is not None:
-                self.critic.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        built = build_models(self, self._fitting, self._update.tokens_per_micro_batch)
+        self.policy, self.reference, self.critic = built
         self.reward.load()
         if self.trainer.state.fn != "predict":
             self.held_out.load()
@@ -266,21 +160,11 @@ class RLMTModule(LightningModule):
         optimizer = self._optimizer(groups)
         if self._scheduler is None:
             return optimizer
-        scheduler = self._scheduler(optimizer)
-        if isinstance(scheduler, ReduceLROnPlateau):
-            raise UserError("--model.scheduler ReduceLROnPlateau wants a metric at each step: use one of steps.")
-        if isinstance(scheduler, CosineWithWarmup):
-            scheduler.over(self.trainer.max_steps)
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        return with_schedule(optimizer, self._scheduler, self.trainer.max_steps)
 
     @property
     def _fitting(self) -> bool:
         return self.trainer.state.fn == "fit"
-
-    @property
-    def _policy(self) -> PreTrainedModel:
-        assert self.policy is not None, "configure_model has not run"
-        return self.policy
 
     # One step ---------------------------------------------------------------------------------------------------------
 
@@ -363,8 +247,8 @@ class RLMTModule(LightningModule):
         if self._skipped_in_a_row >= self.max_skipped:
             raise UserError(
                 f"Stopped after {self._skipped_in_a_row} skipped optimizer steps in a row (--model.max_skipped): "
-                f"{problem}; "
-                "lower the learning rate or look at the reward curve, and continue from the last checkpoint."
+                f"{problem}; lower the learning rate or look at the reward curve, and continue from the last "
+                "checkpoint."
             )
 
     def experience(self, batch: RolloutBatch) -> Experience:
@@ -417,13 +301,7 @@ class RLMTModule(LightningModule):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """What is trained of the policy and the critic, with LoRA the adapters: all else is read again."""
-        state = super().state_dict(*args, **kwargs)
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        return {
-            name: value
-            for name, value in state.items()
-            if name.startswith(_TRAINED) and (self.lora is None or name in trained)
-        }
+        return weights_to_save(self, super().state_dict(*args, **kwargs))
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Loads a policy, and to go on training its critic; a missing or unknown weight is an error.
@@ -431,28 +309,8 @@ class RLMTModule(LightningModule):
         Raises:
             UserError: the weights are not those of this policy and critic.
         """
-        has_critic = any(_is_critics(name) for name in state_dict)
-        if has_critic and not self._fitting:
-            state_dict = {name: weight for name, weight in state_dict.items() if not _is_critics(name)}
-        elif has_critic != (self.critic is not None):
-            raise UserError(
-                f"The checkpoint holds {'a' if has_critic else 'no'} critic, and --model.algorithm "
-                f"{type(self.algorithm).__name__} trains {'none' if has_critic else 'one'}; go on with the algorithm "
-                "it was trained with, or give its policy, written by `rlmt export`, as --model.policy."
-            )
-        wrong = sorted(self.state_dict().keys() ^ state_dict.keys())
-        if wrong and all(map(_is_critics, wrong)):
-            raise UserError(
-                f"The checkpoint's critic is another one ({len(wrong)} weights differ, first {wrong[0]}); give "
-                "--model.algorithm.critic_init and critic_shared as they were."
-            )
-        if wrong:
-            raise UserError(
-                f"The checkpoint's weights do not fit the policy {self.policy_path} "
-                f"({len(wrong)} differ, first {wrong[0]}); "
-                "give --model.policy the model that the checkpoint was trained from."
-            )
-        return super().load_state_dict(state_dict, strict=False, assign=assign)
+        wanted = weights_to_load(self, state_dict, self._fitting)
+        return super().load_state_dict(wanted, strict=False, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the format and what export needs."""
@@ -484,18 +342,6 @@ class RLMTModule(LightningModule):
         if self._fitting:
             self.algorithm.load_state_dict(saved.get("algorithm", {}))
             restore_random_states(saved["random"])
-
-    def check_format(self, saved: ThinkingFormat, where: str) -> None:
-        """Refuses to go on with another format than a checkpoint's.
-
-        Args:
-            saved: the checkpoint's format.
-            where: what to call the checkpoint.
-
-        Raises:
-            UserError: the formats differ.
-        """
-        check_same_format(self.format, saved, where)
 
 
 def _course(batch: RolloutBatch, start: float, scored: float) -> dict[str, float]:

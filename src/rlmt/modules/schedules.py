@@ -1,14 +1,18 @@
-"""Learning rates over a run that torch has no ready scheduler for."""
+"""Learning rates over a run."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from rlmt.errors import UserError
+
+OptimizerCallable = Callable[[Any], Optimizer]
+LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
 
 
 class CosineWithWarmup(LambdaLR):
@@ -68,3 +72,24 @@ class CosineWithWarmup(LambdaLR):
             return (step + 1) / (warm + 1)
         done = min(1.0, (step - warm) / max(1, self.steps - warm))
         return (1 + math.cos(math.pi * done)) / 2
+
+
+def with_schedule(optimizer: Optimizer, scheduler: LRSchedulerCallable | None, steps: int) -> Any:
+    """What Lightning wants of `configure_optimizers`: the optimizer, and the scheduler, if there is one.
+
+    Args:
+        optimizer: whose learning rate it is.
+        scheduler: waits for the optimizer.
+        steps: optimizer steps of the run, -1 if it has no end.
+
+    Raises:
+        UserError: the scheduler goes by a metric, or does not fit the run.
+    """
+    if scheduler is None:
+        return optimizer
+    schedule = scheduler(optimizer)
+    if isinstance(schedule, ReduceLROnPlateau):
+        raise UserError("--model.scheduler ReduceLROnPlateau wants a metric at each step: use one of steps.")
+    if isinstance(schedule, CosineWithWarmup):
+        schedule.over(steps)
+    return {"optimizer": optimizer, "lr_scheduler": schedule}

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
-from torch.optim import AdamW
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from rlmt.batching import batches_by_length
 from rlmt.data.sft import EncodedDemonstration
 from rlmt.data.supervised import RowBatch
-from rlmt.errors import UserError
 from rlmt.models import loading
 from rlmt.models.logprobs import token_logprobs
 from rlmt.models.micro_batch import MicroBatch
-from rlmt.modules.checkpoints import check_same_format, record_of, save_beside_checkpoints
-from rlmt.modules.rlmt import LRSchedulerCallable, OptimizerCallable
-from rlmt.modules.supervised import check_options, check_trainer, make_optimizer, take_step
-from rlmt.rng import random_states, restore_random_states
+from rlmt.modules.checkpoints import save_beside_checkpoints
+from rlmt.modules.checks import check_options, check_trainer
+from rlmt.modules.policy import PolicyOwner
+from rlmt.modules.supervised import SupervisedModule, take_step
+from rlmt.rng import random_states
 from rlmt.thinking import FormatName, ThinkingFormat
 
 
-class SFT(LightningModule):
+class SFT(SupervisedModule, PolicyOwner):
     """Trains a policy to write demonstrations: thought, response and end of turn, or response alone without thinking.
 
     The loss is the mean negative log-prob over the target tokens of a whole optimizer step, whatever turn or row they
@@ -35,68 +32,30 @@ class SFT(LightningModule):
 
     Args:
         policy: folder or hub name of the policy to start from.
-        from_scratch: start from random weights instead, drawn by the run's seed: `policy` is then a folder with
-            config.json and a tokenizer, and weights in it are not read.
         format: how thoughts are written: think, no_think, zero_think, zero_no_think, or a ThinkingFormat with options.
-        optimizer: made from the trainable parameters, which it is given with their names.
-        scheduler: made from the optimizer and stepped after each of its steps; null keeps the learning rate constant.
         prompt_weight: weight of prompt tokens in the loss; 0 trains on the assistant's tokens alone.
-        tokens_per_micro_batch: tokens, padding included, that one forward and backward holds.
-        max_grad_norm: the gradient is clipped to this norm.
-        gradient_checkpointing: trade time for memory in the backward.
-        attn_implementation: transformers' name of an attention, such as flash_attention_2; null lets it choose.
+        **options: those of `SupervisedModule`.
 
     Raises:
         UserError: an option is out of range, or later, while setting up, does not fit the model or the data.
     """
 
     data_module = "SFTDataModule"
-    """What it is trained on."""
+    kind = "SFT"
 
     def __init__(
         self,
         policy: str,
-        from_scratch: bool = False,
         format: FormatName | ThinkingFormat = "think",  # noqa: A002 - the word users write
-        optimizer: OptimizerCallable = AdamW,
-        scheduler: LRSchedulerCallable | None = None,
         prompt_weight: float = 0.0,
-        tokens_per_micro_batch: int = 16384,
-        max_grad_norm: float = 1.0,
-        gradient_checkpointing: bool = False,
-        attn_implementation: str | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        check_options(
-            {"tokens_per_micro_batch": tokens_per_micro_batch, "max_grad_norm": max_grad_norm},
-            {"prompt_weight": prompt_weight},
-        )
+        super().__init__(**options)
+        check_options({}, {"prompt_weight": prompt_weight})
         self.policy_path = policy
-        self.from_scratch = from_scratch
         self.format = format if isinstance(format, ThinkingFormat) else ThinkingFormat(format)
         self.prompt_weight = prompt_weight
-        self.tokens_per_micro_batch = tokens_per_micro_batch
-        self.max_grad_norm = max_grad_norm
-        self.gradient_checkpointing = gradient_checkpointing
-        self.attn_implementation = attn_implementation
-        self._optimizer, self._scheduler = optimizer, scheduler
         self.policy: PreTrainedModel | None = None
-
-    @cached_property
-    def policy_config(self) -> PretrainedConfig:
-        """The policy's configuration, read without its weights."""
-        return loading.load_config(self.policy_path)
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The policy's tokenizer."""
-        return loading.load_tokenizer(self.policy_path)
-
-    @property
-    def max_positions(self) -> int:
-        """Longest sequence the policy can take, in tokens."""
-        return loading.max_positions(self.policy_config)
 
     def setup(self, stage: str) -> None:
         """Looks for mistakes that can be seen before any weights are read."""
@@ -106,26 +65,13 @@ class SFT(LightningModule):
 
     def configure_model(self) -> None:
         """Loads the policy, or draws it."""
-        if self.policy is not None:
-            return
-        fitting = self.trainer.state.fn == "fit"
-        self.policy = self._load().train(fitting)
-        if fitting and self.gradient_checkpointing:
-            self.policy.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.policy is None:
+            self.policy = self._ready(self._load())
 
     def _load(self) -> PreTrainedModel:
         if self.from_scratch:
             return loading.random_policy(self.policy_path, self.attn_implementation)
         return loading.load_policy(self.policy_path, "float32", attn_implementation=self.attn_implementation)
-
-    def configure_optimizers(self) -> Any:
-        """The optimizer over what can be trained, and the scheduler if there is one."""
-        return make_optimizer(self.trainer, self._policy, self._optimizer, self._scheduler)
-
-    @property
-    def _policy(self) -> PreTrainedModel:
-        assert self.policy is not None, "configure_model has not run"
-        return self.policy
 
     # One step ---------------------------------------------------------------------------------------------------------
 
@@ -168,24 +114,14 @@ class SFT(LightningModule):
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Loads a policy.
-
-        Raises:
-            UserError: the weights are not those of this policy.
-        """
-        try:
-            return super().load_state_dict(state_dict, strict=strict, assign=assign)
-        except RuntimeError as error:
-            raise UserError(
-                f"The checkpoint's weights do not fit the policy {self.policy_path}; give --model.policy the model "
-                "that the checkpoint was trained from."
-            ) from error
+    @property
+    def _misfit(self) -> str:
+        return f"the policy {self.policy_path}; give --model.policy the model that the checkpoint was trained from"
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the format and what export needs."""
         checkpoint["rlmt"] = {
-            "module": "SFT",
+            "module": self.kind,
             "policy": self.policy_path,
             "format": self.format.to_dict(),
             "random": random_states(),
@@ -198,22 +134,8 @@ class SFT(LightningModule):
         Raises:
             UserError: it is one.
         """
-        saved = record_of(checkpoint, "SFT")
-        self.check_format(ThinkingFormat.from_dict(saved["format"]), "--ckpt_path")
-        if self.trainer.state.fn == "fit":
-            restore_random_states(saved["random"])
-
-    def check_format(self, saved: ThinkingFormat, where: str) -> None:
-        """Refuses to go on with another format than a checkpoint's.
-
-        Args:
-            saved: the checkpoint's format.
-            where: what to call the checkpoint.
-
-        Raises:
-            UserError: the formats differ.
-        """
-        check_same_format(self.format, saved, where)
+        super().on_load_checkpoint(checkpoint)
+        self.check_format(ThinkingFormat.from_dict(checkpoint["rlmt"]["format"]), "--ckpt_path")
 
 
 def target_tokens(rows: list[EncodedDemonstration]) -> int:

@@ -4,37 +4,105 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedModel
 
 from rlmt.errors import UserError
-from rlmt.modules.rlmt import PRECISIONS, LRSchedulerCallable, OptimizerCallable
-from rlmt.modules.schedules import CosineWithWarmup
+from rlmt.modules.checkpoints import record_of
+from rlmt.modules.checks import check_options
+from rlmt.modules.schedules import LRSchedulerCallable, OptimizerCallable, with_schedule
+from rlmt.rng import restore_random_states
 
 
-def check_options(positive: dict[str, float], not_negative: dict[str, float]) -> None:
-    """Raises UserError for an option of the module that is out of its range."""
-    for name, value in positive.items():
-        if not 0 < value < math.inf:
-            raise UserError(f"--model.{name} is {value}: it must be positive.")
-    for name, value in not_negative.items():
-        if not 0 <= value < math.inf:
-            raise UserError(f"--model.{name} is {value}: it must be 0 or positive.")
+class SupervisedModule(LightningModule):
+    """Trains a model on rows, all of a batch in one optimizer step.
 
+    Args:
+        from_scratch: start from random weights instead, drawn by the run's seed: the model's folder then needs
+            config.json and a tokenizer alone, and weights in it are not read.
+        optimizer: made from the trainable parameters, which it is given with their names.
+        scheduler: made from the optimizer and stepped after each of its steps; null keeps the learning rate constant.
+        tokens_per_micro_batch: tokens, padding included, that one forward and backward holds; the sequences of a
+            comparison stay together.
+        max_grad_norm: the gradient is clipped to this norm.
+        gradient_checkpointing: trade time for memory in the backward.
+        attn_implementation: transformers' name of an attention, such as flash_attention_2; null lets it choose.
 
-def check_trainer(trainer: Trainer) -> None:
-    """Raises UserError where the trainer cannot do what these modules need."""
-    if trainer.precision not in PRECISIONS:
-        raise UserError(
-            f"--trainer.precision is {trainer.precision}: use {' or '.join(PRECISIONS)}, since small updates are lost "
-            "in weights of 16 bits."
-        )
-    if trainer.world_size > 1:
-        raise UserError(f"--trainer.devices gives {trainer.world_size} processes: it is trained on one; set 1.")
+    Raises:
+        UserError: an option is out of range.
+    """
+
+    data_module: ClassVar[str]
+    """What it is trained on."""
+    kind: ClassVar[str]
+    """What its checkpoints say that they are of."""
+
+    def __init__(
+        self,
+        from_scratch: bool = False,
+        optimizer: OptimizerCallable = AdamW,
+        scheduler: LRSchedulerCallable | None = None,
+        tokens_per_micro_batch: int = 16384,
+        max_grad_norm: float = 1.0,
+        gradient_checkpointing: bool = False,
+        attn_implementation: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        check_options({"tokens_per_micro_batch": tokens_per_micro_batch, "max_grad_norm": max_grad_norm})
+        self.from_scratch = from_scratch
+        self.tokens_per_micro_batch = tokens_per_micro_batch
+        self.max_grad_norm = max_grad_norm
+        self.gradient_checkpointing = gradient_checkpointing
+        self.attn_implementation = attn_implementation
+        self._optimizer, self._scheduler = optimizer, scheduler
+
+    @property
+    def _fitting(self) -> bool:
+        return self.trainer.state.fn == "fit"
+
+    def _ready(self, model: PreTrainedModel) -> PreTrainedModel:
+        """A model just loaded, set for the stage."""
+        model.train(self._fitting)
+        if self._fitting and self.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over what can be trained, and the scheduler if there is one."""
+        return make_optimizer(self.trainer, self, self._optimizer, self._scheduler)
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Loads a checkpoint's weights.
+
+        Raises:
+            UserError: they are not those of this model.
+        """
+        try:
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        except RuntimeError as error:
+            raise UserError(f"The checkpoint's weights do not fit {self._misfit}.") from error
+
+    @property
+    def _misfit(self) -> str:
+        """What a checkpoint's weights do not fit, and the cure, for the message."""
+        raise NotImplementedError
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of something else.
+
+        Raises:
+            UserError: it is one.
+        """
+        saved = record_of(checkpoint, self.kind)
+        if self._fitting:
+            restore_random_states(saved["random"])
 
 
 def make_optimizer(
@@ -45,16 +113,8 @@ def make_optimizer(
     The optimizer is given parameters with their names, so that it can treat some unlike others.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    made = optimizer([{"params": named}])
-    if scheduler is None:
-        return made
-    schedule = scheduler(made)
-    if isinstance(schedule, ReduceLROnPlateau):
-        raise UserError("--model.scheduler ReduceLROnPlateau wants a metric at each step: use one of steps.")
-    if isinstance(schedule, CosineWithWarmup):
-        steps = trainer.estimated_stepping_batches  # a batch is a step
-        schedule.over(-1 if math.isinf(steps) else int(steps))
-    return {"optimizer": made, "lr_scheduler": schedule}
+    steps = trainer.estimated_stepping_batches  # a batch is a step
+    return with_schedule(optimizer([{"params": named}]), scheduler, -1 if math.isinf(steps) else int(steps))
 
 
 def take_step(module: LightningModule, losses: Iterable[Tensor], max_grad_norm: float) -> tuple[float, float]:

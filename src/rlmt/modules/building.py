@@ -1,0 +1,114 @@
+"""The models of an RL run, and which of their weights a checkpoint holds."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlmt.errors import UserError
+from rlmt.models import loading
+from rlmt.models.adapters import CRITIC
+from rlmt.models.critic import Critic, build_critic
+from rlmt.modules.recorded import record_reference, recording_of
+
+if TYPE_CHECKING:
+    from rlmt.modules.rlmt import RLMTModule
+
+_TRAINED = ("policy.", "critic.")
+"""Submodules whose weights are in a checkpoint."""
+
+
+class Models(NamedTuple):
+    """What a run trains, and the frozen policy that it is held against."""
+
+    policy: PreTrainedModel
+    reference: PreTrainedModel | None
+    critic: Critic | None
+
+
+def build_models(module: RLMTModule, fitting: bool, budget: int) -> Models:
+    """Loads the policy, and to train it makes what the objective wants: a reference (a frozen copy) and a critic.
+
+    With LoRA the policy without its adapter is the reference. Of recorded samples all reference log-probs are taken
+    here, and no reference is kept. Lightning restores a checkpoint afterwards, so a resumed run takes them under the
+    initial policy as well.
+
+    Args:
+        module: with its options, attached to its trainer.
+        fitting: whether the policy is to be trained.
+        budget: tokens, padding included, that one forward holds.
+
+    Raises:
+        UserError: a model cannot be read.
+    """
+    # Trained weights are float32; frozen ones lose nothing in the number format that they are multiplied in.
+    half = module.lora is not None and module.compute_dtype is torch.bfloat16
+    policy = loading.load_policy(
+        module.policy_path, "bfloat16" if half else "float32", module.attn_implementation, module.quantization
+    )
+    reference = critic = None
+    if fitting and module.algorithm.needs_reference:
+        if (recording := recording_of(module.trainer)) is not None:
+            record_reference(recording, policy, module.algorithm, module.trainer, budget)
+        elif module.lora is None:
+            reference = copy.deepcopy(policy).requires_grad_(False).train(False)
+    if module.lora is not None:
+        module.lora.add_to(policy)
+    if fitting and module.algorithm.critic is not None:
+        critic = build_critic(module.algorithm.critic, policy, module.lora).train()
+    policy.train(fitting)
+    if fitting and module.gradient_checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+        if critic is not None:
+            critic.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    return Models(policy, reference, critic)
+
+
+def weights_to_save(module: RLMTModule, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is trained of the policy and the critic, with LoRA the adapters: all else is read again."""
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    return {
+        name: value
+        for name, value in state.items()
+        if name.startswith(_TRAINED) and (module.lora is None or name in trained)
+    }
+
+
+def weights_to_load(module: RLMTModule, state: Mapping[str, Any], fitting: bool) -> dict[str, Any]:
+    """What a module takes of a checkpoint's weights: all of them, but a critic's only to go on training.
+
+    Raises:
+        UserError: they are not those of this policy and critic.
+    """
+    has_critic = any(map(_is_critics, state))
+    if has_critic and not fitting:
+        state = {name: weight for name, weight in state.items() if not _is_critics(name)}
+    elif has_critic != (module.critic is not None):
+        raise UserError(
+            f"The checkpoint holds {'a' if has_critic else 'no'} critic, and --model.algorithm "
+            f"{type(module.algorithm).__name__} trains {'none' if has_critic else 'one'}; go on with the algorithm "
+            "it was trained with, or give its policy, written by `rlmt export`, as --model.policy."
+        )
+    wrong = sorted(module.state_dict().keys() ^ state.keys())
+    if wrong and all(map(_is_critics, wrong)):
+        raise UserError(
+            f"The checkpoint's critic is another one ({len(wrong)} weights differ, first {wrong[0]}); give "
+            "--model.algorithm.critic_init and critic_shared as they were."
+        )
+    if wrong:
+        raise UserError(
+            f"The checkpoint's weights do not fit the policy {module.policy_path} "
+            f"({len(wrong)} differ, first {wrong[0]}); "
+            "give --model.policy the model that the checkpoint was trained from."
+        )
+    return dict(state)
+
+
+def _is_critics(name: str) -> bool:
+    """Whether a weight of the module is the critic's: its own, or its adapter on the policy."""
+    return name.startswith("critic.") or f".{CRITIC}." in name
