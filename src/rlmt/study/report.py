@@ -75,7 +75,7 @@ def write_report(findings: Findings, out: Path) -> list[Path]:
         What was written.
     """
     text = _markdown(findings)
-    body = MarkdownIt("commonmark").enable("table").render(text)
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
     if findings.picture is not None:
         encoded = base64.b64encode(findings.picture.read_bytes()).decode()
         body = body.replace(f'src="{findings.picture.name}"', f'src="data:image/png;base64,{encoded}"')

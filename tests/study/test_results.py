@@ -1,0 +1,50 @@
+"""Means, intervals and what a resumed run logged, by hand."""
+
+from pathlib import Path
+
+import pytest
+
+from rlmt.errors import UserError
+from rlmt.study.results import Estimate, last_values, read_rows
+
+
+def test_students_interval_by_hand() -> None:
+    # mean 3, standard deviation sqrt(2.5), t of 4 degrees of freedom 2.7764: 2.7764 * 1.5811 / sqrt(5) = 1.9632
+    estimate = Estimate((1.0, 2.0, 3.0, 4.0, 5.0))
+    assert estimate.mean == 3 and estimate.interval == pytest.approx((1.0368, 4.9632), abs=1e-4)
+    assert estimate.write() == "3.0 (1.0 to 5.0)"
+    assert Estimate((2.25,)).interval is None and Estimate((2.25,)).write(2) == "2.25"
+
+
+def test_the_published_differences_have_the_published_interval() -> None:
+    """Six differences, 9.2 with an interval of 6.4 to 11.9 as worked out elsewhere."""
+    estimate = Estimate((10.1, 9.0, 12.1, 10.9, 8.4, 4.6))
+    assert estimate.write() == "9.2 (6.4 to 11.9)"
+
+
+def test_differences_are_paired_by_seed() -> None:
+    one, other = Estimate((10.0, 20.0, 30.0)), Estimate((9.0, 18.0, 29.0))
+    assert one.minus(other).values == (1.0, 2.0, 1.0)
+    interval = one.minus(other).interval
+    assert interval is not None and interval[0] > -0.2  # the spread between seeds is gone
+
+
+def metrics(folder: Path, version: int, text: str) -> None:
+    path = folder / f"version_{version}" / "metrics.csv"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+
+
+def test_steps_that_a_resumed_run_logged_again_count_once(tmp_path: Path) -> None:
+    metrics(tmp_path, 9, "step,a,val/b\n0,1,\n1,2,\n1,,5\n2,3,\n")
+    metrics(tmp_path, 10, "step,a,val/b\n2,30,\n3,40,\n3,,50\n")
+    rows = read_rows(tmp_path)
+    assert [(row["step"], row["a"]) for row in rows if "a" in row] == [(0, 1), (1, 2), (2, 30), (3, 40)]
+    assert last_values(rows, {"b": "val/b"}, tmp_path) == {"b": 50}
+
+
+def test_what_was_never_logged_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no version_\*/metrics.csv"):
+        read_rows(tmp_path)
+    with pytest.raises(UserError, match=r"no val/b was logged, which the study's metric 'judge' asks for"):
+        last_values([{"step": 1.0}], {"judge": "val/b"}, tmp_path)
