@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 import signal
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -14,7 +15,7 @@ from rlmt.cli import resolve_configs
 from rlmt.errors import UserError
 from rlmt.study.report import Comparison, Findings, print_table, sentences, write_report
 from rlmt.study.results import Estimate, Row, last_values, read_rows
-from rlmt.study.runner import State, run_jobs
+from rlmt.study.runner import Runner, State
 from rlmt.study.stages import Arm, Plan, Stage, keys
 
 
@@ -51,22 +52,24 @@ def study(
     Raises:
         UserError: The study is not well put, or jobs failed.
     """
-    chosen = _chosen(arms, only)
     seeds = seeds or [0]
     if len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds {seeds}: one of them is there twice")
     if jobs < 1:
         raise UserError(f"--jobs is {jobs}: give at least 1")
-    for question in comparisons or []:
-        for name in (question.more, question.than):
-            if name not in arms:
-                raise UserError(f"--comparisons: there is no arm {name!r}; choose of {', '.join(arms)}")
-        if question.by is not None and question.by not in metrics:
-            raise UserError(f"--comparisons: there is no metric {question.by!r}; choose of {', '.join(metrics)}")
+    for option, given in {"arms": arms, "metrics": metrics}.items():
+        if not given:
+            raise UserError(f"--{option}: name one at least")
+    asked = comparisons or []
+    _check_names("--only", only or [], "arm", arms)
+    _check_names("--picture", picture or [], "arm", arms)
+    _check_names("--comparisons", [name for it in asked for name in (it.more, it.than)], "arm", arms)
+    _check_names("--comparisons", [it.by for it in asked if it.by is not None], "metric", metrics)
+    chosen = {name: arm for name, arm in arms.items() if only is None or name in only}
     plan = Plan(stages, seeds, out, texts or {})
     needed = plan.needed(list(chosen.values()))
     signal.signal(signal.SIGTERM, _interrupt)
-    run_jobs(needed, keys(needed, out), jobs)
+    Runner(needed, keys(needed, out), jobs).run()
 
     rows = {arm: [read_rows(plan.folder(chosen[arm], seed)) for seed in seeds] for arm in chosen}
     table = {}
@@ -85,7 +88,7 @@ def study(
         metrics=list(metrics),
         table=table,
         minutes={arm: _minutes(plan, chosen[arm], seeds) for arm in chosen},
-        comparisons=comparisons or [],
+        comparisons=asked,
         picture=_draw(out, title, {chosen[arm].label: rows[arm] for arm in drawn}) if drawn else None,
     )
     console = Console()
@@ -97,15 +100,15 @@ def study(
         console.print(f"{path}", soft_wrap=True, highlight=False)
 
 
-def _chosen(arms: dict[str, Arm], only: list[str] | None) -> dict[str, Arm]:
-    if unknown := set(only or ()) - set(arms):
-        raise UserError(f"--only: there is no arm {min(unknown)!r}; choose of {', '.join(arms)}")
-    return {name: arm for name, arm in arms.items() if only is None or name in only}
+def _check_names(option: str, names: Sequence[str], kind: str, known: Mapping[str, object]) -> None:
+    for name in names:
+        if name not in known:
+            raise UserError(f"{option}: there is no {kind} {name!r}; choose of {', '.join(known)}")
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Makes SIGTERM what Ctrl-C is, so that jobs are ended, too."""
-    raise KeyboardInterrupt
+    """Lets SIGTERM end the jobs, too."""
+    raise SystemExit(128 + number)
 
 
 def _minutes(plan: Plan, arm: Arm, seeds: Sequence[int]) -> Estimate:
@@ -127,7 +130,7 @@ def run(args: Sequence[str]) -> int:
         args: after `rlmt study`.
 
     Returns:
-        Exit status 0.
+        Exit status: 0, or 130 when interrupted.
 
     Raises:
         UserError: a mistake in the configuration, or jobs failed.
@@ -139,5 +142,9 @@ def run(args: Sequence[str]) -> int:
     parser.add_function_arguments(study, skip={"command"})
     options = parser.instantiate_classes(parser.parse_args(resolve_configs(args))).as_dict()
     options.pop("config", None)
-    study(**options, command=" ".join(["rlmt study", *map(shlex.quote, args)]))
+    try:
+        study(**options, command=shlex.join(["rlmt", "study", *args]))
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        return 130
     return 0

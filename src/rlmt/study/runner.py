@@ -65,8 +65,12 @@ def is_done(job: Job, key: str) -> bool:
     return state is not None and state.key == key and state.done == len(job.commands)
 
 
-def run_jobs(jobs: Sequence[Job], keys: Mapping[Path, str], parallel: int) -> None:
-    """Runs what is not done yet.
+class _Failed(Exception):
+    """A command ended with an error."""
+
+
+class Runner:
+    """Runs what is not done yet of some jobs.
 
     A job that failed keeps from running only those that need it; what is done stays done, and an unfinished `fit` goes
     on from its last checkpoint the next time.
@@ -75,97 +79,118 @@ def run_jobs(jobs: Sequence[Job], keys: Mapping[Path, str], parallel: int) -> No
         jobs: in order, with all that they need.
         keys: each job's digest; a folder with another one is made anew, which is said aloud.
         parallel: most jobs at a time.
-
-    Raises:
-        UserError: jobs failed, with the reason of the first.
     """
-    left = [job for job in jobs if not is_done(job, keys[job.folder])]
-    graph = TopologicalSorter({job.folder: set(job.needs) & {other.folder for other in left} for job in left})
-    graph.prepare()
-    by_folder = {job.folder: job for job in left}
-    failed: dict[Path, str] = {}
-    running: dict[Future[None], Job] = {}
-    threads = max(1, (os.cpu_count() or 1) // parallel)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
-    with Progress(*columns) as bars, ThreadPoolExecutor(parallel) as pool:
-        whole = bars.add_task("study", total=len(jobs), completed=len(jobs) - len(left), note="")
+
+    def __init__(self, jobs: Sequence[Job], keys: Mapping[Path, str], parallel: int) -> None:
+        self.jobs, self.keys, self.parallel = list(jobs), keys, parallel
+        self._left = {job.folder: job for job in jobs if not is_done(job, keys[job.folder])}
+        self._failed: dict[Path, str] = {}
+        self._processes: set[subprocess.Popen[bytes]] = set()
+        self._ending = False
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
+        self._bars = Progress(*columns, TimeElapsedColumn())
+
+    def run(self) -> None:
+        """Runs them, with a progress bar for each that runs and one for all.
+
+        Raises:
+            UserError: jobs failed, with the reason of the first.
+        """
+        graph = TopologicalSorter({folder: set(job.needs) & set(self._left) for folder, job in self._left.items()})
+        graph.prepare()
+        order = list(self._left)
+        running: dict[Future[None], Job] = {}
         waiting: list[Path] = []
-        while graph.is_active() or running:
-            waiting += graph.get_ready()
-            waiting.sort(key=list(by_folder).index)  # first come, first served, seed by seed
-            while waiting and len(running) < parallel:
-                job = by_folder[waiting.pop(0)]
-                if any(need in failed for need in job.needs):
-                    failed[job.folder] = ""  # the one that it needs tells why
-                    graph.done(job.folder)
-                    waiting += graph.get_ready()
-                    continue
-                bar = bars.add_task(f"  {job.name}", total=None, note="")
-                running[pool.submit(_run, job, keys[job.folder], threads, bars, bar)] = job
-            if not running:
-                break
-            finished, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in finished:
-                job = running.pop(future)
-                try:
-                    future.result()
-                except _Failed as error:
-                    failed[job.folder] = str(error)
-                    bars.console.print(f"[red]failed[/red] {job.name}: {error}", soft_wrap=True)
-                graph.done(job.folder)
-                bars.update(whole, advance=1, note=f"{int(bars.tasks[whole].completed + 1)} of {len(jobs)} jobs")
-    if failed:
-        reason = next(text for text in failed.values() if text)
-        raise UserError(f"{len(failed)} of {len(jobs)} jobs did not finish: {reason}; mend it and run the study again")
+        with self._bars, ThreadPoolExecutor(self.parallel) as pool:
+            done = len(self.jobs) - len(order)
+            whole = self._bars.add_task("study", total=len(self.jobs), completed=done, note="")
+            try:
+                while graph.is_active():
+                    waiting = sorted([*waiting, *graph.get_ready()], key=order.index)  # seed by seed, as planned
+                    while waiting and len(running) < self.parallel:
+                        job = self._left[waiting.pop(0)]
+                        running[pool.submit(self._run, job)] = job
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        job = running.pop(future)
+                        self._note(job, future)
+                        graph.done(job.folder)
+                        done += 1
+                        self._bars.update(whole, completed=done, note=f"{done} of {len(self.jobs)} jobs")
+            except BaseException:
+                self._ending = True
+                for process in list(self._processes):
+                    process.terminate()
+                raise
+        if self._failed:
+            reason = next(text for text in self._failed.values() if text)
+            count = f"{len(self._failed)} of {len(self.jobs)} jobs did not finish"
+            raise UserError(f"{count}: {reason}; mend it and run the study again")
 
+    def _note(self, job: Job, future: Future[None]) -> None:
+        try:
+            future.result()
+        except _Failed as error:
+            self._failed[job.folder] = str(error)
+            if str(error):
+                self._bars.console.print(f"{job.name} failed: {error}", soft_wrap=True, markup=False)
 
-class _Failed(Exception):
-    """A command ended with an error."""
+    def _run(self, job: Job) -> None:
+        """Runs one job's commands, from the one that was not done; in a thread of its own."""
+        if self._ending or any(need in self._failed for need in job.needs):
+            raise _Failed  # the one that it needs tells why
+        key = self.keys[job.folder]
+        state = State.load(job.folder)
+        if state is None or state.key != key:
+            if state is not None:
+                self._bars.console.print(f"{job.folder}: its settings have changed; it is made anew", soft_wrap=True)
+                shutil.rmtree(job.folder)
+            job.folder.mkdir(parents=True, exist_ok=True)
+            state = State(key, commands=[shlex.join(["rlmt", *command]) for command in job.commands])
+            state.save(job.folder)
+        bar = self._bars.add_task(f"  {job.name}", total=None, note="")
+        for number in range(state.done, len(job.commands)):
+            command = job.commands[number]
+            if command[0] == "export" and job.folder in (target := Path(command[-1])).parents:
+                shutil.rmtree(target, ignore_errors=True)  # half of it, from an interrupted one
+            start = time.monotonic()
+            status = self._execute(command, job.folder / LOG, bar)
+            state.seconds[str(number)] = state.seconds.get(str(number), 0.0) + round(time.monotonic() - start, 1)
+            state.done += status == 0
+            state.save(job.folder)
+            if status:
+                self._bars.remove_task(bar)
+                raise _Failed(f"{_last_line(job.folder / LOG)} (exit {status}, {job.folder / LOG})")
+        self._bars.remove_task(bar)
 
+    def _execute(self, command: Sequence[str], log: Path, bar: TaskID) -> int:
+        """Runs one command with its output in the log, whose progress bar it repeats.
 
-def _run(job: Job, key: str, threads: int, bars: Progress, bar: TaskID) -> None:
-    state = State.load(job.folder)
-    if state is None or state.key != key:
-        if job.folder.exists():
-            bars.console.print(f"{job.folder}: its settings have changed; it is made anew", soft_wrap=True)
-            shutil.rmtree(job.folder)
-        job.folder.mkdir(parents=True)
-        state = State(key, commands=[shlex.join(["rlmt", *command]) for command in job.commands])
-        state.save(job.folder)
-    for number in range(state.done, len(job.commands)):
-        command = job.commands[number]
-        bars.update(bar, note=command[0], total=None)
-        start = time.monotonic()
-        status = _execute(command, job.folder / LOG, threads, bars, bar)
-        state.seconds[str(number)] = state.seconds.get(str(number), 0.0) + round(time.monotonic() - start, 1)
-        state.done += status == 0
-        state.save(job.folder)
-        if status:
-            raise _Failed(f"{_last_line(job.folder / LOG)} (exit {status}, {job.folder / LOG})")
-    bars.remove_task(bar)
-
-
-def _execute(command: Sequence[str], log: Path, threads: int, bars: Progress, bar: TaskID) -> int:
-    """Runs one command with its output in the log, whose progress bar it repeats."""
-    shown = [*command, *(_TQDM if command[0] in ("fit", "validate") else ())]
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONUNBUFFERED": "1"}
-    with log.open("ab") as file:
-        file.write(f"\n$ rlmt {shlex.join(command)}\n".encode())
-        file.flush()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "rlmt", *shown], stdout=file, stderr=subprocess.STDOUT, env=environment
-        )
+        Returns:
+            Its exit status.
+        """
+        shown = [*command, *(_TQDM if command[0] in ("fit", "validate") else ())]
+        threads = max(1, (os.cpu_count() or 1) // self.parallel)
+        environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONUNBUFFERED": "1"}
+        self._bars.update(bar, note=command[0], total=None)
+        with log.open("ab") as file:
+            file.write(f"\n$ rlmt {shlex.join(command)}\n".encode())
+            file.flush()
+            process = subprocess.Popen(
+                [sys.executable, "-m", "rlmt", *shown], stdout=file, stderr=subprocess.STDOUT, env=environment
+            )
+        self._processes.add(process)
+        if self._ending:
+            process.terminate()
         while True:
             try:
-                return process.wait(timeout=0.5)
+                status = process.wait(timeout=0.5)
             except subprocess.TimeoutExpired:
                 if found := _BAR.findall(_tail(log)):
                     done, total = map(int, found[-1])
-                    bars.update(bar, completed=done, total=total, note=f"{command[0]} {done}/{total}")
-            except BaseException:
-                process.terminate()
-                process.wait()
-                raise
+                    self._bars.update(bar, completed=done, total=total, note=f"{command[0]} {done}/{total}")
+            else:
+                self._processes.remove(process)
+                return status
 
 
 def _tail(log: Path) -> bytes:
@@ -176,4 +201,4 @@ def _tail(log: Path) -> bytes:
 
 def _last_line(log: Path) -> str:
     lines = [line.strip() for line in _tail(log).decode(errors="replace").replace("\r", "\n").splitlines()]
-    return next((line for line in reversed(lines) if line), "no output")
+    return next((line for line in reversed(lines) if line), "no output").removeprefix("rlmt: error: ")

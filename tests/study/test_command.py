@@ -1,0 +1,77 @@
+"""A study as a user runs it: two real runs side by side, a report, and nothing done twice."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlmt.cli import main
+
+
+def config(path: Path, out: Path, tiny: Path, **changes: Any) -> list[str]:
+    run = (
+        f"fit --config base --config grpo --config tiny --config $format --seed_everything $seed "
+        f"--model.policy {tiny}/policy --model.reward.model {tiny}/reward --data.prompts {tiny}/prompts.jsonl "
+        "--data.engine TransformersEngine --data.batch_size 2 --data.group_size 2 --data.max_prompt_tokens 512 --data.max_new_tokens 8 "
+        "--data.val_size 4 --trainer.max_steps 2 --trainer.val_check_interval 2 --trainer.accelerator cpu"
+    )
+    study = {
+        "title": "Two runs",
+        "stages": {"rl": {"run": [run], "each": {"format": ["think", "no_think"]}}},
+        "arms": {
+            "rlmt": {"stage": "rl", "label": "RLMT", "where": {"format": "think"}},
+            "rlhf": {"stage": "rl", "label": "RLHF", "where": {"format": "no_think"}},
+        },
+        "metrics": {"reward": "val/reward_mean", "thought_tokens": "val/thought_tokens", "malformed": "val/malformed"},
+        "comparisons": [{"more": "rlmt", "than": "rlhf"}],
+        "picture": ["rlmt", "rlhf"],
+        "out": str(out),
+        "jobs": 2,
+    }
+    path.write_text(json.dumps(study | changes))
+    return ["study", "--config", str(path)]
+
+
+def test_two_runs_a_report_and_nothing_twice(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    args = config(tmp_path / "study.yaml", out, tiny)
+    assert main(args) == 0
+    said = capsys.readouterr().out
+    assert "RLMT − RLHF, reward: " in said and "(one seed: no interval)" in said
+    summary = json.loads((out / "summary.json").read_text())
+    assert set(summary) == {"rlmt", "rlhf"} and set(summary["rlmt"]) == {"reward", "thought_tokens", "malformed"}
+    assert summary["rlhf"]["thought_tokens"] == 0 < summary["rlmt"]["thought_tokens"]
+    report = (out / "report.md").read_text()
+    assert f"rlmt study --config {tmp_path}/study.yaml" in report and "| RLHF | " in report
+    log = (out / "seed-0/rl-think/log.txt").read_text()
+    assert "2/" in log and "[rank" not in log
+
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.csv") if "version" in str(path)}
+    (out / "report.md").unlink()
+    assert main([*args, "--only", "[rlhf]"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before and len(before) == 2
+    assert list(json.loads((out / "summary.json").read_text())) == ["rlhf"]
+
+
+@pytest.mark.parametrize(
+    ("args", "changes", "says"),
+    [
+        (["--only", "[nobody]"], {}, "--only: there is no arm 'nobody'; choose of rlmt, rlhf"),
+        (["--seeds", "[1,1]"], {}, "--seeds [1, 1]: one of them is there twice"),
+        (["--jobs", "0"], {}, "--jobs is 0: give at least 1"),
+        ([], {"comparisons": [{"more": "rlmt", "than": "x"}]}, "--comparisons: there is no arm 'x'"),
+        ([], {"comparisons": [{"more": "rlmt", "than": "rlhf", "by": "x"}]}, "there is no metric 'x'"),
+        ([], {"picture": ["x"]}, "--picture: there is no arm 'x'"),
+        ([], {"metrics": {}}, "--metrics: name one at least"),
+        ([], {"arms": {}}, "--arms: name one at least"),
+        (["--config", "nowhere"], {}, "--config nowhere: no such file"),
+    ],
+)
+def test_mistakes_cost_one_line(
+    args: list[str], changes: dict[str, Any], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*config(tmp_path / "study.yaml", tmp_path / "out", tmp_path, **changes), *args]) == 2
+    error = capsys.readouterr().err
+    assert says in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
