@@ -9,9 +9,8 @@ help: ## list the targets
 setup: ## make or catch up .venv (PYTHON=... and RLMT_DEVICE=cpu|cuda to choose)
 	@scripts/setup.sh
 
-quickstart: setup ## make the miniature models and prompts, then train a thinking policy on them
-	.venv/bin/rlmt tiny
-	.venv/bin/rlmt fit --config configs/base.yaml --config configs/grpo.yaml --config configs/tiny.yaml
+quickstart: setup ## train a miniature world from scratch, with and without thoughts, and compare (goes on where it stopped)
+	.venv/bin/rlmt study --config study/mini --config study/quickstart
 
 test: setup ## run the whole test suite
 	.venv/bin/pytest

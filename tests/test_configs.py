@@ -15,6 +15,7 @@ from rlmt.engines import ReplayEngine, VLLMEngine
 from rlmt.models import LoRA
 from rlmt.modules import SFT, CosineWithWarmup, RewardModeling, RLMTModule
 from rlmt.rewards import ClassifierReward
+from rlmt.study.stages import Plan, Stage
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FORMATS = ("think", "no_think", "zero_think", "zero_no_think", "instructed")
@@ -40,8 +41,9 @@ def compose(*names: str) -> list[str]:
 
 
 def test_every_shipped_config_is_tested() -> None:
-    paper = set((CONFIGS / "paper").glob("*.yaml"))  # see test_paper.py
-    shipped = {path.stem for path in set(CONFIGS.rglob("*.yaml")) - paper}
+    # See test_paper.py, test_the_miniature_configs_instantiate and tests/study for the folders.
+    assert {path.name for path in CONFIGS.iterdir() if path.is_dir()} <= {"paper", "mini", "study", "__pycache__"}
+    shipped = {path.stem for path in CONFIGS.glob("*.yaml")}
     objectives = {"grpo", "ppo", "dpo", "dpo_offline"}
     assert shipped == {"base", "early_stop", "lora", "qlora", "sft", "reward", *objectives, *FORMATS, *MODELS}
 
@@ -185,3 +187,37 @@ def test_adapters_go_with_every_objective(adapter: str, objective: str, launched
     assert isinstance(module.lora, LoRA) and module.lora.rank == 16
     assert (module.quantization is not None) == (adapter == "qlora") == (module.reward.quantization is not None)
     assert data.engine.quantization == ("fp8_per_channel" if adapter == "qlora" else None)
+
+
+def test_the_miniature_configs_instantiate(launched: list[Any]) -> None:
+    """Each is named here; objectives share rollouts, prompts and settings."""
+    named = {"sft": ["sft"], "reward": ["reward"], "grpo": ["base", "grpo", "mini/rl"]}
+    named |= {"ppo": ["base", "ppo", "mini/rl"], "dpo": ["base", "dpo", "mini/rl"]}
+    assert {path.stem for path in (CONFIGS / "mini").glob("*.yaml")} == {*named, "rl"}
+    for name, before in named.items():
+        assert main(compose(*before, f"mini/{name}")) == 0
+    _, sft, data = launched[0]
+    assert isinstance(sft, SFT) and sft.from_scratch and data.batch_size == 34
+    assert isinstance(launched[1][1], RewardModeling)
+    rollouts = []
+    for trainer, module, data in launched[2:]:
+        assert module.policy_path == "runs/mini/warm-think" and module._scheduler is None
+        assert trainer.max_steps / (module.algorithm.update_epochs * module.algorithm.minibatches) == 40
+        rollouts.append(
+            (data.batch_size, data.group_size, data.temperature, data.max_new_tokens, module.held_out.names)
+        )
+    assert rollouts == [(16, 8, 1.0, 128, ["rubric"])] * 3
+
+
+def test_every_run_of_the_miniature_study_instantiates(launched: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trainer, "validate", Trainer.fit)
+    study = yaml.safe_load((CONFIGS / "study/mini.yaml").read_text())
+    stages = {name: Stage(**stage) for name, stage in study["stages"].items()}
+    jobs = Plan(stages, [1], Path("out"), study["texts"]).jobs
+    unlike = {(job.stage, dict(job.values).get("objective")): job for job in jobs}.values()
+    runs = [command for job in unlike for command in job.commands if command[0] in ("fit", "validate")]
+    for command in runs:
+        words = [word for word in command if word not in ("--ckpt_path", "last")]  # `fit` above has no such option
+        assert main([*words, "--trainer.accelerator", "cpu"]) == 0, command
+    assert len(launched) == len(runs) == 11
+    assert set(yaml.safe_load((CONFIGS / "study/quickstart.yaml").read_text())["only"]) <= set(study["arms"])

@@ -13,13 +13,17 @@ from lightning.pytorch import Trainer
 
 from rlmt import chat, cli, export
 from rlmt.cli import main
+from rlmt.mini import files
 from rlmt.plan import PlanCLI
+from rlmt.study import command
+from rlmt.study.runner import Runner
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+MINI = (ROOT / "docs/mini.md").read_text(encoding="utf-8")
 COMMANDS = [
-    line.split("#")[0].strip()
-    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    line.split("  #")[0].strip()
+    for block in re.findall(r"```sh\n(.*?)```", README + MINI, re.DOTALL)
     for line in block.replace("\\\n", "").splitlines()
     if line.startswith("rlmt ")
 ]
@@ -43,18 +47,28 @@ def test_commands_reach_the_trainer(line: str, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(export, "export", recorder(export.export, reached))
     monkeypatch.setattr(PlanCLI, "fit", lambda cli, **options: reached.append("plan"))
     monkeypatch.setattr(chat, "chat", recorder(chat.chat, reached))
+    monkeypatch.setattr(files, "make_mini", lambda out: reached.append("mini"))
+    monkeypatch.setattr(Runner, "run", lambda runner: reached.append("study"))
+    monkeypatch.setattr(command, "report", lambda *anything: None)
     monkeypatch.chdir(tmp_path)
     for run in ("tiny/run", "llama-3.1-8b", "sft", "reward"):
         checkpoint = tmp_path / "runs" / run / "checkpoints/last.ckpt"
         checkpoint.parent.mkdir(parents=True)
         torch.save({}, checkpoint)
     words = shlex.split(line)[1:]
-    assert main([*words, *(["--trainer.accelerator", "cpu"] if words[0] not in ("export", "chat") else [])]) == 0
+    assert (
+        main(
+            [*words, *(["--trainer.accelerator", "cpu"] if words[0] in ("fit", "validate", "predict", "plan") else [])]
+        )
+        == 0
+    )
     assert reached == [words[0]]
 
 
 def test_there_are_commands_of_every_kind() -> None:
-    assert {line.split()[1] for line in COMMANDS} == {"fit", "validate", "predict", "plan", "export", "chat"}
+    assert {line.split()[1] for line in COMMANDS} == {
+        *("fit", "validate", "predict", "plan", "export", "chat", "mini", "study")
+    }
     assert {"make quickstart", "make test"} <= {line.split("#")[0].strip() for line in README.splitlines()}
     targets = (ROOT / "Makefile").read_text()
     assert "\nquickstart:" in targets and "\ntest:" in targets

@@ -55,7 +55,7 @@ def make_mini(out: Path = Path("runs/mini"), seed: int = 0) -> None:
 
 
 def write_mini(out: Path, seed: int, sizes: Sizes | None = None) -> dict[str, str]:
-    """Writes the files; README's "A world to try it in" lists them.
+    """Writes the files; docs/mini.md lists them.
 
     Args:
         out: Folder to write.

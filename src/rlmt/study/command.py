@@ -6,6 +6,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -71,33 +72,53 @@ def study(
     signal.signal(signal.SIGTERM, _interrupt)
     Runner(needed, keys(needed, out), jobs).run()
 
-    rows = {arm: [read_rows(plan.folder(chosen[arm], seed)) for seed in seeds] for arm in chosen}
-    table = {}
-    for arm in chosen:
-        values = [
-            last_values(of_seed, metrics, plan.folder(chosen[arm], seed))
-            for seed, of_seed in zip(seeds, rows[arm], strict=True)
-        ]
-        table[arm] = {metric: Estimate(tuple(value[metric] for value in values)) for metric in metrics}
-    drawn = [arm for arm in picture or [] if arm in chosen]
-    found = Findings(
+    about = Findings(
         title=title,
         command=command,
         seeds=seeds,
-        labels={arm: chosen[arm].label for arm in chosen},
+        labels={name: arm.label for name, arm in chosen.items()},
         metrics=list(metrics),
-        table=table,
-        minutes={arm: _minutes(plan, chosen[arm], seeds) for arm in chosen},
         comparisons=asked,
-        picture=_draw(out, title, {chosen[arm].label: rows[arm] for arm in drawn}) if drawn else None,
     )
+    report(plan, chosen, metrics, about, picture or [])
+
+
+def report(plan: Plan, arms: dict[str, Arm], metrics: dict[str, str], about: Findings, picture: Sequence[str]) -> None:
+    """Reads what the jobs logged, writes the report and prints its table and sentences.
+
+    Args:
+        plan: The jobs, all done.
+        arms: Those to report.
+        metrics: Name → the name it was logged under.
+        about: All of the findings but what was found.
+        picture: Arms to draw.
+
+    Raises:
+        UserError: A metric was not logged.
+    """
+    folders = {name: [plan.folder(arm, seed) for seed in plan.seeds] for name, arm in arms.items()}
+    rows = {name: [read_rows(folder) for folder in found] for name, found in folders.items()}
+    table = {}
+    for name in arms:
+        last = [
+            last_values(*of_seed)
+            for of_seed in zip(rows[name], [metrics] * len(plan.seeds), folders[name], strict=True)
+        ]
+        table[name] = {metric: Estimate(tuple(values[metric] for values in last)) for metric in metrics}
+    drawn = {arms[name].label: rows[name] for name in picture if name in arms}
+    found = replace(
+        about,
+        table=table,
+        minutes={name: _minutes(found) for name, found in folders.items()},
+        picture=_draw(plan.out, about.title, drawn) if drawn else None,
+    )
+    written = write_report(found, plan.out)
     console = Console()
-    written = write_report(found, out)
     console.print(print_table(found))
     for sentence in sentences(found):
         console.print(sentence.replace("**", ""), soft_wrap=True, markup=False, highlight=False)
     for path in [*written, *([found.picture] if found.picture else [])]:
-        console.print(f"{path}", soft_wrap=True, highlight=False)
+        console.print(str(path), soft_wrap=True, highlight=False)
 
 
 def _check_names(option: str, names: Sequence[str], kind: str, known: Mapping[str, object]) -> None:
@@ -111,8 +132,8 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
-def _minutes(plan: Plan, arm: Arm, seeds: Sequence[int]) -> Estimate:
-    states = [State.load(plan.folder(arm, seed)) for seed in seeds]
+def _minutes(folders: Sequence[Path]) -> Estimate:
+    states = [State.load(folder) for folder in folders]
     return Estimate(tuple(sum(state.seconds.values()) / 60 for state in states if state is not None))
 
 

@@ -6,7 +6,7 @@ import base64
 import csv
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Literal
@@ -56,12 +56,12 @@ class Findings:
     labels: Mapping[str, str]
     """Arm → what people call it."""
     metrics: Sequence[str]
-    table: Mapping[str, Mapping[str, Estimate]]
-    """Arm → metric → values over seeds."""
-    minutes: Mapping[str, Estimate]
-    """Arm → minutes that its last stage took."""
     comparisons: Sequence[Comparison]
-    picture: Path | None
+    table: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
+    """Arm → metric → values over seeds."""
+    minutes: Mapping[str, Estimate] = field(default_factory=dict)
+    """Arm → minutes that its last stage took."""
+    picture: Path | None = None
 
 
 def write_report(findings: Findings, out: Path) -> list[Path]:
