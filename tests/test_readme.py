@@ -47,7 +47,7 @@ def test_commands_reach_the_trainer(line: str, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(export, "export", recorder(export.export, reached))
     monkeypatch.setattr(PlanCLI, "fit", lambda cli, **options: reached.append("plan"))
     monkeypatch.setattr(chat, "chat", recorder(chat.chat, reached))
-    monkeypatch.setattr(files, "make_mini", lambda out: reached.append("mini"))
+    monkeypatch.setattr(files, "write_mini", lambda *given: reached.append("mini") or {})
     monkeypatch.setattr(Runner, "run", lambda runner: reached.append("study"))
     monkeypatch.setattr(command, "report", lambda *anything: None)
     monkeypatch.chdir(tmp_path)
