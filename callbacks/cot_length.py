@@ -58,20 +58,10 @@ class CoTLength(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Adds the batch to the mean lengths over the validation set."""
-        self._log_epoch(pl_module, "val", experience_of(outputs))
+        """Adds the batch to the mean lengths over the whole set."""
+        self._log_epoch(pl_module, "test" if trainer.testing else "val", experience_of(outputs))
 
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Adds the batch to the mean lengths over the test set."""
-        self._log_epoch(pl_module, "test", experience_of(outputs))
+    on_test_batch_end = on_validation_batch_end
 
     def _log_epoch(self, pl_module: LightningModule, stage: str, experience: Experience) -> None:
         for part, tokens in (("thought", experience.thought_tokens), ("response", experience.response_tokens)):

@@ -171,7 +171,7 @@ def test_configs_name_only_keys_that_classes_take() -> None:
 
 
 def test_offline_dpo_is_dpo_on_recorded_samples(launched: list[Any]) -> None:
-    for names in (("base", "llama-3.1-8b", "dpo"), ("base", "llama-3.1-8b", "dpo_offline")):
+    for names in (("base", "llama-3.1-8b", "dpo"), ("base", "llama-3.1-8b", "dpo", "dpo_offline")):
         assert main(compose(*names)) == 0
     (_, fresh, fresh_data), (_, fixed, fixed_data) = ((run[0], run[1], run[2]) for run in launched)
     assert vars(fresh.algorithm) == vars(fixed.algorithm)

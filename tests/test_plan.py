@@ -97,7 +97,7 @@ def test_an_8b_policy_and_an_8b_reward_model_in_24_gb_by_hand(shapes: Path) -> N
     assert "reference weights" not in found and "critic weights" not in found
     # Two samples of 4,096 tokens: their inputs to each of 32 checkpointed layers, in bfloat16, and the last layer's.
     assert found["activations"].update == pytest.approx(32 * 8192 * 4096 * 2, rel=0.1)
-    assert found["logits chunk"].update == pytest.approx(2**25 * 16, rel=0.01)
+    assert found["logits chunk"].update == pytest.approx(2**25 * 10, rel=0.01)
     engine = LINEAR + whole + 2 * ADAPTER
     assert found["vLLM weights"].rollout == pytest.approx(engine, rel=1e-6) and found["vLLM weights"].update == 0
     granted = 0.52 * 24 * GIB - found["vLLM weights"].rollout - VLLM_REST

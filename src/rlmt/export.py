@@ -16,7 +16,7 @@ import os
 import pickle
 import re
 import warnings
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -35,8 +35,8 @@ from transformers import (
 
 from rlmt.errors import UserError
 from rlmt.merge import adapted_layers, check_fits, merge, open_base
-from rlmt.models.adapters import CRITIC, PEFT_PREFIX, POLICY
-from rlmt.models.loading import load_config, load_tokenizer
+from rlmt.models.adapters import CRITIC, PEFT_PREFIX, POLICY, is_adapter
+from rlmt.models.loading import load_config, load_tokenizer, skeleton
 from rlmt.models.quantization import quantized_weights
 from rlmt.thinking import ThinkingFormat
 from rlmt.types import AdapterWeights
@@ -47,9 +47,55 @@ ASSETS = "policy"
 REWARD_ASSETS = "reward"
 """The same of a reward model that is trained."""
 
-_PREFIX = "policy."
 _ADAPTER_WEIGHT = re.compile(rf"(.+)\.lora_(A|B|magnitude_vector)\.{POLICY}\.weight")
-_REWARD_PREFIX = "model."
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What tells the export of a policy from that of a reward model."""
+
+    assets: str
+    """Folder beside the checkpoints."""
+    prefix: str
+    """Of its weights' names in a checkpoint."""
+    base: str
+    """Under which key the checkpoint says what it was trained from."""
+    auto: Any
+    """transformers' class that loads it."""
+
+
+_POLICY = _Kind(ASSETS, "policy.", "policy", AutoModelForCausalLM)
+_REWARD = _Kind(REWARD_ASSETS, "model.", "model", AutoModelForSequenceClassification)
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """A checkpoint of `rlmt fit`."""
+
+    path: Path
+    kind: _Kind
+    about: dict[str, Any]
+    """What the module says in it."""
+    weights: dict[str, Tensor]
+    """Under the model's own names."""
+
+    @property
+    def assets(self) -> Path:
+        """The folder beside it."""
+        return self.path.parent / self.kind.assets
+
+    @property
+    def head(self) -> dict[str, Tensor]:
+        """What is trained in full beside an adapter: a reward model's head, nothing of a policy."""
+        return {name: tensor for name, tensor in self.weights.items() if not is_adapter(name)}
+
+    def save_assets(self, out: Path, config: PretrainedConfig) -> None:
+        """Writes all of the model's folder but the weights."""
+        tokenizer = load_tokenizer(self.assets)
+        if self.kind is _POLICY:
+            save_policy_assets(out, config, tokenizer, ThinkingFormat.from_dict(self.about["format"]))
+        else:
+            save_reward_assets(out, config, tokenizer)
 
 
 def save_policy_assets(
@@ -102,92 +148,93 @@ def export(
         raise UserError(f"{out}: is there already; name a new folder to export to")
     if not ckpt.exists():
         raise UserError(f"{ckpt}: no such checkpoint")
-    checkpoint = _read_sharded(ckpt) if ckpt.is_dir() else _read(ckpt)
-    if not isinstance(checkpoint, dict) or "rlmt" not in checkpoint or "state_dict" not in checkpoint:
-        raise UserError(f"{ckpt}: is not a checkpoint of `rlmt fit`")
-    trains_reward = checkpoint["rlmt"].get("module") == "RewardModeling"
-    assets = ckpt.parent / (REWARD_ASSETS if trains_reward else ASSETS)
-    if not assets.is_dir():
-        raise UserError(f"{assets}: not found; export the checkpoint from the folder where its run wrote it")
-    if trains_reward:
-        _export_reward(checkpoint["state_dict"], ckpt, assets, out, dtype)
-        return
-    weights = {
-        name.removeprefix(_PREFIX): tensor
-        for name, tensor in checkpoint["state_dict"].items()
-        if name.startswith(_PREFIX) and f".{CRITIC}." not in name
-    }
+    saved = _open(ckpt)
     target: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
-    about = checkpoint["rlmt"]
-    if about.get("adapter") is not None:
-        adapter = _adapter(about["adapter"], weights, ckpt)
-        source = base or about["policy"]
-        if what == "merged":
-            _export_merged(adapter, source, about, assets, out, target)
-        else:
-            _export_adapter(adapter, source, about, assets, out, target)
+    if saved.about.get("adapter") is not None:
+        write = _export_merged if what == "merged" else _export_adapter
+        write(saved, base or saved.about[saved.kind.base], out, target)
         return
     if what == "adapter" or base is not None:
         option = "--what adapter" if what == "adapter" else "--base"
-        raise UserError(f"{ckpt}: holds all of the policy's weights and no adapter; leave {option} out")
-    if target is not None:
-        weights = {name: t.to(target) if t.is_floating_point() else t for name, t in weights.items()}
-    model = _assemble(load_config(assets), weights, ckpt)
-    save_policy_assets(out, model.config, load_tokenizer(assets), ThinkingFormat.from_dict(about["format"]))
-    model.generation_config = GenerationConfig.from_pretrained(out)
+        raise UserError(f"{ckpt}: holds all of the model's weights and no adapter; leave {option} out")
+    model = _assemble(saved, target)
+    saved.save_assets(out, model.config)
+    if saved.kind is _POLICY:
+        model.generation_config = GenerationConfig.from_pretrained(out)
     # Last, so that a folder with weights is a whole one.
     model.save_pretrained(out)
     print(f"{out}: {type(model).__name__}, {model.num_parameters():,} parameters in {model.dtype}")
 
 
-def _adapter(config: dict[str, Any], weights: Mapping[str, Tensor], ckpt: Path) -> AdapterWeights:
-    """The policy's adapter under the names of PEFT's files; a critic's beside it stays behind."""
+def _open(path: Path) -> _Checkpoint:
+    """A checkpoint and the folder that belongs to it."""
+    checkpoint = _read_sharded(path) if path.is_dir() else _read(path)
+    if not isinstance(checkpoint, dict) or "rlmt" not in checkpoint or "state_dict" not in checkpoint:
+        raise UserError(f"{path}: is not a checkpoint of `rlmt fit`")
+    about = checkpoint["rlmt"]
+    kind = _REWARD if about.get("module") == "RewardModeling" else _POLICY
+    weights = {
+        name.removeprefix(kind.prefix): tensor
+        for name, tensor in checkpoint["state_dict"].items()
+        if name.startswith(kind.prefix) and f".{CRITIC}." not in name
+    }
+    saved = _Checkpoint(path, kind, about, weights)
+    if not saved.assets.is_dir():
+        raise UserError(f"{saved.assets}: not found; export the checkpoint from the folder where its run wrote it")
+    return saved
+
+
+def _adapter(saved: _Checkpoint) -> AdapterWeights:
+    """The adapter under the names of PEFT's files; a critic's beside it stays behind."""
     named = {}
-    for name, tensor in weights.items():
+    for name, tensor in saved.weights.items():
         if match := _ADAPTER_WEIGHT.fullmatch(name):
             layer, part = match.groups()
             # PEFT's files keep DoRA's row sizes, a module in memory, under the name of the plain tensor they once were.
             suffix = "" if part == "magnitude_vector" else ".weight"
             named[f"{PEFT_PREFIX}{layer}.lora_{part}{suffix}"] = tensor
     if not named:
-        raise UserError(f"{ckpt}: says that it holds an adapter, and there is none in it; use an earlier one")
-    return AdapterWeights(config, named)
+        raise UserError(f"{saved.path}: says that it holds an adapter, and there is none in it; use an earlier one")
+    return AdapterWeights(saved.about["adapter"], named)
 
 
-def _export_merged(
-    adapter: AdapterWeights, source: str, about: dict[str, Any], assets: Path, out: Path, dtype: torch.dtype | None
-) -> None:
-    base = open_base(source)
+def _export_merged(saved: _Checkpoint, source: str, out: Path, dtype: torch.dtype | None) -> None:
+    base, adapter = open_base(source), _adapter(saved)
     check_fits(base, adapter)
-    config, quantization = load_config(assets), about.get("quantization")
+    config, quantization = load_config(saved.assets), saved.about.get("quantization")
     held = cast(torch.dtype, config.dtype or torch.float32)
     layers = adapted_layers(adapter)
     config.dtype = dtype or base.tensors[f"{layers[0]}.weight"].dtype
-    save_policy_assets(out, config, load_tokenizer(assets), ThinkingFormat.from_dict(about["format"]))
-    if quantization is None:
-        merge(base, adapter, out, held, dtype)
-    else:
-        merge(base, adapter, out, held, dtype, quantized_weights(config), quantization["double_quant"])
-    print(
-        f"{out}: {source} with the adapter of {len(adapted_layers(adapter))} layers merged into it, in {config.dtype}"
-    )
+    config.architectures = [type(skeleton(config, saved.kind.auto)).__name__]
+    saved.save_assets(out, config)
+    four_bits: tuple[frozenset[str], bool] = (frozenset(), False)
+    if quantization is not None:
+        four_bits = quantized_weights(config, saved.kind.auto), quantization["double_quant"]
+    merge(base, adapter, out, held, dtype, *four_bits, saved.head)
+    print(f"{out}: {source} with the adapter of {len(layers)} layers merged into it, in {config.dtype}")
 
 
-def _export_adapter(
-    adapter: AdapterWeights, source: str, about: dict[str, Any], assets: Path, out: Path, dtype: torch.dtype | None
-) -> None:
+def _export_adapter(saved: _Checkpoint, source: str, out: Path, dtype: torch.dtype | None) -> None:
+    adapter, head = _adapter(saved), saved.head
     folder = Path(source).expanduser()
     name = str(folder.resolve()) if folder.is_dir() else source  # a relative path would be wrong from anywhere else
     out.mkdir(parents=True, exist_ok=True)
-    load_tokenizer(assets).save_pretrained(out)
-    ThinkingFormat.from_dict(about["format"]).save(out)
-    LoraConfig(**{**adapter.config, "base_model_name_or_path": name, "inference_mode": True}).save_pretrained(str(out))
-    tensors = {key: (t if dtype is None else t.to(dtype)).contiguous() for key, t in adapter.tensors.items()}
+    load_tokenizer(saved.assets).save_pretrained(out)
+    options: dict[str, Any] = {"base_model_name_or_path": name, "inference_mode": True}
+    if saved.kind is _POLICY:
+        ThinkingFormat.from_dict(saved.about["format"]).save(out)
+    else:
+        options |= {"task_type": "SEQ_CLS", "modules_to_save": sorted({name.split(".")[0] for name in head})}
+    LoraConfig(**{**adapter.config, **options}).save_pretrained(str(out))
+    trained = adapter.tensors | {PEFT_PREFIX + key: tensor for key, tensor in head.items()}
+    tensors = {key: (t if dtype is None else t.to(dtype)).contiguous() for key, t in trained.items()}
     partial = out / "adapter_model.partial"
     save_file(tensors, partial, metadata={"format": "pt"})
     os.replace(partial, out / "adapter_model.safetensors")
     print(f"{out}: adapter of {len(adapted_layers(adapter))} layers for {name}")
-    if about.get("quantization") is not None:
+    if saved.kind is _REWARD:
+        print("Its base is loaded as a sequence classifier with num_labels=1.")
+    if saved.about.get("quantization") is not None:
         print("It was trained on this model in 4 bits (NF4): load that so, or export --what merged.")
 
 
@@ -204,36 +251,25 @@ def save_reward_assets(folder: Path, config: PretrainedConfig, tokenizer: PreTra
     tokenizer.save_pretrained(folder)
 
 
-def _export_reward(state: Mapping[str, Tensor], ckpt: Path, assets: Path, out: Path, dtype: str | None) -> None:
-    """Writes a sequence classifier with one output; the head for attributes stays behind."""
-    weights = {n.removeprefix(_REWARD_PREFIX): t for n, t in state.items() if n.startswith(_REWARD_PREFIX)}
+def _assemble(saved: _Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The model that holds a checkpoint's weights themselves, without a copy; no weight is ever made up."""
+    weights, where = saved.weights, f"use the folder {saved.kind.assets}/ that the same run wrote"
     if dtype is not None:
-        weights = {name: t.to(getattr(torch, dtype)) for name, t in weights.items()}
-    model = _assemble(load_config(assets), weights, ckpt, AutoModelForSequenceClassification)
-    save_reward_assets(out, model.config, load_tokenizer(assets))
-    model.save_pretrained(out)
-    print(f"{out}: {type(model).__name__}, {model.num_parameters():,} parameters in {model.dtype}")
-
-
-def _assemble(
-    config: PretrainedConfig, weights: Mapping[str, Tensor], ckpt: Path, auto: Any = AutoModelForCausalLM
-) -> PreTrainedModel:
-    """The model of `config` holding `weights` themselves, without a copy; no weight is ever made up."""
-    assets = ASSETS if auto is AutoModelForCausalLM else REWARD_ASSETS
-    with torch.device("meta"):
-        model: PreTrainedModel = auto.from_config(config).eval()
+        weights = {name: t.to(dtype) if t.is_floating_point() else t for name, t in weights.items()}
+    model = skeleton(load_config(saved.assets), saved.kind.auto)
+    model.train(False)
     wanted = model.state_dict()
     for name, tensor in weights.items():
         if name in wanted and tensor.shape != wanted[name].shape:
             shapes = f"{tuple(tensor.shape)}, the config beside it wants {tuple(wanted[name].shape)}"
-            raise UserError(f"{ckpt}: {name} has shape {shapes}; use the folder {assets}/ that the same run wrote")
+            raise UserError(f"{saved.path}: {name} has shape {shapes}; {where}")
     found = model.load_state_dict(weights, strict=False, assign=True)
     # Tying again makes tied weights one tensor, which is then written once.
     model.tie_weights()
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left or found.unexpected_keys:
         name, what = (left[0], "missing from") if left else (found.unexpected_keys[0], "unknown to the config beside")
-        raise UserError(f"{ckpt}: {name} is {what} it; use the folder {assets}/ that the same run wrote")
+        raise UserError(f"{saved.path}: {name} is {what} it; {where}")
     return model
 
 
@@ -256,7 +292,7 @@ def _read_sharded(ckpt: Path) -> dict[str, Any]:
     if not ((ckpt / ".metadata").is_file() and (ckpt / "meta.pt").is_file()):
         raise UserError(f"{ckpt}: is a folder, but not a sharded checkpoint (.metadata and meta.pt are not in it)")
     reader = FileSystemReader(ckpt)
-    prefix = f"state_dict.{_PREFIX}"
+    prefix = f"state_dict.{_POLICY.prefix}"
     flat: dict[str, Any] = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in reader.read_metadata().state_dict_metadata.items()

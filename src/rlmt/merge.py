@@ -25,6 +25,9 @@ from rlmt.types import AdapterWeights
 SHARD_BYTES = 2 * 2**30
 """Largest file to write, unless a single tensor is larger; a merge takes the memory of about two."""
 
+OUTPUT_PROJECTION = "lm_head.weight"
+"""What a causal language model has and a classifier made of it has not."""
+
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -126,6 +129,7 @@ def merge(
     dtype: torch.dtype | None,
     quantized: Iterable[str] = (),
     double_quant: bool = False,
+    head: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Writes the base's weights with the adapter merged into them.
 
@@ -137,10 +141,14 @@ def merge(
         dtype: of the weights written; None leaves each in the base's own.
         quantized: names of the weights that the trainer held in 4 bits.
         double_quant: whether their scales were quantised, too.
+        head: weights trained in full, which take the place of the base's output projection.
     """
+    heads = head or {}
     in_four_bits = frozenset(quantized)
 
     def made(name: str) -> Tensor:
+        if name in heads:
+            return heads[name] if dtype is None else heads[name].to(dtype)
         weight = base.read(name)
         if not weight.is_floating_point():
             return weight
@@ -150,9 +158,12 @@ def merge(
             weight = quantized_and_back(weight, double_quant)
         return merged(name, weight, adapter).to(kept)
 
+    kept = {name: t for name, t in base.tensors.items() if not (heads and name == OUTPUT_PROJECTION)}
     formats = {
-        name: torch.empty_like(t, dtype=dtype if t.is_floating_point() and dtype is not None else t.dtype)
-        for name, t in base.tensors.items()
+        name: torch.empty_like(
+            t, dtype=dtype if t.is_floating_point() and dtype is not None else t.dtype, device="meta"
+        )
+        for name, t in {**kept, **heads}.items()
     }
     _write(out, formats, made)
 

@@ -1,5 +1,6 @@
 """Reward modelling against closed forms: Bradley-Terry, margins, centring, the regression, and what is reported."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,29 +16,22 @@ from rlmt.errors import UserError
 from rlmt.models.reward_model import load_reward_model
 from rlmt.modules import RewardModeling
 
-
-def classifier() -> LlamaForSequenceClassification:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        initializer_range=0.2,
-        num_labels=1,
-        pad_token_id=0,
-    )
-    return LlamaForSequenceClassification(config)
+Make = Callable[..., RewardModeling]
 
 
-def module(budget: int = 10**6, attributes: int = 0, **options: float) -> RewardModeling:
-    made = RewardModeling("unread", tokens_per_micro_batch=budget, **options)  # type: ignore[arg-type]
-    made.model = classifier()
-    if attributes:
-        torch.manual_seed(1)
-        made.attribute_head = nn.Linear(32, attributes)
-    return made
+@pytest.fixture
+def module(small_llama: Callable[..., Any]) -> Make:
+    """`module(budget, attributes, **options)`: always with the same weights."""
+
+    def make(budget: int = 10**6, attributes: int = 0, **options: float) -> RewardModeling:
+        made = RewardModeling("unread", tokens_per_micro_batch=budget, **options)
+        made.model = small_llama(LlamaForSequenceClassification, num_labels=1, pad_token_id=0)
+        if attributes:
+            torch.manual_seed(1)
+            made.attribute_head = nn.Linear(32, attributes)
+        return made
+
+    return make
 
 
 def comparisons(attributes: int = 0) -> list[EncodedComparison]:
@@ -68,7 +62,7 @@ def scores_of(model: LlamaForSequenceClassification, sequences: list[Tensor]) ->
 
 @pytest.mark.parametrize("budget", [1, 140, 10**6])
 @pytest.mark.parametrize("options", [{}, {"centering": 0.3}, {"attributes": 3, "attribute_weight": 0.7}])
-def test_loss_and_gradient_are_the_formulas(budget: int, options: dict[str, Any]) -> None:
+def test_loss_and_gradient_are_the_formulas(budget: int, options: dict[str, Any], module: Make) -> None:
     trained, reference = module(budget, **options), module(**options)
     rows = comparisons(options.get("attributes", 0))
     terms, ratings_seen = [], []
@@ -96,7 +90,7 @@ def test_loss_and_gradient_are_the_formulas(budget: int, options: dict[str, Any]
         assert gap < 1e-5, (name, gap)
 
 
-def test_a_tie_costs_ln_2_and_pulls_the_scores_apart_by_a_half() -> None:
+def test_a_tie_costs_ln_2_and_pulls_the_scores_apart_by_a_half(module: Make) -> None:
     """d/dr of -log σ(r_c - r_j) is -σ(r_j - r_c) = -1/2 at a tie, and +1/2 for the other score."""
     trained = module()
     assert trained.model is not None
@@ -110,7 +104,7 @@ def test_a_tie_costs_ln_2_and_pulls_the_scores_apart_by_a_half() -> None:
     assert torch.allclose(trained.model.score.weight.grad[0], (states[1] - states[0]) / 2, atol=1e-6)
 
 
-def test_accuracies_and_loss_of_held_out_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accuracies_and_loss_of_held_out_pairs(module: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Differences 1, 0 and -2 in subset a, 3 in subset b, over two batches: a tie is wrong."""
     made = module()
     logged: dict[str, Any] = {}

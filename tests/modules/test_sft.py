@@ -1,6 +1,8 @@
 """The loss and gradient of SFT against one padded batch with labels, and runs from random weights."""
 
+import copy
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +12,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from rlmt.data import SFTDataModule, load_prompts
 from rlmt.data.sft import EncodedDemonstration
@@ -26,17 +28,10 @@ LENGTHS = [[(3, 9)], [(5, 1), (14, 20)], [(1, 4)], [(30, 2)], [(2, 40)]]
 """Tokens of prompt and target of each sequence of each row; a document has a prompt of 1."""
 
 
-def policy() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        initializer_range=0.2,
-    )
-    return LlamaForCausalLM(config)
+@pytest.fixture
+def policy(small_llama: Callable[..., Any]) -> LlamaForCausalLM:
+    made: LlamaForCausalLM = small_llama(LlamaForCausalLM)
+    return made
 
 
 def demonstrations() -> list[EncodedDemonstration]:
@@ -51,9 +46,9 @@ def demonstrations() -> list[EncodedDemonstration]:
     ]
 
 
-def module(budget: int, prompt_weight: float = 0.0) -> SFT:
+def module(policy: LlamaForCausalLM, budget: int, prompt_weight: float = 0.0) -> SFT:
     made = SFT("unread", prompt_weight=prompt_weight, tokens_per_micro_batch=budget)
-    made.policy = policy()
+    made.policy = policy
     return made
 
 
@@ -78,8 +73,8 @@ def oracle(model: LlamaForCausalLM, rows: list[EncodedDemonstration], prompt_wei
 
 @pytest.mark.parametrize("prompt_weight", [0.0, 0.2, 1.0])
 @pytest.mark.parametrize("budget", [1, 50, 10**6])
-def test_gradient_is_that_of_one_padded_batch(budget: int, prompt_weight: float) -> None:
-    rows, reference, trained = demonstrations(), policy(), module(budget, prompt_weight)
+def test_gradient_is_that_of_one_padded_batch(policy: LlamaForCausalLM, budget: int, prompt_weight: float) -> None:
+    rows, reference, trained = demonstrations(), copy.deepcopy(policy), module(policy, budget, prompt_weight)
     expected = oracle(reference, rows, prompt_weight)
     expected.backward()
     parts = list(trained.losses(rows, prompt_weight))
@@ -92,14 +87,14 @@ def test_gradient_is_that_of_one_padded_batch(budget: int, prompt_weight: float)
         assert gap < 1e-5, (name, gap)
 
 
-def test_assistant_only_is_transformers_own_loss() -> None:
+def test_assistant_only_is_transformers_own_loss(policy: LlamaForCausalLM) -> None:
     """Mean over the tokens whose labels are not -100, of one row, as transformers computes it."""
     row = demonstrations()[0]
     ids = row.sequences[0].long()[None]
     labels = ids.clone()
     labels[:, : row.prompts[0]] = -100
-    (part,) = module(1000).losses([row], 0.0)
-    assert part.item() == pytest.approx(policy()(input_ids=ids, labels=labels).loss.item(), rel=1e-5)
+    (part,) = module(policy, 1000).losses([row], 0.0)
+    assert part.item() == pytest.approx(policy(input_ids=ids, labels=labels).loss.item(), rel=1e-5)
 
 
 def test_the_schedule_spans_the_epochs_of_the_run() -> None:

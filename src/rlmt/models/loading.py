@@ -137,9 +137,13 @@ def load_policy(
     return cast(PreTrainedModel, model.eval())
 
 
-def skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """The causal language model of a config without weights: its modules and names, in no memory."""
-    auto: Any = AutoModelForCausalLM
+def skeleton(config: PretrainedConfig, auto: Any = AutoModelForCausalLM) -> PreTrainedModel:
+    """The model of a config without weights: its modules and names, in no memory.
+
+    Args:
+        config: The config.
+        auto: Class that makes it: a causal language model by default.
+    """
     with torch.device("meta"):
         return cast(PreTrainedModel, auto.from_config(config))
 

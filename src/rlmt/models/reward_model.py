@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from rlmt.errors import UserError
 from rlmt.models.loading import drawn_by_seed, load_config, weights_of
+from rlmt.models.quantization import NF4
 
 
 def reward_config(path: str | Path) -> PretrainedConfig:
@@ -48,9 +49,13 @@ def reward_config(path: str | Path) -> PretrainedConfig:
 
 
 def load_reward_model(
-    path: str | Path, from_scratch: bool = False, attn_implementation: str | None = None
+    path: str | Path,
+    from_scratch: bool = False,
+    attn_implementation: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    quantization: NF4 | None = None,
 ) -> PreTrainedModel:
-    """Reads a decoder with a score head, in float32.
+    """Reads a decoder with a score head; the head is in float32 whatever the decoder is in.
 
     A head that the folder does not hold is drawn by torch's seed with standard deviation 1 / (H + 1), H the model's
     width: scores then start close to 0.
@@ -59,18 +64,24 @@ def load_reward_model(
         path: Folder or hub name of a causal language model or of a classifier with one output.
         from_scratch: Draw all weights; those of the folder are not read.
         attn_implementation: transformers' attention kernel; None is its default.
+        dtype: Number format of the decoder.
+        quantization: How to hold the decoder's linear layers in 4 bits, as for `load_policy`.
 
     Returns:
-        The classifier, in eval mode, on the CPU.
+        The classifier, in eval mode, on the CPU; in 4 bits on the device that tensors are made on.
 
     Raises:
-        UserError: As `reward_config`, or the weights are missing, unreadable or do not cover the model.
+        UserError: As `reward_config`, or the weights are missing, unreadable, in 4 or 8 bits or do not cover the model.
     """
     config = reward_config(path)
     auto: Any = AutoModelForSequenceClassification
-    options: dict[str, Any] = {"dtype": torch.float32}
+    if not from_scratch and getattr(config, "quantization_config", None) is not None:
+        raise UserError(f"{path}: its weights are quantised; give the folder of the weights in full")
+    options: dict[str, Any] = {"dtype": dtype}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
+    if quantization is not None:
+        options |= quantization.loading_options()
     new_head = from_scratch or not _is_classifier(config)
     with drawn_by_seed():
         if from_scratch:
@@ -88,6 +99,9 @@ def load_reward_model(
             missing = sorted(set(info["missing_keys"]) - ({"score.weight"} if new_head else set()))
             if missing:
                 raise UserError(f"{path}: its weights lack {len(missing)} tensors of the model, such as {missing[0]}")
+        if quantization is not None:
+            quantization.finish(model)
+        model.score.float()
         if new_head:
             torch.nn.init.normal_(model.score.weight, std=1 / (config.get_text_config().hidden_size + 1))
     return cast(PreTrainedModel, model.eval())

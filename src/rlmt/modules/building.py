@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import torch
-from torch import Tensor
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlmt.errors import UserError
 from rlmt.models import loading
-from rlmt.models.adapters import CRITIC
+from rlmt.models.adapters import CRITIC, LoRA, adapter_config
 from rlmt.models.critic import Critic, build_critic
+from rlmt.models.quantization import NF4
 from rlmt.modules.recorded import record_reference, recording_of
 
 if TYPE_CHECKING:
@@ -31,6 +32,22 @@ class Models(NamedTuple):
     critic: Critic | None
 
 
+def held_dtype(trainer: Trainer, lora: LoRA | None) -> Literal["float32", "bfloat16"]:
+    """What a model's weights are held in: float32 if they are trained, else what they are multiplied in."""
+    return "bfloat16" if lora is not None and trainer.precision == "bf16-mixed" else "float32"
+
+
+def adapter_record(model: PreTrainedModel, quantization: NF4 | None) -> dict[str, Any]:
+    """What makes the model of the base's weights: the adapter's configuration, and how the base is quantised."""
+    four_bits = None if quantization is None else quantization.to_dict()
+    return {"adapter": adapter_config(model), "quantization": four_bits}
+
+
+def trained_names(module: nn.Module) -> set[str]:
+    """Names of the weights that are trained."""
+    return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
 def build_models(module: RLMTModule, fitting: bool, budget: int) -> Models:
     """Loads the policy, and to train it makes what the objective wants: a reference (a frozen copy) and a critic.
 
@@ -46,11 +63,8 @@ def build_models(module: RLMTModule, fitting: bool, budget: int) -> Models:
     Raises:
         UserError: a model cannot be read.
     """
-    # Trained weights are float32; frozen ones lose nothing in the number format that they are multiplied in.
-    half = module.lora is not None and module.compute_dtype is torch.bfloat16
-    policy = loading.load_policy(
-        module.policy_path, "bfloat16" if half else "float32", module.attn_implementation, module.quantization
-    )
+    held = held_dtype(module.trainer, module.lora)
+    policy = loading.load_policy(module.policy_path, held, module.attn_implementation, module.quantization)
     reference = critic = None
     if fitting and module.algorithm.needs_reference:
         if (recording := recording_of(module.trainer)) is not None:
@@ -71,7 +85,7 @@ def build_models(module: RLMTModule, fitting: bool, budget: int) -> Models:
 
 def weights_to_save(module: RLMTModule, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What is trained of the policy and the critic, with LoRA the adapters: all else is read again."""
-    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    trained = trained_names(module)
     return {
         name: value
         for name, value in state.items()

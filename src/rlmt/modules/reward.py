@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryAccuracy
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlmt.batching import batches_by_length
 from rlmt.data.preferences import EncodedComparison
@@ -21,12 +21,12 @@ from rlmt.errors import UserError
 from rlmt.export import REWARD_ASSETS, save_reward_assets
 from rlmt.models import loading
 from rlmt.models.reward_model import load_reward_model, reward_config
+from rlmt.modules.building import held_dtype
 from rlmt.modules.checkpoints import checkpoint_folders
-from rlmt.modules.checks import check_options, check_trainer
+from rlmt.modules.checks import check_adapter, check_options, check_trainer
 from rlmt.modules.supervised import SupervisedModule, take_step
 from rlmt.rewards.classifier import score_states, states_at_end
 from rlmt.rewards.conversation import ConversationReader
-from rlmt.rng import random_states
 
 
 @dataclass
@@ -123,6 +123,8 @@ class RewardModeling(SupervisedModule):
     def setup(self, stage: str) -> None:
         """Looks for mistakes that can be seen before any weights are read, and makes a metric for each subset."""
         check_trainer(self.trainer)
+        if self.lora is not None:
+            check_adapter(self.model_config, self.lora, self.quantization, AutoModelForSequenceClassification)
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         self._subsets = data.subsets
         self._by_subset = nn.ModuleList(BinaryAccuracy() for _ in self._subsets)
@@ -133,6 +135,7 @@ class RewardModeling(SupervisedModule):
             return
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         self.model = self._ready(self._load())
+        cast(Any, self.model).score.requires_grad_(True)  # an adapter leaves the head alone, and it is often a new one
         if data.attributes:
             # The mean rating is soon learnt by the bias; a zero start leaves torch's random state alone.
             self.attribute_head = nn.Linear(self.model_config.get_text_config().hidden_size, data.attributes)
@@ -140,9 +143,17 @@ class RewardModeling(SupervisedModule):
             nn.init.zeros_(self.attribute_head.bias)
 
     def _load(self) -> PreTrainedModel:
-        model = load_reward_model(self.model_path, self.from_scratch, self.attn_implementation)
+        dtype = getattr(torch, held_dtype(self.trainer, self.lora))
+        model = load_reward_model(
+            self.model_path, self.from_scratch, self.attn_implementation, dtype, self.quantization
+        )
         model.config.pad_token_id = self.tokenizer.pad_token_id
         return model
+
+    @property
+    def _trained(self) -> PreTrainedModel:
+        assert self.model is not None, "configure_model has not run"
+        return self.model
 
     # One step ---------------------------------------------------------------------------------------------------------
 
@@ -240,7 +251,6 @@ class RewardModeling(SupervisedModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what export needs."""
-        checkpoint["rlmt"] = {"module": self.kind, "model": self.model_path, "random": random_states()}
-        assert self.model is not None
+        checkpoint["rlmt"] = {**self._record(), "model": loading.absolute(self.model_path)}
         for folder in checkpoint_folders(self.trainer):
-            save_reward_assets(folder / REWARD_ASSETS, self.model.config, self.tokenizer)
+            save_reward_assets(folder / REWARD_ASSETS, self._trained.config, self.tokenizer)

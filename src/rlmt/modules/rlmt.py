@@ -21,7 +21,6 @@ from rlmt.models import loading
 from rlmt.models.adapters import (
     LoRA,
     active,
-    adapter_config,
     adapter_weights,
     base_tensors,
     check_same_adapter,
@@ -29,9 +28,9 @@ from rlmt.models.adapters import (
 )
 from rlmt.models.critic import Critic
 from rlmt.models.quantization import NF4, dequantized
-from rlmt.modules.building import build_models, weights_to_load, weights_to_save
+from rlmt.modules.building import adapter_record, build_models, weights_to_load, weights_to_save
 from rlmt.modules.checkpoints import record_of, save_beside_checkpoints
-from rlmt.modules.checks import check_options, check_run
+from rlmt.modules.checks import check_adapter_options, check_options, check_run
 from rlmt.modules.dynamic_sampling import refill
 from rlmt.modules.policy import PolicyOwner
 from rlmt.modules.schedules import LRSchedulerCallable, OptimizerCallable, with_schedule
@@ -99,8 +98,7 @@ class RLMTModule(LightningModule, PolicyOwner):
         check_options(sizes | {"max_grad_norm": max_grad_norm})
         if not math.isfinite(malformed_reward):
             raise UserError(f"--model.malformed_reward is {malformed_reward}: it must be a finite number.")
-        if quantization is not None and lora is None:
-            raise UserError("--model.quantization: weights in 4 bits cannot be trained; add --model.lora LoRA.")
+        check_adapter_options(lora, quantization)
         self.format = format if isinstance(format, ThinkingFormat) else ThinkingFormat(format)
         self.policy_path = policy.replace("{format}", self.format.name)
         self.reward = reward
@@ -316,18 +314,13 @@ class RLMTModule(LightningModule, PolicyOwner):
         """Adds the format and what export needs."""
         checkpoint["rlmt"] = {
             "policy": loading.absolute(self.policy_path),
-            **self._adapter_record(),
+            **adapter_record(self._policy, self.quantization),
             "format": self.format.to_dict(),
             "version": self.policy_version,
             "algorithm": self.algorithm.state_dict(),
             "random": random_states(),
         }
         save_beside_checkpoints(self.trainer, self._policy.config, self.tokenizer, self.format)
-
-    def _adapter_record(self) -> dict[str, Any]:
-        """What makes the policy of the base's weights: the adapter's configuration, and how the base is quantised."""
-        quantization = None if self.quantization is None else self.quantization.to_dict()
-        return {"adapter": adapter_config(self._policy), "quantization": quantization}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of something else or of another format.
@@ -337,7 +330,7 @@ class RLMTModule(LightningModule, PolicyOwner):
         """
         saved = record_of(checkpoint, "RLMTModule")
         self.check_format(ThinkingFormat.from_dict(saved["format"]), "--ckpt_path")
-        check_same_adapter(saved, self._adapter_record())
+        check_same_adapter(saved, adapter_record(self._policy, self.quantization))
         self.policy_version = saved["version"]
         if self._fitting:
             self.algorithm.load_state_dict(saved.get("algorithm", {}))

@@ -15,11 +15,11 @@ from rlmt.data.supervised import RowBatch
 from rlmt.models import loading
 from rlmt.models.logprobs import token_logprobs
 from rlmt.models.micro_batch import MicroBatch
+from rlmt.modules.building import held_dtype
 from rlmt.modules.checkpoints import save_beside_checkpoints
-from rlmt.modules.checks import check_options, check_trainer
+from rlmt.modules.checks import check_adapter, check_options, check_trainer
 from rlmt.modules.policy import PolicyOwner
 from rlmt.modules.supervised import SupervisedModule, take_step
-from rlmt.rng import random_states
 from rlmt.thinking import FormatName, ThinkingFormat
 
 
@@ -62,6 +62,7 @@ class SFT(SupervisedModule, PolicyOwner):
         check_trainer(self.trainer)
         loading.check_causal_lm(self.policy_config, self.policy_path)
         loading.check_head(self.policy_config, self.policy_path)
+        check_adapter(self.policy_config, self.lora, self.quantization)
 
     def configure_model(self) -> None:
         """Loads the policy, or draws it."""
@@ -71,7 +72,12 @@ class SFT(SupervisedModule, PolicyOwner):
     def _load(self) -> PreTrainedModel:
         if self.from_scratch:
             return loading.random_policy(self.policy_path, self.attn_implementation)
-        return loading.load_policy(self.policy_path, "float32", attn_implementation=self.attn_implementation)
+        held = held_dtype(self.trainer, self.lora)
+        return loading.load_policy(self.policy_path, held, self.attn_implementation, self.quantization)
+
+    @property
+    def _trained(self) -> PreTrainedModel:
+        return self._policy
 
     # One step ---------------------------------------------------------------------------------------------------------
 
@@ -120,12 +126,8 @@ class SFT(SupervisedModule, PolicyOwner):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the format and what export needs."""
-        checkpoint["rlmt"] = {
-            "module": self.kind,
-            "policy": self.policy_path,
-            "format": self.format.to_dict(),
-            "random": random_states(),
-        }
+        policy = loading.absolute(self.policy_path)
+        checkpoint["rlmt"] = {**self._record(), "policy": policy, "format": self.format.to_dict()}
         save_beside_checkpoints(self.trainer, self._policy.config, self.tokenizer, self.format)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

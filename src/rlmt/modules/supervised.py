@@ -14,10 +14,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
 from rlmt.errors import UserError
+from rlmt.models.adapters import LoRA, check_same_adapter
+from rlmt.models.quantization import NF4
+from rlmt.modules.building import adapter_record, trained_names
 from rlmt.modules.checkpoints import record_of
-from rlmt.modules.checks import check_options
+from rlmt.modules.checks import check_adapter_options, check_options
 from rlmt.modules.schedules import LRSchedulerCallable, OptimizerCallable, with_schedule
-from rlmt.rng import restore_random_states
+from rlmt.rng import random_states, restore_random_states
 
 
 class SupervisedModule(LightningModule):
@@ -33,6 +36,9 @@ class SupervisedModule(LightningModule):
         max_grad_norm: the gradient is clipped to this norm.
         gradient_checkpointing: trade time for memory in the backward.
         attn_implementation: transformers' name of an attention, such as flash_attention_2; null lets it choose.
+        lora: trains an adapter on the frozen model; null trains all parameters. The frozen weights are held in the
+            number format that the forward computes in.
+        quantization: holds the frozen model in 4 bits (QLoRA); wants `lora`.
 
     Raises:
         UserError: an option is out of range.
@@ -52,15 +58,19 @@ class SupervisedModule(LightningModule):
         max_grad_norm: float = 1.0,
         gradient_checkpointing: bool = False,
         attn_implementation: str | None = None,
+        lora: LoRA | None = None,
+        quantization: NF4 | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         check_options({"tokens_per_micro_batch": tokens_per_micro_batch, "max_grad_norm": max_grad_norm})
+        check_adapter_options(lora, quantization, from_scratch)
         self.from_scratch = from_scratch
         self.tokens_per_micro_batch = tokens_per_micro_batch
         self.max_grad_norm = max_grad_norm
         self.gradient_checkpointing = gradient_checkpointing
         self.attn_implementation = attn_implementation
+        self.lora, self.quantization = lora, quantization
         self._optimizer, self._scheduler = optimizer, scheduler
 
     @property
@@ -68,7 +78,9 @@ class SupervisedModule(LightningModule):
         return self.trainer.state.fn == "fit"
 
     def _ready(self, model: PreTrainedModel) -> PreTrainedModel:
-        """A model just loaded, set for the stage."""
+        """A model just loaded, its adapter added, set for the stage."""
+        if self.lora is not None:
+            self.lora.add_to(model)
         model.train(self._fitting)
         if self._fitting and self.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -78,29 +90,48 @@ class SupervisedModule(LightningModule):
         """The optimizer over what can be trained, and the scheduler if there is one."""
         return make_optimizer(self.trainer, self, self._optimizer, self._scheduler)
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """All weights; with LoRA those that are trained, the adapter and new heads."""
+        state = super().state_dict(*args, **kwargs)
+        trained = state.keys() if self.lora is None else trained_names(self)
+        return {name: tensor for name, tensor in state.items() if name in trained}
+
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Loads a checkpoint's weights.
 
         Raises:
             UserError: they are not those of this model.
         """
+        misfit = UserError(f"The checkpoint's weights do not fit {self._misfit}.")
+        if state_dict.keys() != self.state_dict().keys():
+            raise misfit
         try:
-            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+            return super().load_state_dict(state_dict, strict=False, assign=assign)
         except RuntimeError as error:
-            raise UserError(f"The checkpoint's weights do not fit {self._misfit}.") from error
+            raise misfit from error
+
+    @property
+    def _trained(self) -> PreTrainedModel:
+        """The model, once it is there."""
+        raise NotImplementedError
 
     @property
     def _misfit(self) -> str:
         """What a checkpoint's weights do not fit, and the cure, for the message."""
         raise NotImplementedError
 
+    def _record(self) -> dict[str, Any]:
+        """What all checkpoints say beside their weights."""
+        return {"module": self.kind, **adapter_record(self._trained, self.quantization), "random": random_states()}
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of something else.
+        """Refuses a checkpoint of something else or of another adapter.
 
         Raises:
             UserError: it is one.
         """
         saved = record_of(checkpoint, self.kind)
+        check_same_adapter(saved, adapter_record(self._trained, self.quantization))
         if self._fitting:
             restore_random_states(saved["random"])
 
