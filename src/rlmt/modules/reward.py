@@ -278,9 +278,13 @@ class RewardModeling(LightningModule):
                 "data; give --model.model and --data.path as they were."
             ) from error
 
+    def resume_state(self) -> dict[str, Any]:
+        """What changes while training beside weights, optimizer and scheduler, as plain data."""
+        return {"random": random_states()}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what export needs."""
-        checkpoint["rlmt"] = {"module": "RewardModeling", "model": self.model_path, "random": random_states()}
+        checkpoint["rlmt"] = {"module": "RewardModeling", "model": self.model_path, **self.resume_state()}
         assert self.model is not None
         for folder in checkpoint_folders(self.trainer):
             save_reward_assets(folder / REWARD_ASSETS, self.model.config, self.tokenizer)

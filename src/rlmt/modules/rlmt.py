@@ -37,6 +37,7 @@ from rlmt.modules.dynamic_sampling import refill
 from rlmt.modules.recorded import check_recording, record_reference, recording_of
 from rlmt.modules.schedules import CosineWithWarmup
 from rlmt.modules.update import PolicyUpdate, first_pass, first_values
+from rlmt.resume.options import adopt, schedule_options
 from rlmt.rewards import Reward
 from rlmt.rewards.held_out import HeldOutRewards
 from rlmt.rewards.scoring import MalformedMode, score
@@ -265,13 +266,21 @@ class RLMTModule(LightningModule):
             groups.append({"params": own_parameters(self.critic), "lr": self.algorithm.critic.lr})
         optimizer = self._optimizer(groups)
         if self._scheduler is None:
+            self._configured = schedule_options(optimizer, None)
             return optimizer
         scheduler = self._scheduler(optimizer)
         if isinstance(scheduler, ReduceLROnPlateau):
             raise UserError("--model.scheduler ReduceLROnPlateau wants a metric at each step: use one of steps.")
         if isinstance(scheduler, CosineWithWarmup):
             scheduler.over(self.trainer.max_steps)
+        self._configured = schedule_options(optimizer, scheduler)
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def on_train_start(self) -> None:
+        """Options of the optimizer and the scheduler are those of this start, whatever a checkpoint had."""
+        optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
+        assert isinstance(optimizer, Optimizer)
+        adopt(self._configured, optimizer, scheduler if isinstance(scheduler, LRScheduler) else None)
 
     @property
     def _fitting(self) -> bool:
@@ -452,15 +461,22 @@ class RLMTModule(LightningModule):
             )
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
+    def resume_state(self) -> dict[str, Any]:
+        """What changes while training beside weights, optimizer and scheduler, as plain data."""
+        return {
+            "version": self.policy_version,
+            "algorithm": self.algorithm.state_dict(),
+            "random": random_states(),
+            "skipped": self._skipped_in_a_row,
+        }
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the format and what export needs."""
         checkpoint["rlmt"] = {
             "policy": loading.absolute(self.policy_path),
             **self._adapter_record(),
             "format": self.format.to_dict(),
-            "version": self.policy_version,
-            "algorithm": self.algorithm.state_dict(),
-            "random": random_states(),
+            **self.resume_state(),
         }
         save_beside_checkpoints(self.trainer, self._policy.config, self.tokenizer, self.format)
 
@@ -480,6 +496,7 @@ class RLMTModule(LightningModule):
         check_same_adapter(saved, self._adapter_record())
         self.policy_version = saved["version"]
         if self._fitting:
+            self._skipped_in_a_row = saved.get("skipped", 0)
             self.algorithm.load_state_dict(saved.get("algorithm", {}))
             restore_random_states(saved["random"])
 

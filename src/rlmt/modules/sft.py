@@ -182,13 +182,17 @@ class SFT(LightningModule):
                 "that the checkpoint was trained from."
             ) from error
 
+    def resume_state(self) -> dict[str, Any]:
+        """What changes while training beside weights, optimizer and scheduler, as plain data."""
+        return {"random": random_states()}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the format and what export needs."""
         checkpoint["rlmt"] = {
             "module": "SFT",
             "policy": self.policy_path,
             "format": self.format.to_dict(),
-            "random": random_states(),
+            **self.resume_state(),
         }
         save_beside_checkpoints(self.trainer, self._policy.config, self.tokenizer, self.format)
 
