@@ -242,7 +242,8 @@ class RolloutDataModule(LightningDataModule):
             dataset, num_replicas=self._world_size, rank=self._rank, shuffle=False
         )
         batch_size = max(1, self.batch_size * self.group_size // self._world_size)
-        return DataLoader(dataset, batch_size=batch_size, sampler=sampler, collate_fn=_collate_held_out)
+        own = torch.Generator()  # as in training: a run resumed behind a validation starts the loader once more
+        return DataLoader(dataset, batch_size=batch_size, sampler=sampler, collate_fn=_collate_held_out, generator=own)
 
     def test_dataloader(self) -> DataLoader[Prompt] | list[DataLoader[Prompt]]:
         """The same as `val_dataloader`."""
