@@ -30,6 +30,7 @@ from rlmt.resume.options import ConfigKeeper, warn_of_changes
 from rlmt.resume.run_log import RunLog
 from rlmt.resume.safe_files import AtomicCheckpointIO, read_checkpoint
 from rlmt.resume.stopping import Stopped
+from rlmt.resume.watchdog import Hung
 from rlmt.thinking import FILE_NAME, ThinkingFormat
 
 KEYWORDS = ("last", "best", "hpc", "registry")
@@ -152,7 +153,7 @@ def run(args: list[str], cli: type[RLMTCLI] = RLMTCLI) -> int:
             save_config_kwargs={"overwrite": True},
             args=args,
         )
-    except Stopped as stop:
+    except (Stopped, Hung) as stop:
         return int(stop.code or 0)
     except SIGTERMException:
         return 128 + signal.SIGTERM
