@@ -269,14 +269,6 @@ def test_on_a_gpu_it_sleeps_between_rollouts() -> None:
         assert engine.version == version
         assert engine.generate([SampleRequest([1], [])], Sampling(1.0, 1)).weight_version == version
         assert engine.version is None  # so that the trainer syncs before the next rollout
-    rollout = ["collective_rpc", "reset_prefix_cache", "reset_prefix_cache", "generate", "sleep 2"]
-    awake = [
-        "wake_up weights",
-        "collective_rpc",
-        "wake_up kv_cache",
-        "reset_prefix_cache",
-        "reset_prefix_cache",
-        "generate",
-        "sleep 2",
-    ]
+    rollout = ["collective_rpc", "reset_prefix_cache", "generate", "sleep 2"]
+    awake = ["wake_up weights", "collective_rpc", "wake_up kv_cache", "reset_prefix_cache", "generate", "sleep 2"]
     assert llm.calls == rollout + awake

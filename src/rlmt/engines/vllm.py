@@ -82,6 +82,7 @@ class VLLMEngine(Engine):
         self._llm: Any = None
         self._slot: AdapterSlot | None = None
         self._holds_base = False
+        self._has_cache = False
         self._folder: ScratchFolder | None = None
 
     def check(self) -> None:
@@ -240,6 +241,7 @@ class VLLMEngine(Engine):
     def _drop_cache(self) -> None:
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not drop its prefix cache, so samples would mix two versions of the weights")
+        self._has_cache = False
 
     def _load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Loads weights in place; vLLM forgets its adapters."""
@@ -272,9 +274,11 @@ class VLLMEngine(Engine):
         rows = [(request.prompt_ids, seed) for request in requests for seed in request.seeds]
         params = [self._params(sampling, seed, room(len(ids), self._max_model_len)) for ids, seed in rows]
         prompts = [{"prompt_token_ids": ids} for ids, _ in rows]
-        # What happens to be cached of earlier prompts, as of a system prompt, moves the last bits of a log-prob, and a
-        # resumed run has another cache.
-        self._drop_cache()
+        if self._has_cache:
+            # What is cached of earlier prompts, as of a system prompt, moves the last bits of log-probs, and a resumed
+            # run has another cache.
+            self._drop_cache()
+        self._has_cache = True
         # Without this, vLLM compiles the count behind each token's rank, which nobody reads here: 13 s at first use.
         eager: AbstractContextManager[object] = (
             torch.compiler.set_stance("force_eager") if self._eager else nullcontext()
