@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,10 +60,10 @@ class Process(Protocol):
 class Forked:
     """A run in a process forked from one that has imported everything: the same command, seconds earlier."""
 
-    def __init__(self, words: Sequence[str], log: Path) -> None:
+    def __init__(self, words: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["rlmt.lightning_cli", "rlmt.callbacks", "rlmt.modules"])
-        self._process = context.Process(target=run_here, args=(list(words), str(log)))
+        self._process = context.Process(target=run_here, args=(list(words), str(log), dict(environment)))
         self._process.start()
         self.pid = self._process.pid
 
@@ -72,8 +72,10 @@ class Forked:
         return self._process.exitcode
 
 
-def run_here(words: list[str], log: str) -> None:
+def run_here(words: list[str], log: str, environment: dict[str, str]) -> None:
     """Runs the command in this process, its output in a file."""
+    os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the process that this one is forked from ignores it
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -82,12 +84,13 @@ def run_here(words: list[str], log: str) -> None:
     raise SystemExit(main(words))
 
 
-def launch(words: Sequence[str], log: Path, start: str) -> Process:
+def launch(words: Sequence[str], log: Path, start: str = "fork", **environment: str) -> Process:
     """Starts `rlmt …`: `exec` as from a shell, `fork` without importing anew."""
     if start == "fork":
-        return Forked(words, log)
+        return Forked(words, log, environment)
     with log.open("ab") as file:
-        return subprocess.Popen([sys.executable, "-m", "rlmt", *words], stdout=file, stderr=file)
+        command = [sys.executable, "-m", "rlmt", *words]
+        return subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | environment)
 
 
 def wait(process: Process, seconds: float | None = None) -> int | None:
@@ -106,15 +109,18 @@ class World:
     reward: Path
     prompts: Path
     options: tuple[str, ...]
+    every_n_steps: int = 1
+    """Optimizer steps between checkpoints."""
 
     def command(self, run: Path, resume: bool = False) -> list[str]:
         """Words of `rlmt fit` into a folder."""
+        run.parent.mkdir(parents=True, exist_ok=True)
         often = run.parent / "often.yaml"
         often.write_text(
             "trainer: {callbacks: [{class_path: rlmt.callbacks.RewardCurves, init_args: {every_n_steps: 0}},"
             " {class_path: rlmt.callbacks.PolicyHealth}, {class_path: rlmt.callbacks.SampleTable,"
             " init_args: {dump_every_n_steps: 3, every_n_steps: 0}},"
-            " {class_path: rlmt.callbacks.PolicyCheckpoint, init_args: {every_n_steps: 1}}]}"
+            f" {{class_path: rlmt.callbacks.PolicyCheckpoint, init_args: {{every_n_steps: {self.every_n_steps}}}}}]}}"
         )
         options = {
             "--model.policy": self.policy,
@@ -184,16 +190,27 @@ def crash(world: World, folder: Path, kills: int, seed: int, start: str = "fork"
         while not ended:
             process = launch(world.command(run, resume=True), log, start)
             if outcome.kills < kills and wait(process, dice.uniform(0, lasts)) is None:
-                assert process.pid is not None
-                os.kill(process.pid, signal.SIGKILL)
-                assert wait(process) in (KILLED, 0), log.read_text()
-                outcome.kills += process.poll() == KILLED
+                outcome.kills += kill(process)
             else:
                 finish(process, log)
             ended = process.poll() == 0
         outcome.runs += 1
         compare(whole, run, outcome)
     return outcome
+
+
+def wait_for_steps(process: Process, run: Path, count: int) -> None:
+    """Waits until a run has logged so many steps, or has ended."""
+    table = run / "version_0" / "metrics.csv"
+    while process.poll() is None and not (table.exists() and len(table.read_bytes().splitlines()) > count):
+        time.sleep(0.002)
+
+
+def kill(process: Process) -> bool:
+    """Whether the run was still there to be killed."""
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    return wait(process) == KILLED
 
 
 def finish(process: Process, log: Path) -> None:
@@ -237,8 +254,10 @@ def checkpoint(run: Path) -> dict[str, Any]:
     loaded: dict[str, Any] = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     for name in ("config", "run"):
         del loaded[name]
-    # What torch's loader counts of its own; the position in the prompts is the data module's.
-    loaded["loops"]["fit_loop"]["state_dict"].pop("combined_loader")
+    # What the loader and the validation count of their own; the position in the prompts is the data module's.
+    loops = loaded["loops"]["fit_loop"]
+    loops["state_dict"].pop("combined_loader")
+    loaded["loops"] = {name: state for name, state in loops.items() if "val_loop" not in name}
     return loaded
 
 
