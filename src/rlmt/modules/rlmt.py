@@ -36,7 +36,7 @@ from rlmt.modules.checkpoints import check_same_format, record_of, save_beside_c
 from rlmt.modules.dynamic_sampling import refill
 from rlmt.modules.recorded import check_recording, record_reference, recording_of
 from rlmt.modules.schedules import CosineWithWarmup
-from rlmt.modules.update import PolicyUpdate, first_pass, first_values
+from rlmt.modules.update import PolicyUpdate, first_pass, first_values, teaches_nothing
 from rlmt.resume.options import adopt, schedule_options
 from rlmt.rewards import Reward
 from rlmt.rewards.held_out import HeldOutRewards
@@ -323,7 +323,11 @@ class RLMTModule(LightningModule):
             experience.values = first_values(self.critic, batch, budget, self.device)
         if not self.algorithm.pairwise:
             self.algorithm.prepare(experience)
-        metrics = self._take_steps(experience)
+        if self.critic is None and teaches_nothing(experience):
+            self._skip("the samples of each prompt have equal rewards, or none takes part in the loss")
+            metrics = {"policy/skipped": 1.0}
+        else:
+            metrics = self._take_steps(experience)
         metrics |= _course(batch, start, scored)
         return {"experience": drawn, "metrics": metrics | experience.metrics}
 
