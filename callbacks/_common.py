@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,15 @@ def say(text: str) -> None:
     """Prints above a live progress bar: tqdm's is moved out of the way, and rich's redirects stdout by itself."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     tqdm.write(text.encode(encoding, "replace").decode(encoding), file=sys.stdout)
+
+
+@contextmanager
+def failing(what: str) -> Iterator[None]:
+    """Around what is written while a run fails: a disk that is full must not hide why, nor keep others from saving."""
+    try:
+        yield
+    except OSError as error:
+        say(f"{what} cannot be written: {error}")
 
 
 def check_count(owner: str, name: str, value: int, least: int) -> None:

@@ -1,25 +1,42 @@
-"""Checkpoints of the newest step."""
+"""The newest checkpoint: written every few steps, at the end, and when a run is stopped or fails."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
+
+from rlmt.errors import UserError
+from rlmt.resume.moment import Loops, Moment, loops_after_training, loops_before_validation
+from rlmt.resume.run_log import RunLog
+from rlmt.resume.safe_files import remove_leftovers
+from rlmt.resume.stopping import Stopped, Stopping
 
 from ._common import check_count
 
 
 class PolicyCheckpoint(ModelCheckpoint):
-    """Keeps one checkpoint, the newest: every N optimizer steps, and at the end of training.
+    """Keeps one checkpoint, the newest, as `last.ckpt`: every N optimizer steps and at the end of training.
 
-    Lightning's own callback saves at the end only if it has saved nothing before, so a run of 30 steps that saves every
-    20 would lose 10. `last.ckpt` points to the newest.
+    A checkpoint is of a whole step: trained, logged and, where that was due, validated; going on from it is the run
+    that was not broken off. Each replaces the one before at once, so a kill at any moment leaves a whole one.
+
+    When the run fails or a signal stops it (Ctrl-C, SIGTERM, SLURM's preemption signal), what was done since the last
+    checkpoint is saved as well. A signal is obeyed at once while the policy is as the last step left it, which it is
+    while samples are drawn and scored and until the first optimizer step on them; else when the step ends.
 
     Args:
-        every_n_steps: Optimizer steps between checkpoints.
+        every_n_steps: Optimizer steps between checkpoints; a step of several on one rollout batch is not cut.
         dirpath: Folder; None is `checkpoints/` in the run's folder.
+        on_full: What to do where a checkpoint cannot be written, as on a full disk: `stop` ends the run, `continue`
+            warns and tries again after the next N steps. The checkpoint before it stays either way.
 
     Raises:
-        UserError: `every_n_steps` is not positive.
+        UserError: `every_n_steps` is not positive; while training, a checkpoint cannot be written.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -27,19 +44,142 @@ class PolicyCheckpoint(ModelCheckpoint):
         >>> trainer = Trainer(callbacks=[PolicyCheckpoint(every_n_steps=50)], logger=False, accelerator="cpu")
     """
 
-    def __init__(self, every_n_steps: int = 20, dirpath: str | None = None) -> None:
+    def __init__(
+        self, every_n_steps: int = 20, dirpath: str | None = None, on_full: Literal["stop", "continue"] = "stop"
+    ) -> None:
         check_count("PolicyCheckpoint", "every_n_steps", every_n_steps, least=1)
-        super().__init__(
-            dirpath,
-            filename="{step}",
-            save_last="link",
-            every_n_train_steps=every_n_steps,
-            enable_version_counter=False,
-        )
+        super().__init__(dirpath, filename=self.CHECKPOINT_NAME_LAST, every_n_train_steps=every_n_steps)
+        self.every_n_steps = every_n_steps
+        self.on_full = on_full
+        self._stopping = Stopping(self._savable)
+        self._trainer: Trainer | None = None
+        self._loops: Loops | None = None
+        self._moment: Moment | None = None
+        self._saved: Moment | None = None
+        self._steps_saved = 0
+        self._writing = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: a checkpoint does not depend on the ones before it."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Removes what a kill left half-written."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and trainer.is_global_zero and self.dirpath:
+            remove_leftovers(Path(self.dirpath))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listens to signals, and from now on sees the end of each step, which Lightning has no hook for."""
+        super().on_train_start(trainer, pl_module)
+        self._trainer, self._moment, self._saved = trainer, None, None
+        self._steps_saved = trainer.global_step
+        loop, name = trainer.fit_loop.epoch_loop, "on_advance_end"
+        end_of_step = getattr(type(loop), name).__get__(loop)
+
+        def on_advance_end(fetcher: Any) -> None:
+            end_of_step(fetcher)
+            self._on_step_end(trainer)
+
+        setattr(loop, name, on_advance_end)
+        self._stopping.listen(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Notes where the loops stand."""
+        self._loops = loops_after_training(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The step is logged: the run can be saved with its validation still to come, unless it is the last one."""
+        more = trainer.max_steps == -1 or trainer.global_step < trainer.max_steps
+        if self._loops is not None and more and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._moment = Moment.of(trainer, loops_before_validation(self._loops))
+            self._stop_if_asked(trainer)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here to the end of the step the validation's results are on their way to loggers and callbacks."""
+        self._moment = None
+
+    def _on_step_end(self, trainer: Trainer) -> None:
+        if self._loops is None:
+            return  # a validation that a resumed run began with
+        self._moment, self._loops = Moment.of(trainer, self._loops), None
+        if trainer.global_step // self.every_n_steps > self._steps_saved // self.every_n_steps:
+            self._save(trainer, may_fail=self.on_full == "continue")
+        if not trainer.fit_loop.epoch_loop._is_training_done:
+            self._stop_if_asked(trainer)
+
+    def _stop_if_asked(self, trainer: Trainer) -> None:
+        # Every rank or none: they are in the same step, and a signal may have reached one alone.
+        if trainer.world_size == 1 or trainer.strategy.reduce_boolean_decision(bool(self._stopping.asked), all=False):
+            self._stopping.check()
+
+    def _savable(self) -> bool:
+        trainer, moment = self._trainer, self._moment
+        if trainer is None or moment is None or self._writing or trainer.world_size > 1:
+            return False
+        return moment.is_now(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the steps since the last checkpoint."""
-        if self._last_global_step_saved != trainer.global_step:
-            candidates = self._monitor_candidates(trainer)
-            self._save_topk_checkpoint(trainer, candidates)
-            self._save_last_checkpoint(trainer, candidates)
+        self._stopping.leave()
+        if self._moment is not None and self._moment is not self._saved:
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing: the last step of an epoch is a step."""
+
+    on_validation_end = on_train_epoch_end
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Saves the steps since the last checkpoint, if it can be done, and tells where to go on from."""
+        if self._savable() and self._moment is not self._saved and not isinstance(exception, _NotWritten):
+            self._save(trainer, may_fail=True)
+        self._stopping.leave()
+        self._stopping.requeue()
+        if self._saved is not None and trainer.is_global_zero:
+            name = exception.signal.name if isinstance(exception, Stopped) else type(exception).__name__
+            print(
+                f"rlmt: {name}: {self.best_model_path} holds all up to step {self._saved.step}; the same command with "
+                "--ckpt_path last goes on from there",
+                file=sys.stderr,
+            )
+
+    def _save(self, trainer: Trainer, may_fail: bool = False) -> None:
+        """Writes the present moment.
+
+        Raises:
+            UserError: it cannot be written, and `may_fail` is not set.
+        """
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        assert self._moment is not None and self.dirpath is not None
+        path = Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
+        self._writing = True
+        try:
+            checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+            self._moment.put_into(checkpoint)
+            log = next((logger for logger in trainer.loggers if isinstance(logger, RunLog)), None)
+            checkpoint["run"] = {"version": log.version if log else None, "step": self._moment.step}
+            trainer.strategy.save_checkpoint(checkpoint, path)
+            trainer.strategy.barrier("PolicyCheckpoint")
+        except OSError as error:
+            why = f"{path} cannot be written ({error.strerror or error})"
+            if not may_fail:
+                raise _NotWritten(
+                    f"{why}; the checkpoint before it is whole: make room, and go on with --ckpt_path last."
+                ) from error
+            rank_zero_warn(f"{why}; the checkpoint before it is whole.")
+            return
+        finally:
+            self._writing = False
+        self._saved, self._steps_saved = self._moment, trainer.global_step
+        self.best_model_path = str(path)
+
+
+class _NotWritten(UserError):
+    """A checkpoint could not be written, so trying again while ending is in vain."""

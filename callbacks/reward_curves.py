@@ -15,6 +15,7 @@ from rlmt.types import Experience
 from ._common import (
     check_count,
     experience_of,
+    failing,
     is_dry_run,
     log_step,
     metrics_of,
@@ -166,7 +167,8 @@ class RewardCurves(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Draws what there is of an interrupted or failed run."""
-        self._drawn = self._draw(trainer)
+        with failing("curves"):
+            self._drawn = self._draw(trainer)
         self._tell()  # Lightning calls no teardown after an exception
 
     def _tell(self) -> None:

@@ -18,7 +18,7 @@ from rich.text import Text
 from rlmt.records import read_rollouts, rollout_table, write_rollouts
 from rlmt.types import Experience
 
-from ._common import check_count, experience_of, format_of, is_dry_run, run_folder, say, step_number
+from ._common import check_count, experience_of, failing, format_of, is_dry_run, run_folder, say, step_number
 
 _FILE = re.compile(r"rollouts_(\d+)-(\d+)((?:\.rank\d+)?)\.parquet")
 _CONTROLS = {c: 0x2400 + c for c in range(0x20) if c not in (0x09, 0x0A)} | dict.fromkeys(range(0x7F, 0xA0), 0xFFFD)
@@ -31,8 +31,8 @@ class SampleTable(Callback):
     The samples printed are spread over the batch's rewards: the worst, the best, and what lies evenly between. All
     rollouts go to `rollouts/` beside metrics.csv, one file for `dump_every_n_steps` steps, named by the first and the
     last step in it; see `rlmt.records` for the columns. Rollouts not yet on disk are written when training ends or
-    fails and before every checkpoint, so a killed and resumed run has them all. Steps that a resumed run does again
-    replace the earlier rows of those steps, and only those.
+    fails and before every checkpoint, so a killed and resumed run has them all. A run that goes on from a checkpoint
+    drops the rows of later steps.
 
     Args:
         every_n_steps: How often to print; the first step always is. 0 prints nothing.
@@ -71,6 +71,11 @@ class SampleTable(Callback):
         self._folder = run_folder(trainer) / "rollouts" if dumping else None
         self._rank = f".rank{trainer.global_rank}" if trainer.world_size > 1 else ""
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forgets what a run that goes on from a checkpoint will do again, or otherwise."""
+        if self._folder is not None and trainer.ckpt_path:
+            self._forget_after(step_number(trainer))
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -95,7 +100,20 @@ class SampleTable(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Writes what waits."""
-        self._flush()
+        with failing("rollouts"):
+            self._flush()
+
+    def _forget_after(self, last: int) -> None:
+        """Removes the rows of later steps than the last one of the checkpoint that a run goes on from."""
+        for start, end, path in self._files():
+            if end <= last:
+                continue
+            if start <= last:
+                table = read_rollouts(path)
+                kept = table.filter(pa.array([step <= last for step in table["step"].to_pylist()], pa.bool_()))
+                newest = max(kept["step"].to_pylist())
+                write_rollouts(kept, path.with_name(f"rollouts_{start:06d}-{newest:06d}{self._rank}.parquet"))
+            path.unlink()
 
     def _flush(self) -> None:
         """Writes the waiting rollouts; steps that are on disk from before an interruption give way to them."""

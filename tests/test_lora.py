@@ -107,9 +107,9 @@ def test_a_resumed_run_is_the_unbroken_run(case: str, fit: Runner, capsys: pytes
     """Bit for bit; a checkpoint holds the adapter and nothing of the base."""
     options = (*RESUMED[case], "--model.algorithm.minibatches", 2)
     whole = fit("whole", *options, "--trainer.max_steps", 6)
-    broken = fit("broken", *options, "--trainer.max_steps", 2)
-    broken += fit("broken", *options, "--trainer.max_steps", 6, "--ckpt_path", "last")
-    other = ("time/", "perf/", "epoch")
+    fit("broken", *options, "--trainer.max_steps", 2)
+    broken = fit("broken", *options, "--trainer.max_steps", 6, "--ckpt_path", "last")
+    other = ("time/", "perf/")
     plain = [
         [{k: v for k, v in row.items() if v and not k.startswith(other)} for row in rows] for rows in (whole, broken)
     ]

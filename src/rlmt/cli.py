@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; the process's own by default.
 
     Returns:
-        Exit status: 0, 2 for a mistake of the user's, 130 when interrupted.
+        Exit status: 0, 2 for a mistake of the user's, 128 + the signal's number when one ended it (130 for Ctrl-C).
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help", "help"):
@@ -53,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if run is None:
             raise UserError(f"There is no command {command!r}; choose one of {', '.join(_COMMANDS)} (rlmt --help).")
         return run(command, rest)
+    except KeyboardInterrupt:
+        print("rlmt: interrupted", file=sys.stderr)
+        return 130
     except Exception as error:
         mistake = _mistake_behind(error)
         if mistake is None:

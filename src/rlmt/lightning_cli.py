@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import warnings
 import zipfile
@@ -14,6 +15,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import rlmt.algorithms
 import rlmt.data
@@ -23,6 +26,11 @@ import rlmt.optim
 import rlmt.rewards  # noqa: F401 - imported so that their classes can be named without a module path
 from rlmt.errors import UserError
 from rlmt.parsing import Parser
+from rlmt.resume.options import ConfigKeeper, warn_of_changes
+from rlmt.resume.run_log import RunLog
+from rlmt.resume.safe_files import AtomicCheckpointIO, read_checkpoint
+from rlmt.resume.stopping import Stopped
+from rlmt.resume.watchdog import Hung
 from rlmt.thinking import FILE_NAME, ThinkingFormat
 
 KEYWORDS = ("last", "best", "hpc", "registry")
@@ -50,7 +58,7 @@ class RLMTCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Adds the CSV logger and the checkpoint of the latest step, both inside `trainer.default_root_dir`.
+        """Adds the CSV logger, puts checkpoints inside `trainer.default_root_dir`, and has them written whole.
 
         `{format}` in that folder stands for the format's name, so that runs that differ in it alone lie apart.
         """
@@ -60,11 +68,15 @@ class RLMTCLI(LightningCLI):
         given = config.logger
         loggers: list[Logger] = given if isinstance(given, list) else [given] if isinstance(given, Logger) else []
         if not any(isinstance(logger, CSVLogger) for logger in loggers):
-            loggers = [CSVLogger(root, name=None), *loggers]
+            loggers = [RunLog(root), *loggers]
         for callback in config.callbacks or []:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(root / "checkpoints")
-        return super().instantiate_trainer(logger=loggers, default_root_dir=str(root), **kwargs)
+        plugins = config.plugins if isinstance(config.plugins, list) else [config.plugins] if config.plugins else []
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins = [*plugins, AtomicCheckpointIO()]
+        own = {"logger": loggers, "default_root_dir": str(root), "plugins": plugins}
+        return super().instantiate_trainer(**own, **kwargs)
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would read all of the checkpoint for hyper-parameters, which rlmt keeps in none."""
@@ -88,8 +100,24 @@ class RLMTCLI(LightningCLI):
         saved = checkpoint.parent / "policy"
         if (saved / FILE_NAME).is_file() and hasattr(self.model, "check_format"):
             self.model.check_format(ThinkingFormat.load(saved), f"--ckpt_path {given}")
+        if self.subcommand == "fit" and checkpoint.is_file():
+            self._go_on(read_checkpoint(checkpoint, map_location="cpu", mmap=True), given)
 
     before_fit = before_validate = before_test = before_predict = check_checkpoint
+
+    def _go_on(self, checkpoint: dict[str, Any], given: str) -> None:
+        """Says which options are new, and with `--ckpt_path last` goes on with the same metrics.csv.
+
+        A checkpoint that is named by its path may be an old one to branch from, so its log is left alone.
+        """
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        keeper = next((c for c in callbacks if isinstance(c, ConfigKeeper)), None)
+        if keeper is not None:
+            warn_of_changes(checkpoint.get("config"), keeper.plain, f"--ckpt_path {given}")
+        run = checkpoint.get("run") or {}
+        for logger in self.trainer.loggers:
+            if given == "last" and isinstance(logger, RunLog) and run.get("version") is not None:
+                logger.go_on(run["version"], run["step"])
 
     def predict(self, **kwargs: Any) -> None:
         """Does not gather predictions in memory: a callback writes them."""
@@ -104,7 +132,7 @@ def run(args: list[str], cli: type[RLMTCLI] = RLMTCLI) -> int:
         cli: what runs it.
 
     Returns:
-        Exit status.
+        Exit status: 0, or 128 + the signal's number where one ended the run.
 
     Raises:
         UserError: a mistake in the configuration or the data.
@@ -115,12 +143,22 @@ def run(args: list[str], cli: type[RLMTCLI] = RLMTCLI) -> int:
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "litlogger" not in record.getMessage())
     sys.argv = [sys.argv[0]]  # LightningCLI warns of arguments given twice
-    cli(
-        parser_class=Parser,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        save_config_kwargs={"overwrite": True},
-        args=args,
-    )
+    try:
+        cli(
+            parser_class=Parser,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_callback=ConfigKeeper,
+            save_config_kwargs={"overwrite": True},
+            args=args,
+        )
+    except (Stopped, Hung) as stop:
+        return int(stop.code or 0)
+    except SIGTERMException:
+        return 128 + signal.SIGTERM
+    except SystemExit as stop:
+        if not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        return 128 + signal.SIGINT  # Lightning makes a 1 of it
     return 0

@@ -91,7 +91,7 @@ def test_a_hundred_syncs_leave_the_base_alone_and_the_engine_exact(
                 continue
             world.train()
         assert world.base_reads == 1
-        assert not list(Path("/dev/shm").glob("rlmt-adapter-*"))
+        assert not list(Path("/dev/shm").glob("rlmt-scratch-adapter-*"))
         after = world.bits()
         assert after.keys() == bits.keys()
         assert all(torch.equal(after[name], tensor) for name, tensor in bits.items())
@@ -159,7 +159,7 @@ def test_layers_that_vllm_does_not_know_are_refused_at_start(helpers: Any, monke
     ) as told:
         engine.start(policy, helpers.tokenizer(), helpers.max_len, torch.float32)
     assert "\n" not in str(told.value)
-    assert engine._llm is None and not list(Path("/dev/shm").glob("rlmt-adapter-*"))
+    assert engine._llm is None and not list(Path("/dev/shm").glob("rlmt-scratch-adapter-*"))
 
 
 def test_adapters_that_vllm_cannot_serve_are_refused_with_the_cure(helpers: Any) -> None:
@@ -196,7 +196,8 @@ def test_the_folder_is_what_peft_loads_and_is_gone_afterwards(helpers: Any) -> N
     adapter = adapter_weights(policy)
     assert adapter is not None
     with adapter_folder(adapter) as folder:
-        assert {file.name for file in Path(folder).iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+        files = {file.name for file in Path(folder).iterdir() if not file.name.startswith(".")}
+        assert files == {"adapter_config.json", "adapter_model.safetensors"}
         theirs: Any = PeftModel.from_pretrained(helpers.policy("llama-untied").eval(), folder)
     assert not Path(folder).exists()
     ids = torch.arange(30)[None]

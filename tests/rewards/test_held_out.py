@@ -86,7 +86,6 @@ def test_a_run_stops_when_the_held_out_score_falls_and_keeps_its_best_checkpoint
     assert sorted(path.name for path in (run / "checkpoints").glob("*.ckpt")) == [
         "best-step=3.ckpt",
         "last.ckpt",
-        "step=6.ckpt",
     ]
     saved = torch.load(run / "checkpoints" / "best-step=3.ckpt", weights_only=True)
     assert {name.partition(".")[0] for name in saved["state_dict"]} == {"policy"}

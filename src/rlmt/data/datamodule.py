@@ -21,6 +21,7 @@ from rlmt.data.rollouts import LoadedPrompts, PolicySource, draw, known_prompts
 from rlmt.data.sampler import PromptSampler, ResumableOrder, shuffled
 from rlmt.engines.base import Engine
 from rlmt.errors import UserError
+from rlmt.resume.watchdog import limited
 from rlmt.types import Prompt, PromptBatch, RolloutBatch, Sampling
 
 DEFAULT_VAL_SIZE = 64
@@ -49,6 +50,8 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
         val_size: number of validation prompts, 0 for none; None takes 64 of `prompts`, or all of `val_prompts`.
         seed: orders the prompts and seeds the samples.
         val_engine: what draws the samples of validation and test; None takes `engine`, unless that one replays.
+        engine_timeout: seconds that one rollout, with the engine's start at the first, may take; after that the run
+            saves what it can and ends with status 75. None waits for ever.
 
     Raises:
         UserError: an argument is out of range.
@@ -70,6 +73,7 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
         val_size: int | None = None,
         seed: int = 0,
         val_engine: Engine | None = None,
+        engine_timeout: float | None = 7200.0,
     ) -> None:
         super().__init__()
         counts = {
@@ -87,6 +91,8 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
             raise UserError(f"--data.top_p is {top_p}: give a number above 0, at most 1")
         if val_size is not None and val_size < 0:
             raise UserError(f"--data.val_size is {val_size}: give a number of prompts, or 0 for no validation")
+        if engine_timeout is not None and not engine_timeout > 0:
+            raise UserError(f"--data.engine_timeout is {engine_timeout}: give seconds above 0, or null for no limit")
         self.prompts = prompts
         self.engine = engine
         self.batch_size = batch_size
@@ -101,6 +107,7 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
         self.val_size = val_size
         self.seed = seed
         self.val_engine = val_engine
+        self.engine_timeout = engine_timeout
         self._all: list[Prompt] | None = None
         self._train: list[Prompt] = []
         self._val: list[Prompt] = []
@@ -218,7 +225,8 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
             dataset, num_replicas=self._world_size, rank=self._rank, shuffle=False
         )
         batch_size = max(1, self.batch_size * self.group_size // self._world_size)
-        return DataLoader(dataset, batch_size=batch_size, sampler=sampler, collate_fn=_collate_held_out)
+        own = torch.Generator()  # as in training: a run resumed behind a validation starts the loader once more
+        return DataLoader(dataset, batch_size=batch_size, sampler=sampler, collate_fn=_collate_held_out, generator=own)
 
     def test_dataloader(self) -> DataLoader[Prompt] | list[DataLoader[Prompt]]:
         """The same as `val_dataloader`."""
@@ -250,11 +258,12 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
         source = self._source
         held_out = not (self.trainer.training or self.trainer.predicting)
         engine, group_size = (self._held_out_engine, 1) if held_out else (self.engine, self.group_size)
-        if engine not in self._started:
-            assert source.policy is not None
-            self._started.append(engine)
-            engine.start(source.policy, source.tokenizer, self._max_model_len, source.compute_dtype)
-        return draw(batch, source, engine, self._sampling(source), group_size, self.seed)
+        with limited(self.engine_timeout, type(engine).__name__, "--data.engine_timeout"):
+            if engine not in self._started:
+                assert source.policy is not None
+                self._started.append(engine)
+                engine.start(source.policy, source.tokenizer, self._max_model_len, source.compute_dtype)
+            return draw(batch, source, engine, self._sampling(source), group_size, self.seed)
 
     def draw_more(self) -> RolloutBatch:
         """Rollouts for what would have been the next training batch, drawn now; the loader goes on behind it.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +10,11 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from rlmt.engines.scratch import ScratchFolder
 from rlmt.types import AdapterWeights
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM makes room for."""
-
-_MEMORY = Path("/dev/shm")
 
 
 class AdapterSlot:
@@ -54,8 +51,7 @@ class AdapterSlot:
 @contextmanager
 def adapter_folder(adapter: AdapterWeights) -> Iterator[str]:
     """Path of a folder that holds the adapter, in memory where the system has such a place; removed at the end."""
-    place = _MEMORY if _MEMORY.is_dir() and os.access(_MEMORY, os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="rlmt-adapter-", dir=place) as folder:
+    with ScratchFolder("adapter", in_memory=True) as folder:
         Path(folder, "adapter_config.json").write_text(json.dumps(adapter.config), encoding="utf-8")
         tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter.tensors.items()}
         save_file(tensors, Path(folder, "adapter_model.safetensors"))

@@ -15,7 +15,6 @@ import copy
 import importlib.util
 import os
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
@@ -29,6 +28,7 @@ from rlmt.engines.adapter_slot import AdapterSlot, launch_options, why_not
 from rlmt.engines.base import Engine
 from rlmt.engines.guest import kept_process_group, undisturbed, unloaded
 from rlmt.engines.limits import room
+from rlmt.engines.scratch import ScratchFolder, remove_abandoned
 from rlmt.errors import UserError
 from rlmt.models.adapters import adapter_weights, base_tensors, merged
 from rlmt.types import AdapterWeights, FinishReason, SampleRequest, Samples, Sampling
@@ -82,7 +82,8 @@ class VLLMEngine(Engine):
         self._llm: Any = None
         self._slot: AdapterSlot | None = None
         self._holds_base = False
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._has_cache = False
+        self._folder: ScratchFolder | None = None
 
     def check(self) -> None:
         """Raises UserError when vLLM is not installed."""
@@ -133,11 +134,12 @@ class VLLMEngine(Engine):
         self._sleeps = self.sleep and policy.device.type == "cuda"
         self._asleep = False
         self._found_process_group = distributed.is_initialized()
-        self._folder = tempfile.TemporaryDirectory(prefix="rlmt-vllm-")
+        remove_abandoned()
+        self._folder = ScratchFolder("vllm")
         config = copy.deepcopy(policy.config)
         config.architectures = config.architectures or [type(policy).__name__]
-        config.save_pretrained(self._folder.name)
-        tokenizer.save_pretrained(self._folder.name)
+        config.save_pretrained(self._folder.path)
+        tokenizer.save_pretrained(self._folder.path)
         # In this process, or the weights could not be handed over. At level WARNING vLLM tells of matters that no user
         # can act on: nine lines at each start on CPU, one at each sync.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -146,7 +148,7 @@ class VLLMEngine(Engine):
             with undisturbed():
                 number_format = self.dtype or str(dtype).removeprefix("torch.")
                 room_for = {} if adapter is None else launch_options(adapter.config)
-                self._llm = self._launch(self._folder.name, policy.device.type, number_format, room_for)
+                self._llm = self._launch(self._folder.path, policy.device.type, number_format, room_for)
         except Exception as error:  # whatever vLLM raises, the user needs its reason and a cure in one line
             self.close()
             reason = " ".join(str(error).split())[:400] or type(error).__name__
@@ -233,9 +235,13 @@ class VLLMEngine(Engine):
             assert self._slot is not None, "the policy had no adapter when the engine started"
             with undisturbed():
                 self._slot.put(adapter)
+        self._drop_cache()
+        self.version = version
+
+    def _drop_cache(self) -> None:
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not drop its prefix cache, so samples would mix two versions of the weights")
-        self.version = version
+        self._has_cache = False
 
     def _load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Loads weights in place; vLLM forgets its adapters."""
@@ -268,6 +274,11 @@ class VLLMEngine(Engine):
         rows = [(request.prompt_ids, seed) for request in requests for seed in request.seeds]
         params = [self._params(sampling, seed, room(len(ids), self._max_model_len)) for ids, seed in rows]
         prompts = [{"prompt_token_ids": ids} for ids, _ in rows]
+        if self._has_cache:
+            # What is cached of earlier prompts, as of a system prompt, moves the last bits of log-probs, and a resumed
+            # run has another cache.
+            self._drop_cache()
+        self._has_cache = True
         # Without this, vLLM compiles the count behind each token's rank, which nobody reads here: 13 s at first use.
         eager: AbstractContextManager[object] = (
             torch.compiler.set_stance("force_eager") if self._eager else nullcontext()
@@ -317,7 +328,7 @@ class VLLMEngine(Engine):
         """Shuts vLLM down, frees its memory and the process group that it made; harmless when called twice."""
         llm, self._llm, self._slot, self.version = self._llm, None, None, None
         if self._folder is not None:
-            self._folder.cleanup()
+            self._folder.close()
             self._folder = None
             with kept_process_group() if self._found_process_group else nullcontext():
                 if llm is not None:

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
@@ -34,7 +34,8 @@ from rlmt.modules.checks import check_adapter_options, check_options, check_run
 from rlmt.modules.dynamic_sampling import refill
 from rlmt.modules.policy import PolicyOwner
 from rlmt.modules.schedules import LRSchedulerCallable, OptimizerCallable, with_schedule
-from rlmt.modules.update import PolicyUpdate, first_pass, first_values
+from rlmt.modules.update import PolicyUpdate, first_pass, first_values, teaches_nothing
+from rlmt.resume.options import adopt, schedule_options
 from rlmt.rewards import Reward
 from rlmt.rewards.held_out import HeldOutRewards
 from rlmt.rewards.scoring import MalformedMode, score
@@ -157,8 +158,17 @@ class RLMTModule(LightningModule, PolicyOwner):
             groups.append({"params": own_parameters(self.critic), "lr": self.algorithm.critic.lr})
         optimizer = self._optimizer(groups)
         if self._scheduler is None:
+            self._configured = schedule_options(optimizer, None)
             return optimizer
-        return with_schedule(optimizer, self._scheduler, self.trainer.max_steps)
+        made = with_schedule(optimizer, self._scheduler, self.trainer.max_steps)
+        self._configured = schedule_options(optimizer, made["lr_scheduler"])
+        return made
+
+    def on_train_start(self) -> None:
+        """Options of the optimizer and the scheduler are those of this start, whatever a checkpoint had."""
+        optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
+        assert isinstance(optimizer, Optimizer)
+        adopt(self._configured, optimizer, scheduler if isinstance(scheduler, LRScheduler) else None)
 
     @property
     def _fitting(self) -> bool:
@@ -196,7 +206,11 @@ class RLMTModule(LightningModule, PolicyOwner):
             experience.values = first_values(self.critic, batch, budget, self.device)
         if not self.algorithm.pairwise:
             self.algorithm.prepare(experience)
-        metrics = self._take_steps(experience)
+        if self.critic is None and teaches_nothing(experience):
+            self._skip("the samples of each prompt have equal rewards, or none takes part in the loss")
+            metrics = {"policy/skipped": 1.0}
+        else:
+            metrics = self._take_steps(experience)
         metrics |= _course(batch, start, scored)
         return {"experience": drawn, "metrics": metrics | experience.metrics}
 
@@ -310,15 +324,22 @@ class RLMTModule(LightningModule, PolicyOwner):
         wanted = weights_to_load(self, state_dict, self._fitting)
         return super().load_state_dict(wanted, strict=False, assign=assign)
 
+    def resume_state(self) -> dict[str, Any]:
+        """What changes while training beside weights, optimizer and scheduler, as plain data."""
+        return {
+            "version": self.policy_version,
+            "algorithm": self.algorithm.state_dict(),
+            "random": random_states(),
+            "skipped": self._skipped_in_a_row,
+        }
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the format and what export needs."""
         checkpoint["rlmt"] = {
             "policy": loading.absolute(self.policy_path),
             **adapter_record(self._policy, self.quantization),
             "format": self.format.to_dict(),
-            "version": self.policy_version,
-            "algorithm": self.algorithm.state_dict(),
-            "random": random_states(),
+            **self.resume_state(),
         }
         save_beside_checkpoints(self.trainer, self._policy.config, self.tokenizer, self.format)
 
@@ -333,6 +354,7 @@ class RLMTModule(LightningModule, PolicyOwner):
         check_same_adapter(saved, adapter_record(self._policy, self.quantization))
         self.policy_version = saved["version"]
         if self._fitting:
+            self._skipped_in_a_row = saved.get("skipped", 0)
             self.algorithm.load_state_dict(saved.get("algorithm", {}))
             restore_random_states(saved["random"])
 

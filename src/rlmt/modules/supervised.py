@@ -122,7 +122,11 @@ class SupervisedModule(LightningModule):
 
     def _record(self) -> dict[str, Any]:
         """What all checkpoints say beside their weights."""
-        return {"module": self.kind, **adapter_record(self._trained, self.quantization), "random": random_states()}
+        return {"module": self.kind, **adapter_record(self._trained, self.quantization), **self.resume_state()}
+
+    def resume_state(self) -> dict[str, Any]:
+        """What changes while training beside weights, optimizer and scheduler, as plain data."""
+        return {"random": random_states()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of something else or of another adapter.

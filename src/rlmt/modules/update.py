@@ -196,6 +196,20 @@ class PolicyUpdate:
         return self._seen.result()
 
 
+def teaches_nothing(experience: Experience) -> bool:
+    """Whether no sample that takes part in the loss has an advantage other than 0.
+
+    A step on such a batch would follow the KL penalty, the entropy bonus, weight decay and the optimizer's momentum
+    alone, so none is taken.
+    """
+    if experience.advantages is None:
+        return False
+    part, advantages = _taking_part(experience), experience.advantages
+    if len(advantages) != len(part):
+        part = part.repeat_interleave(experience.lengths)
+    return not bool((advantages[part] != 0).any())
+
+
 def _taking_part(experience: Experience) -> Tensor:
     """[B] bool: the samples that take part in the loss."""
     if experience.pairs is not None:

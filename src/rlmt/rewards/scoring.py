@@ -26,6 +26,13 @@ MalformedMode = Literal["penalty", "null", "score_all"]
     here to reproduce runs of that code, not to train with.
 """
 
+_CURE = ": mend it, and go on with --ckpt_path last"
+
+
+class BadScores(UserError, RuntimeError):
+    """A reward broke its contract."""
+
+
 NULL_TEXT = "[NULL]"
 """What is scored in place of a malformed sample in mode `null`."""
 
@@ -55,7 +62,7 @@ def score(
         Scores on the CPU; in mode `penalty` the parts of a malformed sample are NaN and its text is None.
 
     Raises:
-        RuntimeError: A reward gave the wrong number of scores or one that is not finite.
+        BadScores: A reward gave the wrong number of scores or one that is not finite.
         UserError: Unknown mode.
     """
     if not len(prompts) == len(splits) == len(texts):
@@ -93,11 +100,11 @@ def _shown_text(split: Split, text: str, mode: MalformedMode) -> str | None:
 def _checked(scores: Tensor, name: str, count: int) -> Tensor:
     """`scores` as float32 on the CPU, if they are `count` finite numbers."""
     if scores.shape != (count,):
-        raise RuntimeError(f"reward {name!r} gave scores of shape {list(scores.shape)} for {count} responses")
+        raise BadScores(f"reward {name!r} gave scores of shape {list(scores.shape)} for {count} responses{_CURE}")
     scores = scores.detach().to("cpu", torch.float32)
     bad = int((~scores.isfinite()).sum())
     if bad:
-        raise RuntimeError(f"reward {name!r} gave {bad} of {count} scores that are not finite")
+        raise BadScores(f"reward {name!r} gave {bad} of {count} scores that are not finite{_CURE}")
     return scores
 
 

@@ -1,0 +1,209 @@
+"""Throws arbitrary completions at the whole text path: split, reward text, metrics, parquet, the table of samples.
+
+    python benchmarks/fuzz.py [--cases 100000] [--seed 0]
+
+A case is a completion as token ids: of text made of tags, parts of tags, white and invisible characters, controls and
+arbitrary code points, of arbitrary tokens, or of both. Each goes through `RLMTModule.experience` and all that follows it
+in a run. No thought character may be in a scored text, nothing may be raised, and a rollout file must give back exactly
+what went in. To see that, characters of the thoughts are marked: each case has some that stand nowhere else in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlmt.algorithms import GRPO
+from rlmt.callbacks.cot_length import length_metrics
+from rlmt.callbacks.reward_curves import reward_metrics
+from rlmt.callbacks.sample_table import render_samples
+from rlmt.modules import RLMTModule
+from rlmt.records import read_rollouts, rollout_table, write_rollouts
+from rlmt.rewards import Reward
+from rlmt.thinking import ThinkingFormat
+from rlmt.types import Experience, FinishReason, Prompt, RolloutBatch, Sampling, Status
+
+FORMATS = [
+    ThinkingFormat(name, prefill)  # type: ignore[arg-type]
+    for name in ("think", "no_think", "zero_think", "zero_no_think")
+    for prefill in (False, True)
+    if not (name == "no_think" and prefill)
+]
+TAGS = ("<think>", "</think>", "<response>", "</response>")
+PIECES = (
+    *TAGS * 3,
+    *("<think", "think>", "</think", "/think>", "</ think>", "<THINK>", "<\u200bthink>", "<", ">", "</", "[NULL]"),
+    *("\n", " ", "\t", "\r\n", "\u2028", "\u00a0", "\u200b", "\u2060", "\ufeff", "\u3164", "\u0301", "\u202e"),
+    *("\x00", "\x1b[31m", "\x7f", "\x85", "\ufffd", "\uffff", "\ue000", "\ue0010\ue001", "\U0010ffff", "\U0001f600"),
+    *(
+        "<|im_end|>",
+        "<|endoftext|>",
+        "<s>",
+        "</s>",
+        "<query>",
+        "</query>",
+        "a",
+        "answer",
+        "\u4f60\u597d",
+        '"',
+        "\\",
+        "|",
+    ),
+)
+MARKS = 0xF0000
+"""The first of the private characters that mark places in a case."""
+
+
+class Recorder(Reward):
+    """Scores any text, and keeps what it was shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def score(self, prompts: Sequence[Any], responses: Sequence[str], statuses: Sequence[Status]) -> Tensor:
+        """See `Reward.score`."""
+        self.seen = list(responses)
+        return torch.tensor([float(len(text) % 11) for text in responses])
+
+
+class TextPath:
+    """All of the path for one format.
+
+    Args:
+        policy: folder of a policy, for its tokenizer.
+        format: the format.
+        folder: where rollout files are written.
+    """
+
+    def __init__(self, policy: Path, format: ThinkingFormat, folder: Path) -> None:
+        self.format, self.folder, self.reward = format, folder, Recorder()
+        self.module = RLMTModule(str(policy), self.reward, GRPO(), format=format)
+        self.tokenizer = self.module.tokenizer
+        self.statuses: Counter[str] = Counter()
+
+    def check(self, completions: list[list[int]]) -> None:
+        """Puts cases through and raises AssertionError where one does not come out as it must."""
+        experience = self.module.experience(rollouts(completions))
+        for text, scored, split in zip(experience.texts, experience.scores.texts, experience.splits, strict=True):
+            self.statuses[split.status.value] += 1
+            hidden = thought_marks(text, self.format)
+            assert (scored is None) == (not split.ok), (text, split)
+            assert scored is None or not hidden & set(scored), (text, scored)
+            assert scored is None or not any(tag in scored for tag in self.format.tags), (text, scored)
+        assert self.reward.seen == [text for text in experience.scores.texts if text is not None]
+        metrics = reward_metrics(experience) | length_metrics(experience)
+        assert all(value == value for name, value in metrics.items() if name != "reward/reward"), metrics
+        assert (experience.thought_tokens <= experience.lengths).all() and (experience.thought_tokens >= 0).all()
+        self.check_file(experience)
+        render_samples(experience, 0, 4, 60, 120, colour=True).encode()
+
+    def check_file(self, experience: Experience) -> None:
+        """A rollout file gives back what went in."""
+        path = self.folder / "rollouts_000000-000000.parquet"
+        write_rollouts(rollout_table(experience, 0, self.format.to_dict()), path)
+        table = read_rollouts(path)
+        wanted = {
+            "text": experience.texts,
+            "thought": [split.thought for split in experience.splits],
+            "response": [split.response for split in experience.splits],
+            "status": [split.status.value for split in experience.splits],
+            "scored_text": experience.scores.texts,
+            "completion_ids": experience.rollouts.completion_ids,
+            "engine_logprobs": [t.tolist() for t in experience.engine_logprobs.split(experience.rollouts.lengths)],
+            "reward": experience.scores.total.tolist(),
+            "messages": [p.messages for p in experience.rollouts.prompts for _ in range(2)],
+        }
+        for name, values in wanted.items():
+            assert table[name].to_pylist() == values, name
+
+
+def rollouts(completions: list[list[int]]) -> RolloutBatch:
+    """A batch of two samples a prompt."""
+    prompts = [
+        Prompt(k, [{"role": "user", "content": f"\x00 {PIECES[k % len(PIECES)]} x"}])
+        for k in range(len(completions) // 2)
+    ]
+    return RolloutBatch(
+        prompts=prompts,
+        group_size=2,
+        prompt_ids=[[1]] * len(prompts),
+        completion_ids=completions,
+        engine_logprobs=-torch.arange(sum(map(len, completions)), dtype=torch.float32) / 7,
+        finish=[FinishReason.STOP if k % 3 else FinishReason.LENGTH for k in range(len(completions))],
+        sampling=Sampling(temperature=1.0, max_new_tokens=512),
+        weight_version=0,
+    )
+
+
+def thought_marks(text: str, format: ThinkingFormat) -> set[str]:
+    """The marks of a text that stand in a thought: before the first close tag, or where no thought may be at all."""
+    if format.thinks:
+        region = text.partition("</think>")[0]
+    else:
+        region = text if "<think>" in text or "</think>" in text else ""
+    return {char for char in region if ord(char) >= MARKS and text.count(char) == 1}
+
+
+def marked(pieces: Sequence[str]) -> str:
+    """The pieces as one text, with a mark of its own behind each."""
+    return "".join(f"{piece}{chr(MARKS + k)}" if k % 2 else piece for k, piece in enumerate(pieces))
+
+
+def random_case(dice: random.Random, path: TextPath) -> list[int]:
+    """Token ids of one case."""
+    size = len(path.tokenizer)
+    pieces = [dice.choice(PIECES) if dice.random() < 0.8 else random_text(dice) for _ in range(dice.randint(0, 12))]
+    if dice.random() < 0.3:  # one that is nearly right
+        pieces = ["<think>", *pieces[:4], "</think>", "<response>" if path.format.zero else "", *pieces[4:6], "fine"]
+    ids: list[int] = path.tokenizer(marked(pieces), add_special_tokens=False)["input_ids"]
+    for _ in range(dice.choice((0, 0, 0, 1, 5))):
+        ids.insert(dice.randint(0, len(ids)), dice.randrange(size))
+    if dice.random() < 0.1:
+        ids = [dice.randrange(size) for _ in range(dice.randint(1, 40))]
+    return ids or [path.format.stop_token_ids(path.tokenizer)[0]]
+
+
+def random_text(dice: random.Random) -> str:
+    """Some code points, none of them a surrogate or a mark."""
+    points = (
+        dice.choice((dice.randrange(0x80), dice.randrange(0xD800), dice.randrange(0xE000, MARKS))) for _ in range(4)
+    )
+    return "".join(map(chr, points))
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    from rlmt.tiny import write_tiny
+    from rlmt.tiny_models import Sizes
+
+    dice, size = random.Random(args.seed), 100
+    with tempfile.TemporaryDirectory(prefix="rlmt-fuzz-") as folder:
+        tiny = Path(folder, "tiny")
+        write_tiny(tiny, sizes=Sizes(hidden=64, layers=2, heads=2, ffn=128, vocab=512, context=1024))
+        paths = [TextPath(tiny / "policy", format, Path(folder)) for format in FORMATS]
+        began, done = time.monotonic(), 0
+        while done < args.cases:
+            path = paths[done // size % len(paths)]
+            path.check([random_case(dice, path) for _ in range(size)])
+            done += size
+        print(f"{done:,} cases in {time.monotonic() - began:.0f} s, seed {args.seed}: every one as it must be")
+        for path in paths:
+            print(f"{path.format.name}{' prefilled' if path.format.prefill else ''}: {dict(path.statuses)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""The moment that a checkpoint is of: the end of a step, trained, logged and, where it was due, validated.
+
+Lightning saves in the middle of a step, before its metrics are logged and before the validation that follows it, and a
+run resumed from there does neither. So the small states of a run (where the loops, the prompts and the random numbers
+stand) are kept as they were at the end of the last step. The large ones, weights and moments of the optimizer, change
+with an optimizer step alone: until the next one begins, they and the kept ones are the run at that moment, and it can
+be saved from, whatever has been drawn, scored or computed since.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+Loops = dict[str, Any]
+
+
+@dataclass
+class Moment:
+    """The small states of a run at the end of a step, or between a step and its validation."""
+
+    step: int
+    """Number of the last step done, as in metrics.csv."""
+    loops: Loops
+    """State of Lightning's loops that makes them go on behind this moment."""
+    data: dict[str, Any]
+    """State of the data module, by its name in checkpoints."""
+    module: dict[str, Any]
+    """What the module's `resume_state` gives."""
+    progress: tuple[int, int]
+    """Steps trained and optimizer steps begun."""
+
+    @classmethod
+    def of(cls, trainer: Trainer, loops: Loops) -> Moment:
+        """The present moment.
+
+        Args:
+            trainer: in training.
+            loops: from `loops_after_training`, at the end of this step.
+        """
+        data, module = getattr(trainer, "datamodule", None), trainer.lightning_module
+        states = {} if data is None else {type(data).__qualname__: data.state_dict()}
+        resume_state: Any = getattr(module, "resume_state", dict)
+        step = int(loops["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"])
+        return cls(step, loops, copy.deepcopy(states), copy.deepcopy(resume_state()), _progress(trainer))
+
+    def is_now(self, trainer: Trainer) -> bool:
+        """Whether weights and optimizer are still those of this moment."""
+        return self.progress == _progress(trainer)
+
+    def put_into(self, checkpoint: dict[str, Any]) -> None:
+        """Makes a checkpoint that was taken later, but with the same weights, one of this moment."""
+        checkpoint["loops"] = self.loops
+        checkpoint.update({name: state for name, state in self.data.items() if state})
+        checkpoint.setdefault("rlmt", {}).update(self.module)
+
+
+def loops_after_training(trainer: Trainer) -> Loops:
+    """Where the loops stand, to be called in `on_train_batch_end`.
+
+    Lightning goes on from this state with the next step; a validation that was due after this one it takes for done.
+    """
+    return copy.deepcopy(trainer._checkpoint_connector._get_loops_state_dict())
+
+
+def loops_before_validation(loops: Loops) -> Loops:
+    """The state from which Lightning goes on with the validation that is due after the step.
+
+    It is the one that it would have within the validation, whose batches it would do again from the first on.
+    """
+    owing = copy.deepcopy(loops)
+    fit = owing["fit_loop"]
+    for part in ("total", "current"):
+        fit["epoch_loop.batch_progress"][part]["completed"] += 1
+    for part in ("total", "current"):
+        fit["epoch_loop.val_loop.batch_progress"][part] = {"ready": 1, "completed": 0, "started": 1, "processed": 0}
+    fit["epoch_loop.val_loop.batch_progress"]["is_last_batch"] = False
+    return owing
+
+
+def _progress(trainer: Trainer) -> tuple[int, int]:
+    loop: Any = trainer.fit_loop.epoch_loop
+    return loop.batch_progress.total.processed, loop.manual_optimization.optim_step_progress.total.ready
