@@ -7,9 +7,11 @@ which is gone when it starts anew. So nothing here has to remember what became o
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import cache
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -64,8 +66,9 @@ class Server:
     async def connected(self) -> AsyncIterator[None]:
         """Connections to the server, for one event loop."""
         import httpx
-        from openai import AsyncOpenAI, Timeout
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
 
+        trusted = _certificates()
         headers = {} if self._key is None else {"Authorization": f"Bearer {self._key}"}
         # Trying again is not the client's affair: it draws random numbers for it, and would ask the same server.
         client = AsyncOpenAI(
@@ -73,8 +76,10 @@ class Server:
             base_url=f"{self.url}/v1",
             timeout=Timeout(self._timeout, connect=PATIENCE),
             max_retries=0,
+            http_client=DefaultAsyncHttpxClient(verify=trusted),
         )
-        async with httpx.AsyncClient(base_url=self.url, headers=headers) as self._http, client as self._openai:
+        http = httpx.AsyncClient(base_url=self.url, headers=headers, verify=trusted)
+        async with http as self._http, client as self._openai:
             yield
 
     # What it is ------------------------------------------------------------------------------------------------------
@@ -286,7 +291,19 @@ class Server:
     async def _post(self, path: str, body: dict[str, Any], trouble: str) -> None:
         response = await self._ask("POST", path, self._timeout, json=body)
         if response.status_code != 200:
-            raise Unusable(f"{trouble}: {_line(response.text)}")
+            try:
+                reason = str(response.json()["error"]["message"])
+            except (ValueError, KeyError, TypeError):
+                reason = response.text
+            raise Unusable(f"{trouble}: {_line(reason)}")
+
+
+@cache
+def _certificates() -> ssl.SSLContext:
+    """Read once: that takes longer than most requests."""
+    import httpx
+
+    return httpx.create_ssl_context()
 
 
 def _reason(error: BaseException) -> str:

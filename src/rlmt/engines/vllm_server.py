@@ -221,7 +221,7 @@ class VLLMServerEngine(Engine):
         self._lost[server.url] = str(error)
 
     def _none_left(self) -> UserError:
-        reasons = "; ".join(f"{url} {reason}" for url, reason in self._lost.items())
+        reasons = "; ".join(f"{url} {self._lost[url]}" for url in self.urls if url in self._lost)
         return UserError(f"no vLLM server can be used ({reasons}); start them and go on with --ckpt_path last")
 
     # Samples ----------------------------------------------------------------------------------------------------------
