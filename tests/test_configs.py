@@ -1,5 +1,7 @@
 """Every shipped YAML parses and instantiates, and the paper's settings are in the ones that claim them."""
 
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from lightning.pytorch import Trainer
 from rlmt.algorithms import DPO, GRPO, PPO
 from rlmt.cli import main
 from rlmt.data import PreferenceDataModule, RolloutDataModule, SFTDataModule
-from rlmt.engines import ReplayEngine, VLLMEngine
+from rlmt.engines import ReplayEngine, VLLMEngine, VLLMServerEngine
 from rlmt.models import LoRA
 from rlmt.modules import SFT, CosineWithWarmup, RewardModeling, RLMTModule
 from rlmt.rewards import ClassifierReward
@@ -43,7 +45,7 @@ def test_every_shipped_config_is_tested() -> None:
     paper = set((CONFIGS / "paper").glob("*.yaml"))  # see test_paper.py
     shipped = {path.stem for path in set(CONFIGS.rglob("*.yaml")) - paper}
     objectives = {"grpo", "ppo", "dpo", "dpo_offline"}
-    assert shipped == {"base", "early_stop", "lora", "qlora", "sft", "reward", *objectives, *FORMATS, *MODELS}
+    assert shipped == {"base", "early_stop", "lora", "qlora", "server", "sft", "reward", *objectives, *FORMATS, *MODELS}
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -185,3 +187,30 @@ def test_adapters_go_with_every_objective(adapter: str, objective: str, launched
     assert isinstance(module.lora, LoRA) and module.lora.rank == 16
     assert (module.quantization is not None) == (adapter == "qlora") == (module.reward.quantization is not None)
     assert data.engine.quantization == ("fp8_per_channel" if adapter == "qlora" else None)
+
+
+@pytest.mark.parametrize("names", [("tiny",), ("llama-3.1-8b", "lora"), ("llama-3.1-8b", "qlora")])
+def test_servers_take_the_place_of_the_engine(
+    names: tuple[str, ...], launched: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(compose("base", "grpo", *names, "server")) == 0
+    ((_, _, data),) = launched
+    assert isinstance(data.engine, VLLMServerEngine) and data.engine.urls == [
+        "http://127.0.0.1:8001",
+        "http://127.0.0.1:8002",
+    ]
+    assert data.rollout_lag == 0
+    assert not capsys.readouterr().err
+
+
+def test_the_commands_of_the_documentation_train_with_the_servers_that_it_starts(launched: list[Any]) -> None:
+    text = (CONFIGS.parent / "docs/scaling.md").read_text(encoding="utf-8").replace("\\\n", "")
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    ports = [words[words.index("--port") + 1] for words in map(shlex.split, lines) if "--port" in words]
+    trained = [line for line in lines if line.startswith("rlmt fit") and "--config server" in line]
+    assert len(trained) == 3
+    for line in trained:
+        assert main([*shlex.split(line)[1:], "--trainer.accelerator", "cpu"]) == 0
+    assert [data.rollout_lag for _, _, data in launched] == [0, 1, 1]
+    for _, _, data in launched:
+        assert [url.rpartition(":")[2] for url in data.engine.urls] == ports[-2:]

@@ -38,7 +38,11 @@ class Fake:
         self.dead = False
         self.script: Callable[[str, int], Any] = lambda path, number: None
         self.options: dict[str, Any] = {
-            "model_config": {"logprobs_mode": "processed_logprobs", "generation_config": "vllm"},
+            "model_config": {
+                "logprobs_mode": "processed_logprobs",
+                "generation_config": "vllm",
+                "dtype": "torch.float32",
+            },
             "lora_config": {"max_lora_rank": 8},
         }
         self.max_model_len = 64
@@ -370,6 +374,7 @@ def answering(path: str, answer: Any) -> Callable[[Fake], None]:
         (answering("/v1/models", 404), "has no /v1/models .*; start a vLLM server"),
         (answering("/v1/models", {"data": [{"id": "x"}]}), "names no model of vLLM"),
         (answering("/server_info", 404), "has no /server_info .*VLLM_SERVER_DEV_MODE=1"),
+        (answering("/server_info", {"vllm_config": "text"}), "does not tell its configuration .*; start vLLM 0.32"),
         (mode("logprobs_mode", "raw_logprobs"), "has logprobs_mode .*start it with --logprobs-mode processed_logprobs"),
         (mode("generation_config", "auto"), "has generation_config .*start it with --generation-config vllm"),
     ],
@@ -420,6 +425,13 @@ def test_context_tokenizer_and_adapters_are_checked_before_models_are_loaded(two
     two[0].options["lora_config"] = None
     with pytest.raises(UserError, match="serves no adapters; start it with --enable-lora --max-lora-rank 8"):
         engine.check_adapter(LORA)
+
+
+def test_another_number_format_is_told(two: list[Fake], tmp_path: Path, said: list[str]) -> None:
+    mode("dtype", "torch.bfloat16")(two[1])
+    running(two, tmp_path)
+    assert len(said) == 1 and f"{two[1].url} computes in torch.bfloat16 and the trainer in torch.float32" in said[0]
+    assert said[0].endswith("start it with --dtype float32")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Real vLLM servers, started with the commands of docs/scaling.md; the last tests kill them."""
+"""Real vLLM servers, started with the commands of docs/scaling.md; the last two tests kill them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -262,8 +263,8 @@ def test_a_server_that_is_not_what_the_run_needs_is_told_in_one_line(
         assert "wrong" not in str(caught.value)
 
 
-def fit(servers: list[RealServer], tiny: Path, prompts: Path, run: Path, *more: object) -> list[dict[str, str]]:
-    """Trains with the documentation's command, on smaller batches; returns the metrics of each step."""
+def fit_words(servers: list[RealServer], tiny: Path, prompts: Path, run: Path, *more: object) -> list[str]:
+    """The documentation's command, on smaller batches."""
     command = next(words for words in commands("rlmt fit") if "lora" not in words and "--data.rollout_lag" in words)
     options: dict[str, object] = {
         "--model.policy": tiny / "policy",
@@ -279,8 +280,12 @@ def fit(servers: list[RealServer], tiny: Path, prompts: Path, run: Path, *more: 
         "--trainer.default_root_dir": run,
         "--trainer.enable_progress_bar": "false",
     }
-    words = [str(word) for pair in options.items() for word in pair]
-    assert main([*command[1:], *words, *map(str, more)]) == 0
+    return [*command[1:], *(str(word) for pair in options.items() for word in pair), *map(str, more)]
+
+
+def fit(servers: list[RealServer], tiny: Path, prompts: Path, run: Path, *more: object) -> list[dict[str, str]]:
+    """Trains; returns the metrics of each step."""
+    assert main(fit_words(servers, tiny, prompts, run, *more)) == 0
     with max(run.glob("version_*/metrics.csv")).open() as file:
         return [row for row in csv.DictReader(file) if row["reward/mean"]]
 
@@ -296,9 +301,7 @@ def test_a_run_one_step_ahead_of_real_servers_resumes_exactly(
     # Of samples from π_old the mean of π / π_old is 1, and a step of this size moves it little.
     assert all(abs(float(row["engine/importance_mean"]) - 1) < 0.05 for row in whole[1:])
     part = fit(servers, tiny, prompts_file, tmp_path / "part", "--trainer.max_steps", 3)
-    part += fit(
-        *(servers, tiny, prompts_file, tmp_path / "part", "--trainer.max_steps", 5, "--ckpt_path", "last"),
-    )
+    part += fit(servers, tiny, prompts_file, tmp_path / "part", "--trainer.max_steps", 5, "--ckpt_path", "last")
     for one, other in zip(part, whole, strict=True):
         for name in ("reward/mean", "engine/weight_lag", "policy/loss", "policy/grad_norm"):
             assert float(one[name]) == pytest.approx(float(other[name]), rel=1e-3, abs=1e-5), name
@@ -308,26 +311,24 @@ def test_a_run_one_step_ahead_of_real_servers_resumes_exactly(
         assert file.is_dir() or KEY.encode() not in file.read_bytes(), file
 
 
-def test_a_killed_servers_requests_go_to_the_other_and_without_any_the_run_stops(
+def test_a_killed_servers_requests_go_to_the_other(
     servers: list[RealServer], tiny: Path, helpers: Any, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
-    """The last test, for obvious reasons."""
+    """Comes last but one, for obvious reasons."""
     model, urls = policy(tiny), [server.url for server in servers]
     engine = started(urls, model, tiny, tmp_path / "shared")
     sync(engine, model, 1)
-    asked, sampling = requests(helpers, 12, 40), Sampling(0.9, 300)
+    asked, sampling = requests(helpers, 8, 40, 2), Sampling(0.9, 250)
     whole = engine.generate(asked, sampling)
-
-    async def killed(server: RealServer) -> None:
-        running = f"{server.url}/metrics"
-        async with httpx.AsyncClient() as http:
-            while not re.search(r"^vllm:num_requests_running\S* [1-9]", (await http.get(running)).text, re.MULTILINE):
-                await asyncio.sleep(0.01)
-        server.kill()
 
     async def generate_and_kill(server: RealServer) -> Samples:
         drawing = asyncio.create_task(asyncio.to_thread(engine.generate, asked, sampling))
-        await killed(server)
+        async with httpx.AsyncClient(base_url=server.url) as http:
+            while not re.search(
+                r"^vllm:num_requests_running\S* [1-9]", (await http.get("/metrics")).text, re.MULTILINE
+            ):
+                await asyncio.sleep(0.01)
+        server.kill()
         assert not drawing.done()
         return await drawing
 
@@ -335,9 +336,30 @@ def test_a_killed_servers_requests_go_to_the_other_and_without_any_the_run_stops
     assert same(again, whole)
     (warning,) = [str(one.message) for one in recwarn if "vLLM server" in str(one.message)]
     assert f"{servers[0].url} is not used for now: it is gone" in warning
-    assert same(engine.generate(asked[:2], Sampling(0.9, 20)), engine.generate(asked[:2], Sampling(0.9, 20)))
-    with pytest.raises(UserError) as caught:
-        asyncio.run(generate_and_kill(servers[1]))
-    assert re.search(rf"^no vLLM server can be used \(.*{urls[0]} .*{urls[1]} .*\); start them and go on with "
-                     r"--ckpt_path last$", str(caught.value))  # fmt: skip
+    assert same(engine.generate(asked, sampling), whole)
     engine.close()
+
+
+def test_a_run_whose_last_server_is_killed_stops_and_can_go_on(
+    servers: list[RealServer], tiny: Path, prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left, last = servers[1], tmp_path / "checkpoints/last.ckpt"
+
+    def kill() -> None:
+        while not last.exists():
+            time.sleep(0.05)
+        left.kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    every_step = "[{class_path: rlmt.callbacks.PolicyCheckpoint, init_args: {every_n_steps: 1}}]"
+    assert main(fit_words([left], tiny, prompts_file, tmp_path, "--trainer.callbacks", every_step)) == 2
+    killer.join()
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rlmt: error:")]
+    assert re.search(
+        rf"no vLLM server can be used \({left.url} .*\); start them and go on with --ckpt_path last$", line
+    )
+    assert torch.load(last, weights_only=True)["global_step"] >= 1
+    assert not list((tmp_path / "weights").iterdir())
+    assert main(fit_words([left], tiny, prompts_file, tmp_path, "--ckpt_path", "last")) == 2
+    assert f"rlmt: error: vLLM server {left.url} cannot be reached" in capsys.readouterr().err

@@ -27,6 +27,8 @@ PATIENCE = 10.0
 SLOW_PATIENCE = 60.0
 """Seconds to wait for a server's description of itself, which it gathers at the first call, and for its cache."""
 
+_DEV_MODE = "start it with VLLM_SERVER_DEV_MODE=1 in its environment (vLLM 0.32 or later), or weights cannot reach it"
+
 
 class Unusable(Exception):
     """The server cannot be used as it is; the message says why, and the cure where there is one."""
@@ -56,6 +58,8 @@ class Server:
         self.url = url
         self.max_model_len = 0
         """Longest prompt + completion in tokens; known after `look`."""
+        self.dtype = ""
+        """Number format that it computes in, as torch names it; known after `options`."""
         self._key, self._key_variable = key, key_variable
         self._wanted, self._model = model, ""
         self._timeout = timeout
@@ -116,18 +120,18 @@ class Server:
         Raises:
             Unusable: it does not let its weights be changed, or its samples would not be the policy's.
         """
-        cure = (
-            "start it with VLLM_SERVER_DEV_MODE=1 in its environment (vLLM 0.32 or later), or weights cannot reach it"
-        )
-        told = await self._json("GET", "/server_info?config_format=json", cure, SLOW_PATIENCE)
-        options: dict[str, Any] = told["vllm_config"]
+        told = await self._json("GET", "/server_info?config_format=json", _DEV_MODE, SLOW_PATIENCE)
+        options = told.get("vllm_config")
+        if not isinstance(options, dict):
+            raise Unusable("does not tell its configuration in /server_info; start vLLM 0.32 or later")
+        self.dtype = str(options["model_config"].get("dtype"))
         for name, wanted, why in (
             ("logprobs_mode", "processed_logprobs", "log-probs are not those at the sampling temperature"),
             ("generation_config", "vllm", "the model's generation_config.json changes how it samples"),
         ):
-            if options["model_config"].get(name) != wanted:
-                raise Unusable(f"has {name} {options['model_config'].get(name)}, so {why}; start it with "
-                               f"--{name.replace('_', '-')} {wanted}")  # fmt: skip
+            if (has := options["model_config"].get(name)) != wanted:
+                option = f"--{name.replace('_', '-')} {wanted}"
+                raise Unusable(f"has {name} {has}, so {why}; start it with {option}")
         return options
 
     async def check_adapters(self, rank: int) -> None:
@@ -185,17 +189,15 @@ class Server:
         return await self._label() == published.label
 
     async def _label(self) -> str:
-        cure = (
-            "start it with VLLM_SERVER_DEV_MODE=1 in its environment (vLLM 0.32 or later), or weights cannot reach it"
-        )
-        return str((await self._json("GET", "/weight_info", cure))["weight_version"])
+        return str((await self._json("GET", "/weight_info", _DEV_MODE))["weight_version"])
 
     async def _load(self, folder: str) -> None:
         body = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
-        await self._post(
-            "/collective_rpc", body, f"could not load the policy's weights from {folder} (it has to serve the policy's "
-            "architecture, and to see --data.engine.shared_folder under the same path)"
-        )  # fmt: skip
+        trouble = (
+            f"could not load the policy's weights from {folder} (it has to serve the policy's architecture, and to see "
+            "--data.engine.shared_folder under the same path)"
+        )
+        await self._post("/collective_rpc", body, trouble)
 
     async def _load_adapter(self, name: str, folder: str) -> None:
         """Loads an adapter in place of earlier ones, of this run or of one that is over."""
@@ -203,10 +205,10 @@ class Server:
             if old.startswith("rlmt-"):
                 await self._post("/v1/unload_lora_adapter", {"lora_name": old}, f"could not unload the adapter {old}")
         body = {"lora_name": name, "lora_path": folder}
-        await self._post(
-            "/v1/load_lora_adapter", body, f"could not load the adapter from {folder} (if it cannot serve such a one, "
-            "--data.engine.serve merged can)"
-        )  # fmt: skip
+        trouble = (
+            f"could not load the adapter from {folder} (if it cannot serve such a one, use --data.engine.serve merged)"
+        )
+        await self._post("/v1/load_lora_adapter", body, trouble)
 
     async def _drop_cache(self) -> None:
         """Drops what was computed with other weights; that fails while requests run, as those do that were given up."""

@@ -161,6 +161,13 @@ class VLLMServerEngine(Engine):
             UserError: the folder cannot be written to, or a check fails.
         """
         self.check()
+        for server in self._servers:
+            if server.dtype != str(dtype):
+                name = str(dtype).removeprefix("torch.")
+                rank_zero_warn(
+                    f"vLLM server {server.url} computes in {server.dtype} and the trainer in {dtype}, so their "
+                    f"log-probs differ (engine/mismatch_max); start it with --dtype {name}"
+                )
         self._names = frozenset(base_tensors(policy))
         self._max_model_len = max_model_len
         self._folder = SharedFolder(self.shared_folder, dtype)
