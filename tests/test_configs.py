@@ -1,5 +1,7 @@
 """Every shipped YAML parses and instantiates, and the paper's settings are in the ones that claim them."""
 
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from lightning.pytorch import Trainer
 from rlmt.algorithms import DPO, GRPO, PPO
 from rlmt.cli import main
 from rlmt.data import PreferenceDataModule, RolloutDataModule, SFTDataModule
-from rlmt.engines import ReplayEngine, VLLMEngine
+from rlmt.engines import ReplayEngine, VLLMEngine, VLLMServerEngine
 from rlmt.models import LoRA
 from rlmt.modules import SFT, CosineWithWarmup, RewardModeling, RLMTModule
 from rlmt.rewards import ClassifierReward
@@ -45,7 +47,7 @@ def test_every_shipped_config_is_tested() -> None:
     assert {path.name for path in CONFIGS.iterdir() if path.is_dir()} <= {"paper", "mini", "study", "__pycache__"}
     shipped = {path.stem for path in CONFIGS.glob("*.yaml")}
     objectives = {"grpo", "ppo", "dpo", "dpo_offline"}
-    assert shipped == {"base", "early_stop", "lora", "qlora", "sft", "reward", *objectives, *FORMATS, *MODELS}
+    assert shipped == {"base", "early_stop", "lora", "qlora", "server", "sft", "reward", *objectives, *FORMATS, *MODELS}
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -221,3 +223,30 @@ def test_every_run_of_the_miniature_study_instantiates(launched: list[Any], monk
         assert main([*words, "--trainer.accelerator", "cpu"]) == 0, command
     assert len(launched) == len(runs) == 11
     assert set(yaml.safe_load((CONFIGS / "study/quickstart.yaml").read_text())["only"]) <= set(study["arms"])
+
+
+@pytest.mark.parametrize("names", [("tiny",), ("llama-3.1-8b", "lora"), ("llama-3.1-8b", "qlora")])
+def test_servers_take_the_place_of_the_engine(
+    names: tuple[str, ...], launched: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(compose("base", "grpo", *names, "server")) == 0
+    ((_, _, data),) = launched
+    assert isinstance(data.engine, VLLMServerEngine) and data.engine.urls == [
+        "http://127.0.0.1:8001",
+        "http://127.0.0.1:8002",
+    ]
+    assert data.rollout_lag == 0
+    assert not capsys.readouterr().err
+
+
+def test_the_commands_of_the_documentation_train_with_the_servers_that_it_starts(launched: list[Any]) -> None:
+    text = (CONFIGS.parent / "docs/scaling.md").read_text(encoding="utf-8").replace("\\\n", "")
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    ports = [words[words.index("--port") + 1] for words in map(shlex.split, lines) if "--port" in words]
+    trained = [line for line in lines if line.startswith("rlmt fit") and "--config server" in line]
+    assert len(trained) == 3
+    for line in trained:
+        assert main([*shlex.split(line)[1:], "--trainer.accelerator", "cpu"]) == 0
+    assert [data.rollout_lag for _, _, data in launched] == [0, 1, 1]
+    for _, _, data in launched:
+        assert [url.rpartition(":")[2] for url in data.engine.urls] == ports[-2:]

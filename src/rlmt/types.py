@@ -128,6 +128,8 @@ class RolloutBatch:
     """How they were drawn; the trainer takes its log-probs at the same temperature."""
     weight_version: int
     """Version of the weights that drew them."""
+    lag: int | None = None
+    """Updates that the policy has seen since those weights; None for recorded samples."""
     epoch: int = 0
     """Pass over the prompt set."""
     off_policy: bool = False

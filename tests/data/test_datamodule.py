@@ -323,7 +323,7 @@ class Recorded(FakeEngine):
         super().__init__()
         self.texts, self.asked, self.tokenizer = {f"say{i:02}" for i in known}, [], None
 
-    def check_run(self, format, tokenizer, sampling, group_size):
+    def check_run(self, format, tokenizer, sampling, group_size, max_model_len):
         self.calls.append(("check_run", format.name, sampling.temperature, sampling.max_new_tokens, group_size))
         self.tokenizer = tokenizer
 
@@ -400,7 +400,7 @@ def test_predict_goes_through_all_prompts_in_order(tokenizer, prompts, tmp_path)
 def test_stale_or_incomplete_samples_stop_the_run(tokenizer, prompts, tmp_path):
     engine = FakeEngine()
     engine.lag = 1
-    with pytest.raises(RuntimeError, match="stale rollout: drawn with weights -1, the policy has 0"):
+    with pytest.raises(RuntimeError, match="stale rollout: drawn with weights -1, not with 0"):
         trainer(tmp_path, max_steps=1).fit(FakeModule(tokenizer), datamodule=make(prompts, engine=engine))
     assert engine.calls[-1] == "close"
 

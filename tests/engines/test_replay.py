@@ -79,7 +79,7 @@ def test_samples_come_back_exactly(record: Any, tokenizer: Any, sampling: Sampli
     write_rollouts(table, path)
     engine = ReplayEngine(str(path))
     engine.check()
-    engine.check_run(FORMAT, tokenizer, sampling, 3)
+    engine.check_run(FORMAT, tokenizer, sampling, 3, 300)
     rows = table.to_pylist()
     for wanted in (3, 2):
         requests = [SampleRequest(prompt_ids(q, tokenizer), list(range(wanted))) for q in (1, 0)]
@@ -104,7 +104,7 @@ def test_passes_take_the_groups_of_a_prompt_in_turn(
     write_rollouts(record([1, 0], step=2, epoch=1, rank=1), tmp_path / "b.parquet")
     engine = ReplayEngine(str(tmp_path))
     engine.check()
-    engine.check_run(FORMAT, tokenizer, sampling, 2)
+    engine.check_run(FORMAT, tokenizer, sampling, 2, 300)
     steps: dict[int, list[int]] = {0: [], 1: []}
     for epoch in range(5):
         for question, found in steps.items():
@@ -188,9 +188,9 @@ def test_another_run_is_refused(record: Any, tokenizer: Any, sampling: Sampling,
     ]
     for arguments, says in cases:
         with pytest.raises(UserError, match=says) as caught:
-            engine.check_run(*arguments)
+            engine.check_run(*arguments, 300)
         assert "\n" not in str(caught.value)
-    engine.check_run(FORMAT, tokenizer, replace(sampling, max_new_tokens=5), 3)
+    engine.check_run(FORMAT, tokenizer, replace(sampling, max_new_tokens=5), 3, 300)
     with pytest.raises(UserError, match="holds token 448, and the policy has only 448"):
         engine.recording.check_vocabulary(448)
     engine.recording.check_vocabulary(449)
@@ -204,7 +204,7 @@ def test_a_tokenizer_that_renders_alike_and_decodes_otherwise_is_refused(
     engine = ReplayEngine(str(tmp_path / "r.parquet"))
     engine.check()
     with pytest.raises(UserError, match="another tokenizer"):
-        engine.check_run(FORMAT, tokenizer, sampling, 3)
+        engine.check_run(FORMAT, tokenizer, sampling, 3, 300)
 
 
 def test_what_was_not_recorded_is_not_made_up(record: Any, tokenizer: Any, sampling: Sampling, tmp_path: Path) -> None:

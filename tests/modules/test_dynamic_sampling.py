@@ -65,13 +65,15 @@ def rows(data: Experience) -> list[tuple[Any, ...]]:
 
 def test_merge_and_select_keep_samples_whole() -> None:
     one, two = batch(0, [[1, 2], [3, 3], [4, 5]]), batch(7, [[6, 6], [7, 8]], epoch=1)
+    one.rollouts.lag, two.rollouts.lag = 1, 0
     both = merge([one, two])
     assert rows(both) == rows(one) + rows(two)
     assert both.group.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     assert both.rollouts.epochs == [0, 0, 0, 1, 1] and both.rollouts.weight_version == 5
-    assert both.rollouts.seconds == {"rollout": 3.0, "sync": 0.0}
+    assert both.rollouts.seconds == {"rollout": 3.0, "sync": 0.0} and both.rollouts.lag == 1
     assert groups_with_spread(both) == [0, 2, 4]
     some = select(both, [0, 2, 4])
+    assert some.rollouts.lag == 1
     assert rows(some) == [rows(both)[i] for i in (0, 1, 4, 5, 8, 9)]
     assert some.group.tolist() == [0, 0, 1, 1, 2, 2]
     assert rows(select(one, [1])) == rows(one)[2:4]
@@ -86,7 +88,7 @@ def test_every_field_of_the_records_is_merged() -> None:
     assert {field.name for field in fields(Experience)} == known | made
     assert {field.name for field in fields(RolloutBatch)} == {
         *("prompts", "group_size", "prompt_ids", "completion_ids", "engine_logprobs", "finish", "sampling"),
-        *("weight_version", "epoch", "off_policy", "ref_logprobs", "epochs", "seconds"),
+        *("weight_version", "lag", "epoch", "off_policy", "ref_logprobs", "epochs", "seconds"),
     }
     assert {field.name for field in fields(Scores)} == {"total", "parts", "texts"}
 

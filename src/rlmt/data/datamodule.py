@@ -2,7 +2,7 @@
 
 The loaders yield prompts only. Sampling happens in `on_before_batch_transfer`, when Lightning asks for the very batch
 that it is about to train on, so no rollout ever waits while the policy moves on. Nothing is prefetched: a text row
-costs nothing to load, and a rollout drawn early would be stale.
+costs nothing to load, and a rollout drawn early would be stale; `rollout_lag` allows that on purpose, by one step.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from rlmt.data.lookahead import Lookahead
 from rlmt.data.prompts import PromptDataset, load_prompts
 from rlmt.data.rollouts import LoadedPrompts, PolicySource, draw, known_prompts
 from rlmt.data.sampler import PromptSampler, ResumableOrder, shuffled
@@ -52,6 +53,8 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
         val_engine: what draws the samples of validation and test; None takes `engine`, unless that one replays.
         engine_timeout: seconds that one rollout, with the engine's start at the first, may take; after that the run
             saves what it can and ends with status 75. None waits for ever.
+        rollout_lag: 1 has the engine draw the next batch while this one is trained on, with weights from before this
+            update; the objective corrects for it. Needs an engine beside the trainer. 0 is exactly on-policy.
 
     Raises:
         UserError: an argument is out of range.
@@ -74,6 +77,7 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
         seed: int = 0,
         val_engine: Engine | None = None,
         engine_timeout: float | None = 7200.0,
+        rollout_lag: int = 0,
     ) -> None:
         super().__init__()
         counts = {
@@ -93,6 +97,8 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
             raise UserError(f"--data.val_size is {val_size}: give a number of prompts, or 0 for no validation")
         if engine_timeout is not None and not engine_timeout > 0:
             raise UserError(f"--data.engine_timeout is {engine_timeout}: give seconds above 0, or null for no limit")
+        if rollout_lag not in (0, 1):
+            raise UserError(f"--data.rollout_lag is {rollout_lag}: give 0, or 1 to draw one step ahead")
         self.prompts = prompts
         self.engine = engine
         self.batch_size = batch_size
@@ -108,6 +114,8 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
         self.seed = seed
         self.val_engine = val_engine
         self.engine_timeout = engine_timeout
+        self.rollout_lag = rollout_lag
+        self._ahead = Lookahead()
         self._all: list[Prompt] | None = None
         self._train: list[Prompt] = []
         self._val: list[Prompt] = []
@@ -135,11 +143,16 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
             )
         source.format.check(source.tokenizer, source.tokenizer.name_or_path)
         samples = 1 if held_out else self.group_size
-        engine.check_run(source.format, source.tokenizer, self._sampling(source), samples)
+        engine.check_run(source.format, source.tokenizer, self._sampling(source), samples, self._max_model_len)
         if self._all is None:
             self._load(source)
         self._sampler = None
         if stage == "fit":
+            if self.rollout_lag and not engine.concurrent:
+                raise UserError(
+                    f"--data.rollout_lag 1: {type(engine).__name__} cannot draw while the policy is trained; set "
+                    "--data.engine VLLMServerEngine, or 0"
+                )
             if self._val:
                 self._held_out_engine.check()
             self._train = known_prompts(self._train, source, self.engine, self.prompts)
@@ -215,6 +228,17 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
             generator=torch.Generator(),
         )
 
+    def state_dict(self) -> dict[str, Any]:
+        """As any order's; with `rollout_lag` the batch under way belongs to it."""
+        state = super().state_dict()
+        return state | {"ahead": self._ahead.state_dict()} if state and self.rollout_lag else state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Undoes `state_dict`."""
+        super().load_state_dict(state_dict)
+        if self._sampler is not None:
+            self._ahead.load_state_dict(state_dict.get("ahead", {}) if self.rollout_lag else {})
+
     def val_dataloader(self) -> DataLoader[Prompt] | list[DataLoader[Prompt]]:
         """The held-out prompts, as many samples a batch as in training; no loader if there are none."""
         if not self._val:
@@ -263,7 +287,13 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
                 assert source.policy is not None
                 self._started.append(engine)
                 engine.start(source.policy, source.tokenizer, self._max_model_len, source.compute_dtype)
-            return draw(batch, source, engine, self._sampling(source), group_size, self.seed)
+            settings = (source, engine, self._sampling(source), group_size, self.seed)
+            if self.rollout_lag and self.trainer.training:
+                assert self._sampler is not None
+                return self._ahead.draw(batch, self._load_rows(*self._sampler.peek(len(batch.prompts))), *settings)
+            if engine is self.engine:
+                self._ahead.settle()
+            return draw(batch, *settings)
 
     def draw_more(self) -> RolloutBatch:
         """Rollouts for what would have been the next training batch, drawn now; the loader goes on behind it.
@@ -276,9 +306,13 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
         """
         sampler = self._sampler
         assert sampler is not None
-        prompts = [sampler.dataset[i] for i in sampler.take(self.batch_size // self._world_size)]
-        batch: RolloutBatch = self.on_before_batch_transfer(LoadedPrompts(prompts, epoch=sampler.epoch), 0)
+        positions = sampler.take(self.batch_size // self._world_size)
+        batch: RolloutBatch = self.on_before_batch_transfer(self._load_rows(positions, sampler.epoch), 0)
         return batch
+
+    def _load_rows(self, positions: list[int], epoch: int) -> LoadedPrompts:
+        assert self._sampler is not None
+        return LoadedPrompts([self._sampler.dataset[i] for i in positions], epoch=epoch)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Moves the tensors of a RolloutBatch; Lightning's own way would copy every list and fail on frozen records."""
@@ -306,6 +340,7 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
         for engine in (self.engine, self.val_engine):
             if engine is not None:
                 engine.close()
+        self._ahead.close()
         self._started = []
 
     # ---------------------------------------------------------------- trainer

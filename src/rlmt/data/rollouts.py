@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import Field
+from dataclasses import Field, replace
 from time import perf_counter
 from typing import Any, ClassVar, Protocol
 
@@ -113,7 +113,23 @@ def draw(
     Raises:
         RuntimeError: the engine broke its contract, e.g. sampled with other weights than the policy's.
     """
-    requests = [
+    requests = sample_requests(batch, source, group_size, seed)
+    version = source.policy_version
+    began = perf_counter()
+    if not engine.replays:
+        sync(engine, source)
+    synced = perf_counter()
+    samples = engine.generate(requests, sampling)
+    seconds = {"rollout": perf_counter() - synced, "sync": synced - began}
+    rollouts = as_rollouts(
+        batch, requests, samples, sampling, samples.weight_version if engine.replays else version, seconds
+    )
+    return replace(rollouts, off_policy=True) if engine.replays else replace(rollouts, lag=0)
+
+
+def sample_requests(batch: PromptBatch, source: PolicySource, group_size: int, seed: int) -> list[SampleRequest]:
+    """What to ask an engine for: each prompt as tokens, with a seed for each of its `group_size` samples."""
+    return [
         SampleRequest(
             prompt_ids=source.format.render(prompt.messages, source.tokenizer),
             seeds=[sample_seed(seed, batch.epoch, prompt.index, sample) for sample in range(group_size)],
@@ -121,14 +137,37 @@ def draw(
         )
         for prompt in batch.prompts
     ]
-    version = source.policy_version
-    began = perf_counter()
-    if not engine.replays and engine.version != version:
-        engine.sync(source.policy_weights(), version, source.policy_adapter())
-    synced = perf_counter()
-    samples = engine.generate(requests, sampling)
-    sampled = perf_counter()
-    _check(samples, len(requests) * group_size, samples.weight_version if engine.replays else version)
+
+
+def sync(engine: Engine, source: PolicySource) -> None:
+    """Gives the engine the policy's present weights, if it holds others."""
+    if engine.version != source.policy_version:
+        engine.sync(source.policy_weights(), source.policy_version, source.policy_adapter())
+
+
+def as_rollouts(
+    batch: PromptBatch,
+    requests: list[SampleRequest],
+    samples: Samples,
+    sampling: Sampling,
+    version: int,
+    seconds: dict[str, float],
+) -> RolloutBatch:
+    """Prompts and samples together, once they are known to belong together.
+
+    Args:
+        batch: P prompts.
+        requests: made of them.
+        samples: what an engine returned for those.
+        sampling: how they were drawn.
+        version: of the weights that have to have drawn them.
+        seconds: that `rollout` and `sync` took.
+
+    Raises:
+        RuntimeError: the engine broke its contract.
+    """
+    group_size = len(requests[0].seeds)
+    _check(samples, len(requests) * group_size, version)
     return RolloutBatch(
         prompts=batch.prompts,
         group_size=group_size,
@@ -139,9 +178,8 @@ def draw(
         sampling=sampling,
         weight_version=samples.weight_version,
         epoch=batch.epoch,
-        off_policy=engine.replays,
         ref_logprobs=None if samples.ref_logprobs is None else _flat(samples.ref_logprobs),
-        seconds={"rollout": sampled - synced, "sync": synced - began},
+        seconds=seconds,
     )
 
 
@@ -152,7 +190,7 @@ def _flat(rows: list[list[float]]) -> Tensor:
 def _check(samples: Samples, count: int, version: int) -> None:
     """Raises RuntimeError unless there is a sample for every seed, drawn with the weights of this version."""
     if samples.weight_version != version:
-        raise RuntimeError(f"stale rollout: drawn with weights {samples.weight_version}, the policy has {version}")
+        raise RuntimeError(f"stale rollout: drawn with weights {samples.weight_version}, not with {version}")
     sizes = len(samples.completion_ids), len(samples.logprobs), len(samples.finish)
     if sizes != (count, count, count):
         raise RuntimeError(f"the engine returned {sizes} completions, log-probs and reasons for {count} seeds")

@@ -113,6 +113,15 @@ class PromptSampler(DistributedSampler[int]):
         """
         return [self._next() for _ in range(count)]
 
+    def peek(self, count: int) -> tuple[list[int], int]:
+        """This rank's next positions without drawing them, and the number of their pass.
+
+        Args:
+            count: how many; a pass is never left within them if they are a whole batch.
+        """
+        epoch, position = divmod(self._drawn, self.num_samples)
+        return self._order_of(epoch)[position : position + count], epoch
+
     def _next(self) -> int:
         self.epoch, position = divmod(self._drawn, self.num_samples)
         self._drawn += 1

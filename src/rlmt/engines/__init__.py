@@ -4,5 +4,6 @@ from rlmt.engines.base import Engine
 from rlmt.engines.replay import ReplayEngine
 from rlmt.engines.transformers import TransformersEngine
 from rlmt.engines.vllm import VLLMEngine
+from rlmt.engines.vllm_server import VLLMServerEngine
 
-__all__ = ["Engine", "ReplayEngine", "TransformersEngine", "VLLMEngine"]
+__all__ = ["Engine", "ReplayEngine", "TransformersEngine", "VLLMEngine", "VLLMServerEngine"]

@@ -52,10 +52,15 @@ class AdapterSlot:
 def adapter_folder(adapter: AdapterWeights) -> Iterator[str]:
     """Path of a folder that holds the adapter, in memory where the system has such a place; removed at the end."""
     with ScratchFolder("adapter", in_memory=True) as folder:
-        Path(folder, "adapter_config.json").write_text(json.dumps(adapter.config), encoding="utf-8")
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter.tensors.items()}
-        save_file(tensors, Path(folder, "adapter_model.safetensors"))
+        write_adapter(adapter, Path(folder))
         yield folder
+
+
+def write_adapter(adapter: AdapterWeights, folder: Path) -> None:
+    """Writes an adapter into a folder, in PEFT's format."""
+    (folder / "adapter_config.json").write_text(json.dumps(adapter.config), encoding="utf-8")
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter.tensors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
 
 
 def launch_options(config: dict[str, Any]) -> dict[str, Any]:

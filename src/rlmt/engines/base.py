@@ -26,12 +26,19 @@ class Engine(ABC):
     replays: bool = False
     """Whether it returns recorded samples of the prompts that it `knows`. Other weights than the policy's drew them, so
     it is not synced."""
+    concurrent: bool = False
+    """Whether `generate` may run in another thread while the policy is trained; `close` then breaks it off."""
 
     def check(self) -> None:
         """Raises UserError, naming what to install, when this engine cannot run on this machine."""
 
     def check_run(
-        self, format: ThinkingFormat, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, group_size: int
+        self,
+        format: ThinkingFormat,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: Sampling,
+        group_size: int,
+        max_model_len: int,
     ) -> None:
         """Raises UserError, naming the option to change, when this engine cannot sample as the run asks for."""
 

@@ -54,7 +54,12 @@ class ReplayEngine(Engine):
                 raise UserError(f"--data.engine.path: {error}") from error
 
     def check_run(
-        self, format: ThinkingFormat, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, group_size: int
+        self,
+        format: ThinkingFormat,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: Sampling,
+        group_size: int,
+        max_model_len: int,
     ) -> None:
         """Refuses samples of another format, tokenizer or temperature, too long ones and too few: see `Recording`."""
         self.recording.check(format, tokenizer, sampling, group_size)

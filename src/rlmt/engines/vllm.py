@@ -6,7 +6,7 @@ at every sync; after sleeping on a GPU, where vLLM drops its weights, the base c
 is a guest in the trainer's process: starting it and sampling with it leave the random state, the default dtype, the
 thread settings and the hooks of that process as they were.
 
-Left out: tensor parallelism and several ranks, and a server in another process.
+Left out: tensor parallelism and several ranks. Servers in other processes are `rlmt.engines.vllm_server`'s.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import copy
 import importlib.util
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -29,8 +29,9 @@ from rlmt.engines.base import Engine
 from rlmt.engines.guest import kept_process_group, undisturbed, unloaded
 from rlmt.engines.limits import room
 from rlmt.engines.scratch import ScratchFolder, remove_abandoned
+from rlmt.engines.weights import crossing_off, merging
 from rlmt.errors import UserError
-from rlmt.models.adapters import adapter_weights, base_tensors, merged
+from rlmt.models.adapters import adapter_weights, base_tensors
 from rlmt.types import AdapterWeights, FinishReason, SampleRequest, Samples, Sampling
 
 _CPU_BLOCK_SIZE = 32
@@ -224,7 +225,7 @@ class VLLMEngine(Engine):
             torch.cuda.empty_cache()  # memory that the trainer has set free but not given back
             self._llm.wake_up(tags=["weights"])
         if adapter is not None and self.serve == "merged":
-            weights, adapter = _merging(weights, adapter), None
+            weights, adapter = merging(weights, adapter), None
         if adapter is None or not self._holds_base:
             self._load(weights)
             self._holds_base = adapter is not None
@@ -247,7 +248,7 @@ class VLLMEngine(Engine):
         """Loads weights in place; vLLM forgets its adapters."""
         missing = set(self._names)
         with undisturbed(), unloaded() as complaints:
-            iterator = _crossing_off(weights, missing)
+            iterator = crossing_off(weights, missing)
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iterator})
         if missing:
             raise ValueError(f"{len(missing)} of the policy's weights were not passed to sync, as {min(missing)}")
@@ -339,18 +340,5 @@ class VLLMEngine(Engine):
                     cleanup_dist_env_and_memory()
 
 
-def _crossing_off(weights: Iterable[tuple[str, Tensor]], missing: set[str]) -> Iterator[tuple[str, Tensor]]:
-    """Passes weights on and removes their names from `missing`."""
-    for name, tensor in weights:
-        missing.discard(name)
-        yield name, tensor
-
-
 def _refused(reason: str) -> UserError:
     return UserError(f"VLLMEngine cannot serve this adapter: {reason}; use --data.engine.serve merged")
-
-
-def _merging(weights: Iterable[tuple[str, Tensor]], adapter: AdapterWeights) -> Iterator[tuple[str, Tensor]]:
-    """Passes weights on with the adapter in them, one copy at a time."""
-    for name, tensor in weights:
-        yield name, merged(name, tensor, adapter)

@@ -363,4 +363,6 @@ def _course(batch: RolloutBatch, start: float, scored: float) -> dict[str, float
     """Which weights drew a batch, and the seconds of each phase of the step that ends now."""
     seconds = batch.seconds | {"reward": scored - start, "update": time.perf_counter() - scored}
     version = {"engine/weight_version": float(batch.weight_version)}
+    if batch.lag is not None:
+        version["engine/weight_lag"] = float(batch.lag)
     return version | {f"time/{phase}_s": spent for phase, spent in seconds.items()}

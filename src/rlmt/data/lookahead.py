@@ -1,0 +1,154 @@
+"""One-step-off rollouts: the engine draws the next batch while this one is trained on.
+
+Right before a batch is trained on, the engine gets the policy's present weights and is sent for the next batch, so each
+batch but a run's first was drawn with the weights from before the one update in between, never older ones. A checkpoint
+holds the batch that is under way, once it is there; so a resumed run trains on the very samples that the unbroken run
+would have trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from rlmt.data.rollouts import PolicySource, as_rollouts, sample_requests, sync
+from rlmt.engines.base import Engine
+from rlmt.types import FinishReason, PromptBatch, RolloutBatch, Samples, Sampling
+
+
+@dataclass
+class _Flight:
+    """A batch under way."""
+
+    key: tuple[int, list[int]]
+    """Which prompts, see `_key`."""
+    version: int
+    """The policy's when it was sent for."""
+    samples: Future[Samples]
+
+
+class Lookahead:
+    """The one batch that is drawn ahead."""
+
+    def __init__(self) -> None:
+        self._thread: ThreadPoolExecutor | None = None
+        self._flight: _Flight | None = None
+
+    def draw(
+        self,
+        batch: PromptBatch,
+        following: PromptBatch,
+        source: PolicySource,
+        engine: Engine,
+        sampling: Sampling,
+        group_size: int,
+        seed: int,
+    ) -> RolloutBatch:
+        """Waits for the rollouts of a batch and sends for those of the following one, with the present weights.
+
+        The first batch of a run, for which nothing was sent, is drawn here, with the present weights as well.
+
+        Args:
+            batch: P prompts.
+            following: the prompts of the next call.
+            source: the module that holds the policy.
+            engine: a started engine that is `concurrent`.
+            sampling: how to sample.
+            group_size: G samples a prompt.
+            seed: as for `rlmt.data.rollouts.draw`.
+
+        Returns:
+            P·G samples on the CPU; `lag` tells how many updates of the policy their weights are behind, `off_policy`
+            whether any; `rollout` seconds are those that training waited.
+
+        Raises:
+            RuntimeError: the engine broke its contract.
+        """
+        requests = sample_requests(batch, source, group_size, seed)
+        began = perf_counter()
+        flight = self._landed(batch)
+        landed = perf_counter()
+        sync(engine, source)
+        synced = perf_counter()
+        version = source.policy_version
+        samples, drawn_with = flight or (engine.generate(requests, sampling), version)
+        waited = perf_counter() - synced + landed - began
+        ahead = sample_requests(following, source, group_size, seed)
+        self._send(following, version, partial(engine.generate, ahead, sampling))
+        seconds = {"rollout": waited, "sync": synced - landed}
+        rollouts = as_rollouts(batch, requests, samples, sampling, drawn_with, seconds)
+        return replace(rollouts, lag=version - drawn_with, off_policy=version != drawn_with)
+
+    def _landed(self, batch: PromptBatch) -> tuple[Samples, int] | None:
+        """The samples that were sent for, and the version of their weights; None if they are not of these prompts."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return None
+        samples = flight.samples.result()
+        # On another number of ranks than the checkpoint's the prompts are spread otherwise: then they are drawn anew.
+        return (samples, flight.version) if flight.key == _key(batch) else None
+
+    def _send(self, batch: PromptBatch, version: int, draw: Callable[[], Samples]) -> None:
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "rollouts")
+        self._flight = _Flight(_key(batch), version, self._thread.submit(draw))
+
+    def settle(self) -> None:
+        """Waits until the engine has drawn what it was sent for, so that it can be used for something else."""
+        if self._flight is not None:
+            self._flight.samples.exception()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The batch under way as tensors and plain data, once it is there; empty if there is none or it failed."""
+        self.settle()
+        flight = self._flight
+        if flight is None or flight.samples.exception() is not None:
+            return {}
+        samples = flight.samples.result()
+        return {
+            "epoch": flight.key[0],
+            "prompts": flight.key[1],
+            "lengths": [len(ids) for ids in samples.completion_ids],
+            "ids": torch.tensor([i for ids in samples.completion_ids for i in ids], dtype=torch.int32),
+            "logprobs": torch.tensor([x for row in samples.logprobs for x in row], dtype=torch.float32),
+            "finish": [reason.value for reason in samples.finish],
+            "weight_version": samples.weight_version,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts a saved batch back where it was.
+
+        Args:
+            state: what `state_dict` returned.
+        """
+        self._flight = None
+        if not state:
+            return
+        samples: Future[Samples] = Future()
+        samples.set_result(
+            Samples(
+                completion_ids=[part.tolist() for part in state["ids"].split(state["lengths"])],
+                logprobs=[part.tolist() for part in state["logprobs"].split(state["lengths"])],
+                finish=[FinishReason(reason) for reason in state["finish"]],
+                weight_version=state["weight_version"],
+            )
+        )
+        self._flight = _Flight((state["epoch"], list(state["prompts"])), state["weight_version"], samples)
+
+    def close(self) -> None:
+        """Waits for the thread to end, which an engine that was closed does not delay."""
+        self._flight = None
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+            self._thread = None
+
+
+def _key(batch: PromptBatch) -> tuple[int, list[int]]:
+    """Which prompts of which pass a batch has."""
+    return batch.epoch, [prompt.index for prompt in batch.prompts]

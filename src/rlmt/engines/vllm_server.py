@@ -1,0 +1,351 @@
+"""Samples from vLLM servers: official ones, in processes of their own, on this machine or on others.
+
+Weights go to the servers through a shared folder, which each loads when told so. Before anything is sampled every
+server that can be reached holds the policy's present weights, and says so itself; one that does not is not used. A
+server that dies costs its requests, which the others take over; one that comes back is used again at the next rollout.
+A sample depends on prompt, seed and weights alone, so it does not matter which server draws it.
+
+Left out: vLLM's own transfer of weights (NCCL, IPC and others), which wants GPUs on both sides; and starting servers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, TypeVar
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlmt.engines.adapter_slot import why_not
+from rlmt.engines.base import Engine
+from rlmt.engines.fleet import Fleet, NoneLeft
+from rlmt.engines.limits import room
+from rlmt.engines.server import Completion, Server, Unusable
+from rlmt.engines.shared_folder import Published, SharedFolder
+from rlmt.engines.weights import crossing_off, merging
+from rlmt.errors import UserError
+from rlmt.models.adapters import base_tensors
+from rlmt.thinking import ThinkingFormat
+from rlmt.types import AdapterWeights, SampleRequest, Samples, Sampling
+
+T = TypeVar("T")
+
+
+class VLLMServerEngine(Engine):
+    """Draws samples with vLLM servers, which can do so while the policy is trained on other samples.
+
+    Args:
+        urls: the servers', such as http://127.0.0.1:8000.
+        shared_folder: folder for weights on their way; servers have to see it under the same path.
+        model: name of the model that the servers serve; None takes whatever each does.
+        api_key_variable: environment variable that holds the servers' API key, where they want one.
+        serve: what becomes of a LoRA adapter: `adapter` serves it as one, beside the frozen base; `merged` gives the
+            servers weights that hold it, all of them at each sync: for what vLLM cannot serve (DoRA).
+        max_in_flight: most samples that one server is asked for at a time; no fewer than its --max-num-seqs.
+        timeout: seconds within which a server has to give a sample, or to load weights, or counts as lost.
+
+    Raises:
+        UserError: an option is out of range.
+    """
+
+    concurrent = True
+
+    def __init__(
+        self,
+        urls: list[str],
+        shared_folder: str = "runs/weights",
+        model: str | None = None,
+        api_key_variable: str = "VLLM_API_KEY",
+        serve: Literal["adapter", "merged"] = "adapter",
+        max_in_flight: int = 256,
+        timeout: float = 1800.0,
+    ) -> None:
+        self.urls = [url.rstrip("/").removesuffix("/v1") for url in urls]
+        for url in self.urls or [""]:
+            if not url.startswith(("http://", "https://")):
+                raise UserError(f"--data.engine.urls has {url!r}: give URLs of servers, such as http://127.0.0.1:8000")
+        if len(set(self.urls)) < len(self.urls):
+            raise UserError(f"--data.engine.urls names a server twice: {', '.join(self.urls)}")
+        for option, value in {"max_in_flight": max_in_flight, "timeout": timeout}.items():
+            if not value > 0:
+                raise UserError(f"--data.engine.{option} is {value}: it must be positive")
+        self.shared_folder = shared_folder
+        self.model = model
+        self.api_key_variable = api_key_variable
+        self.serve = serve
+        self.max_in_flight = max_in_flight
+        self.timeout = timeout
+        self._servers: list[Server] = []
+        self._lost: dict[str, str] = {}
+        self._folder: SharedFolder | None = None
+        self._published: Published | None = None
+        self._break_off: Callable[[], object] | None = None
+
+    # Before a run -----------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Looks at every server.
+
+        Raises:
+            UserError: one cannot be reached or used as it is, or the clients' libraries are missing.
+        """
+        if any(importlib.util.find_spec(name) is None for name in ("httpx", "openai")):
+            raise UserError("VLLMServerEngine needs httpx and openai: pip install 'rlmt[servers]'")
+        if not self._servers:
+            key = os.environ.get(self.api_key_variable)
+            self._servers = [Server(url, key, self.api_key_variable, self.model, self.timeout) for url in self.urls]
+            self._of_all(_introduce)
+
+    def check_run(
+        self,
+        format: ThinkingFormat,  # noqa: A002 - as in the base class
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: Sampling,
+        group_size: int,
+        max_model_len: int,
+    ) -> None:
+        """Raises UserError when a server's context is too short or its tokenizer another one."""
+        for server in self._servers:
+            if server.max_model_len < max_model_len:
+                raise UserError(
+                    f"vLLM server {server.url}: takes {server.max_model_len:,} tokens, and --data.max_prompt_tokens + "
+                    f"--data.max_new_tokens are {max_model_len:,}; start it with --max-model-len {max_model_len}"
+                )
+        text = "".join(("The quick brown fox: 1 + 2 = 3\n", *sampling.stop))
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        self._of_all(lambda server: server.check_tokens(text, ids))
+
+    def check_adapter(self, config: dict[str, Any]) -> None:
+        """Raises UserError when the servers cannot serve such an adapter.
+
+        Args:
+            config: PEFT's adapter_config.json as plain data.
+        """
+        if self.serve == "merged":
+            return
+        if (reason := why_not(config)) is not None:
+            raise UserError(f"vLLM cannot serve this adapter: {reason}; use --data.engine.serve merged")
+        self._of_all(lambda server: server.check_adapters(config["r"]))
+
+    def _of_all(self, do: Callable[[Server], Awaitable[None]]) -> None:
+        """Does something with every server at once; UserError for the first that cannot be used."""
+
+        async def one(server: Server) -> None:
+            try:
+                await do(server)
+            except Unusable as error:
+                raise UserError(f"vLLM server {server.url} {error}") from error
+
+        asyncio.run(self._with_servers(lambda: _all(map(one, self._servers))))
+
+    def start(
+        self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_model_len: int, dtype: torch.dtype
+    ) -> None:
+        """Opens the shared folder; the servers run already.
+
+        Args:
+            policy: the trainer's policy, for the names of its weights.
+            tokenizer: not used, since the servers have the same.
+            max_model_len: longest prompt + completion in tokens.
+            dtype: number format that weights travel in.
+
+        Raises:
+            UserError: the folder cannot be written to, or a check fails.
+        """
+        self.check()
+        for server in self._servers:
+            if server.dtype != str(dtype):
+                name = str(dtype).removeprefix("torch.")
+                rank_zero_warn(
+                    f"vLLM server {server.url} computes in {server.dtype} and the trainer in {dtype}, so their "
+                    f"log-probs differ (engine/mismatch_max); start it with --dtype {name}"
+                )
+        self._names = frozenset(base_tensors(policy))
+        self._max_model_len = max_model_len
+        self._folder = SharedFolder(self.shared_folder, dtype)
+
+    # Weights ----------------------------------------------------------------------------------------------------------
+
+    def sync(self, weights: Iterable[tuple[str, Tensor]], version: int, adapter: AdapterWeights | None = None) -> None:
+        """Puts the policy's weights into the shared folder and has every server load them.
+
+        Args:
+            weights: every item of the policy's `state_dict()`; with an adapter those of its base, read once.
+            version: version of these weights.
+            adapter: the policy's adapter, if it has one.
+
+        Raises:
+            ValueError: a name of the policy's `state_dict()` is missing; the servers would keep a stale weight.
+            UserError: no server took them.
+        """
+        folder = self._opened()
+        self.version = None
+        if adapter is not None and self.serve == "merged":
+            weights, adapter = merging(weights, adapter), None
+        if adapter is None or self._published is None:
+            missing = set(self._names)
+            written = folder.write_weights(crossing_off(weights, missing), version)
+            if missing:
+                raise ValueError(f"{len(missing)} of the policy's weights were not passed to sync, as {min(missing)}")
+        else:
+            written = self._published.weights
+        slot = None if adapter is None else folder.write_adapter(adapter, version)
+        self._published = Published(folder.run, version, written, slot)
+        asyncio.run(self._with_servers(self._bring_up))
+        self.version = version
+
+    async def _bring_up(self) -> list[Server]:
+        """The servers that hold the published weights, once all that can be reached have loaded them."""
+        published = self._published
+        assert published is not None
+
+        async def one(server: Server) -> bool:
+            try:
+                await server.bring_up(published)
+            except Unusable as error:
+                self._lose(server, error)
+                return False
+            if self._lost.pop(server.url, None) is not None:
+                rank_zero_info(f"vLLM server {server.url} is used again")
+            return True
+
+        usable = await asyncio.gather(*map(one, self._servers))
+        if not any(usable):
+            raise self._none_left()
+        return [server for server, good in zip(self._servers, usable, strict=True) if good]
+
+    def _lose(self, server: Server, error: Exception) -> None:
+        if server.url not in self._lost:
+            rank_zero_warn(f"vLLM server {server.url} is not used for now: it {error}")
+        self._lost[server.url] = str(error)
+
+    def _none_left(self) -> UserError:
+        reasons = "; ".join(f"{url} {self._lost[url]}" for url in self.urls if url in self._lost)
+        return UserError(f"no vLLM server can be used ({reasons}); start them and go on with --ckpt_path last")
+
+    # Samples ----------------------------------------------------------------------------------------------------------
+
+    def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Samples:
+        """Samples every request once per seed, on all servers at once.
+
+        Args:
+            requests: prompts as tokens, each with its seeds.
+            sampling: temperature, limits and stops; nothing else ends a sample, not even the end-of-text token.
+
+        Returns:
+            Samples in the requests' order.
+
+        Raises:
+            UserError: a prompt leaves no room for a token within max_model_len, or no server is left.
+            RuntimeError: no weights were synced, or a server refused a request.
+        """
+        self._opened()
+        if self.version is None:
+            raise RuntimeError("VLLMServerEngine holds no weights: sync before generate")
+        version = self.version
+        calls = [
+            _Call(group, request.prompt_ids, seed, room(len(request.prompt_ids), self._max_model_len))
+            for group, request in enumerate(requests)
+            for seed in request.seeds
+        ]
+        drawn = asyncio.run(self._with_servers(lambda: self._draw(calls, sampling)))
+        ids, logprobs, finish = [[getattr(one, name) for one in drawn] for name in ("ids", "logprobs", "finish")]
+        return Samples(ids, logprobs, finish, version)
+
+    async def _draw(self, calls: Sequence[_Call], sampling: Sampling) -> list[Completion]:
+        """Has every call answered by a server that holds the published weights before and after it."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._break_off = partial(asyncio.get_running_loop().call_soon_threadsafe, task.cancel)
+        done: dict[_Call, Completion] = {}
+        try:
+            while todo := [call for call in calls if call not in done]:
+                fleet = Fleet(await self._bring_up(), self.max_in_flight)
+                answers = await _all(fleet.run(call.group, partial(self._ask, call, sampling)) for call in todo)
+                stale = await self._stale(fleet.living)
+                done |= {
+                    call: answer for call, (server, answer) in zip(todo, answers, strict=True) if server not in stale
+                }
+        except NoneLeft:
+            raise self._none_left() from None
+        finally:
+            self._break_off = None
+        return [done[call] for call in calls]
+
+    async def _ask(self, call: _Call, sampling: Sampling, server: Server) -> Completion:
+        tokens = min(sampling.max_new_tokens, call.room)
+        try:
+            return await server.complete(call.prompt_ids, call.seed, tokens, sampling)
+        except Unusable as error:
+            self._lose(server, error)
+            raise
+
+    async def _stale(self, servers: Sequence[Server]) -> set[Server]:
+        """Those that hold other weights than the published ones, since they were started anew."""
+        assert self._published is not None
+        stale = set()
+        for server in servers:
+            try:
+                if not await server.holds(self._published):
+                    stale.add(server)
+            except Unusable as error:
+                self._lose(server, error)
+        return stale
+
+    # The rest ---------------------------------------------------------------------------------------------------------
+
+    async def _with_servers(self, do: Callable[[], Awaitable[T]]) -> T:
+        async with AsyncExitStack() as connections:
+            for server in self._servers:
+                await connections.enter_async_context(server.connected())
+            return await do()
+
+    def _opened(self) -> SharedFolder:
+        if self._folder is None:
+            raise RuntimeError("VLLMServerEngine is not running: start it first")
+        return self._folder
+
+    def close(self) -> None:
+        """Breaks off what is being drawn and removes the weights from the shared folder; harmless when called twice."""
+        if (break_off := self._break_off) is not None:
+            with suppress(RuntimeError):  # it has come to its end meanwhile
+                break_off()
+        if self._folder is not None:
+            self._folder.remove()
+        self._folder, self._published, self.version = None, None, None
+        self._servers, self._lost = [], {}
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """One sample that is wanted."""
+
+    group: int
+    prompt_ids: list[int]
+    seed: int
+    room: int
+
+
+async def _introduce(server: Server) -> None:
+    await server.look()
+    await server.options()
+
+
+async def _all(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of all; the first exception ends them all, so that none goes on without its connection."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
