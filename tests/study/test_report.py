@@ -41,12 +41,12 @@ def findings(comparison: Comparison, picture: Path | None = None, **arms: Estima
 def test_every_outcome_is_said_plainly(more: Estimate, than: Estimate, expect: str, verdict: str) -> None:
     (said,) = sentences(findings(Comparison("a", "b", expect=expect), a=more, b=than))  # type: ignore[arg-type]
     assert said.startswith("A − B, rubric: ") and verdict in said
-    assert f"{more.minus(than).mean:+.1f}" in said and "by seed" in said
+    assert f"{more.minus(than).mean:+.2f}" in said and "by seed" in said
 
 
 def test_one_seed_claims_no_interval() -> None:
     (said,) = sentences(findings(Comparison("a", "b"), a=Estimate((2.0,)), b=Estimate((1.5,))))
-    assert said == "A − B, rubric: +0.5 (one seed: no interval)."
+    assert said == "A − B, rubric: +0.50 (one seed: no interval)."
 
 
 def test_questions_about_arms_that_were_left_out_are_left_out() -> None:
@@ -65,7 +65,7 @@ def test_files(tmp_path: Path) -> None:
         *([arm, str(n), str(e.values[n])] for arm, e in (("a", HIGH), ("b", LOW)) for n in range(3)),
     ]
     text = (tmp_path / "report.md").read_text()
-    assert "| A | 5.5 (4.3 to 6.7) | 1.0 (1.0 to 1.0) |" in text and "| 1 | 6.0 | 2.0 |" in text
+    assert "| A | 5.50 ± 1.24 | 1.0 ± 0.0 |" in text and "| 1 | 6.00 | 2.00 |" in text
     page = (tmp_path / "report.html").read_text()
-    assert "<td>5.5 (4.3 to 6.7)</td>" in page and 'src="data:image/png;base64,' in page
+    assert "<td>5.50 ± 1.24</td>" in page and 'src="data:image/png;base64,' in page
     assert "<title>A &lt;study&gt;</title>" in page and "<study>" not in page

@@ -103,7 +103,9 @@ def print_table(findings: Findings) -> Table:
     for metric in findings.metrics:
         table.add_column(metric.replace("_", " "), justify="right")
     for arm, row in findings.table.items():
-        table.add_row(findings.labels[arm], *(row[metric].write(_digits(metric)) for metric in findings.metrics))
+        table.add_row(
+            findings.labels[arm], *(row[metric].write(_digits(metric, findings)) for metric in findings.metrics)
+        )
     return table
 
 
@@ -120,7 +122,7 @@ def _sentence(question: Comparison, findings: Findings) -> str:
     metric = question.by or findings.metrics[0]
     more, than = findings.table[question.more][metric], findings.table[question.than][metric]
     difference = more.minus(than)
-    digits = _digits(metric)
+    digits = _digits(metric, findings)
     said = f"{findings.labels[question.more]} − {findings.labels[question.than]}, {metric.replace('_', ' ')}: "
     by_seed = ", ".join(f"{value:+.{digits}f}" for value in difference.values)
     if difference.interval is None:
@@ -146,10 +148,10 @@ def _markdown(findings: Findings) -> str:
     lines = [f"# {findings.title}", "", f"{_seeds(findings)}; made by", "", "```sh", findings.command, "```", ""]
     lines += ["## Results", "", _rule(["", *findings.metrics, "minutes"])]
     for arm, row in findings.table.items():
-        cells = [row[metric].write(_digits(metric)) for metric in findings.metrics]
+        cells = [row[metric].write(_digits(metric, findings)) for metric in findings.metrics]
         lines.append(_rule([findings.labels[arm], *cells, findings.minutes[arm].write()], head=False))
     if len(findings.seeds) > 1:
-        lines += ["", "Means over seeds, in brackets Student's 95 % intervals of the mean."]
+        lines += ["", "Means over seeds, ± half of Student's 95 % interval of the mean."]
     lines += ["", "Minutes are of an arm's last stage alone.", "", "## Differences", ""]
     lines += [f"- {sentence}" for sentence in sentences(findings)]
     if len(findings.seeds) > 1:
@@ -157,7 +159,7 @@ def _markdown(findings: Findings) -> str:
         lines += ["", f"## {first.replace('_', ' ').capitalize()} by seed", ""]
         lines.append(_rule(["seed", *(findings.labels[arm] for arm in findings.table)]))
         for number, seed in enumerate(findings.seeds):
-            values = [f"{row[first].values[number]:.1f}" for row in findings.table.values()]
+            values = [f"{row[first].values[number]:.{_digits(first, findings)}f}" for row in findings.table.values()]
             lines.append(_rule([str(seed), *values], head=False))
     if findings.picture is not None:
         lines += ["", "## Curves", "", f"![Curves of {findings.title}]({findings.picture.name})"]
@@ -174,5 +176,7 @@ def _seeds(findings: Findings) -> str:
     return f"{len(findings.seeds)} seeds ({seeds})" if len(findings.seeds) > 1 else f"seed {seeds}"
 
 
-def _digits(metric: str) -> int:
-    return 1 if metric not in ("reward", "malformed") else 3 if metric == "malformed" else 2
+def _digits(metric: str, findings: Findings) -> int:
+    """Decimals that show differences: the fewer, the larger the values."""
+    largest = max(abs(value) for row in findings.table.values() for value in row[metric].values)
+    return 1 if largest >= 10 else 2 if largest >= 0.5 else 3

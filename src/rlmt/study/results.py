@@ -86,9 +86,6 @@ class Estimate:
         return Estimate(tuple(a - b for a, b in zip(self.values, other.values, strict=True)))
 
     def write(self, digits: int = 1) -> str:
-        """`80.8 (78.9 to 82.7)`, or the mean alone where there is no interval."""
+        """`80.8 ± 1.9`, the mean and half of its interval; the mean alone where there is none."""
         mean = f"{self.mean:.{digits}f}"
-        if self.interval is None:
-            return mean
-        low, high = self.interval
-        return f"{mean} ({low:.{digits}f} to {high:.{digits}f})"
+        return mean if self.interval is None else f"{mean} ± {self.interval[1] - self.mean:.{digits}f}"
