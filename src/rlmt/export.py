@@ -168,7 +168,7 @@ def export(
 
 def _open(path: Path) -> _Checkpoint:
     """A checkpoint and the folder that belongs to it."""
-    checkpoint = _read_sharded(path) if path.is_dir() else _read(path)
+    checkpoint = _read_sharded(path) if path.is_dir() else read_checkpoint(path)
     if not isinstance(checkpoint, dict) or "rlmt" not in checkpoint or "state_dict" not in checkpoint:
         raise UserError(f"{path}: is not a checkpoint of `rlmt fit`")
     about = checkpoint["rlmt"]
@@ -273,7 +273,7 @@ def _assemble(saved: _Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
     return model
 
 
-def _read(ckpt: Path) -> dict[str, Any]:
+def read_checkpoint(ckpt: Path) -> dict[str, Any]:
     """Reads a checkpoint file without running any code in it; tensors stay on disk until they are used."""
     try:
         return cast(dict[str, Any], torch.load(ckpt, map_location="cpu", weights_only=True, mmap=True))
@@ -302,4 +302,4 @@ def _read_sharded(ckpt: Path) -> dict[str, Any]:
         warnings.filterwarnings("ignore", message=".*single process.*")
         load(flat, storage_reader=reader, no_dist=True)
     weights = {name.removeprefix("state_dict."): tensor for name, tensor in flat.items()}
-    return {**_read(ckpt / "meta.pt"), "state_dict": weights}
+    return {**read_checkpoint(ckpt / "meta.pt"), "state_dict": weights}

@@ -22,6 +22,7 @@ import rlmt.modules
 import rlmt.optim
 import rlmt.rewards  # noqa: F401 - imported so that their classes can be named without a module path
 from rlmt.errors import UserError
+from rlmt.export import read_checkpoint
 from rlmt.parsing import Parser
 from rlmt.thinking import FILE_NAME, ThinkingFormat
 
@@ -42,6 +43,26 @@ QUIET = (
 """Warnings of libraries about things that are as they should be."""
 
 
+def check_manual(config: Any) -> None:
+    """Checks the trainer's options for a module that takes its optimizer steps itself; Lightning raises its own error.
+
+    Args:
+        config: options of the trainer.
+
+    Raises:
+        UserError: one of them is about optimizer steps.
+    """
+    if config.accumulate_grad_batches not in (None, 1):
+        raise UserError(
+            f"--trainer.accumulate_grad_batches is {config.accumulate_grad_batches}: a batch is an optimizer step, cut into "
+            "micro-batches by --model.tokens_per_micro_batch; set --data.batch_size instead."
+        )
+    if config.gradient_clip_val:
+        raise UserError(
+            f"--trainer.gradient_clip_val is {config.gradient_clip_val}: set --model.max_grad_norm instead."
+        )
+
+
 class RLMTCLI(LightningCLI):
     """LightningCLI with the run folder's layout, a CSV log that is always on, and errors of one line."""
 
@@ -55,6 +76,8 @@ class RLMTCLI(LightningCLI):
         `{format}` in that folder stands for the format's name, so that runs that differ in it alone lie apart.
         """
         config = self._get(self.config_init, "trainer")
+        if not self.model.automatic_optimization:
+            check_manual(config)
         name = getattr(getattr(self.model, "format", None), "name", "{format}")
         root = Path((config.default_root_dir or "runs/default").replace("{format}", name))
         given = config.logger
@@ -70,7 +93,7 @@ class RLMTCLI(LightningCLI):
         """Nothing: Lightning would read all of the checkpoint for hyper-parameters, which rlmt keeps in none."""
 
     def check_checkpoint(self) -> None:
-        """Refuses a checkpoint that is not there or has another format, before any model is loaded.
+        """Refuses a checkpoint that is not there or does not fit the run, before any model is loaded.
 
         Raises:
             UserError: `--ckpt_path` is such a one.
@@ -85,6 +108,8 @@ class RLMTCLI(LightningCLI):
             raise UserError(f"--ckpt_path {given}: there is no {checkpoint}; give a .ckpt written by `rlmt fit`.")
         if checkpoint.is_file() and not zipfile.is_zipfile(checkpoint):
             raise UserError(f"--ckpt_path {given}: {checkpoint} is torn or no checkpoint; give an earlier one.")
+        if checkpoint.is_file() and hasattr(self.model, "check_checkpoint"):
+            self.model.check_checkpoint(read_checkpoint(checkpoint), self.subcommand == "fit")
         saved = checkpoint.parent / "policy"
         if (saved / FILE_NAME).is_file() and hasattr(self.model, "check_format"):
             self.model.check_format(ThinkingFormat.load(saved), f"--ckpt_path {given}")
