@@ -43,7 +43,7 @@ def test_every_shipped_config_is_tested() -> None:
     paper = set((CONFIGS / "paper").glob("*.yaml"))  # see test_paper.py
     shipped = {path.stem for path in set(CONFIGS.rglob("*.yaml")) - paper}
     objectives = {"grpo", "ppo", "dpo", "dpo_offline"}
-    assert shipped == {"base", "early_stop", "lora", "qlora", "sft", "reward", *objectives, *FORMATS, *MODELS}
+    assert shipped == {"base", "early_stop", "lora", "nf4", "qlora", "sft", "reward", *objectives, *FORMATS, *MODELS}
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -185,3 +185,35 @@ def test_adapters_go_with_every_objective(adapter: str, objective: str, launched
     assert isinstance(module.lora, LoRA) and module.lora.rank == 16
     assert (module.quantization is not None) == (adapter == "qlora") == (module.reward.quantization is not None)
     assert data.engine.quantization == ("fp8_per_channel" if adapter == "qlora" else None)
+
+
+@pytest.mark.parametrize("adapter", [("lora",), ("lora", "nf4")], ids=["lora", "qlora"])
+@pytest.mark.parametrize("kind", ["sft", "reward"])
+def test_adapters_go_with_sft_and_reward_models(adapter: tuple[str, ...], kind: str, launched: list[Any]) -> None:
+    data = ["--model.policy" if kind == "sft" else "--model.model", "runs/policy", "--data.path", "rows.jsonl"]
+    assert main([*compose(kind, *adapter), *data]) == 0
+    ((trainer, module, _),) = launched
+    assert isinstance(module.lora, LoRA) and module.lora.rank == 16
+    four_bits = "nf4" in adapter
+    assert (module.quantization is not None) == four_bits == module.gradient_checkpointing
+    assert trainer.precision == ("bf16-mixed" if four_bits else "32-true")
+    defaults = module._optimizer([torch.nn.Parameter(torch.zeros(1))]).defaults
+    assert defaults["lr"] == 1e-5 and tuple(defaults["betas"]) == (0.9, 0.95)  # lora's rate, the module's own betas
+    assert defaults["weight_decay"] == (1e-4 if kind == "sft" else 1e-3)
+
+
+def test_qlora_is_lora_and_nf4_and_more() -> None:
+    def settings(name: str) -> dict[str, Any]:
+        flat: dict[str, Any] = {}
+
+        def walk(path: str, value: Any) -> None:
+            if isinstance(value, dict):
+                for key, inner in value.items():
+                    walk(f"{path}.{key}", inner)
+            else:
+                flat[path] = value
+
+        walk("", yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()))
+        return flat
+
+    assert settings("qlora").items() >= (settings("lora") | settings("nf4")).items()

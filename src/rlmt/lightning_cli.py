@@ -54,8 +54,8 @@ def check_manual(config: Any) -> None:
     """
     if config.accumulate_grad_batches not in (None, 1):
         raise UserError(
-            f"--trainer.accumulate_grad_batches is {config.accumulate_grad_batches}: a batch is an optimizer step, cut into "
-            "micro-batches by --model.tokens_per_micro_batch; set --data.batch_size instead."
+            f"--trainer.accumulate_grad_batches is {config.accumulate_grad_batches}: each batch is a whole step, in "
+            "micro-batches of --model.tokens_per_micro_batch; set --data.batch_size to the rows of a step instead."
         )
     if config.gradient_clip_val:
         raise UserError(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from hashlib import blake2b
 from typing import Any, Generic, TypeVar
 
+import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -204,7 +205,13 @@ class SupervisedDataModule(ResumableOrder, LightningDataModule, Generic[Row]):
         sampler = self._sampler
         assert sampler is not None
         return StatefulDataLoader(
-            sampler.dataset, batch_size=self.batch_size, sampler=sampler, collate_fn=RowBatch, drop_last=True
+            sampler.dataset,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            collate_fn=RowBatch,
+            drop_last=True,
+            # Starting an epoch draws a number, which must not be the run's: a resumed run starts one more.
+            generator=torch.Generator(),
         )
 
     def val_dataloader(self) -> DataLoader[Row] | list[DataLoader[Row]]:
