@@ -47,7 +47,19 @@ def test_every_shipped_config_is_tested() -> None:
     assert {path.name for path in CONFIGS.iterdir() if path.is_dir()} <= {"paper", "mini", "study", "__pycache__"}
     shipped = {path.stem for path in CONFIGS.glob("*.yaml")}
     objectives = {"grpo", "ppo", "dpo", "dpo_offline"}
-    assert shipped == {"base", "early_stop", "lora", "qlora", "server", "sft", "reward", *objectives, *FORMATS, *MODELS}
+    assert shipped == {
+        "base",
+        "early_stop",
+        "lora",
+        "nf4",
+        "qlora",
+        "server",
+        "sft",
+        "reward",
+        *objectives,
+        *FORMATS,
+        *MODELS,
+    }
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -250,3 +262,35 @@ def test_the_commands_of_the_documentation_train_with_the_servers_that_it_starts
     assert [data.rollout_lag for _, _, data in launched] == [0, 1, 1]
     for _, _, data in launched:
         assert [url.rpartition(":")[2] for url in data.engine.urls] == ports[-2:]
+
+
+@pytest.mark.parametrize("adapter", [("lora",), ("lora", "nf4")], ids=["lora", "qlora"])
+@pytest.mark.parametrize("kind", ["sft", "reward"])
+def test_adapters_go_with_sft_and_reward_models(adapter: tuple[str, ...], kind: str, launched: list[Any]) -> None:
+    data = ["--model.policy" if kind == "sft" else "--model.model", "runs/policy", "--data.path", "rows.jsonl"]
+    assert main([*compose(kind, *adapter), *data]) == 0
+    ((trainer, module, _),) = launched
+    assert isinstance(module.lora, LoRA) and module.lora.rank == 16
+    four_bits = "nf4" in adapter
+    assert (module.quantization is not None) == four_bits == module.gradient_checkpointing
+    assert trainer.precision == ("bf16-mixed" if four_bits else "32-true")
+    defaults = module._optimizer([torch.nn.Parameter(torch.zeros(1))]).defaults
+    assert defaults["lr"] == 1e-5 and tuple(defaults["betas"]) == (0.9, 0.95)  # lora's rate, the module's own betas
+    assert defaults["weight_decay"] == (1e-4 if kind == "sft" else 1e-3)
+
+
+def test_qlora_is_lora_and_nf4_and_more() -> None:
+    def settings(name: str) -> dict[str, Any]:
+        flat: dict[str, Any] = {}
+
+        def walk(path: str, value: Any) -> None:
+            if isinstance(value, dict):
+                for key, inner in value.items():
+                    walk(f"{path}.{key}", inner)
+            else:
+                flat[path] = value
+
+        walk("", yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()))
+        return flat
+
+    assert settings("qlora").items() >= (settings("lora") | settings("nf4")).items()

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,6 @@ from rlmt.rewards import ClassifierReward
 from rlmt.thinking import ThinkingFormat
 from rlmt.types import Status
 
-WORDS = ["red", "green", "blue", "one", "two", "three", "four", "bee", "cat", "dog", "sun", "moon"]
 Command = Callable[..., list[str]]
 
 
@@ -30,59 +28,9 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 rows with thoughts, every tenth of several turns."""
-    draw, rows = random.Random(0), []
-    for number in range(40):
-        words = " ".join(draw.choices(WORDS, k=draw.randint(1, 8)))
-        turns = [
-            {"role": "user", "content": f"Tell me about {words}."},
-            {"role": "assistant", "content": f"<think>they want {words}</think>Sure: {words}"},
-        ]
-        rows.append({"messages": turns * (3 if number % 10 == 0 else 1)})
-    return write(tmp_path_factory.mktemp("sft") / "demonstrations.jsonl", rows)
-
-
-@pytest.fixture(scope="module")
-def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 rows: answers that say the words of the prompt against others, with ratings, a margin and a subset."""
-    draw, rows = random.Random(1), []
-    for number in range(40):
-        words = " ".join(draw.choices(WORDS, k=draw.randint(1, 8)))
-        others = " ".join(draw.choices(WORDS, k=4))
-        row = {"prompt": f"Tell me about {words}.", "chosen": f"Sure: {words}", "rejected": f"No {others}"}
-        ratings = {"chosen_attributes": [1, draw.random()], "rejected_attributes": [0, draw.random()]}
-        rows.append(row | ratings | {"margin": 0.1, "subset": "ab"[number % 2]})
-    return write(tmp_path_factory.mktemp("preferences") / "preferences.jsonl", rows)
-
-
 @pytest.fixture
-def command(
-    tiny: Path, demonstrations: Path, preferences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Command:
-    """`command("fit", "sft", ...)`: arguments of a short run on tiny models, 4 steps an epoch, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def arguments(name: str, config: str, *more: object) -> list[str]:
-        options = {
-            "--config": config,
-            "--model.policy" if config == "sft" else "--model.model": tiny / "policy",
-            "--data.path": demonstrations if config == "sft" else preferences,
-            "--data.batch_size": 8,
-            "--data.max_length": 400,
-            "--data.val_size": 8,
-            "--model.tokens_per_micro_batch": 512,
-            "--model.optimizer.init_args.lr": 3e-3,
-            "--trainer.max_epochs": 2,
-            "--trainer.default_root_dir": tmp_path / "run",
-            "--trainer.enable_progress_bar": "false",
-            "--trainer.accelerator": "cpu",
-        }
-        flat = [str(word) for pair in options.items() for word in pair]
-        return [name, *flat, *map(str, more)]
-
-    return arguments
+def command(supervised_command: Command) -> Command:
+    return supervised_command
 
 
 def metrics(run: Path, version: int = 0) -> list[dict[str, str]]:

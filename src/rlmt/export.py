@@ -13,7 +13,6 @@ trained on is read again and passed through (`rlmt.merge`), or an adapter folder
 from __future__ import annotations
 
 import os
-import pickle
 import re
 import warnings
 from dataclasses import dataclass
@@ -38,6 +37,7 @@ from rlmt.merge import adapted_layers, check_fits, merge, open_base
 from rlmt.models.adapters import CRITIC, PEFT_PREFIX, POLICY, is_adapter
 from rlmt.models.loading import load_config, load_tokenizer, skeleton
 from rlmt.models.quantization import quantized_weights
+from rlmt.resume.safe_files import read_checkpoint
 from rlmt.thinking import ThinkingFormat
 from rlmt.types import AdapterWeights
 
@@ -168,7 +168,7 @@ def export(
 
 def _open(path: Path) -> _Checkpoint:
     """A checkpoint and the folder that belongs to it."""
-    checkpoint = _read_sharded(path) if path.is_dir() else _read(path)
+    checkpoint = _read_sharded(path) if path.is_dir() else read_checkpoint(path, map_location="cpu", mmap=True)
     if not isinstance(checkpoint, dict) or "rlmt" not in checkpoint or "state_dict" not in checkpoint:
         raise UserError(f"{path}: is not a checkpoint of `rlmt fit`")
     about = checkpoint["rlmt"]
@@ -273,16 +273,6 @@ def _assemble(saved: _Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
     return model
 
 
-def _read(ckpt: Path) -> dict[str, Any]:
-    """Reads a checkpoint file without running any code in it; tensors stay on disk until they are used."""
-    try:
-        return cast(dict[str, Any], torch.load(ckpt, map_location="cpu", weights_only=True, mmap=True))
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{ckpt}: is damaged, or holds objects other than tensors and plain values") from error
-    except (RuntimeError, EOFError) as error:
-        raise UserError(f"{ckpt}: is damaged (cut short?) or not a checkpoint; use an earlier one") from error
-
-
 def _read_sharded(ckpt: Path) -> dict[str, Any]:
     """Reads a folder that FSDP wrote, on one process: the weights from its shards, the rest from meta.pt."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -302,4 +292,4 @@ def _read_sharded(ckpt: Path) -> dict[str, Any]:
         warnings.filterwarnings("ignore", message=".*single process.*")
         load(flat, storage_reader=reader, no_dist=True)
     weights = {name.removeprefix("state_dict."): tensor for name, tensor in flat.items()}
-    return {**_read(ckpt / "meta.pt"), "state_dict": weights}
+    return {**read_checkpoint(ckpt / "meta.pt", map_location="cpu", mmap=True), "state_dict": weights}

@@ -50,6 +50,26 @@ QUIET = (
 """Warnings of libraries about things that are as they should be."""
 
 
+def check_manual(config: Any) -> None:
+    """Checks the trainer's options for a module that takes its optimizer steps itself; Lightning raises its own error.
+
+    Args:
+        config: options of the trainer.
+
+    Raises:
+        UserError: one of them is about optimizer steps.
+    """
+    if config.accumulate_grad_batches not in (None, 1):
+        raise UserError(
+            f"--trainer.accumulate_grad_batches is {config.accumulate_grad_batches}: each batch is a whole step, in "
+            "micro-batches of --model.tokens_per_micro_batch; set --data.batch_size to the rows of a step instead."
+        )
+    if config.gradient_clip_val:
+        raise UserError(
+            f"--trainer.gradient_clip_val is {config.gradient_clip_val}: set --model.max_grad_norm instead."
+        )
+
+
 class RLMTCLI(LightningCLI):
     """LightningCLI with the run folder's layout, a CSV log that is always on, and errors of one line."""
 
@@ -63,6 +83,8 @@ class RLMTCLI(LightningCLI):
         `{format}` in that folder stands for the format's name, so that runs that differ in it alone lie apart.
         """
         config = self._get(self.config_init, "trainer")
+        if not self.model.automatic_optimization:
+            check_manual(config)
         name = getattr(getattr(self.model, "format", None), "name", "{format}")
         root = Path((config.default_root_dir or "runs/default").replace("{format}", name))
         given = config.logger
@@ -82,7 +104,7 @@ class RLMTCLI(LightningCLI):
         """Nothing: Lightning would read all of the checkpoint for hyper-parameters, which rlmt keeps in none."""
 
     def check_checkpoint(self) -> None:
-        """Refuses a checkpoint that is not there or has another format, before any model is loaded.
+        """Refuses a checkpoint that is not there or does not fit the run, before any model is loaded.
 
         Raises:
             UserError: `--ckpt_path` is such a one.
@@ -97,11 +119,14 @@ class RLMTCLI(LightningCLI):
             raise UserError(f"--ckpt_path {given}: there is no {checkpoint}; give a .ckpt written by `rlmt fit`.")
         if checkpoint.is_file() and not zipfile.is_zipfile(checkpoint):
             raise UserError(f"--ckpt_path {given}: {checkpoint} is torn or no checkpoint; give an earlier one.")
+        held = read_checkpoint(checkpoint, map_location="cpu", mmap=True) if checkpoint.is_file() else None
+        if held is not None and hasattr(self.model, "check_checkpoint"):
+            self.model.check_checkpoint(held, self.subcommand == "fit")
         saved = checkpoint.parent / "policy"
         if (saved / FILE_NAME).is_file() and hasattr(self.model, "check_format"):
             self.model.check_format(ThinkingFormat.load(saved), f"--ckpt_path {given}")
-        if self.subcommand == "fit" and checkpoint.is_file():
-            self._go_on(read_checkpoint(checkpoint, map_location="cpu", mmap=True), given)
+        if held is not None and self.subcommand == "fit":
+            self._go_on(held, given)
 
     before_fit = before_validate = before_test = before_predict = check_checkpoint
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning.pytorch import Trainer
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlmt.errors import UserError
 from rlmt.models import loading
-from rlmt.models.adapters import CRITIC, LoRA, adapter_config
+from rlmt.models.adapters import CRITIC
 from rlmt.models.critic import Critic, build_critic
-from rlmt.models.quantization import NF4
+from rlmt.modules.adapted import held_dtype, trained_names
 from rlmt.modules.recorded import record_reference, recording_of
 
 if TYPE_CHECKING:
@@ -30,22 +29,6 @@ class Models(NamedTuple):
     policy: PreTrainedModel
     reference: PreTrainedModel | None
     critic: Critic | None
-
-
-def held_dtype(trainer: Trainer, lora: LoRA | None) -> Literal["float32", "bfloat16"]:
-    """What a model's weights are held in: float32 if they are trained, else what they are multiplied in."""
-    return "bfloat16" if lora is not None and trainer.precision == "bf16-mixed" else "float32"
-
-
-def adapter_record(model: PreTrainedModel, quantization: NF4 | None) -> dict[str, Any]:
-    """What makes the model of the base's weights: the adapter's configuration, and how the base is quantised."""
-    four_bits = None if quantization is None else quantization.to_dict()
-    return {"adapter": adapter_config(model), "quantization": four_bits}
-
-
-def trained_names(module: nn.Module) -> set[str]:
-    """Names of the weights that are trained."""
-    return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def build_models(module: RLMTModule, fitting: bool, budget: int) -> Models:
@@ -93,21 +76,27 @@ def weights_to_save(module: RLMTModule, state: Mapping[str, Tensor]) -> dict[str
     }
 
 
+def check_critic_is_there(module: RLMTModule, state: Iterable[str]) -> None:
+    """Raises UserError where a checkpoint with weights of these names has a critic and the run none, or the reverse."""
+    has_critic, wants_one = any(map(_is_critics, state)), module.algorithm.critic is not None
+    if has_critic != wants_one:
+        raise UserError(
+            f"The checkpoint holds {'a' if has_critic else 'no'} critic, and --model.algorithm "
+            f"{type(module.algorithm).__name__} trains {'one' if wants_one else 'none'}; go on with the algorithm "
+            "it was trained with, or give its policy, written by `rlmt export`, as --model.policy."
+        )
+
+
 def weights_to_load(module: RLMTModule, state: Mapping[str, Any], fitting: bool) -> dict[str, Any]:
     """What a module takes of a checkpoint's weights: all of them, but a critic's only to go on training.
 
     Raises:
         UserError: they are not those of this policy and critic.
     """
-    has_critic = any(map(_is_critics, state))
-    if has_critic and not fitting:
+    if fitting:
+        check_critic_is_there(module, state)
+    else:
         state = {name: weight for name, weight in state.items() if not _is_critics(name)}
-    elif has_critic != (module.critic is not None):
-        raise UserError(
-            f"The checkpoint holds {'a' if has_critic else 'no'} critic, and --model.algorithm "
-            f"{type(module.algorithm).__name__} trains {'none' if has_critic else 'one'}; go on with the algorithm "
-            "it was trained with, or give its policy, written by `rlmt export`, as --model.policy."
-        )
     wrong = sorted(module.state_dict().keys() ^ state.keys())
     if wrong and all(map(_is_critics, wrong)):
         raise UserError(

@@ -6,13 +6,11 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
-from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from rlmt.errors import UserError
 from rlmt.models import loading
-from rlmt.models.adapters import LoRA
 from rlmt.models.critic import check_critic
-from rlmt.models.quantization import NF4
+from rlmt.modules.adapted import planned_adapter
 from rlmt.modules.recorded import check_recording, recording_of
 
 if TYPE_CHECKING:
@@ -30,38 +28,6 @@ def check_options(positive: dict[str, float], not_negative: dict[str, float] | N
     for name, value in (not_negative or {}).items():
         if not 0 <= value < math.inf:
             raise UserError(f"--model.{name} is {value}: it must be 0 or positive.")
-
-
-def check_adapter_options(lora: LoRA | None, quantization: NF4 | None, from_scratch: bool = False) -> None:
-    """Raises UserError where an adapter and what it is put on do not go together."""
-    if quantization is not None and lora is None:
-        raise UserError("--model.quantization: weights in 4 bits cannot be trained; add --model.lora LoRA.")
-    if from_scratch and lora is not None:
-        raise UserError(
-            "--model.lora trains an adapter on weights that stay, and --model.from_scratch draws them: leave one out."
-        )
-
-
-def check_adapter(
-    config: PretrainedConfig, lora: LoRA | None, quantization: NF4 | None, auto: Any = AutoModelForCausalLM
-) -> dict[str, Any] | None:
-    """Checks that a model has layers for an adapter, and that 4 bits can be had.
-
-    Args:
-        config: of the model.
-        lora: the adapter's options.
-        quantization: how the model is held.
-        auto: transformers' class that loads the model.
-
-    Returns:
-        The adapter's configuration as PEFT writes it; None without.
-
-    Raises:
-        UserError: there are no such layers, or bitsandbytes is not installed.
-    """
-    if quantization is not None:
-        quantization.check()
-    return None if lora is None else lora.config(loading.skeleton(config, auto))
 
 
 def check_trainer(trainer: Trainer) -> None:
@@ -91,11 +57,13 @@ def check_run(module: RLMTModule, stage: str) -> None:
     module.reward.check()
     module.held_out.check(module.reward)
     data: Any = getattr(module.trainer, "datamodule", None)
-    adapter = check_adapter(module.policy_config, module.lora, module.quantization)
+    adapter = planned_adapter(module.policy_config, module.lora)
     if adapter is not None and data is not None:
         for engine in (data.engine, data.val_engine):
             if engine is not None:
                 engine.check_adapter(adapter)
+    if module.quantization is not None:
+        module.quantization.check()
     if stage == "fit":
         if module.algorithm.critic is not None:
             check_critic(module.algorithm.critic, module.policy_path, module.tokenizer)

@@ -21,9 +21,9 @@ from rlmt.errors import UserError
 from rlmt.export import REWARD_ASSETS, save_reward_assets
 from rlmt.models import loading
 from rlmt.models.reward_model import load_reward_model, reward_config
-from rlmt.modules.building import held_dtype
+from rlmt.modules.adapted import held_dtype, planned_adapter
 from rlmt.modules.checkpoints import checkpoint_folders
-from rlmt.modules.checks import check_adapter, check_options, check_trainer
+from rlmt.modules.checks import check_options, check_trainer
 from rlmt.modules.supervised import SupervisedModule, take_step
 from rlmt.rewards.classifier import score_states, states_at_end
 from rlmt.rewards.conversation import ConversationReader
@@ -123,8 +123,7 @@ class RewardModeling(SupervisedModule):
     def setup(self, stage: str) -> None:
         """Looks for mistakes that can be seen before any weights are read, and makes a metric for each subset."""
         check_trainer(self.trainer)
-        if self.lora is not None:
-            check_adapter(self.model_config, self.lora, self.quantization, AutoModelForSequenceClassification)
+        self._check_adapter()
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         self._subsets = data.subsets
         self._by_subset = nn.ModuleList(BinaryAccuracy() for _ in self._subsets)
@@ -149,6 +148,9 @@ class RewardModeling(SupervisedModule):
         )
         model.config.pad_token_id = self.tokenizer.pad_token_id
         return model
+
+    def _planned_adapter(self) -> Any:
+        return planned_adapter(self.model_config, self.lora, AutoModelForSequenceClassification)
 
     @property
     def _trained(self) -> PreTrainedModel:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -23,18 +23,18 @@ from rlmt.models.adapters import (
     active,
     adapter_weights,
     base_tensors,
-    check_same_adapter,
     own_parameters,
 )
 from rlmt.models.critic import Critic
 from rlmt.models.quantization import NF4, dequantized
-from rlmt.modules.building import adapter_record, build_models, weights_to_load, weights_to_save
+from rlmt.modules.adapted import adapter_record, check_adapter_options, check_record, planned_adapter
+from rlmt.modules.building import build_models, check_critic_is_there, weights_to_load, weights_to_save
 from rlmt.modules.checkpoints import record_of, save_beside_checkpoints
-from rlmt.modules.checks import check_adapter_options, check_options, check_run
+from rlmt.modules.checks import check_options, check_run
 from rlmt.modules.dynamic_sampling import refill
 from rlmt.modules.policy import PolicyOwner
 from rlmt.modules.schedules import LRSchedulerCallable, OptimizerCallable, with_schedule
-from rlmt.modules.update import PolicyUpdate, first_pass, first_values, teaches_nothing
+from rlmt.modules.update import PolicyUpdate, course, first_pass, first_values, teaches_nothing
 from rlmt.resume.options import adopt, schedule_options
 from rlmt.rewards import Reward
 from rlmt.rewards.held_out import HeldOutRewards
@@ -192,7 +192,7 @@ class RLMTModule(LightningModule, PolicyOwner):
         scored = time.perf_counter()
         if not len(batch):
             self._skip("no prompt has samples of different rewards (--model.algorithm.dynamic_sampling drops the rest)")
-            metrics = {"policy/skipped": 1.0} | _course(batch, start, scored)
+            metrics = {"policy/skipped": 1.0} | course(batch, start, scored)
             return {"experience": drawn, "metrics": metrics | experience.metrics}
         updates = self.algorithm.update_epochs * self.algorithm.minibatches
         budget = self._update.tokens_per_micro_batch
@@ -211,7 +211,7 @@ class RLMTModule(LightningModule, PolicyOwner):
             metrics = {"policy/skipped": 1.0}
         else:
             metrics = self._take_steps(experience)
-        metrics |= _course(batch, start, scored)
+        metrics |= course(batch, start, scored)
         return {"experience": drawn, "metrics": metrics | experience.metrics}
 
     def _draw_more(self) -> Experience:
@@ -343,26 +343,32 @@ class RLMTModule(LightningModule, PolicyOwner):
         }
         save_beside_checkpoints(self.trainer, self._policy.config, self.tokenizer, self.format)
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of something else or of another format.
+    def check_checkpoint(self, checkpoint: Mapping[str, Any], fitting: bool) -> None:
+        """Refuses a checkpoint of something else, of another format, adapter or kind of objective; reads no weights.
+
+        Args:
+            checkpoint: as loaded.
+            fitting: whether training is to go on from it.
 
         Raises:
             UserError: it is one.
         """
         saved = record_of(checkpoint, "RLMTModule")
         self.check_format(ThinkingFormat.from_dict(saved["format"]), "--ckpt_path")
-        check_same_adapter(saved, adapter_record(self._policy, self.quantization))
+        check_record(saved, planned_adapter(self.policy_config, self.lora), self.quantization)
+        if fitting:
+            check_critic_is_there(self, checkpoint["state_dict"])
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Goes on from a checkpoint.
+
+        Raises:
+            UserError: as `check_checkpoint`.
+        """
+        self.check_checkpoint(checkpoint, self._fitting)
+        saved = checkpoint["rlmt"]
         self.policy_version = saved["version"]
         if self._fitting:
             self._skipped_in_a_row = saved.get("skipped", 0)
             self.algorithm.load_state_dict(saved.get("algorithm", {}))
             restore_random_states(saved["random"])
-
-
-def _course(batch: RolloutBatch, start: float, scored: float) -> dict[str, float]:
-    """Which weights drew a batch, and the seconds of each phase of the step that ends now."""
-    seconds = batch.seconds | {"reward": scored - start, "update": time.perf_counter() - scored}
-    version = {"engine/weight_version": float(batch.weight_version)}
-    if batch.lag is not None:
-        version["engine/weight_lag"] = float(batch.lag)
-    return version | {f"time/{phase}_s": spent for phase, spent in seconds.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ from rlmt.data.supervised import RowBatch
 from rlmt.models import loading
 from rlmt.models.logprobs import token_logprobs
 from rlmt.models.micro_batch import MicroBatch
-from rlmt.modules.building import held_dtype
+from rlmt.modules.adapted import held_dtype, planned_adapter
 from rlmt.modules.checkpoints import save_beside_checkpoints
-from rlmt.modules.checks import check_adapter, check_options, check_trainer
+from rlmt.modules.checks import check_options, check_trainer
 from rlmt.modules.policy import PolicyOwner
 from rlmt.modules.supervised import SupervisedModule, take_step
 from rlmt.thinking import FormatName, ThinkingFormat
@@ -62,7 +62,7 @@ class SFT(SupervisedModule, PolicyOwner):
         check_trainer(self.trainer)
         loading.check_causal_lm(self.policy_config, self.policy_path)
         loading.check_head(self.policy_config, self.policy_path)
-        check_adapter(self.policy_config, self.lora, self.quantization)
+        self._check_adapter()
 
     def configure_model(self) -> None:
         """Loads the policy, or draws it."""
@@ -130,13 +130,20 @@ class SFT(SupervisedModule, PolicyOwner):
         checkpoint["rlmt"] = {**self._record(), "policy": policy, "format": self.format.to_dict()}
         save_beside_checkpoints(self.trainer, self._policy.config, self.tokenizer, self.format)
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of something else or of another format.
+    def _planned_adapter(self) -> Any:
+        return planned_adapter(self.policy_config, self.lora)
+
+    def check_checkpoint(self, checkpoint: Mapping[str, Any], fitting: bool) -> None:
+        """Refuses a checkpoint of something else, of another adapter or another format; reads no weights.
+
+        Args:
+            checkpoint: as loaded.
+            fitting: whether training is to go on from it.
 
         Raises:
             UserError: it is one.
         """
-        super().on_load_checkpoint(checkpoint)
+        super().check_checkpoint(checkpoint, fitting)
         self.check_format(ThinkingFormat.from_dict(checkpoint["rlmt"]["format"]), "--ckpt_path")
 
 

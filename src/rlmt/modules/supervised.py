@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -14,11 +14,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
 from rlmt.errors import UserError
-from rlmt.models.adapters import LoRA, check_same_adapter
+from rlmt.models.adapters import LoRA
 from rlmt.models.quantization import NF4
-from rlmt.modules.building import adapter_record, trained_names
+from rlmt.modules.adapted import adapter_record, check_adapter_options, check_record, trained_names
 from rlmt.modules.checkpoints import record_of
-from rlmt.modules.checks import check_adapter_options, check_options
+from rlmt.modules.checks import check_options
 from rlmt.modules.schedules import LRSchedulerCallable, OptimizerCallable, with_schedule
 from rlmt.rng import random_states, restore_random_states
 
@@ -77,6 +77,13 @@ class SupervisedModule(LightningModule):
     def _fitting(self) -> bool:
         return self.trainer.state.fn == "fit"
 
+    def _check_adapter(self) -> None:
+        """Raises UserError where the model has no layers for the adapter, or 4 bits cannot be had."""
+        if self.lora is not None:
+            self._planned_adapter()
+        if self.quantization is not None:
+            self.quantization.check()
+
     def _ready(self, model: PreTrainedModel) -> PreTrainedModel:
         """A model just loaded, its adapter added, set for the stage."""
         if self.lora is not None:
@@ -128,16 +135,32 @@ class SupervisedModule(LightningModule):
         """What changes while training beside weights, optimizer and scheduler, as plain data."""
         return {"random": random_states()}
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of something else or of another adapter.
+    def _planned_adapter(self) -> Any:
+        """The configuration that the adapter will have; None without."""
+        raise NotImplementedError
+
+    def check_checkpoint(self, checkpoint: Mapping[str, Any], fitting: bool) -> None:
+        """Refuses a checkpoint of something else or of another adapter; reads no weights.
+
+        Args:
+            checkpoint: as loaded.
+            fitting: whether training is to go on from it.
 
         Raises:
             UserError: it is one.
         """
         saved = record_of(checkpoint, self.kind)
-        check_same_adapter(saved, adapter_record(self._trained, self.quantization))
+        check_record(saved, None if self.lora is None else self._planned_adapter(), self.quantization)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Goes on from a checkpoint.
+
+        Raises:
+            UserError: as `check_checkpoint`.
+        """
+        self.check_checkpoint(checkpoint, self._fitting)
         if self._fitting:
-            restore_random_states(saved["random"])
+            restore_random_states(checkpoint["rlmt"]["random"])
 
 
 def make_optimizer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -284,3 +285,12 @@ def _starts(lengths: Tensor) -> Tensor:
 def _positions(samples: list[int], starts: Tensor, lengths: list[int]) -> Tensor:
     """Positions in the flat token tensors of the given samples, samples in the given order: int64."""
     return torch.cat([torch.arange(int(starts[i]), int(starts[i]) + lengths[i]) for i in samples])
+
+
+def course(batch: RolloutBatch, start: float, scored: float) -> dict[str, float]:
+    """Which weights drew a batch, and the seconds of each phase of the step that ends now."""
+    seconds = batch.seconds | {"reward": scored - start, "update": time.perf_counter() - scored}
+    version = {"engine/weight_version": float(batch.weight_version)}
+    if batch.lag is not None:
+        version["engine/weight_lag"] = float(batch.lag)
+    return version | {f"time/{phase}_s": spent for phase, spent in seconds.items()}

@@ -69,11 +69,11 @@ def read_checkpoint(path: Path, **options: Any) -> dict[str, Any]:
     try:
         checkpoint: dict[str, Any] = torch.load(path, weights_only=True, **options)
     except FileNotFoundError as error:
-        raise UserError(f"--ckpt_path: there is no {path}; give a .ckpt written by `rlmt fit`.") from error
+        raise UserError(f"{path}: there is no such checkpoint; give one that `rlmt fit` wrote.") from error
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
         raise UserError(
-            f"--ckpt_path {path} is damaged, or holds more than tensors and plain data, which is never run; give a "
-            "checkpoint that `rlmt fit` wrote."
+            f"{path}: is damaged, or holds more than tensors and plain data, which is never run; give a checkpoint that "
+            "`rlmt fit` wrote."
         ) from error
     return checkpoint
 
