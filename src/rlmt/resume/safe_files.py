@@ -72,8 +72,8 @@ def read_checkpoint(path: Path, **options: Any) -> dict[str, Any]:
         raise UserError(f"{path}: there is no such checkpoint; give one that `rlmt fit` wrote.") from error
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
         raise UserError(
-            f"{path}: is damaged, or holds more than tensors and plain data, which is never run; give a checkpoint that "
-            "`rlmt fit` wrote."
+            f"{path}: is damaged (cut short?), or holds objects other than tensors and plain data; "
+            "give a checkpoint that `rlmt fit` wrote."
         ) from error
     return checkpoint
 
