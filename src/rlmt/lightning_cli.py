@@ -119,12 +119,12 @@ class RLMTCLI(LightningCLI):
             raise UserError(f"--ckpt_path {given}: there is no {checkpoint}; give a .ckpt written by `rlmt fit`.")
         if checkpoint.is_file() and not zipfile.is_zipfile(checkpoint):
             raise UserError(f"--ckpt_path {given}: {checkpoint} is torn or no checkpoint; give an earlier one.")
-        held = read_checkpoint(checkpoint, map_location="cpu", mmap=True) if checkpoint.is_file() else None
-        if held is not None and hasattr(self.model, "check_checkpoint"):
-            self.model.check_checkpoint(held, self.subcommand == "fit")
         saved = checkpoint.parent / "policy"
         if (saved / FILE_NAME).is_file() and hasattr(self.model, "check_format"):
             self.model.check_format(ThinkingFormat.load(saved), f"--ckpt_path {given}")
+        held = read_checkpoint(checkpoint, map_location="cpu", mmap=True) if checkpoint.is_file() else None
+        if held is not None and hasattr(self.model, "check_checkpoint"):
+            self.model.check_checkpoint(held, self.subcommand == "fit")
         if held is not None and self.subcommand == "fit":
             self._go_on(held, given)
 
