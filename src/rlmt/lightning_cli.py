@@ -108,11 +108,13 @@ class RLMTCLI(LightningCLI):
             raise UserError(f"--ckpt_path {given}: there is no {checkpoint}; give a .ckpt written by `rlmt fit`.")
         if checkpoint.is_file() and not zipfile.is_zipfile(checkpoint):
             raise UserError(f"--ckpt_path {given}: {checkpoint} is torn or no checkpoint; give an earlier one.")
-        if checkpoint.is_file() and hasattr(self.model, "check_checkpoint"):
-            self.model.check_checkpoint(read_checkpoint(checkpoint), self.subcommand == "fit")
         saved = checkpoint.parent / "policy"
         if (saved / FILE_NAME).is_file() and hasattr(self.model, "check_format"):
             self.model.check_format(ThinkingFormat.load(saved), f"--ckpt_path {given}")
+        if checkpoint.is_file() and hasattr(self.model, "check_checkpoint"):
+            written = read_checkpoint(checkpoint)
+            if "rlmt" in written:
+                self.model.check_checkpoint(written, self.subcommand == "fit")
 
     before_fit = before_validate = before_test = before_predict = check_checkpoint
 
