@@ -229,6 +229,8 @@ BAD = {
     "scores not finite": (["--model.malformed_reward", ".nan"], ["--model.malformed_reward"]),
     "nothing to go on from": (["--ckpt_path", "nowhere.ckpt"], ["nowhere.ckpt"]),
     "context": (["--data.max_new_tokens", "100000"], ["--data.max_prompt_tokens", "--data.max_new_tokens", "context"]),
+    "steps of several batches": (["--trainer.accumulate_grad_batches", "2"], ["accumulate_grad", "--data.batch_size"]),
+    "gradient clipping": (["--trainer.gradient_clip_val", "1"], ["gradient_clip_val", "--model.max_grad_norm"]),
     "no vllm": (["--data.engine", "VLLMEngine"], ["vllm", "install"]),
 }
 

@@ -213,6 +213,18 @@ def test_mistakes(command: Any, capsys: pytest.CaptureFixture[str], monkeypatch:
     assert "not a causal language model" in refused("--memory", 24, "--model.policy", "reward")
 
 
+@pytest.mark.parametrize("kind", ["sft", "reward"])
+def test_runs_that_are_no_rl_are_told_in_one_line(
+    kind: str, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = "--model.policy" if kind == "sft" else "--model.model"
+    configs = f"plan --config {kind} --config lora --config nf4 --data.path x.jsonl --memory 24 {model}"
+    assert main([*configs.split(), str(shapes / "policy")]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rlmt: error:")]
+    assert f"knows RL runs alone, not those of {'SFT' if kind == 'sft' else 'RewardModeling'}" in line
+
+
 def test_the_docs_print_what_the_plan_prints(
     shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

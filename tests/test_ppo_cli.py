@@ -87,7 +87,9 @@ def test_a_checkpoint_with_a_critic(
     )
 
     capsys.readouterr()
-    assert main(command("fit", "--ckpt_path", last, algorithm="GRPO")) == 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "load_policy", lambda *_, **__: pytest.fail("a model was loaded"))
+        assert main(command("fit", "--ckpt_path", last, algorithm="GRPO")) == 2
     assert "holds a critic" in (message := one_line(capsys)) and "GRPO trains none" in message
     assert main(command("fit", "--ckpt_path", last, "--model.algorithm.critic_shared", "true")) == 2
     assert "critic is another one" in (message := one_line(capsys)) and "critic_shared" in message
@@ -95,6 +97,45 @@ def test_a_checkpoint_with_a_critic(
     assert main(command("fit", *other, "--trainer.max_steps", 1, algorithm="GRPO")) == 0
     assert main(command("fit", *other, "--ckpt_path", "last")) == 2
     assert "holds no critic" in (message := one_line(capsys)) and "PPO trains one" in message
+
+
+@pytest.mark.parametrize("four_bits", [False, True], ids=["LoRA", "QLoRA"])
+def test_a_critic_with_an_adapter_of_its_own_on_the_policys_frozen_base(
+    four_bits: bool, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both adapters move, the base does not, what is sampled is the policy, and the policy alone is exported."""
+    seen: list[tuple[RLMTModule, dict[str, torch.Tensor]]] = []
+    setup = RLMTModule.configure_optimizers
+
+    def base(module: RLMTModule) -> dict[str, torch.Tensor]:
+        assert module.policy is not None
+        return {name: tensor for name, tensor in module.policy.state_dict().items() if ".lora_" not in name}
+
+    def note(module: RLMTModule) -> Any:
+        seen.append((module, {name: tensor.clone() for name, tensor in base(module).items()}))
+        return setup(module)
+
+    monkeypatch.setattr(RLMTModule, "configure_optimizers", note)
+    options = ["--model.lora", "LoRA", "--model.algorithm.critic_shared", "true", "--model.algorithm.critic_lr", "1e-3"]
+    options += ["--model.quantization", "NF4"] if four_bits else []
+    assert main(command("fit", *options, "--data.val_size", 0)) == 0
+    ((module, before),) = seen
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base(module).items())
+    assert any("absmax" in name for name in before) == four_bits
+    first, second = steps(tmp_path / "run")
+    assert float(second["engine/mismatch_max"]) < 1e-3
+    assert float(first["critic/loss"]) > 0 and float(second["policy/kl"]) > 0
+
+    run, last = tmp_path / "run", tmp_path / "run" / "checkpoints" / "last.ckpt"
+    state = weights(run)
+    ups = {name: tensor for name, tensor in state.items() if ".lora_B." in name}
+    assert sum(".critic." in name for name in ups) == sum(".default." in name for name in ups) == 2 * 7
+    assert all(tensor.abs().max() > 0 for tensor in ups.values())  # all began at 0
+    assert all(".lora_" in name or name.startswith("critic.head.") for name in state)
+    assert main(command("fit", *options, "--data.val_size", 0, "--ckpt_path", last, "--trainer.max_steps", 3)) == 0
+    assert main(["export", str(last), str(tmp_path / "adapter"), "--what", "adapter"]) == 0
+    exported = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert len(exported) == 2 * 2 * 7 and not any("critic" in name for name in exported)
 
 
 def test_the_policy_waits_while_the_critic_warms_up(command: Command, tmp_path: Path, tiny: Path) -> None:

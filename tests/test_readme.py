@@ -20,10 +20,10 @@ from rlmt.study.runner import Runner
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-MINI = (ROOT / "docs/mini.md").read_text(encoding="utf-8")
 COMMANDS = [
     line.split("  #")[0].strip()
-    for block in re.findall(r"```sh\n(.*?)```", README + MINI, re.DOTALL)
+    for text in (README, *((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("mini.md", "single-gpu.md")))
+    for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
     for line in block.replace("\\\n", "").splitlines()
     if line.startswith("rlmt ")
 ]

@@ -123,7 +123,7 @@ class RLMTCLI(LightningCLI):
         if (saved / FILE_NAME).is_file() and hasattr(self.model, "check_format"):
             self.model.check_format(ThinkingFormat.load(saved), f"--ckpt_path {given}")
         held = read_checkpoint(checkpoint, map_location="cpu", mmap=True) if checkpoint.is_file() else None
-        if held is not None and hasattr(self.model, "check_checkpoint"):
+        if held is not None and "rlmt" in held and hasattr(self.model, "check_checkpoint"):
             self.model.check_checkpoint(held, self.subcommand == "fit")
         if held is not None and self.subcommand == "fit":
             self._go_on(held, given)

@@ -75,8 +75,8 @@ class PlanCLI(RLMTCLI):
         """
         if not (isinstance(self.model, RLMTModule) and isinstance(self.datamodule, RolloutDataModule)):
             raise UserError(
-                f"`rlmt plan` knows runs of RLMTModule on rollouts, not {type(self.model).__name__} on "
-                f"{type(self.datamodule).__name__}."
+                f"`rlmt plan` knows RL runs alone, not those of {type(self.model).__name__}: plan an RL run of the "
+                "same model, its weights, adapter, optimizer and gradients are the same."
             )
         given = self._get(self.config_init, "memory")
         if given is None:
