@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,24 @@ def test_more_draws_within_a_step_take_what_is_under_way(byte_tokenizer: Any, pr
     sampler = PromptSampler(data._sampler.dataset, 6, 1, 0, seed=0)  # type: ignore[union-attr]
     order = [[data._train[i].index for i in sampler.take(6)] for _ in range(5)]
     assert [[p.index for p in batch.prompts] for batch in module.seen] == order
+
+
+def test_seconds_are_those_that_training_waited_wherever_it_did(
+    byte_tokenizer: Any, prompts: str, tmp_path: Path
+) -> None:
+    """Training takes no time here, drawing 0.2 s: waited for at the next batch, or by a checkpoint before that."""
+
+    class Waiting(Slow):
+        def generate(self, requests: list[SampleRequest], sampling: Sampling) -> Samples:
+            samples = super().generate(requests, sampling)
+            time.sleep(0.2)
+            return samples
+
+    for every in (1, 100):
+        saver = ModelCheckpoint(tmp_path / str(every), every_n_train_steps=every)
+        module, data = Module(byte_tokenizer), make(prompts, val_size=0, engine=Waiting())
+        trainer(tmp_path, max_steps=3, callbacks=[saver]).fit(module, datamodule=data)
+        assert all(batch.seconds["rollout"] > 0.15 > batch.seconds["sync"] >= 0 for batch in module.seen)
 
 
 class Killed(Exception):

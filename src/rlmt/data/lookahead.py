@@ -39,6 +39,7 @@ class Lookahead:
     def __init__(self) -> None:
         self._thread: ThreadPoolExecutor | None = None
         self._flight: _Flight | None = None
+        self._waited = 0.0
 
     def draw(
         self,
@@ -71,17 +72,17 @@ class Lookahead:
             RuntimeError: the engine broke its contract.
         """
         requests = sample_requests(batch, source, group_size, seed)
-        began = perf_counter()
+        self.settle()
         flight = self._landed(batch)
-        landed = perf_counter()
+        began = perf_counter()
         sync(engine, source)
         synced = perf_counter()
         version = source.policy_version
         samples, drawn_with = flight or (engine.generate(requests, sampling), version)
-        waited = perf_counter() - synced + landed - began
+        waited, self._waited = self._waited + perf_counter() - synced, 0.0
         ahead = sample_requests(following, source, group_size, seed)
         self._send(following, version, partial(engine.generate, ahead, sampling))
-        seconds = {"rollout": waited, "sync": synced - landed}
+        seconds = {"rollout": waited, "sync": synced - began}
         rollouts = as_rollouts(batch, requests, samples, sampling, drawn_with, seconds)
         return replace(rollouts, lag=version - drawn_with, off_policy=version != drawn_with)
 
@@ -101,8 +102,10 @@ class Lookahead:
 
     def settle(self) -> None:
         """Waits until the engine has drawn what it was sent for, so that it can be used for something else."""
+        began = perf_counter()
         if self._flight is not None:
             self._flight.samples.exception()
+        self._waited += perf_counter() - began
 
     def state_dict(self) -> dict[str, Any]:
         """The batch under way as tensors and plain data, once it is there; empty if there is none or it failed."""
