@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
 from rlmt.errors import UserError
-from rlmt.resume.moment import Loops, Moment, loops_after_training, loops_before_validation
+from rlmt.resume.moment import Loops, Moment, loops_after_step, loops_after_training, loops_before_validation
 from rlmt.resume.run_log import RunLog
 from rlmt.resume.safe_files import remove_leftovers
 from rlmt.resume.stopping import Stopped, Stopping
@@ -107,7 +107,7 @@ class PolicyCheckpoint(ModelCheckpoint):
     def _on_step_end(self, trainer: Trainer) -> None:
         if self._loops is None:
             return  # a validation that a resumed run began with
-        self._moment, self._loops = Moment.of(trainer, self._loops), None
+        self._moment, self._loops = Moment.of(trainer, loops_after_step(self._loops)), None
         if trainer.global_step // self.every_n_steps > self._steps_saved // self.every_n_steps:
             self._save(trainer, may_fail=self.on_full == "continue")
         if not trainer.fit_loop.epoch_loop._is_training_done:

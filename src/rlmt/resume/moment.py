@@ -66,6 +66,28 @@ def loops_after_training(trainer: Trainer) -> Loops:
     return copy.deepcopy(trainer._checkpoint_connector._get_loops_state_dict())
 
 
+def loops_after_step(loops: Loops) -> Loops:
+    """The same at the end of the step: behind the last one of an epoch it is the state between two epochs.
+
+    From its own state there, Lightning goes on with counts of epochs that lag, and later trains an epoch too many.
+
+    Args:
+        loops: from `loops_after_training`.
+    """
+    fit = loops["fit_loop"]
+    batches, epochs = fit["epoch_loop.batch_progress"], fit["epoch_progress"]
+    if not batches["is_last_batch"]:
+        return loops
+    done = epochs["total"]["started"], epochs["current"]["started"]
+    for part, count in zip(("total", "current"), done, strict=True):
+        epochs[part] = dict.fromkeys(epochs[part], count)
+    # It counts the batch as completed when it goes on, so one less than none is none.
+    batches["current"] = dict.fromkeys(batches["current"], 0) | {"completed": -1}
+    batches["is_last_batch"] = False
+    fit["state_dict"].pop("combined_loader", None)
+    return loops
+
+
 def loops_before_validation(loops: Loops) -> Loops:
     """The state from which Lightning goes on with the validation that is due after the step.
 
