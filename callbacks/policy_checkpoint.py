@@ -11,7 +11,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
 from rlmt.errors import UserError
-from rlmt.resume.moment import Loops, Moment, loops_after_step, loops_after_training, loops_before_validation
+from rlmt.resume.moment import (
+    Loops,
+    Moment,
+    is_last_step,
+    loops_after_step,
+    loops_after_training,
+    loops_before_validation,
+)
 from rlmt.resume.run_log import RunLog
 from rlmt.resume.safe_files import remove_leftovers
 from rlmt.resume.stopping import Stopped, Stopping
@@ -95,8 +102,12 @@ class PolicyCheckpoint(ModelCheckpoint):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The step is logged: the run can be saved with its validation still to come, unless it is the last one."""
-        more = trainer.max_steps == -1 or trainer.global_step < trainer.max_steps
-        if self._loops is not None and more and trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if (
+            self._loops is not None
+            and not is_last_step(trainer)
+            and trainer.state.fn == "fit"
+            and not trainer.sanity_checking
+        ):
             self._moment = Moment.of(trainer, loops_before_validation(self._loops))
             self._stop_if_asked(trainer)
 
@@ -110,7 +121,7 @@ class PolicyCheckpoint(ModelCheckpoint):
         self._moment, self._loops = Moment.of(trainer, loops_after_step(self._loops)), None
         if trainer.global_step // self.every_n_steps > self._steps_saved // self.every_n_steps:
             self._save(trainer, may_fail=self.on_full == "continue")
-        if not trainer.fit_loop.epoch_loop._is_training_done:
+        if not is_last_step(trainer):
             self._stop_if_asked(trainer)
 
     def _stop_if_asked(self, trainer: Trainer) -> None:

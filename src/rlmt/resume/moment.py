@@ -103,6 +103,17 @@ def loops_before_validation(loops: Loops) -> Loops:
     return owing
 
 
+def is_last_step(trainer: Trainer) -> bool:
+    """Whether the run is done with the step that ends now, so that there is nothing to go on with."""
+    fit: Any = trainer.fit_loop
+    epochs = fit.epoch_progress.current.processed + fit.epoch_loop.batch_progress.is_last_batch
+    return bool(
+        trainer.should_stop
+        or -1 < trainer.max_steps <= trainer.global_step
+        or (fit.max_epochs is not None and -1 < fit.max_epochs <= epochs)
+    )
+
+
 def _progress(trainer: Trainer) -> tuple[int, int]:
     loop: Any = trainer.fit_loop.epoch_loop
     return loop.batch_progress.total.processed, loop.manual_optimization.optim_step_progress.total.ready
