@@ -323,7 +323,7 @@ class RLMTModule(LightningModule):
             experience.values = first_values(self.critic, batch, budget, self.device)
         if not self.algorithm.pairwise:
             self.algorithm.prepare(experience)
-        if self.critic is None and teaches_nothing(experience):
+        if teaches_nothing(experience, self.critic):
             self._skip("the samples of each prompt have equal rewards, or none takes part in the loss")
             metrics = {"policy/skipped": 1.0}
         else:

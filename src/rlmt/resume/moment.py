@@ -34,17 +34,17 @@ class Moment:
     """Steps trained and optimizer steps begun."""
 
     @classmethod
-    def of(cls, trainer: Trainer, loops: Loops) -> Moment:
+    def of(cls, trainer: Trainer, loops: Loops, step: int) -> Moment:
         """The present moment.
 
         Args:
             trainer: in training.
-            loops: from `loops_after_training`, at the end of this step.
+            loops: the state that the loops are to go on from.
+            step: number of the last step done.
         """
         data, module = getattr(trainer, "datamodule", None), trainer.lightning_module
         states = {} if data is None else {type(data).__qualname__: data.state_dict()}
         resume_state: Any = getattr(module, "resume_state", dict)
-        step = int(loops["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"])
         return cls(step, loops, copy.deepcopy(states), copy.deepcopy(resume_state()), _progress(trainer))
 
     def is_now(self, trainer: Trainer) -> bool:
@@ -66,13 +66,14 @@ def loops_after_training(trainer: Trainer) -> Loops:
     return copy.deepcopy(trainer._checkpoint_connector._get_loops_state_dict())
 
 
-def loops_after_step(loops: Loops) -> Loops:
+def loops_after_step(loops: Loops, trainer: Trainer) -> Loops:
     """The same at the end of the step: behind the last one of an epoch it is the state between two epochs.
 
     From its own state there, Lightning goes on with counts of epochs that lag, and later trains an epoch too many.
 
     Args:
         loops: from `loops_after_training`.
+        trainer: of the run.
     """
     fit = loops["fit_loop"]
     batches, epochs = fit["epoch_loop.batch_progress"], fit["epoch_progress"]
@@ -81,8 +82,12 @@ def loops_after_step(loops: Loops) -> Loops:
     done = epochs["total"]["started"], epochs["current"]["started"]
     for part, count in zip(("total", "current"), done, strict=True):
         epochs[part] = dict.fromkeys(epochs[part], count)
-    # It counts the batch as completed when it goes on, so one less than none is none.
-    batches["current"] = dict.fromkeys(batches["current"], 0) | {"completed": -1}
+    batches["current"] = dict.fromkeys(batches["current"], 0)
+    if trainer.max_steps == -1:  # then it takes up an epoch that is over as one to start anew, and corrects no count
+        batches["total"]["completed"] += 1
+        fit["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
+    else:  # it counts the batch as completed when it goes on, so one less than none is none
+        batches["current"]["completed"] = -1
     batches["is_last_batch"] = False
     fit["state_dict"].pop("combined_loader", None)
     return loops
