@@ -26,6 +26,7 @@ from rlmt.models.reward_model import load_reward_model, reward_config
 from rlmt.modules.checkpoints import checkpoint_folders, record_of
 from rlmt.modules.rlmt import LRSchedulerCallable, OptimizerCallable
 from rlmt.modules.supervised import check_options, check_trainer, make_optimizer, take_step
+from rlmt.resume.options import adopt_all, schedule_options
 from rlmt.rewards.classifier import score_states, states_at_end
 from rlmt.rewards.conversation import ConversationReader
 from rlmt.rng import random_states, restore_random_states
@@ -175,7 +176,14 @@ class RewardModeling(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer over what can be trained, and the scheduler if there is one."""
-        return make_optimizer(self.trainer, self, self._optimizer, self._scheduler)
+        made = make_optimizer(self.trainer, self, self._optimizer, self._scheduler)
+        parts = made if isinstance(made, dict) else {"optimizer": made, "lr_scheduler": None}
+        self._configured = schedule_options(parts["optimizer"], parts["lr_scheduler"])
+        return made
+
+    def on_train_start(self) -> None:
+        """Options of the optimizer and the scheduler are those of this start, whatever a checkpoint had."""
+        adopt_all(self, self._configured)
 
     # One step ---------------------------------------------------------------------------------------------------------
 

@@ -37,7 +37,7 @@ from rlmt.modules.dynamic_sampling import refill
 from rlmt.modules.recorded import check_recording, record_reference, recording_of
 from rlmt.modules.schedules import CosineWithWarmup
 from rlmt.modules.update import PolicyUpdate, first_pass, first_values, teaches_nothing
-from rlmt.resume.options import adopt, schedule_options
+from rlmt.resume.options import adopt_all, schedule_options
 from rlmt.rewards import Reward
 from rlmt.rewards.held_out import HeldOutRewards
 from rlmt.rewards.scoring import MalformedMode, score
@@ -278,9 +278,7 @@ class RLMTModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Options of the optimizer and the scheduler are those of this start, whatever a checkpoint had."""
-        optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
-        assert isinstance(optimizer, Optimizer)
-        adopt(self._configured, optimizer, scheduler if isinstance(scheduler, LRScheduler) else None)
+        adopt_all(self, self._configured)
 
     @property
     def _fitting(self) -> bool:

@@ -22,6 +22,7 @@ from rlmt.models.micro_batch import MicroBatch
 from rlmt.modules.checkpoints import check_same_format, record_of, save_beside_checkpoints
 from rlmt.modules.rlmt import LRSchedulerCallable, OptimizerCallable
 from rlmt.modules.supervised import check_options, check_trainer, make_optimizer, take_step
+from rlmt.resume.options import adopt_all, schedule_options
 from rlmt.rng import random_states, restore_random_states
 from rlmt.thinking import FormatName, ThinkingFormat
 
@@ -120,7 +121,14 @@ class SFT(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer over what can be trained, and the scheduler if there is one."""
-        return make_optimizer(self.trainer, self._policy, self._optimizer, self._scheduler)
+        made = make_optimizer(self.trainer, self._policy, self._optimizer, self._scheduler)
+        parts = made if isinstance(made, dict) else {"optimizer": made, "lr_scheduler": None}
+        self._configured = schedule_options(parts["optimizer"], parts["lr_scheduler"])
+        return made
+
+    def on_train_start(self) -> None:
+        """Options of the optimizer and the scheduler are those of this start, whatever a checkpoint had."""
+        adopt_all(self, self._configured)
 
     @property
     def _policy(self) -> PreTrainedModel:
