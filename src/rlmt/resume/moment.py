@@ -54,6 +54,7 @@ class Moment:
     def put_into(self, checkpoint: dict[str, Any]) -> None:
         """Makes a checkpoint that was taken later, but with the same weights, one of this moment."""
         checkpoint["loops"] = self.loops
+        checkpoint["epoch"] = self.loops["fit_loop"]["epoch_progress"]["current"]["completed"]
         checkpoint.update({name: state for name, state in self.data.items() if state})
         checkpoint.setdefault("rlmt", {}).update(self.module)
 
