@@ -3,8 +3,8 @@
     python benchmarks/fuzz.py [--cases 100000] [--seed 0]
 
 A case is a completion as token ids: of text made of tags, parts of tags, white and invisible characters, controls and
-arbitrary code points, of arbitrary tokens, or of both. Each goes through `RLMTModule.experience` and all that follows it
-in a run. No thought character may be in a scored text, nothing may be raised, and a rollout file must give back exactly
+arbitrary code points, of arbitrary tokens, or of both. Each goes through `RLMTModule.experience` and all that follows
+it in a run. No thought character may be in a scored text, nothing may be raised, and a rollout file must give back just
 what went in. To see that, characters of the thoughts are marked: each case has some that stand nowhere else in it.
 """
 
@@ -147,9 +147,8 @@ def rollouts(completions: list[list[int]]) -> RolloutBatch:
 
 def thought_marks(text: str, format: ThinkingFormat) -> set[str]:
     """The marks of a text that stand in a thought: before the first close tag, or where no thought may be at all."""
-    if format.thinks:
-        region = text.partition("</think>")[0]
-    else:
+    region = text.partition("</think>")[0]
+    if not format.thinks:
         region = text if "<think>" in text or "</think>" in text else ""
     return {char for char in region if ord(char) >= MARKS and text.count(char) == 1}
 

@@ -11,12 +11,19 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
 from rlmt.errors import UserError
-from rlmt.resume.moment import Loops, Moment, loops_after_training, loops_before_validation
+from rlmt.resume.moment import (
+    Loops,
+    Moment,
+    is_last_step,
+    loops_after_step,
+    loops_after_training,
+    loops_before_validation,
+)
 from rlmt.resume.run_log import RunLog
 from rlmt.resume.safe_files import remove_leftovers
 from rlmt.resume.stopping import Stopped, Stopping
 
-from ._common import check_count
+from ._common import check_count, step_number
 
 
 class PolicyCheckpoint(ModelCheckpoint):
@@ -54,6 +61,7 @@ class PolicyCheckpoint(ModelCheckpoint):
         self._stopping = Stopping(self._savable)
         self._trainer: Trainer | None = None
         self._loops: Loops | None = None
+        self._step = 0
         self._moment: Moment | None = None
         self._saved: Moment | None = None
         self._steps_saved = 0
@@ -91,13 +99,13 @@ class PolicyCheckpoint(ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Notes where the loops stand."""
-        self._loops = loops_after_training(trainer)
+        self._loops, self._step = loops_after_training(trainer), step_number(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The step is logged: the run can be saved with its validation still to come, unless it is the last one."""
-        more = trainer.max_steps == -1 or trainer.global_step < trainer.max_steps
-        if self._loops is not None and more and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._moment = Moment.of(trainer, loops_before_validation(self._loops))
+        within_fit = trainer.state.fn == "fit" and not trainer.sanity_checking
+        if within_fit and self._loops is not None and not is_last_step(trainer):
+            self._moment = Moment.of(trainer, loops_before_validation(self._loops), self._step)
             self._stop_if_asked(trainer)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -107,10 +115,10 @@ class PolicyCheckpoint(ModelCheckpoint):
     def _on_step_end(self, trainer: Trainer) -> None:
         if self._loops is None:
             return  # a validation that a resumed run began with
-        self._moment, self._loops = Moment.of(trainer, self._loops), None
+        self._moment, self._loops = Moment.of(trainer, loops_after_step(self._loops, trainer), self._step), None
         if trainer.global_step // self.every_n_steps > self._steps_saved // self.every_n_steps:
             self._save(trainer, may_fail=self.on_full == "continue")
-        if not trainer.fit_loop.epoch_loop._is_training_done:
+        if not is_last_step(trainer):
             self._stop_if_asked(trainer)
 
     def _stop_if_asked(self, trainer: Trainer) -> None:

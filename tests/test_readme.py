@@ -95,6 +95,17 @@ def test_links_lead_somewhere() -> None:
         assert (ROOT / target).exists(), target
 
 
+def test_the_promises_of_reliability_have_their_tests() -> None:
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| promise")]
+    named = [re.findall(r"`([\w/]+\.py)`", row) for row in rows]
+    assert len(rows) > 10 and all(named)
+    for name in {name for names in named for name in names}:
+        assert (ROOT / name if name.startswith("benchmarks/") else ROOT / "tests" / name).is_file(), name
+    for target in re.findall(r"\]\(([^)h#][^)]*)\)", text):
+        assert (ROOT / "docs" / target).exists(), target
+
+
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--help"])
     text: Any = capsys.readouterr().out

@@ -13,6 +13,7 @@ trained on is read again and passed through (`rlmt.merge`), or an adapter folder
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import warnings
 from dataclasses import dataclass
@@ -273,6 +274,34 @@ def _assemble(saved: _Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
     return model
 
 
+class _Plain(pickle.Unpickler):
+    """Makes nothing but torch's own records of where shards lie."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = module.startswith(("torch.distributed.checkpoint.", "torch._C._distributed"))
+        if known or (module, name) in _PLAIN:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+
+_PLAIN = {
+    ("torch", "Size"),
+    ("torch", "device"),
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"),
+}
+_PLAIN |= {("pathlib", name) for name in ("Path", "PosixPath", "PurePosixPath")}
+
+
+def _check_plain(metadata: Path) -> None:
+    """Refuses a pickle that would make anything else, before torch reads it."""
+    try:
+        with metadata.open("rb") as file:
+            _Plain(file).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError) as error:
+        raise UserError(f"{metadata}: is damaged, or holds objects other than tensors and plain values") from error
+
+
 def _read_sharded(ckpt: Path) -> dict[str, Any]:
     """Reads a folder that FSDP wrote, on one process: the weights from its shards, the rest from meta.pt."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -281,6 +310,7 @@ def _read_sharded(ckpt: Path) -> dict[str, Any]:
 
     if not ((ckpt / ".metadata").is_file() and (ckpt / "meta.pt").is_file()):
         raise UserError(f"{ckpt}: is a folder, but not a sharded checkpoint (.metadata and meta.pt are not in it)")
+    _check_plain(ckpt / ".metadata")
     reader = FileSystemReader(ckpt)
     prefix = f"state_dict.{_POLICY.prefix}"
     flat: dict[str, Any] = {

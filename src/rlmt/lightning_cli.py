@@ -112,7 +112,7 @@ class RLMTCLI(LightningCLI):
         given = self._get(self.config_init, "ckpt_path")
         if given is None:
             return
-        checkpoint = Path(self.trainer.default_root_dir, "checkpoints", "last.ckpt") if given == "last" else Path(given)
+        checkpoint = self._last_checkpoint() if given == "last" else Path(given)
         # A training job that is queued again and again may say `last` from its first start.
         optional = given in KEYWORDS and (given != "last" or self.subcommand == "fit")
         if not checkpoint.exists() and not optional:
@@ -129,6 +129,11 @@ class RLMTCLI(LightningCLI):
             self._go_on(held, given)
 
     before_fit = before_validate = before_test = before_predict = check_checkpoint
+
+    def _last_checkpoint(self) -> Path:
+        """Where `last.ckpt` is, if there is one."""
+        folders = (getattr(callback, "dirpath", None) for callback in self.trainer.checkpoint_callbacks)
+        return Path(next(filter(None, folders), Path(self.trainer.default_root_dir, "checkpoints")), "last.ckpt")
 
     def _go_on(self, checkpoint: dict[str, Any], given: str) -> None:
         """Says which options are new, and with `--ckpt_path last` goes on with the same metrics.csv.

@@ -189,7 +189,9 @@ def test_an_engine_that_dies_loses_no_step(fit: Fit, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(TransformersEngine, "generate", dying)
     every = "{class_path: rlmt.callbacks.PolicyCheckpoint, init_args: {every_n_steps: 100}}"
-    (tmp_path / "rarely.yaml").write_text(f"trainer: {{callbacks: [{every}]}}")
+    (tmp_path / "rarely.yaml").write_text(
+        f"trainer: {{callbacks: [{{class_path: rlmt.callbacks.RewardCurves}}, {every}]}}"
+    )
     with pytest.raises(RuntimeError, match="the engine died"):
         fit("--config", "rarely.yaml")
     assert saved(tmp_path / "run") == 1
@@ -221,7 +223,7 @@ def deaf(log):
     from rlmt.resume import watchdog
 
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    watchdog.GRACE = 0.2
+    watchdog.GRACE = 2
     with watchdog.limited(0.1, "an engine", "--data.engine_timeout"):
         time.sleep(1000)
 """

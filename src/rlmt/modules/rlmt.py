@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
@@ -35,7 +35,7 @@ from rlmt.modules.dynamic_sampling import refill
 from rlmt.modules.policy import PolicyOwner
 from rlmt.modules.schedules import LRSchedulerCallable, OptimizerCallable, with_schedule
 from rlmt.modules.update import PolicyUpdate, course, first_pass, first_values, teaches_nothing
-from rlmt.resume.options import adopt, schedule_options
+from rlmt.resume.options import adopt_all, schedule_options
 from rlmt.rewards import Reward
 from rlmt.rewards.held_out import HeldOutRewards
 from rlmt.rewards.scoring import MalformedMode, score
@@ -166,9 +166,7 @@ class RLMTModule(LightningModule, PolicyOwner):
 
     def on_train_start(self) -> None:
         """Options of the optimizer and the scheduler are those of this start, whatever a checkpoint had."""
-        optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
-        assert isinstance(optimizer, Optimizer)
-        adopt(self._configured, optimizer, scheduler if isinstance(scheduler, LRScheduler) else None)
+        adopt_all(self, self._configured)
 
     @property
     def _fitting(self) -> bool:
@@ -206,7 +204,7 @@ class RLMTModule(LightningModule, PolicyOwner):
             experience.values = first_values(self.critic, batch, budget, self.device)
         if not self.algorithm.pairwise:
             self.algorithm.prepare(experience)
-        if self.critic is None and teaches_nothing(experience):
+        if teaches_nothing(experience, self.critic):
             self._skip("the samples of each prompt have equal rewards, or none takes part in the loss")
             metrics = {"policy/skipped": 1.0}
         else:

@@ -20,6 +20,7 @@ from rlmt.modules.adapted import adapter_record, check_adapter_options, check_re
 from rlmt.modules.checkpoints import record_of
 from rlmt.modules.checks import check_options
 from rlmt.modules.schedules import LRSchedulerCallable, OptimizerCallable, with_schedule
+from rlmt.resume.options import adopt_all, schedule_options
 from rlmt.rng import random_states, restore_random_states
 
 
@@ -95,7 +96,14 @@ class SupervisedModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer over what can be trained, and the scheduler if there is one."""
-        return make_optimizer(self.trainer, self, self._optimizer, self._scheduler)
+        made = make_optimizer(self.trainer, self, self._optimizer, self._scheduler)
+        parts = made if isinstance(made, dict) else {"optimizer": made, "lr_scheduler": None}
+        self._configured = schedule_options(parts["optimizer"], parts["lr_scheduler"])
+        return made
+
+    def on_train_start(self) -> None:
+        """Options of the optimizer and the scheduler are those of this start, whatever a checkpoint had."""
+        adopt_all(self, self._configured)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """All weights; with LoRA those that are trained, the adapter and new heads."""

@@ -197,15 +197,15 @@ class PolicyUpdate:
         return self._seen.result()
 
 
-def teaches_nothing(experience: Experience) -> bool:
-    """Whether no sample that takes part in the loss has an advantage other than 0.
+def teaches_nothing(experience: Experience, critic: Critic | None) -> bool:
+    """Whether no sample takes part in the loss, or none of those that do has an advantage other than 0.
 
     A step on such a batch would follow the KL penalty, the entropy bonus, weight decay and the optimizer's momentum
-    alone, so none is taken.
+    alone, so none is taken; but a critic learns from any sample.
     """
-    if experience.advantages is None:
-        return False
     part, advantages = _taking_part(experience), experience.advantages
+    if advantages is None or (critic is not None and bool(part.any())):
+        return False
     if len(advantages) != len(part):
         part = part.repeat_interleave(experience.lengths)
     return not bool((advantages[part] != 0).any())

@@ -34,17 +34,17 @@ class Moment:
     """Steps trained and optimizer steps begun."""
 
     @classmethod
-    def of(cls, trainer: Trainer, loops: Loops) -> Moment:
+    def of(cls, trainer: Trainer, loops: Loops, step: int) -> Moment:
         """The present moment.
 
         Args:
             trainer: in training.
-            loops: from `loops_after_training`, at the end of this step.
+            loops: the state that the loops are to go on from.
+            step: number of the last step done.
         """
         data, module = getattr(trainer, "datamodule", None), trainer.lightning_module
         states = {} if data is None else {type(data).__qualname__: data.state_dict()}
         resume_state: Any = getattr(module, "resume_state", dict)
-        step = int(loops["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"])
         return cls(step, loops, copy.deepcopy(states), copy.deepcopy(resume_state()), _progress(trainer))
 
     def is_now(self, trainer: Trainer) -> bool:
@@ -54,6 +54,7 @@ class Moment:
     def put_into(self, checkpoint: dict[str, Any]) -> None:
         """Makes a checkpoint that was taken later, but with the same weights, one of this moment."""
         checkpoint["loops"] = self.loops
+        checkpoint["epoch"] = self.loops["fit_loop"]["epoch_progress"]["current"]["completed"]
         checkpoint.update({name: state for name, state in self.data.items() if state})
         checkpoint.setdefault("rlmt", {}).update(self.module)
 
@@ -64,6 +65,33 @@ def loops_after_training(trainer: Trainer) -> Loops:
     Lightning goes on from this state with the next step; a validation that was due after this one it takes for done.
     """
     return copy.deepcopy(trainer._checkpoint_connector._get_loops_state_dict())
+
+
+def loops_after_step(loops: Loops, trainer: Trainer) -> Loops:
+    """The same at the end of the step: behind the last one of an epoch it is the state between two epochs.
+
+    From its own state there, Lightning goes on with counts of epochs that lag, and later trains an epoch too many.
+
+    Args:
+        loops: from `loops_after_training`.
+        trainer: of the run.
+    """
+    fit = loops["fit_loop"]
+    batches, epochs = fit["epoch_loop.batch_progress"], fit["epoch_progress"]
+    if not batches["is_last_batch"]:
+        return loops
+    done = epochs["total"]["started"], epochs["current"]["started"]
+    for part, count in zip(("total", "current"), done, strict=True):
+        epochs[part] = dict.fromkeys(epochs[part], count)
+    batches["current"] = dict.fromkeys(batches["current"], 0)
+    if trainer.max_steps == -1:  # then it takes up an epoch that is over as one to start anew, and corrects no count
+        batches["total"]["completed"] += 1
+        fit["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
+    else:  # it counts the batch as completed when it goes on, so one less than none is none
+        batches["current"]["completed"] = -1
+    batches["is_last_batch"] = False
+    fit["state_dict"].pop("combined_loader", None)
+    return loops
 
 
 def loops_before_validation(loops: Loops) -> Loops:
@@ -79,6 +107,17 @@ def loops_before_validation(loops: Loops) -> Loops:
         fit["epoch_loop.val_loop.batch_progress"][part] = {"ready": 1, "completed": 0, "started": 1, "processed": 0}
     fit["epoch_loop.val_loop.batch_progress"]["is_last_batch"] = False
     return owing
+
+
+def is_last_step(trainer: Trainer) -> bool:
+    """Whether the run is done with the step that ends now, so that there is nothing to go on with."""
+    fit: Any = trainer.fit_loop
+    epochs = fit.epoch_progress.current.processed + fit.epoch_loop.batch_progress.is_last_batch
+    return bool(
+        trainer.should_stop
+        or -1 < trainer.max_steps <= trainer.global_step
+        or (fit.max_epochs is not None and -1 < fit.max_epochs <= epochs)
+    )
 
 
 def _progress(trainer: Trainer) -> tuple[int, int]:

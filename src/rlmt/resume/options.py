@@ -106,6 +106,13 @@ def adopt(options: list[dict[str, Any]], optimizer: Optimizer, scheduler: LRSche
         vars(scheduler).update(shape)
 
 
+def adopt_all(module: LightningModule, options: list[dict[str, Any]]) -> None:
+    """`adopt` for a module's one optimizer and its scheduler; to be called in `on_train_start`."""
+    optimizer, scheduler = module.optimizers(use_pl_optimizer=False), module.lr_schedulers()
+    assert isinstance(optimizer, Optimizer)
+    adopt(options, optimizer, scheduler if isinstance(scheduler, LRScheduler) else None)
+
+
 def _shape(scheduler: LRScheduler) -> dict[str, Any]:
     """The attributes that a scheduler's arguments set, which its state overwrites."""
     kinds = (bool, int, float, str, list, type(None))

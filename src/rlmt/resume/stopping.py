@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -45,8 +46,13 @@ class Stopping:
         """The signal that came, if one did."""
 
     def listen(self, trainer: Trainer) -> None:
-        """Takes over the signals from Lightning, which would end a step early, save within one, or leave with 0."""
+        """Takes over the signals from Lightning, which would end a step early, save within one, or leave with 0.
+
+        Only the main thread can; in another one signals stay as they are.
+        """
         self.asked = None
+        if threading.current_thread() is not threading.main_thread():
+            return
         numbers = [signal.SIGINT, signal.SIGTERM]
         environment = trainer._accelerator_connector.cluster_environment
         self._requeue_signal = None
@@ -83,4 +89,5 @@ class Stopping:
         if again or self._savable():
             raise Stopped(number)
         name = signal.Signals(number).name
-        print(f"rlmt: {name}: leaving at the end of this step, or at once if sent again", file=sys.stderr, flush=True)
+        # Not by print: the signal may have come in the middle of one.
+        os.write(2, f"rlmt: {name}: leaving at the end of this step, or at once if sent again\n".encode())
