@@ -279,7 +279,7 @@ class _Plain(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         known = module.startswith(("torch.distributed.checkpoint.", "torch._C._distributed"))
-        if known or (module, name) in _PLAIN:
+        if known or (module, name) in _PLAIN or (module == "torch" and isinstance(getattr(torch, name), torch.dtype)):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name}")
 
