@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from rlmt.data import PromptSampler, RolloutDataModule
+from rlmt.callbacks import PolicyCheckpoint
+from rlmt.data import PromptSampler, RolloutDataModule, lookahead
 from rlmt.engines.base import Engine
 from rlmt.errors import UserError
 from rlmt.thinking import ThinkingFormat
@@ -172,22 +172,37 @@ def test_more_draws_within_a_step_take_what_is_under_way(byte_tokenizer: Any, pr
     assert [[p.index for p in batch.prompts] for batch in module.seen] == order
 
 
-def test_seconds_are_those_that_training_waited_wherever_it_did(
-    byte_tokenizer: Any, prompts: str, tmp_path: Path
+def test_seconds_are_those_that_training_waited(
+    byte_tokenizer: Any, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Training takes no time here, drawing 0.2 s: waited for at the next batch, or by a checkpoint before that."""
+    """A clock that goes on only while a batch is drawn that training waits for already, by 5, or is synced, by 2."""
+    now, read = [0.0], threading.Event()
 
-    class Waiting(Slow):
+    def clock() -> float:
+        time = now[0]
+        read.set()
+        return time
+
+    class Timed(Slow):
+        def sync(self, weights: Any, version: int, adapter: Any = None) -> None:
+            super().sync(weights, version)
+            now[0] += 2
+
         def generate(self, requests: list[SampleRequest], sampling: Sampling) -> Samples:
             samples = super().generate(requests, sampling)
-            time.sleep(0.2)
+            assert read.wait(60)
+            now[0] += 5
             return samples
 
-    for every in (1, 100):
-        saver = ModelCheckpoint(tmp_path / str(every), every_n_train_steps=every)
-        module, data = Module(byte_tokenizer), make(prompts, val_size=0, engine=Waiting())
-        trainer(tmp_path, max_steps=3, callbacks=[saver]).fit(module, datamodule=data)
-        assert all(batch.seconds["rollout"] > 0.15 > batch.seconds["sync"] >= 0 for batch in module.seen)
+    class Training(Module):
+        def training_step(self, batch: RolloutBatch) -> None:
+            read.clear()
+            super().training_step(batch)
+
+    monkeypatch.setattr(lookahead, "perf_counter", clock)
+    module, data = Training(byte_tokenizer), make(prompts, val_size=0, engine=Timed())
+    trainer(tmp_path, max_steps=4).fit(module, datamodule=data)
+    assert [batch.seconds for batch in module.seen] == [{"rollout": 5.0, "sync": 2.0}] * 4
 
 
 class Killed(Exception):
@@ -210,6 +225,29 @@ def test_a_resumed_run_trains_on_the_samples_of_the_unbroken_one(
     assert torch.equal(second.weight, whole.weight)
     saved = torch.load(tmp_path / "saved/last.ckpt", weights_only=True)["RolloutDataModule"]["ahead"]
     assert saved["weight_version"] == stop - 1 and saved["prompts"] == [p.index for p in second.seen[0].prompts]
+
+
+def test_a_run_that_dies_within_a_step_goes_on_from_its_newest_checkpoint(
+    byte_tokenizer: Any, prompts: str, tmp_path: Path
+) -> None:
+    """Its batch has landed by then, and the one after that is under way."""
+
+    class Dying(Module):
+        def training_step(self, batch: RolloutBatch) -> None:
+            if len(self.seen) == 3:
+                raise Killed
+            super().training_step(batch)
+
+    whole = Module(byte_tokenizer)
+    trainer(tmp_path, max_steps=6).fit(whole, datamodule=make(prompts))
+    saver = PolicyCheckpoint(every_n_steps=2, dirpath=str(tmp_path / "saved"))
+    with pytest.raises(Killed):
+        trainer(tmp_path, max_steps=6, callbacks=[saver]).fit(Dying(byte_tokenizer), datamodule=make(prompts))
+    again = Module(byte_tokenizer)
+    trainer(tmp_path, max_steps=6).fit(again, datamodule=make(prompts), ckpt_path=str(tmp_path / "saved/last.ckpt"))
+    assert len(again.seen) >= 3
+    assert list(map(content, again.seen)) == list(map(content, whole.seen[-len(again.seen) :]))
+    assert torch.equal(again.weight, whole.weight)
 
 
 def test_on_policy_again_from_a_checkpoint_with_a_batch_under_way(

@@ -8,6 +8,7 @@ would have trained on.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -31,6 +32,42 @@ class _Flight:
     version: int
     """The policy's when it was sent for."""
     samples: Future[Samples]
+
+
+class _Landing:
+    """The state of a batch under way. It is written as tensors and plain data, and waited for only then.
+
+    A run notes its state at the end of every step, and writes few of them; one that is told to end must not wait for a
+    batch that its checkpoint does not hold.
+
+    Args:
+        flight: the batch; None where there is none.
+    """
+
+    def __init__(self, flight: _Flight | None) -> None:
+        self._flight = flight
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Landing:
+        return self
+
+    def __reduce__(self) -> Any:
+        """Pickles as a dictionary, which is empty where there is no batch or it failed."""
+        return OrderedDict(self._plain()).__reduce__()
+
+    def _plain(self) -> dict[str, Any]:
+        flight = self._flight
+        if flight is None or flight.samples.exception() is not None:
+            return {}
+        samples = flight.samples.result()
+        return {
+            "epoch": flight.key[0],
+            "prompts": flight.key[1],
+            "lengths": [len(ids) for ids in samples.completion_ids],
+            "ids": torch.tensor([i for ids in samples.completion_ids for i in ids], dtype=torch.int32),
+            "logprobs": torch.tensor([x for row in samples.logprobs for x in row], dtype=torch.float32),
+            "finish": [reason.value for reason in samples.finish],
+            "weight_version": samples.weight_version,
+        }
 
 
 class Lookahead:
@@ -107,28 +144,15 @@ class Lookahead:
             self._flight.samples.exception()
         self._waited += perf_counter() - began
 
-    def state_dict(self) -> dict[str, Any]:
-        """The batch under way as tensors and plain data, once it is there; empty if there is none or it failed."""
-        self.settle()
-        flight = self._flight
-        if flight is None or flight.samples.exception() is not None:
-            return {}
-        samples = flight.samples.result()
-        return {
-            "epoch": flight.key[0],
-            "prompts": flight.key[1],
-            "lengths": [len(ids) for ids in samples.completion_ids],
-            "ids": torch.tensor([i for ids in samples.completion_ids for i in ids], dtype=torch.int32),
-            "logprobs": torch.tensor([x for row in samples.logprobs for x in row], dtype=torch.float32),
-            "finish": [reason.value for reason in samples.finish],
-            "weight_version": samples.weight_version,
-        }
+    def state_dict(self) -> Any:
+        """The batch under way, for a checkpoint; see `_Landing`."""
+        return _Landing(self._flight)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Puts a saved batch back where it was.
 
         Args:
-            state: what `state_dict` returned.
+            state: what a checkpoint holds.
         """
         self._flight = None
         if not state:
