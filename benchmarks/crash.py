@@ -220,14 +220,14 @@ def finish(process: Process, log: Path) -> None:
 
 def compare(whole: Path, broken: Path, outcome: Outcome) -> None:
     """Raises AssertionError where two runs differ; counts what was compared."""
-    newest = max(whole.glob("version_*"), key=lambda path: path.stat().st_mtime)
-    rows, others = metrics(newest), metrics(broken / "version_0")
+    folders = [run / f"version_{checkpoint(run)['run']['version']}" for run in (whole, broken)]
+    rows, others = map(metrics, folders)
     assert rows == others, first_difference(rows, others)
     outcome.cells += sum(map(len, rows))
-    ours, theirs = (samples(folder / "rollouts") for folder in (newest, broken / "version_0"))
+    ours, theirs = (samples(folder / "rollouts") for folder in folders)
     assert ours == theirs, "samples"
     outcome.samples += len(ours)
-    states = [flat(checkpoint(run)) for run in (whole, broken)]
+    states = [flat(comparable(checkpoint(run))) for run in (whole, broken)]
     assert states[0].keys() == states[1].keys(), states[0].keys() ^ states[1].keys()
     for name, value in states[0].items():
         assert same(value, states[1][name]), f"{broken}: {name}: {value} and {states[1][name]}"
@@ -248,10 +248,15 @@ def samples(folder: Path) -> list[str]:
 
 
 def checkpoint(run: Path) -> dict[str, Any]:
-    """What a run's last checkpoint holds, but for the paths and the number of its folder."""
+    """What a run's last checkpoint holds."""
     import torch
 
     loaded: dict[str, Any] = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    return loaded
+
+
+def comparable(loaded: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint without paths and the number of the run's folder: one killed before its first step has another."""
     for name in ("config", "run"):
         del loaded[name]
     # What the loader and the validation count of their own; the position in the prompts is the data module's.
