@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from rlmt.errors import UserError
@@ -64,15 +65,40 @@ def check_adapter(
     return None if lora is None else lora.config(loading.skeleton(config, auto))
 
 
-def check_trainer(trainer: Trainer) -> None:
-    """Raises UserError where the trainer cannot do what the modules need."""
+def check_trainer(trainer: Trainer, ranks: bool = False) -> None:
+    """Raises UserError where the trainer cannot do what the modules need.
+
+    Args:
+        trainer: with its options.
+        ranks: whether the module can be trained on several processes.
+    """
     if trainer.precision not in PRECISIONS:
         raise UserError(
             f"--trainer.precision is {trainer.precision}: use {' or '.join(PRECISIONS)}, since small updates are lost "
             "in weights of 16 bits."
         )
-    if trainer.world_size > 1:
+    if trainer.world_size > 1 and not ranks:
         raise UserError(f"--trainer.devices gives {trainer.world_size} processes: a model is trained on one; set 1.")
+
+
+def check_ranks(trainer: Trainer, stage: str) -> None:
+    """Raises UserError where a run on several processes is one that cannot be had."""
+    if trainer.world_size == 1:
+        return
+    name = type(trainer.strategy).__name__
+    if not isinstance(trainer.strategy, DDPStrategy):
+        raise UserError(
+            f"--trainer.strategy is {name}: use `ddp` (--config ddp), since other ways to spread a policy over "
+            "processes are not known to rlmt."
+        )
+    if stage == "predict":
+        raise UserError(f"--trainer.devices gives {trainer.world_size} processes: predict runs on one; set 1.")
+    data: Any = getattr(trainer, "datamodule", None)
+    if data is not None and data.engine.concurrent:
+        raise UserError(
+            f"--data.engine {type(data.engine).__name__}: servers take weights from one trainer process, and "
+            f"--trainer.devices gives {trainer.world_size}; set 1, or --data.engine VLLMEngine, one in each process."
+        )
 
 
 def check_run(module: RLMTModule, stage: str) -> None:
@@ -85,7 +111,8 @@ def check_run(module: RLMTModule, stage: str) -> None:
     Raises:
         UserError: there is one.
     """
-    check_trainer(module.trainer)
+    check_trainer(module.trainer, ranks=True)
+    check_ranks(module.trainer, stage)
     module.format.check(module.tokenizer, module.policy_path)
     loading.check_head(module.policy_config, module.policy_path)
     module.reward.check()
@@ -108,11 +135,12 @@ def check_run(module: RLMTModule, stage: str) -> None:
 
 
 def _check_minibatches(module: RLMTModule, prompts: int) -> None:
-    parts = module.algorithm.minibatches
-    if prompts % parts:
+    parts, ranks = module.algorithm.minibatches, module.trainer.world_size
+    if prompts // ranks % parts:
+        each = f", {prompts // ranks} on each of {ranks} processes" if ranks > 1 else ""
         raise UserError(
             f"--model.algorithm.minibatches is {parts}: it does not divide the {prompts} prompts of a step "
-            "(--data.batch_size); make it a divisor."
+            f"(--data.batch_size{each}); make it a divisor."
         )
 
 

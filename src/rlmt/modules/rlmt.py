@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.loops.utilities import _block_parallel_sync_behavior
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
@@ -35,6 +36,7 @@ from rlmt.modules.dynamic_sampling import refill
 from rlmt.modules.policy import PolicyOwner
 from rlmt.modules.schedules import LRSchedulerCallable, OptimizerCallable, with_schedule
 from rlmt.modules.update import PolicyUpdate, first_pass, first_values, teaches_nothing
+from rlmt.ranks import everyones
 from rlmt.resume.options import adopt, schedule_options
 from rlmt.rewards import Reward
 from rlmt.rewards.held_out import HeldOutRewards
@@ -190,7 +192,7 @@ class RLMTModule(LightningModule, PolicyOwner):
             batch = experience.rollouts
             start += sum(batch.seconds.values()) - before  # drawing more is not scoring
         scored = time.perf_counter()
-        if not len(batch):
+        if not any(everyones(len(batch))):
             self._skip("no prompt has samples of different rewards (--model.algorithm.dynamic_sampling drops the rest)")
             metrics = {"policy/skipped": 1.0} | _course(batch, start, scored)
             return {"experience": drawn, "metrics": metrics | experience.metrics}
@@ -238,7 +240,7 @@ class RLMTModule(LightningModule, PolicyOwner):
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         assert not isinstance(optimizer, list)
         steps = self._update.steps(
-            self._policy, experience, self.policy_version, self.manual_backward, self.critic, self._critic_only
+            self._policy, experience, self.policy_version, self._backward, self.critic, self._critic_only
         )
         for step in steps:
             if step.problem is None:
@@ -252,6 +254,11 @@ class RLMTModule(LightningModule, PolicyOwner):
                 self._skip(step.problem)
             optimizer.zero_grad()
         return self._update.metrics()
+
+    def _backward(self, loss: Tensor) -> None:
+        """Adds to this rank's gradient; the update sums them over ranks once a step, however often each came here."""
+        with _block_parallel_sync_behavior(self.trainer.strategy):
+            self.manual_backward(loss)
 
     def _skip(self, problem: str) -> None:
         self._skipped_in_a_row += 1
@@ -303,8 +310,10 @@ class RLMTModule(LightningModule, PolicyOwner):
         broken = sum(not split.ok for split in experience.splits) / len(experience.splits)
         self.log(f"{stage}/malformed", broken, batch_size=len(batch), sync_dist=True)
         for name, part in experience.scores.parts.items():
-            if len(experience.scores.parts) > 1 and (known := part[part.isfinite()]).numel():
-                self.log(f"{stage}/{name}", known.mean(), batch_size=known.numel(), sync_dist=True)
+            known = part[part.isfinite()]
+            if len(experience.scores.parts) > 1 and any(everyones(len(known))):
+                mean = known.sum() / max(1, len(known))
+                self.log(f"{stage}/{name}", mean, batch_size=len(known), sync_dist=True)
         for name, mean in self.held_out.means(experience, self.malformed, self.malformed_reward).items():
             self.log(f"{stage}/{name}", mean, batch_size=len(batch), sync_dist=True)
         return {"experience": experience}
