@@ -6,7 +6,6 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from rlmt.errors import UserError
@@ -15,6 +14,7 @@ from rlmt.models.adapters import LoRA
 from rlmt.models.critic import check_critic
 from rlmt.models.quantization import NF4
 from rlmt.modules.recorded import check_recording, recording_of
+from rlmt.modules.spread import check_spread
 
 if TYPE_CHECKING:
     from rlmt.modules.rlmt import RLMTModule
@@ -65,40 +65,15 @@ def check_adapter(
     return None if lora is None else lora.config(loading.skeleton(config, auto))
 
 
-def check_trainer(trainer: Trainer, ranks: bool = False) -> None:
-    """Raises UserError where the trainer cannot do what the modules need.
-
-    Args:
-        trainer: with its options.
-        ranks: whether the module can be trained on several processes.
-    """
+def check_trainer(trainer: Trainer) -> None:
+    """Raises UserError where the trainer cannot do what the modules need."""
     if trainer.precision not in PRECISIONS:
         raise UserError(
             f"--trainer.precision is {trainer.precision}: use {' or '.join(PRECISIONS)}, since small updates are lost "
             "in weights of 16 bits."
         )
-    if trainer.world_size > 1 and not ranks:
+    if trainer.world_size > 1 and not getattr(trainer.lightning_module, "on_several_processes", False):
         raise UserError(f"--trainer.devices gives {trainer.world_size} processes: a model is trained on one; set 1.")
-
-
-def check_ranks(trainer: Trainer, stage: str) -> None:
-    """Raises UserError where a run on several processes is one that cannot be had."""
-    if trainer.world_size == 1:
-        return
-    name = type(trainer.strategy).__name__
-    if not isinstance(trainer.strategy, DDPStrategy):
-        raise UserError(
-            f"--trainer.strategy is {name}: use `ddp` (--config ddp), since other ways to spread a policy over "
-            "processes are not known to rlmt."
-        )
-    if stage == "predict":
-        raise UserError(f"--trainer.devices gives {trainer.world_size} processes: predict runs on one; set 1.")
-    data: Any = getattr(trainer, "datamodule", None)
-    if data is not None and data.engine.concurrent:
-        raise UserError(
-            f"--data.engine {type(data.engine).__name__}: servers take weights from one trainer process, and "
-            f"--trainer.devices gives {trainer.world_size}; set 1, or --data.engine VLLMEngine, one in each process."
-        )
 
 
 def check_run(module: RLMTModule, stage: str) -> None:
@@ -111,8 +86,8 @@ def check_run(module: RLMTModule, stage: str) -> None:
     Raises:
         UserError: there is one.
     """
-    check_trainer(module.trainer, ranks=True)
-    check_ranks(module.trainer, stage)
+    check_trainer(module.trainer)
+    check_spread(module.trainer, stage)
     module.format.check(module.tokenizer, module.policy_path)
     loading.check_head(module.policy_config, module.policy_path)
     module.reward.check()

@@ -16,6 +16,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
+from rlmt import ranks
 from rlmt.algorithms import Algorithm
 from rlmt.errors import UserError
 from rlmt.models import loading
@@ -36,7 +37,6 @@ from rlmt.modules.dynamic_sampling import refill
 from rlmt.modules.policy import PolicyOwner
 from rlmt.modules.schedules import LRSchedulerCallable, OptimizerCallable, with_schedule
 from rlmt.modules.update import PolicyUpdate, first_pass, first_values, teaches_nothing
-from rlmt.ranks import everyones
 from rlmt.resume.options import adopt, schedule_options
 from rlmt.rewards import Reward
 from rlmt.rewards.held_out import HeldOutRewards
@@ -74,6 +74,9 @@ class RLMTModule(LightningModule, PolicyOwner):
     Raises:
         UserError: an option is out of range, or later, while setting up, does not fit the models or the data.
     """
+
+    on_several_processes = True
+    """Whether it can be trained on several; `check_trainer` asks."""
 
     def __init__(
         self,
@@ -192,7 +195,7 @@ class RLMTModule(LightningModule, PolicyOwner):
             batch = experience.rollouts
             start += sum(batch.seconds.values()) - before  # drawing more is not scoring
         scored = time.perf_counter()
-        if not any(everyones(len(batch))):
+        if not any(ranks.everyones(len(batch))):
             self._skip("no prompt has samples of different rewards (--model.algorithm.dynamic_sampling drops the rest)")
             metrics = {"policy/skipped": 1.0} | _course(batch, start, scored)
             return {"experience": drawn, "metrics": metrics | experience.metrics}
@@ -208,7 +211,7 @@ class RLMTModule(LightningModule, PolicyOwner):
             experience.values = first_values(self.critic, batch, budget, self.device)
         if not self.algorithm.pairwise:
             self.algorithm.prepare(experience)
-        if self.critic is None and teaches_nothing(experience):
+        if self.critic is None and all(ranks.everyones(teaches_nothing(experience))):
             self._skip("the samples of each prompt have equal rewards, or none takes part in the loss")
             metrics = {"policy/skipped": 1.0}
         else:
@@ -311,7 +314,7 @@ class RLMTModule(LightningModule, PolicyOwner):
         self.log(f"{stage}/malformed", broken, batch_size=len(batch), sync_dist=True)
         for name, part in experience.scores.parts.items():
             known = part[part.isfinite()]
-            if len(experience.scores.parts) > 1 and any(everyones(len(known))):
+            if len(experience.scores.parts) > 1 and any(ranks.everyones(len(known))):
                 mean = known.sum() / max(1, len(known))
                 self.log(f"{stage}/{name}", mean, batch_size=len(known), sync_dist=True)
         for name, mean in self.held_out.means(experience, self.malformed, self.malformed_reward).items():

@@ -150,7 +150,8 @@ class PolicyUpdate:
         shares = self._shares(lengths, mask, rollouts.sampling.max_new_tokens)
         weights = torch.zeros_like(experience.engine_logprobs)
         starts = _starts(experience.lengths.cpu())
-        weights[_positions(part.tolist(), starts, rollouts.lengths).to(device)] = shares
+        if len(part):  # a rank may have no sample, and a step all the same
+            weights[_positions(part.tolist(), starts, rollouts.lengths).to(device)] = shares
         samples, together = part[mask.cpu()].tolist(), 1
         if experience.pairs is not None:
             inside = torch.isin(experience.pairs[:, 0].cpu(), part)
@@ -211,7 +212,7 @@ class PolicyUpdate:
 
 
 def teaches_nothing(experience: Experience) -> bool:
-    """Whether no sample that takes part in the loss, on any rank, has an advantage other than 0.
+    """Whether no sample that takes part in the loss has an advantage other than 0.
 
     A step on such a batch would follow the KL penalty, the entropy bonus, weight decay and the optimizer's momentum
     alone, so none is taken.
@@ -221,7 +222,7 @@ def teaches_nothing(experience: Experience) -> bool:
     part, advantages = _taking_part(experience), experience.advantages
     if len(advantages) != len(part):
         part = part.repeat_interleave(experience.lengths)
-    return not any(everyones(bool((advantages[part] != 0).any())))
+    return not bool((advantages[part] != 0).any())
 
 
 def _taking_part(experience: Experience) -> Tensor:
@@ -301,5 +302,4 @@ def _starts(lengths: Tensor) -> Tensor:
 
 def _positions(samples: list[int], starts: Tensor, lengths: list[int]) -> Tensor:
     """Positions in the flat token tensors of the given samples, samples in the given order: int64."""
-    spans = [torch.arange(int(starts[i]), int(starts[i]) + lengths[i]) for i in samples]
-    return torch.cat(spans) if spans else torch.empty(0, dtype=torch.long)
+    return torch.cat([torch.arange(int(starts[i]), int(starts[i]) + lengths[i]) for i in samples])
