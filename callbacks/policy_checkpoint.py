@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
+from rlmt import ranks
 from rlmt.errors import UserError
 from rlmt.resume.moment import (
     Loops,
@@ -34,7 +35,8 @@ class PolicyCheckpoint(ModelCheckpoint):
 
     When the run fails or a signal stops it (Ctrl-C, SIGTERM, SLURM's preemption signal), what was done since the last
     checkpoint is saved as well. A signal is obeyed at once while the policy is as the last step left it, which it is
-    while samples are drawn and scored and until the first optimizer step on them; else when the step ends.
+    while samples are drawn and scored and until the first optimizer step on them; else when the step ends. On several
+    processes it is obeyed when the step ends, by all of them, whichever it reached.
 
     Args:
         every_n_steps: Optimizer steps between checkpoints; a step of several on one rollout batch is not cut.
@@ -123,7 +125,10 @@ class PolicyCheckpoint(ModelCheckpoint):
 
     def _stop_if_asked(self, trainer: Trainer) -> None:
         # Every rank or none: they are in the same step, and a signal may have reached one alone.
-        if trainer.world_size == 1 or trainer.strategy.reduce_boolean_decision(bool(self._stopping.asked), all=False):
+        if asked := max(ranks.everyones(self._stopping.asked or 0)):
+            self._stopping.asked = asked
+            if trainer.world_size > 1 and self._moment is not self._saved:
+                self._save(trainer, may_fail=True)  # here, together; while leaving, a rank would be on its own
             self._stopping.check()
 
     def _savable(self) -> bool:
@@ -148,7 +153,8 @@ class PolicyCheckpoint(ModelCheckpoint):
         if self._savable() and self._moment is not self._saved and not isinstance(exception, _NotWritten):
             self._save(trainer, may_fail=True)
         self._stopping.leave()
-        self._stopping.requeue()
+        if trainer.is_global_zero:
+            self._stopping.requeue()
         if self._saved is not None and trainer.is_global_zero:
             name = exception.signal.name if isinstance(exception, Stopped) else type(exception).__name__
             print(

@@ -100,6 +100,11 @@ class RLMTCLI(LightningCLI):
         own = {"logger": loggers, "default_root_dir": str(root), "plugins": plugins}
         return super().instantiate_trainer(**own, **kwargs)
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Keeps the arguments where Lightning looks for them when it starts the other processes of a run."""
+        super().parse_arguments(parser, args)
+        sys.argv = [sys.argv[0], *map(str, args)]
+
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would read all of the checkpoint for hyper-parameters, which rlmt keeps in none."""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlmt.ranks import gathered
+
 STD_EPSILON = 1e-6
 """Added to the group's standard deviation, as in the authors' code."""
 
@@ -25,7 +27,7 @@ def group_advantages(rewards: Tensor, group: Tensor, normalize_std: bool) -> Ten
         [B] float32 advantages.
     """
     r = rewards.double()
-    groups = int(group.max()) + 1
+    groups = int(group.max()) + 1 if len(group) else 0  # none on a rank whose prompts teach nothing
     size = torch.zeros(groups, dtype=torch.float64, device=r.device).index_add_(0, group, torch.ones_like(r))
     mean = torch.zeros_like(size).index_add_(0, group, r) / size
     centred = r - mean[group]
@@ -134,7 +136,7 @@ def generalized_advantages(
 
 
 def whitened(advantages: Tensor, mask: Tensor) -> Tensor:
-    """Advantages with mean 0 and standard deviation 1 over the tokens that take part in the loss.
+    """Advantages with mean 0 and standard deviation 1 over the tokens that take part in the loss, those of all ranks.
 
     Equal advantages become exactly 0, as in a group of equal rewards.
 
@@ -145,14 +147,14 @@ def whitened(advantages: Tensor, mask: Tensor) -> Tensor:
     Returns:
         [T] float32.
     """
-    counted = advantages[mask].double()
+    counted = gathered(advantages[mask].double())
     if not counted.numel() or counted.min() == counted.max():
         return torch.zeros_like(advantages)
     return ((advantages - counted.mean()) / (counted.std() + STD_EPSILON)).float()
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """How much of the returns' variance the critic knew: 1 - Var(returns - values) / Var(returns).
+    """How much of the returns' variance, over all ranks, the critic knew: 1 - Var(returns - values) / Var(returns).
 
     1 is a perfect critic, 0 one that knows the mean at best, below 0 one that misleads.
 
@@ -163,7 +165,7 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
     Returns:
         The share, NaN where the returns do not vary.
     """
+    values, returns = gathered(values), gathered(returns).double()
     if not returns.numel() or returns.min() == returns.max():
         return float("nan")
-    returns = returns.double()
     return float(1 - (returns - values).var() / returns.var())

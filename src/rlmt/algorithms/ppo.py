@@ -18,6 +18,7 @@ from rlmt.algorithms.base import CriticOptions
 from rlmt.algorithms.kl_controller import AdaptiveKL
 from rlmt.algorithms.policy_gradient import PolicyGradient
 from rlmt.errors import UserError
+from rlmt.ranks import everyones
 from rlmt.types import Experience, TokenBatch
 
 
@@ -127,8 +128,9 @@ class PPO(PolicyGradient):
         kl = policy_loss.kl_penalty(experience.old_logprobs, experience.ref_logprobs, "k1")
         if self._controller is not None:
             self._kl_coef_now = self._controller.coef
-            samples = len(experience.lengths)
-            of_completion = float(kl.sum()) / samples
+            parts = everyones((float(kl.sum()), len(experience.lengths)))
+            samples = sum(samples for _, samples in parts)
+            of_completion = sum(kl_sum for kl_sum, _ in parts) / samples
             self._controller.update(of_completion, samples)
             experience.metrics |= {"policy/kl_coef": self._kl_coef_now, "policy/completion_kl": of_completion}
         return self._kl_coef_now * kl if self.kl_placement == "reward" else 0.0

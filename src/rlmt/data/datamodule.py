@@ -33,8 +33,8 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
     """Loads prompts and has the engine draw samples from the policy for them.
 
     Training batches hold `group_size` samples a prompt; validation and test batches hold one, drawn with seeds that are
-    the same every time, so that curves compare; predict goes once through all prompts, `group_size` samples each. With
-    several ranks, held-out prompts are repeated where needed to give every rank equally many.
+    the same every time, so that curves compare; predict goes once through all prompts, `group_size` samples each.
+    Several ranks share the prompts of a batch, and the held-out ones, evenly.
 
     Args:
         prompts: file (.parquet, .jsonl, .json, .csv) or hub data set, see `rlmt.data.prompts`.
@@ -146,6 +146,11 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
         engine.check_run(source.format, source.tokenizer, self._sampling(source), samples, self._max_model_len)
         if self._all is None:
             self._load(source)
+        if len(self._val) % self._world_size:  # one of them would count twice
+            raise UserError(
+                f"--data.val_size is {len(self._val)}, which does not divide by {self._world_size} devices: set it to "
+                "a multiple"
+            )
         self._sampler = None
         if stage == "fit":
             if self.rollout_lag and not engine.concurrent:

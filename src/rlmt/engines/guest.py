@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from unittest import mock
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import distributed
+
+from rlmt import ranks
 
 
 @contextmanager
@@ -29,6 +32,20 @@ def undisturbed() -> Iterator[None]:
         torch.set_num_threads(threads)
         torch.set_default_dtype(dtype)
         sys.excepthook = hook  # torch.distributed puts the rank before every line of a traceback
+
+
+@contextmanager
+def as_a_rank() -> Iterator[None]:
+    """Tells vLLM, which reads the environment, which rank of a run this process is; without effect on one process."""
+    if ranks.size() == 1:
+        yield
+        return
+    number = str(ranks.rank())
+    local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or number
+    # On a CPU vLLM would bind the threads of every rank to the same cores.
+    names = {"RANK": number, "LOCAL_RANK": local, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    with mock.patch.dict(os.environ, names):
+        yield
 
 
 @contextmanager

@@ -4,9 +4,10 @@ The engine starts on random weights and gets the policy's by `sync`, so no check
 is an adapter on a frozen base gives the base once, in the number format that the trainer computes in, and the adapter
 at every sync; after sleeping on a GPU, where vLLM drops its weights, the base comes again from the trainer's copy. vLLM
 is a guest in the trainer's process: starting it and sampling with it leave the random state, the default dtype, the
-thread settings and the hooks of that process as they were.
+thread settings and the hooks of that process as they were. In a run of several ranks each has an engine of its own,
+on its own GPU.
 
-Left out: tensor parallelism and several ranks. Servers in other processes are `rlmt.engines.vllm_server`'s.
+Left out: tensor parallelism. Servers in other processes are `rlmt.engines.vllm_server`'s.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, distributed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlmt import ranks
 from rlmt.engines.adapter_slot import AdapterSlot, launch_options, why_not
 from rlmt.engines.base import Engine
-from rlmt.engines.guest import kept_process_group, undisturbed, unloaded
+from rlmt.engines.guest import as_a_rank, kept_process_group, undisturbed, unloaded
 from rlmt.engines.limits import room
 from rlmt.engines.scratch import ScratchFolder, remove_abandoned
 from rlmt.engines.weights import crossing_off, merging
@@ -124,7 +126,7 @@ class VLLMEngine(Engine):
             self.check_adapter(adapter.config)
             if self.serve == "merged":
                 adapter = None  # vLLM sees none
-        if policy.device.type == "cuda" and policy.device.index not in (None, 0):
+        if policy.device.type == "cuda" and policy.device.index not in (None, 0) and ranks.size() == 1:
             raise UserError(
                 f"VLLMEngine runs on the first visible GPU but the policy is on {policy.device}: "
                 "set CUDA_VISIBLE_DEVICES to the one GPU to use"
@@ -146,7 +148,7 @@ class VLLMEngine(Engine):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         try:
-            with undisturbed():
+            with undisturbed(), as_a_rank():
                 number_format = self.dtype or str(dtype).removeprefix("torch.")
                 room_for = {} if adapter is None else launch_options(adapter.config)
                 self._llm = self._launch(self._folder.path, policy.device.type, number_format, room_for)
@@ -188,6 +190,8 @@ class VLLMEngine(Engine):
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(self._max_model_len, self.max_num_seqs, 4096),
             }
+        if ranks.size() > 1:  # an engine a rank, in the process group that is there
+            options["distributed_executor_backend"] = "external_launcher"
         return vllm.LLM(
             model=folder,
             load_format="dummy",

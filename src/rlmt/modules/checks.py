@@ -12,6 +12,7 @@ from rlmt.models import loading
 from rlmt.models.critic import check_critic
 from rlmt.modules.adapted import planned_adapter
 from rlmt.modules.recorded import check_recording, recording_of
+from rlmt.modules.spread import check_spread
 
 if TYPE_CHECKING:
     from rlmt.modules.rlmt import RLMTModule
@@ -37,7 +38,7 @@ def check_trainer(trainer: Trainer) -> None:
             f"--trainer.precision is {trainer.precision}: use {' or '.join(PRECISIONS)}, since small updates are lost "
             "in weights of 16 bits."
         )
-    if trainer.world_size > 1:
+    if trainer.world_size > 1 and not getattr(trainer.lightning_module, "on_several_processes", False):
         raise UserError(f"--trainer.devices gives {trainer.world_size} processes: a model is trained on one; set 1.")
 
 
@@ -52,6 +53,7 @@ def check_run(module: RLMTModule, stage: str) -> None:
         UserError: there is one.
     """
     check_trainer(module.trainer)
+    check_spread(module.trainer, stage)
     module.format.check(module.tokenizer, module.policy_path)
     loading.check_head(module.policy_config, module.policy_path)
     module.reward.check()
@@ -76,11 +78,12 @@ def check_run(module: RLMTModule, stage: str) -> None:
 
 
 def _check_minibatches(module: RLMTModule, prompts: int) -> None:
-    parts = module.algorithm.minibatches
-    if prompts % parts:
+    parts, ranks = module.algorithm.minibatches, module.trainer.world_size
+    if prompts // ranks % parts:
+        each = f", {prompts // ranks} on each of {ranks} processes" if ranks > 1 else ""
         raise UserError(
             f"--model.algorithm.minibatches is {parts}: it does not divide the {prompts} prompts of a step "
-            "(--data.batch_size); make it a divisor."
+            f"(--data.batch_size{each}); make it a divisor."
         )
 
 

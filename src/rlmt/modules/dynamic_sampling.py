@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from rlmt.ranks import everyones
 from rlmt.types import Experience, RolloutBatch, Scores
 
 
@@ -25,7 +26,7 @@ def refill(first: Experience, most: int, draw: Callable[[], Experience]) -> tupl
     """
     wanted = len(first.rollouts.prompts)
     parts, good = [first], len(groups_with_spread(first))
-    while good < wanted and len(parts) <= most:
+    while any(everyones(good < wanted)) and len(parts) <= most:  # ranks draw as often as each other
         parts.append(draw())
         good += len(groups_with_spread(parts[-1]))
     drawn = merge(parts)

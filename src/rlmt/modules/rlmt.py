@@ -9,12 +9,14 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.loops.utilities import _block_parallel_sync_behavior
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
+from rlmt import ranks
 from rlmt.algorithms import Algorithm
 from rlmt.errors import UserError
 from rlmt.models import loading
@@ -72,6 +74,9 @@ class RLMTModule(LightningModule, PolicyOwner):
     Raises:
         UserError: an option is out of range, or later, while setting up, does not fit the models or the data.
     """
+
+    on_several_processes = True
+    """Whether it can be trained on several; `check_trainer` asks."""
 
     def __init__(
         self,
@@ -188,7 +193,7 @@ class RLMTModule(LightningModule, PolicyOwner):
             batch = experience.rollouts
             start += sum(batch.seconds.values()) - before  # drawing more is not scoring
         scored = time.perf_counter()
-        if not len(batch):
+        if not any(ranks.everyones(len(batch))):
             self._skip("no prompt has samples of different rewards (--model.algorithm.dynamic_sampling drops the rest)")
             metrics = {"policy/skipped": 1.0} | course(batch, start, scored)
             return {"experience": drawn, "metrics": metrics | experience.metrics}
@@ -204,7 +209,7 @@ class RLMTModule(LightningModule, PolicyOwner):
             experience.values = first_values(self.critic, batch, budget, self.device)
         if not self.algorithm.pairwise:
             self.algorithm.prepare(experience)
-        if teaches_nothing(experience, self.critic):
+        if all(ranks.everyones(teaches_nothing(experience, self.critic))):
             self._skip("the samples of each prompt have equal rewards, or none takes part in the loss")
             metrics = {"policy/skipped": 1.0}
         else:
@@ -236,7 +241,7 @@ class RLMTModule(LightningModule, PolicyOwner):
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         assert not isinstance(optimizer, list)
         steps = self._update.steps(
-            self._policy, experience, self.policy_version, self.manual_backward, self.critic, self._critic_only
+            self._policy, experience, self.policy_version, self._backward, self.critic, self._critic_only
         )
         for step in steps:
             if step.problem is None:
@@ -250,6 +255,11 @@ class RLMTModule(LightningModule, PolicyOwner):
                 self._skip(step.problem)
             optimizer.zero_grad()
         return self._update.metrics()
+
+    def _backward(self, loss: Tensor) -> None:
+        """Adds to this rank's gradient; the update sums them over ranks once a step, however often each came here."""
+        with _block_parallel_sync_behavior(self.trainer.strategy):
+            self.manual_backward(loss)
 
     def _skip(self, problem: str) -> None:
         self._skipped_in_a_row += 1
@@ -301,10 +311,12 @@ class RLMTModule(LightningModule, PolicyOwner):
         broken = sum(not split.ok for split in experience.splits) / len(experience.splits)
         self.log(f"{stage}/malformed", broken, batch_size=len(batch), sync_dist=True)
         for name, part in experience.scores.parts.items():
-            if len(experience.scores.parts) > 1 and (known := part[part.isfinite()]).numel():
-                self.log(f"{stage}/{name}", known.mean(), batch_size=known.numel(), sync_dist=True)
-        for name, mean in self.held_out.means(experience, self.malformed, self.malformed_reward).items():
-            self.log(f"{stage}/{name}", mean, batch_size=len(batch), sync_dist=True)
+            known = part[part.isfinite()]
+            if len(experience.scores.parts) > 1 and any(ranks.everyones(len(known))):
+                mean = known.sum() / max(1, len(known))
+                self.log(f"{stage}/{name}", mean, batch_size=len(known), sync_dist=True)
+        for name, held_out in self.held_out.means(experience, self.malformed, self.malformed_reward).items():
+            self.log(f"{stage}/{name}", held_out, batch_size=len(batch), sync_dist=True)
         return {"experience": experience}
 
     # Checkpoints ------------------------------------------------------------------------------------------------------

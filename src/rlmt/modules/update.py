@@ -17,6 +17,7 @@ from rlmt.models.critic import Critic
 from rlmt.models.logprobs import token_logprobs
 from rlmt.models.micro_batch import MicroBatch, micro_batches, shares_prompts
 from rlmt.models.modes import evaluating
+from rlmt.ranks import everyones, gathered, rank, sum_gradients
 from rlmt.types import Experience, RolloutBatch, TokenBatch
 
 
@@ -80,8 +81,9 @@ def _for_all(
 class PolicyUpdate:
     """Computes the gradients of an objective, one optimizer step at a time.
 
-    The gradient does not depend on how a step is cut into micro-batches: each token carries its share of the whole
-    step's loss from the start. Samples that take no part in the loss are not computed.
+    The gradient does not depend on how a step is cut into micro-batches or spread over ranks: each token carries its
+    share of the whole step's loss from the start, and gradients are summed. Samples that take no part in the loss are
+    not computed.
 
     Args:
         algorithm: the objective.
@@ -120,10 +122,12 @@ class PolicyUpdate:
         for epoch in range(self.algorithm.update_epochs):
             parts = [torch.arange(samples)]
             if self.algorithm.minibatches > 1:  # of whole groups, so that samples of a prompt stay together
-                groups = torch.arange(samples).view(-1, experience.rollouts.group_size)
+                size = experience.rollouts.group_size
+                groups = torch.arange(samples).view(samples // size, size)
                 mixed = groups[torch.randperm(len(groups), generator=order)]
                 parts = [part.flatten().sort().values for part in mixed.tensor_split(self.algorithm.minibatches)]
-                parts = [part for part in parts if len(part)]  # fewer groups than minibatches leave some empty
+                # Fewer groups than minibatches leave the last ones empty; every rank takes as many steps as the others.
+                parts = parts[: max(everyones(len(groups)))]
             for number, part in enumerate(parts):
                 # The engine drew from these weights: what is measured against it are log-probs from before any step.
                 drawn_from = epoch == 0 and (number == 0 or experience.old_logprobs is not None)
@@ -144,10 +148,11 @@ class PolicyUpdate:
         rollouts, device = experience.rollouts, experience.lengths.device
         lengths = experience.lengths[part.to(device)]
         mask = _taking_part(experience)[part.to(device)]
-        shares = self.algorithm.token_weights(lengths, mask, rollouts.sampling.max_new_tokens)
+        shares = self._shares(lengths, mask, rollouts.sampling.max_new_tokens)
         weights = torch.zeros_like(experience.engine_logprobs)
         starts = _starts(experience.lengths.cpu())
-        weights[_positions(part.tolist(), starts, rollouts.lengths).to(device)] = shares
+        if len(part):  # a rank may have no sample, and a step all the same
+            weights[_positions(part.tolist(), starts, rollouts.lengths).to(device)] = shares
         samples, together = part[mask.cpu()].tolist(), 1
         if experience.pairs is not None:
             inside = torch.isin(experience.pairs[:, 0].cpu(), part)
@@ -177,13 +182,23 @@ class PolicyUpdate:
                 total[1] += loss.detach()
         return total
 
+    def _shares(self, lengths: Tensor, mask: Tensor, max_new_tokens: int) -> Tensor:
+        """What each token of this rank weighs in the loss of the step, which is one over the samples of all ranks."""
+        before = everyones(len(lengths))[: rank()]
+        everywhere = gathered(lengths)
+        weights = self.algorithm.token_weights(everywhere, gathered(mask), max_new_tokens)
+        first = int(everywhere[: sum(before)].sum())
+        return weights[first : first + int(lengths.sum())]
+
     def _close(self, trained: PreTrainedModel | None, critic: Critic | None, losses: Tensor) -> Step:
-        policy_loss, value_loss = losses.tolist()
+        policy_loss, value_loss = (sum(parts) for parts in zip(*everyones(losses.tolist()), strict=True))
         problem = None
         for model, prefix, loss in ((trained, "policy", policy_loss), (critic, "critic", value_loss)):
             if model is None:
                 continue
-            norm = float(torch.nn.utils.clip_grad_norm_(own_parameters(model), self.max_grad_norm))
+            parameters = own_parameters(model)
+            sum_gradients(parameters)
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
             if not math.isfinite(loss):
                 problem = f"the {prefix}'s loss is {loss}"
             elif not math.isfinite(norm):
@@ -272,9 +287,13 @@ class _Averages:
             self._steps.setdefault(name, []).append(value)
 
     def result(self) -> dict[str, float]:
-        """All means and maxima."""
-        tokens = {name: float(total) / self._tokens.get(name, 1) for name, total in self._sums.items()}
-        return tokens | {name: sum(values) / len(values) for name, values in self._steps.items()}
+        """All means and maxima, over the tokens, samples or pairs of all ranks."""
+        ranks = everyones({name: (float(total), self._tokens.get(name, 0)) for name, total in self._sums.items()})
+        merged: dict[str, float] = {}
+        for name in dict.fromkeys(name for seen in ranks for name in seen):
+            totals, counts = zip(*(seen[name] for seen in ranks if name in seen), strict=True)
+            merged[name] = max(totals) if name.endswith("_max") else sum(totals) / sum(counts)
+        return merged | {name: sum(values) / len(values) for name, values in self._steps.items()}
 
 
 def _starts(lengths: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from rlmt.errors import UserError
+from rlmt.ranks import everyones
 from rlmt.rewards.base import Reward
 from rlmt.types import Message, Scores, Split
 
@@ -73,7 +74,7 @@ def score(
         [prompts[i] for i in rows], [text for text in shown if text is not None], [splits[i].status for i in rows]
     )
     scored = _checked(scored, reward.name, len(rows))
-    floor = _lowest_over_ranks(min([penalty, *scored.tolist()])) if mode == "penalty" else penalty
+    floor = min(everyones(min([penalty, *scored.tolist()]))) if mode == "penalty" else penalty
     total = torch.full((len(splits),), floor, dtype=torch.float32)
     total[rows] = scored
     parts = {}
@@ -106,12 +107,3 @@ def _checked(scores: Tensor, name: str, count: int) -> Tensor:
     if bad:
         raise BadScores(f"reward {name!r} gave {bad} of {count} scores that are not finite{_CURE}")
     return scores
-
-
-def _lowest_over_ranks(value: float) -> float:
-    """The lowest `value` of all ranks; gathered as objects, which works for every backend and device."""
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
-        return value
-    values: list[float] = [value] * distributed.get_world_size()
-    distributed.all_gather_object(values, value)
-    return min(values)

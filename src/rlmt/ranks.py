@@ -1,0 +1,74 @@
+"""What the processes of a run tell each other; with one process each of these is the plain thing.
+
+Every rank has to call them together. Numbers travel as objects, which works for every backend and device; gradients,
+which are large, travel as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
+
+T = TypeVar("T")
+
+
+def size() -> int:
+    """Number of ranks."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this one, from 0."""
+    return distributed.get_rank() if size() > 1 else 0
+
+
+def everyones(value: T) -> list[T]:
+    """What each rank has, in the order of ranks; tensors come on the CPU, so give them on it.
+
+    Args:
+        value: this rank's; tensors and plain data.
+    """
+    if size() == 1:
+        return [value]
+    values = [value] * size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def gathered(values: Tensor) -> Tensor:
+    """The elements of all ranks, end to end.
+
+    Args:
+        values: [n] this rank's; n may differ from rank to rank, and be 0.
+
+    Returns:
+        [sum of n], where `values` are.
+    """
+    return values if size() == 1 else torch.cat(everyones(values.detach().cpu())).to(values.device)
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Puts the sum over ranks in the place of each gradient; one that is on no rank stays absent.
+
+    Sharded parameters are left alone: their gradients are summed when they are scattered.
+
+    Args:
+        parameters: the same on each rank, in the same order.
+    """
+    whole = [p for p in parameters if not isinstance(p, DTensor)]
+    if size() == 1 or not whole:
+        return
+    there = torch.tensor([p.grad is not None for p in whole], dtype=torch.int32, device=whole[0].device)
+    distributed.all_reduce(there, distributed.ReduceOp.MAX)
+    pending = []
+    for parameter, wanted in zip(whole, there.tolist(), strict=True):
+        if wanted:
+            if parameter.grad is None:  # no sample of this rank took part
+                parameter.grad = torch.zeros_like(parameter)
+            pending.append(distributed.all_reduce(parameter.grad, async_op=True))
+    for work in pending:
+        work.wait()

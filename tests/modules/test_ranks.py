@@ -1,0 +1,53 @@
+"""Two processes that share a batch, evenly or not, take the step that one takes with all of it."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+CASES = [
+    *("token_mean", "sequence_mean", "constant", "one rank has no group", "whitening over ranks", "critic", "pairs"),
+    *("adapter", "minibatches"),
+]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    script = Path(__file__).with_name("two_ranks.py")
+    ranks = [subprocess.Popen([sys.executable, str(script), str(rank), str(folder)]) for rank in range(2)]
+    assert [rank.wait(timeout=500) for rank in ranks] == [0, 0]
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
+def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert got.keys() == expected.keys()
+    scale = max(float(gradient.abs().max()) for gradient in expected.values())
+    assert scale > 0
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, rtol=tolerance, atol=tolerance * scale, msg=name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_take_the_step_of_one(case: str, results: list[dict[str, Any]]) -> None:
+    alone = results[0]["alone"][case]
+    for rank in results:
+        shared = rank["shared"][case]
+        assert len(shared["steps"]) == len(alone["steps"]) == (2 if case == "minibatches" else 1)
+        if case != "minibatches":  # each rank mixes its own groups
+            assert_same(shared["steps"][0], alone["steps"][0], 1e-5)
+            assert shared["metrics"] == pytest.approx(alone["metrics"], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_have_the_same_gradient_bit_for_bit(case: str, results: list[dict[str, Any]]) -> None:
+    left, right = (rank["shared"][case]["steps"] for rank in results)
+    for one, other in zip(left, right, strict=True):
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_every_case_is_tested(results: list[dict[str, Any]]) -> None:
+    assert list(results[0]["shared"]) == CASES

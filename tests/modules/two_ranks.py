@@ -1,0 +1,85 @@
+"""One of two ranks, started by test_ranks.py: each objective's update on its share, and first, alone, on all of it."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from test_update import experience as three_groups  # noqa: E402
+from test_update import gradients, model  # noqa: E402
+
+from rlmt.algorithms import DPO, GRPO, PPO, Algorithm, REINFORCEPlusPlus  # noqa: E402
+from rlmt.models.adapters import LoRA, own_parameters  # noqa: E402
+from rlmt.models.critic import build_critic  # noqa: E402
+from rlmt.modules.dynamic_sampling import select  # noqa: E402
+from rlmt.modules.update import PolicyUpdate, first_pass, first_values  # noqa: E402
+from rlmt.types import Experience, Split, Status  # noqa: E402
+
+CPU = torch.device("cpu")
+BUDGET = 60
+CASES: dict[str, tuple[Any, list[list[int]]]] = {  # the objective, and the groups of each rank
+    "token_mean": (lambda: GRPO(kl_coef=0.1, entropy_coef=0.1), [[0, 1], [2]]),
+    "sequence_mean": (lambda: GRPO(loss_aggregation="sequence_mean", kl_coef=0.1), [[0], [1, 2]]),
+    "constant": (lambda: GRPO(loss_aggregation="constant", kl_coef=0.1), [[0, 1], [2]]),
+    "one rank has no group": (lambda: GRPO(kl_coef=0.1), [[0, 1, 2], []]),
+    "whitening over ranks": (lambda: REINFORCEPlusPlus(reward_kl_coef=0.1), [[0, 1], [2]]),
+    "critic": (lambda: PPO(kl_placement="reward", kl_coef=0.1, target_kl=1.0), [[0, 1], [2]]),
+    "pairs": (lambda: DPO(min_valid=2), [[0, 1], [2]]),
+    "adapter": (lambda: GRPO(kl_coef=0.1), [[0], [1, 2]]),
+    "minibatches": (lambda: GRPO(kl_coef=0.1, minibatches=2), [[0, 1], [2]]),
+}
+
+
+def experience() -> Experience:
+    data = three_groups()
+    data.texts, data.splits, data.scores.texts = [""] * 12, [Split("", "a", Status.OK)] * 12, [None] * 12
+    return data
+
+
+def update(case: str, algorithm: Algorithm, data: Experience) -> dict[str, Any]:
+    """Gradients of each step, metrics, and what the objective found."""
+    policy, reference, rollouts = model(0), model(1), data.rollouts
+    if case == "adapter":
+        LoRA(rank=4, alpha=8, target_modules=["q_proj", "down_proj"]).add_to(policy)
+        torch.manual_seed(0)
+        for parameter in own_parameters(policy):
+            torch.nn.init.normal_(parameter, std=0.1)
+    critic = None if algorithm.critic is None else build_critic(algorithm.critic, policy)
+    if algorithm.pairwise:
+        algorithm.prepare(data)
+    samples = None if data.pairs is None else data.pairs.flatten().tolist()
+    data.ref_logprobs = first_pass(reference, rollouts, BUDGET, CPU, algorithm.logprob_temperature, samples)
+    data.old_logprobs = first_pass(policy, rollouts, BUDGET, CPU)
+    if critic is not None:
+        torch.manual_seed(0)
+        torch.nn.init.normal_(critic.head.weight, std=0.3)
+        data.values = first_values(critic, rollouts, BUDGET, CPU)
+    if not algorithm.pairwise:
+        algorithm.prepare(data)
+    updates = PolicyUpdate(algorithm, BUDGET, max_grad_norm=0.5)
+    steps: list[dict[str, Tensor]] = []
+    for step in updates.steps(policy, data, 0, lambda loss: loss.backward(), critic):
+        assert step.problem is None
+        steps.append(gradients(policy) | ({} if critic is None else {"head": critic.head.weight.grad.clone()}))
+        for trained in (policy, critic):
+            if trained is not None:
+                trained.zero_grad()
+    return {"steps": steps, "metrics": updates.metrics() | (data.metrics if critic is not None else {})}
+
+
+def main(number: int, folder: Path) -> None:
+    alone = {} if number else {case: update(case, make(), experience()) for case, (make, _) in CASES.items()}
+    distributed.init_process_group("gloo", f"file://{folder / 'store'}", world_size=2, rank=number)
+    shared = {
+        case: update(case, make(), select(experience(), shares[number])) for case, (make, shares) in CASES.items()
+    }
+    torch.save({"alone": alone, "shared": shared}, folder / f"rank{number}.pt")
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
