@@ -13,8 +13,8 @@ def config(path: Path, out: Path, tiny: Path, **changes: Any) -> list[str]:
     run = (
         f"fit --config base --config grpo --config tiny --config $format --seed_everything $seed "
         f"--model.policy {tiny}/policy --model.reward.model {tiny}/reward --data.prompts {tiny}/prompts.jsonl "
-        "--data.engine TransformersEngine --data.batch_size 2 --data.group_size 2 "
-        "--data.max_prompt_tokens 512 --data.max_new_tokens 8 "
+        "--data.engine TransformersEngine --data.batch_size 4 --data.group_size 4 "
+        "--data.max_prompt_tokens 512 --data.max_new_tokens 64 "
         "--data.val_size 4 --trainer.max_steps 2 --trainer.val_check_interval 2 --trainer.accelerator cpu"
     )
     study = {

@@ -28,6 +28,7 @@ _BAR = re.compile(rb"(\d+)/(\d+) \[")
 """How far a progress bar of tqdm is."""
 _TQDM = ("--trainer.callbacks+", "lightning.pytorch.callbacks.TQDMProgressBar")
 """The bar that writes to a file, too."""
+_ERROR = "rlmt: error: "
 _TAIL = 4096
 
 
@@ -159,7 +160,7 @@ class Runner:
             state.save(job.folder)
             if status:
                 self._bars.remove_task(bar)
-                raise _Failed(f"{_last_line(job.folder / LOG)} (exit {status}, {job.folder / LOG})")
+                raise _Failed(f"{_reason(job.folder / LOG)} (exit {status}, {job.folder / LOG})")
         self._bars.remove_task(bar)
 
     def _execute(self, command: Sequence[str], log: Path, bar: TaskID) -> int:
@@ -199,6 +200,8 @@ def _tail(log: Path) -> bytes:
         return file.read()
 
 
-def _last_line(log: Path) -> str:
+def _reason(log: Path) -> str:
+    """Why a command failed: its message, or else its last line."""
     lines = [line.strip() for line in _tail(log).decode(errors="replace").replace("\r", "\n").splitlines()]
-    return next((line for line in reversed(lines) if line), "no output").removeprefix("rlmt: error: ")
+    told = [line.partition(_ERROR)[2] for line in lines if _ERROR in line]
+    return next(reversed(told or [line for line in lines if line]), "no output")
