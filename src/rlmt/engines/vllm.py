@@ -190,8 +190,8 @@ class VLLMEngine(Engine):
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(self._max_model_len, self.max_num_seqs, 4096),
             }
-        if ranks.size() > 1:
-            options["distributed_executor_backend"] = "external_launcher"  # an engine a rank, in the group that is there
+        if ranks.size() > 1:  # an engine a rank, in the process group that is there
+            options["distributed_executor_backend"] = "external_launcher"
         return vllm.LLM(
             model=folder,
             load_format="dummy",
