@@ -47,10 +47,9 @@ def compose(*names: str) -> list[str]:
 def test_every_shipped_config_is_tested() -> None:
     # See test_paper.py, test_the_miniature_configs_instantiate and tests/study for the folders.
     assert {path.name for path in CONFIGS.iterdir() if path.is_dir()} <= {"paper", "mini", "study", "__pycache__"}
-    shipped = {path.stem for path in CONFIGS.glob("*.yaml")}
+    shipped = {path.stem for path in CONFIGS.glob("*.yaml")} - {"ddp"}  # see test_one_more_config_spreads_a_run
     objectives = {"grpo", "ppo", "dpo", "dpo_offline"}
-    own = {"base", "early_stop", "lora", "qlora", "server", "ddp", "sft", "reward"}
-    assert shipped == {*own, *objectives, *FORMATS, *MODELS}
+    assert shipped == {"base", "early_stop", "lora", "qlora", "server", "sft", "reward", *objectives, *FORMATS, *MODELS}
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -315,10 +315,10 @@ class RLMTModule(LightningModule, PolicyOwner):
         for name, part in experience.scores.parts.items():
             known = part[part.isfinite()]
             if len(experience.scores.parts) > 1 and any(ranks.everyones(len(known))):
-                part_mean = known.sum() / max(1, len(known))
-                self.log(f"{stage}/{name}", part_mean, batch_size=len(known), sync_dist=True)
-        for name, mean in self.held_out.means(experience, self.malformed, self.malformed_reward).items():
-            self.log(f"{stage}/{name}", mean, batch_size=len(batch), sync_dist=True)
+                mean = known.sum() / max(1, len(known))
+                self.log(f"{stage}/{name}", mean, batch_size=len(known), sync_dist=True)
+        for name, held_out in self.held_out.means(experience, self.malformed, self.malformed_reward).items():
+            self.log(f"{stage}/{name}", held_out, batch_size=len(batch), sync_dist=True)
         return {"experience": experience}
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
