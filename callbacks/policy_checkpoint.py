@@ -174,23 +174,27 @@ class PolicyCheckpoint(ModelCheckpoint):
         assert self._moment is not None and self.dirpath is not None
         path = Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
         self._writing = True
+        failure: OSError | None = None
         try:
             checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
             self._moment.put_into(checkpoint)
             log = next((logger for logger in trainer.loggers if isinstance(logger, RunLog)), None)
             checkpoint["run"] = {"version": log.version if log else None, "step": self._moment.step}
             trainer.strategy.save_checkpoint(checkpoint, path)
-            trainer.strategy.barrier("PolicyCheckpoint")
         except OSError as error:
-            why = f"{path} cannot be written ({error.strerror or error})"
+            failure = error
+        finally:
+            self._writing = False
+        # One rank writes, and all have to know how it went.
+        reasons = ranks.everyones("" if failure is None else failure.strerror or str(failure))
+        if any(reasons):
+            why = f"{path} cannot be written ({max(reasons)})"
             if not may_fail:
                 raise _NotWritten(
                     f"{why}; the checkpoint before it is whole: make room, and go on with --ckpt_path last."
-                ) from error
+                ) from failure
             rank_zero_warn(f"{why}; the checkpoint before it is whole.")
             return
-        finally:
-            self._writing = False
         self._saved, self._steps_saved = self._moment, trainer.global_step
         self.best_model_path = str(path)
 

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
 
 from rlmt.algorithms import DPO, GRPO, PPO
 from rlmt.cli import main
@@ -45,7 +47,7 @@ def compose(*names: str) -> list[str]:
 def test_every_shipped_config_is_tested() -> None:
     # See test_paper.py, test_the_miniature_configs_instantiate and tests/study for the folders.
     assert {path.name for path in CONFIGS.iterdir() if path.is_dir()} <= {"paper", "mini", "study", "__pycache__"}
-    shipped = {path.stem for path in CONFIGS.glob("*.yaml")}
+    shipped = {path.stem for path in CONFIGS.glob("*.yaml")} - {"ddp"}  # see test_one_more_config_spreads_a_run
     objectives = {"grpo", "ppo", "dpo", "dpo_offline"}
     assert shipped == {
         "base",
@@ -235,6 +237,19 @@ def test_every_run_of_the_miniature_study_instantiates(launched: list[Any], monk
         assert main([*words, "--trainer.accelerator", "cpu"]) == 0, command
     assert len(launched) == len(runs) == 11
     assert set(yaml.safe_load((CONFIGS / "study/quickstart.yaml").read_text())["only"]) <= set(study["arms"])
+
+
+@pytest.mark.parametrize("names", [("tiny",), ("llama-3.1-8b", "qlora")])
+def test_one_more_config_spreads_a_run(
+    names: tuple[str, ...], launched: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*compose("base", "grpo", *names, "ddp"), "--trainer.devices", "2", "--trainer.num_nodes", "3"]
+    assert main(words) == 0
+    assert sys.argv[1:] == words  # what Lightning starts the other processes with
+    ((trainer, module, data),) = launched
+    assert isinstance(trainer.strategy, DDPStrategy) and trainer.world_size == 6
+    assert isinstance(data.engine, VLLMEngine)
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("names", [("tiny",), ("llama-3.1-8b", "lora"), ("llama-3.1-8b", "qlora")])

@@ -17,6 +17,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_two_nodes_train_one_policy_and_stop_together(tiny: Path, prompts_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"

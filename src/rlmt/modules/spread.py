@@ -17,8 +17,8 @@ def check_spread(trainer: Trainer, stage: str) -> None:
     name = type(trainer.strategy).__name__
     if not isinstance(trainer.strategy, DDPStrategy):
         raise UserError(
-            f"--trainer.strategy is {name}: use `ddp` (--config ddp), since other ways to spread a policy over "
-            "processes are not known to rlmt."
+            f"--trainer.strategy is {name}: rlmt spreads a run by `ddp` (--config ddp), with whole models in each "
+            "process; it cannot train weights in shards. Where they do not fit, use --config qlora."
         )
     if stage == "predict":
         raise UserError(f"--trainer.devices gives {trainer.world_size} processes: predict runs on one; set 1.")

@@ -1,0 +1,54 @@
+"""Runs on several processes that cannot be had are refused in one line, before any model is loaded."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+
+from rlmt.engines import TransformersEngine, VLLMServerEngine
+from rlmt.engines.base import Engine
+from rlmt.errors import UserError
+from rlmt.modules import SFT, RLMTModule
+from rlmt.modules.checks import check_trainer
+from rlmt.modules.spread import check_spread
+
+
+def trainer(strategy: Any = None, engine: Engine | None = None, world_size: int = 2, module: Any = None) -> Any:
+    return SimpleNamespace(
+        strategy=strategy or DDPStrategy(),
+        world_size=world_size,
+        datamodule=SimpleNamespace(engine=engine or TransformersEngine()),
+        lightning_module=module,
+        precision="32-true",
+    )
+
+
+def servers() -> VLLMServerEngine:
+    return VLLMServerEngine(urls=["http://127.0.0.1:8001"])
+
+
+@pytest.mark.parametrize(
+    ("given", "stage", "says"),
+    [
+        (trainer(ModelParallelStrategy()), "fit", r"--trainer\.strategy is ModelParallelStrategy: .*--config ddp"),
+        (trainer(), "predict", r"predict runs on one"),
+        (trainer(engine=servers()), "fit", r"--data\.engine VLLMServerEngine: .*--data\.engine VLLMEngine"),
+    ],
+)
+def test_what_cannot_be_spread_is_refused(given: Any, stage: str, says: str) -> None:
+    with pytest.raises(UserError, match=says) as caught:
+        check_spread(given, stage)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_can_be_spread_passes() -> None:
+    for stage in ("fit", "validate", "test"):
+        check_spread(trainer(), stage)
+    check_spread(trainer(ModelParallelStrategy(), servers(), world_size=1), "predict")
+
+
+def test_only_the_rl_module_is_trained_on_several_processes() -> None:
+    check_trainer(trainer(module=RLMTModule))
+    with pytest.raises(UserError, match="gives 2 processes"):
+        check_trainer(trainer(module=SFT))

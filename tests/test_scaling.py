@@ -1,0 +1,61 @@
+"""The table of docs/scaling.md follows from the shapes of the models."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedModel
+
+from rlmt.models.quantization import nf4_bytes
+
+TEXT = (Path(__file__).parents[1] / "docs/scaling.md").read_text(encoding="utf-8")
+RANK, RANKS = 16, 8
+SIZES = {"8B": (4096, 14336, 32, 32), "70B": (8192, 28672, 80, 64)}  # hidden, feed-forward, layers, heads
+
+
+def build(kind: type[PreTrainedModel], name: str) -> PreTrainedModel:
+    hidden, ffn, layers, heads = SIZES[name]
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        num_labels=1,
+    )
+    with torch.device("meta"):
+        return kind(config)
+
+
+def in_layers(model: PreTrainedModel) -> list[nn.Linear]:
+    return [layer for layer in model.base_model.modules() if isinstance(layer, nn.Linear)]
+
+
+def nf4(model: PreTrainedModel) -> float:
+    linear = sum(layer.weight.numel() for layer in in_layers(model))
+    return nf4_bytes(linear, True) + 2 * (model.num_parameters() - linear)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_table_of_traffic_and_memory(name: str) -> None:
+    policy, reward = build(LlamaForCausalLM, name), build(LlamaForSequenceClassification, "8B")
+    size, judge = policy.num_parameters(), 2 * reward.num_parameters()
+    linear = sum(layer.weight.numel() for layer in in_layers(policy))
+    adapter = sum(RANK * (layer.in_features + layer.out_features) for layer in in_layers(policy))
+    around = 2 * (RANKS - 1) / RANKS
+    expected = {
+        "all": (4 * size * around, 2 * size, (20 + 4 + 2) * size + judge),
+        "`lora`": (4 * adapter * around, 4 * adapter, 20 * adapter + 4 * size + judge),
+        "`qlora`": (
+            *(4 * adapter * around, 4 * adapter),
+            14 * adapter + nf4(policy) + nf4(reward) + linear + 2 * (size - linear),
+        ),
+    }
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in TEXT.splitlines() if line.startswith("|")]
+    found = {row[1]: [float(cell.replace(",", "")) for cell in row[2:]] for row in rows if row[0] == name}
+    assert found.keys() == expected.keys()
+    for trained, gigabytes in found.items():
+        for got, bytes_ in zip(gigabytes, expected[trained], strict=True):
+            assert got == pytest.approx(bytes_ / 1e9, rel=0.01, abs=0.06)
