@@ -67,6 +67,13 @@ def allocated_peak(tmp_path: Path) -> Callable[[Callable[[], None]], int]:
     return measure
 
 
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw nothing, which takes a third of a short one's time; what they would draw is tested elsewhere."""
+    monkeypatch.setattr("rlmt.plots.draw_curves", lambda path, *curves: path)
+    monkeypatch.setattr("rlmt.calibration.draw_calibration", lambda path, bins: path)
+
+
 WORDS = ["red", "green", "blue", "one", "two", "three", "four", "bee", "cat", "dog", "sun", "moon"]
 
 

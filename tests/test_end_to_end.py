@@ -3,13 +3,17 @@
 import csv
 import os
 import statistics
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
 from rlmt.cli import main
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 SEEDS = (0, 1, 2)
 
 
@@ -34,8 +38,21 @@ def fit(tiny: Path, prompts: Path, run: Path, *more: object) -> list[dict[str, f
     return [{name: float(value) for name, value in row.items() if value} for row in rows]
 
 
+@pytest.fixture(scope="module")
+def grpo(tiny: Path, prompts_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[Any]]:
+    """`grpo(seed)`: folder and metrics of a run without thoughts, made once."""
+    root = tmp_path_factory.mktemp("grpo")
+    options = ("--model.format", "no_think", "--trainer.max_steps", 16)
+
+    @cache
+    def run(seed: int) -> list[Any]:
+        folder = root / str(seed)
+        return [folder, fit(tiny, prompts_file, folder, "--seed_everything", seed, *options)]
+
+    return run
+
+
 OBJECTIVES: dict[str, tuple[object, ...]] = {
-    "GRPO": (),
     "PPO": ("--model.algorithm", "PPO", "--model.algorithm.critic_lr", 1e-3),
     "DPO": (
         *("--model.algorithm", "DPO", "--model.algorithm.loss", "length_normalized", "--model.algorithm.beta", 5),
@@ -45,14 +62,19 @@ OBJECTIVES: dict[str, tuple[object, ...]] = {
 }
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_reward_rises_over_three_seeds(objective: str, tiny: Path, prompts_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("objective", ["GRPO", *OBJECTIVES])
+def test_reward_rises_over_three_seeds(
+    objective: str, tiny: Path, prompts_file: Path, tmp_path: Path, grpo: Callable[[int], list[Any]]
+) -> None:
     rises = []
     for seed in SEEDS:
-        rows = fit(
-            *(tiny, prompts_file, tmp_path / str(seed), "--seed_everything", seed),
-            *("--model.format", "no_think", "--trainer.max_steps", 16, *OBJECTIVES[objective]),
-        )
+        if objective == "GRPO":
+            _, rows = grpo(seed)
+        else:
+            rows = fit(
+                *(tiny, prompts_file, tmp_path / str(seed), "--seed_everything", seed),
+                *("--model.format", "no_think", "--trainer.max_steps", 16, *OBJECTIVES[objective]),
+            )
         updates = 2 if objective == "DPO" else 1
         assert [row["engine/weight_version"] for row in rows] == [updates * step for step in range(16)]
         if objective == "DPO":  # takes its log-probs at another temperature than the engine
@@ -65,10 +87,13 @@ def test_reward_rises_over_three_seeds(objective: str, tiny: Path, prompts_file:
     assert statistics.mean(rises) > 2 * error, rises
 
 
-@pytest.mark.parametrize("form", ["think", "no_think"])
-def test_no_thought_is_scored(form: str, tiny: Path, prompts_file: Path, tmp_path: Path) -> None:
-    fit(tiny, prompts_file, tmp_path, "--model.format", form, "--trainer.max_steps", 4)
-    assert 0 < scored_share(tmp_path, form) < 1
+def test_no_thought_is_scored(tiny: Path, prompts_file: Path, tmp_path: Path) -> None:
+    fit(tiny, prompts_file, tmp_path, "--model.format", "think", "--trainer.max_steps", 4)
+    assert 0 < scored_share(tmp_path, "think") < 1
+
+
+def test_all_but_malformed_responses_are_scored_without_thoughts(grpo: Callable[[int], list[Any]]) -> None:
+    assert 0 < scored_share(grpo(0)[0], "no_think") < 1
 
 
 @pytest.mark.skipif("RLMT_PROMPTS" not in os.environ, reason="RLMT_PROMPTS names no file of real prompts")

@@ -17,6 +17,7 @@ from rlmt.modules import RLMTModule
 
 LORA = ("--model.lora", "LoRA", "--model.lora.rank", 64, "--model.lora.alpha", 64)
 QLORA = ("--model.lora", "LoRA", "--model.lora.rank", 8, "--model.quantization", "NF4")
+pytestmark = pytest.mark.usefixtures("no_pictures")
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
 
@@ -94,6 +95,17 @@ def test_reward_rises_and_the_engine_stays_exact(options: tuple[object, ...], fi
         assert not any(p.requires_grad for n, p in fit.module.policy.named_parameters() if ".lora_" not in n)
     error = statistics.stdev(rises) / len(rises) ** 0.5
     assert statistics.mean(rises) > 2 * error, rises
+
+
+def test_dpo_is_held_against_the_policy_without_its_adapter(fit: Runner) -> None:
+    """At the start both are one function: a margin of 0 and a loss of ln 2; after a step they are not."""
+    dpo = ("--model.algorithm", "DPO", "--model.algorithm.min_valid", 2, "--data.batch_size", 8)
+    rows = fit("dpo", *LORA, *dpo, "--trainer.max_steps", 2)
+    assert fit.module is not None and fit.module.reference is None
+    assert [float(row["policy/loss"]) for row in rows][0] == pytest.approx(0.693147, abs=1e-5)
+    assert float(rows[0]["dpo/margin"]) == pytest.approx(0, abs=1e-6) != pytest.approx(float(rows[1]["dpo/margin"]))
+    now = fit.frozen_now(fit.module)
+    assert all(torch.equal(now[name], tensor) for name, tensor in fit.frozen.items())
 
 
 RESUMED = {

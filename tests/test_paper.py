@@ -40,13 +40,10 @@ def worlds(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
 
 @pytest.fixture
 def one_step(
-    worlds: dict[str, Path], prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    worlds: dict[str, Path], prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pictures: None
 ) -> Callable[..., Path]:
     """Takes one step of a run, its models and prompts replaced by small ones; returns its folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        "rlmt.plots.draw_curves", lambda path, *curves: path
-    )  # a third of the time, and tested elsewhere
 
     def step(name: str, engine: str = "TransformersEngine") -> Path:
         world = worlds[name.partition("-")[0]]

@@ -13,6 +13,7 @@ from rlmt.cli import main
 from rlmt.models import loading
 from rlmt.modules import RLMTModule
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 Command = Callable[..., list[str]]
 
 

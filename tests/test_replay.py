@@ -14,6 +14,7 @@ from rlmt.models import loading
 from rlmt.modules import RLMTModule, reference_cache
 from rlmt.records import read_rollouts
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 Run = Callable[..., list[dict[str, float]]]
 
 

@@ -23,6 +23,7 @@ from rlmt.modules.supervised import SupervisedModule
 from rlmt.rewards import ClassifierReward
 from rlmt.types import Status
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 Command = Callable[..., list[str]]
 IDS = torch.arange(40, 88).view(2, 24)
 LORA = ("--model.lora", "LoRA", "--model.lora.rank", 4, "--model.lora.alpha", 16)
@@ -123,6 +124,20 @@ def test_an_adapter_is_trained_and_both_exports_are_the_model(
         trained.check()
         trained.model = module._trained
         assert (scores(exported) - scores(trained)).abs().max() < 1e-3
+
+
+def test_a_high_rank_learns_what_all_parameters_learn(fit: Callable[..., Any], tmp_path: Path) -> None:
+    """A rank of the model's width leaves the update free; its scale is 1, and both halve the loss alike."""
+    ends = []
+    for options in ((), ("--model.lora", "LoRA", "--model.lora.rank", 64, "--model.lora.alpha", 64)):
+        fit("sft", *options, "--trainer.max_epochs", 4)
+        file = max((tmp_path / "run").glob("version_*/metrics.csv"), key=lambda path: path.stat().st_mtime)
+        rows = list(csv.DictReader(file.open()))
+        losses = [float(row["sft/loss"]) for row in rows if row["sft/loss"]]
+        ends.append((losses[0], [float(row["val/loss"]) for row in rows if row["val/loss"]][-1]))
+    (start, full), (same, adapted) = ends
+    assert same == pytest.approx(start, rel=1e-5)
+    assert full < 0.6 * start and adapted < 0.6 * start, ends
 
 
 def never(*args: Any, **options: Any) -> None:
