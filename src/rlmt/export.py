@@ -199,7 +199,7 @@ def _adapter(saved: _Checkpoint) -> AdapterWeights:
 
 
 def _export_merged(saved: _Checkpoint, source: str, out: Path, dtype: torch.dtype | None) -> None:
-    base, adapter = open_base(source), _adapter(saved)
+    adapter, base = _adapter(saved), open_base(source)
     check_fits(base, adapter)
     config, quantization = load_config(saved.assets), saved.about.get("quantization")
     held = cast(torch.dtype, config.dtype or torch.float32)
