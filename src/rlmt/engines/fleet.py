@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from contextlib import AsyncExitStack
+from typing import Any, TypeVar
 
 from rlmt.engines.server import Server, Unusable
 
@@ -76,3 +77,23 @@ class Fleet:
 
     def _free(self) -> list[Server]:
         return [server for server in self.living if self._outstanding[server] < self._limit]
+
+
+async def connected(servers: Sequence[Server], do: Callable[[], Awaitable[T]]) -> T:
+    """Does something while connected to servers."""
+    async with AsyncExitStack() as connections:
+        for server in servers:
+            await connections.enter_async_context(server.connected())
+        return await do()
+
+
+async def all_of(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of all; the first exception ends them all, so that none goes on without its connection."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise

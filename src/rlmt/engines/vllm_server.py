@@ -13,11 +13,11 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import os
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
-from contextlib import AsyncExitStack, suppress
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlmt.engines.adapter_slot import why_not
 from rlmt.engines.base import Engine
-from rlmt.engines.fleet import Fleet, NoneLeft
+from rlmt.engines.fleet import Fleet, NoneLeft, all_of, connected
 from rlmt.engines.limits import room
 from rlmt.engines.server import Completion, Server, Unusable
 from rlmt.engines.shared_folder import Published, SharedFolder
@@ -35,8 +35,6 @@ from rlmt.errors import UserError
 from rlmt.models.adapters import base_tensors
 from rlmt.thinking import ThinkingFormat
 from rlmt.types import AdapterWeights, SampleRequest, Samples, Sampling
-
-T = TypeVar("T")
 
 
 class VLLMServerEngine(Engine):
@@ -101,8 +99,9 @@ class VLLMServerEngine(Engine):
             raise UserError("VLLMServerEngine needs httpx and openai: pip install 'rlmt[servers]'")
         if not self._servers:
             key = os.environ.get(self.api_key_variable)
-            self._servers = [Server(url, key, self.api_key_variable, self.model, self.timeout) for url in self.urls]
-            self._of_all(_introduce)
+            servers = [Server(url, key, self.api_key_variable, self.model, self.timeout) for url in self.urls]
+            self._ofall_of(servers, _introduce)
+            self._servers = servers
 
     def check_run(
         self,
@@ -116,12 +115,12 @@ class VLLMServerEngine(Engine):
         for server in self._servers:
             if server.max_model_len < max_model_len:
                 raise UserError(
-                    f"vLLM server {server.url}: takes {server.max_model_len:,} tokens, and --data.max_prompt_tokens + "
+                    f"vLLM server {server.url} takes {server.max_model_len:,} tokens, and --data.max_prompt_tokens + "
                     f"--data.max_new_tokens are {max_model_len:,}; start it with --max-model-len {max_model_len}"
                 )
         text = "".join(("The quick brown fox: 1 + 2 = 3\n", *sampling.stop))
         ids = tokenizer(text, add_special_tokens=False).input_ids
-        self._of_all(lambda server: server.check_tokens(text, ids))
+        self._ofall_of(self._servers, lambda server: server.check_tokens(text, ids))
 
     def check_adapter(self, config: dict[str, Any]) -> None:
         """Raises UserError when the servers cannot serve such an adapter.
@@ -133,9 +132,9 @@ class VLLMServerEngine(Engine):
             return
         if (reason := why_not(config)) is not None:
             raise UserError(f"vLLM cannot serve this adapter: {reason}; use --data.engine.serve merged")
-        self._of_all(lambda server: server.check_adapters(config["r"]))
+        self._ofall_of(self._servers, lambda server: server.check_adapters(config["r"]))
 
-    def _of_all(self, do: Callable[[Server], Awaitable[None]]) -> None:
+    def _ofall_of(self, servers: list[Server], do: Callable[[Server], Awaitable[None]]) -> None:
         """Does something with every server at once; UserError for the first that cannot be used."""
 
         async def one(server: Server) -> None:
@@ -144,7 +143,7 @@ class VLLMServerEngine(Engine):
             except Unusable as error:
                 raise UserError(f"vLLM server {server.url} {error}") from error
 
-        asyncio.run(self._with_servers(lambda: _all(map(one, self._servers))))
+        asyncio.run(connected(servers, lambda: all_of(map(one, servers))))
 
     def start(
         self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_model_len: int, dtype: torch.dtype
@@ -199,7 +198,7 @@ class VLLMServerEngine(Engine):
             written = self._published.weights
         slot = None if adapter is None else folder.write_adapter(adapter, version)
         self._published = Published(folder.run, version, written, slot)
-        asyncio.run(self._with_servers(self._bring_up))
+        asyncio.run(connected(self._servers, self._bring_up))
         self.version = version
 
     async def _bring_up(self) -> list[Server]:
@@ -256,7 +255,7 @@ class VLLMServerEngine(Engine):
             for group, request in enumerate(requests)
             for seed in request.seeds
         ]
-        drawn = asyncio.run(self._with_servers(lambda: self._draw(calls, sampling)))
+        drawn = asyncio.run(connected(self._servers, lambda: self._draw(calls, sampling)))
         ids, logprobs, finish = [[getattr(one, name) for one in drawn] for name in ("ids", "logprobs", "finish")]
         return Samples(ids, logprobs, finish, version)
 
@@ -269,7 +268,7 @@ class VLLMServerEngine(Engine):
         try:
             while todo := [call for call in calls if call not in done]:
                 fleet = Fleet(await self._bring_up(), self.max_in_flight)
-                answers = await _all(fleet.run(call.group, partial(self._ask, call, sampling)) for call in todo)
+                answers = await all_of(fleet.run(call.group, partial(self._ask, call, sampling)) for call in todo)
                 stale = await self._stale(fleet.living)
                 done |= {
                     call: answer for call, (server, answer) in zip(todo, answers, strict=True) if server not in stale
@@ -302,12 +301,6 @@ class VLLMServerEngine(Engine):
 
     # The rest ---------------------------------------------------------------------------------------------------------
 
-    async def _with_servers(self, do: Callable[[], Awaitable[T]]) -> T:
-        async with AsyncExitStack() as connections:
-            for server in self._servers:
-                await connections.enter_async_context(server.connected())
-            return await do()
-
     def _opened(self) -> SharedFolder:
         if self._folder is None:
             raise RuntimeError("VLLMServerEngine is not running: start it first")
@@ -337,15 +330,3 @@ class _Call:
 async def _introduce(server: Server) -> None:
     await server.look()
     await server.options()
-
-
-async def _all(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """The results of all; the first exception ends them all, so that none goes on without its connection."""
-    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
-    try:
-        return await asyncio.gather(*tasks)
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
