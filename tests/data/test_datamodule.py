@@ -222,6 +222,7 @@ def test_options_out_of_range(prompts, option, value):
         ({"max_prompt_tokens": 8}, 1, "fit", "all 22 prompts are longer than --data.max_prompt_tokens 8"),
         ({"batch_size": 21}, 1, "fit", "batch_size is 21, but only 20 training prompts"),
         ({"batch_size": 6}, 4, "fit", "batch_size 6 does not divide by 4 devices"),
+        ({"val_size": 3}, 2, "fit", "val_size is 3, which does not divide by 2 devices"),
         ({"val_size": 23}, 1, "fit", "val_size asks for 23 validation prompts, but .* has 22"),
         ({"val_size": 22}, 1, "fit", "only 0 training prompts"),
         ({"val_size": 0}, 1, "test", "nothing to test on"),
@@ -236,8 +237,8 @@ def test_what_does_not_fit_is_told_in_one_line(tokenizer, prompts, options, worl
 
 def test_limits_that_just_fit(tokenizer, prompts):
     data = make(prompts, max_prompt_tokens=9, max_new_tokens=91, batch_size=20)
-    attached(data, FakeModule(tokenizer), world_size=4)
-    assert len(data._train) == 20 and {len(batch.prompts) for batch in data.train_dataloader()} == {5}
+    attached(data, FakeModule(tokenizer), world_size=2)
+    assert len(data._train) == 20 and {len(batch.prompts) for batch in data.train_dataloader()} == {10}
 
 
 def test_the_engine_is_checked_before_prompts_are_read(tokenizer):
