@@ -146,11 +146,6 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
         engine.check_run(source.format, source.tokenizer, self._sampling(source), samples, self._max_model_len)
         if self._all is None:
             self._load(source)
-        if len(self._val) % self._world_size:  # one of them would count twice
-            raise UserError(
-                f"--data.val_size is {len(self._val)}, which does not divide by {self._world_size} devices: set it to "
-                "a multiple"
-            )
         self._sampler = None
         if stage == "fit":
             if self.rollout_lag and not engine.concurrent:
@@ -168,6 +163,11 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
             self._all = known_prompts(self._all or [], source, self.engine, self.prompts)
         elif not self._val:
             raise UserError(f"nothing to {stage} on: set --data.val_size above 0 or --data.val_prompts")
+        if len(self._val) % self._world_size:  # one of them would count twice
+            raise UserError(
+                f"--data.val_size is {len(self._val)}, which does not divide by {self._world_size} devices: set it to "
+                "a multiple"
+            )
 
     def _load(self, source: PolicySource) -> None:
         """Reads the prompts and splits them in an order that depends on the seed and each prompt's row alone."""
