@@ -320,7 +320,7 @@ def test_empty_special_and_broken_responses_crash_nothing(
     for row in found:
         assert {k for k, v in row.items() if not math.isfinite(float(v))} <= unscored
     table = read_rollouts(tmp_path / "run" / "version_0" / "rollouts").to_pylist()
-    assert {row["status"] for row in table} == ({"ok", "empty_response"} if form == "no_think" else {"unopened"})
+    assert {row["status"] for row in table} == ({"ok", "empty_response"} if form == "no_think" else {"unclosed"})
     if form == "no_think":
         assert any("\x00" in row["scored_text"] for row in table if row["scored_text"])
         assert all(row["scored_text"] is None for row in table if row["status"] != "ok")
