@@ -286,6 +286,7 @@ class _Plain(pickle.Unpickler):
 
 
 _PLAIN = {
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch", "Size"),
     ("torch", "device"),
     ("torch.serialization", "_get_layout"),
