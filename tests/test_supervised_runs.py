@@ -172,8 +172,8 @@ def test_a_resumed_run_is_the_unbroken_run(
     common = ("--config", "often.yaml", "--model.optimizer", "MuonAdamW", "--model.optimizer.init_args.muon_lr", 0.01)
     save = AtomicCheckpointIO.save_checkpoint
 
-    def save_and_keep(io: AtomicCheckpointIO, checkpoint: dict[str, Any], path: Path, *args: Any) -> None:
-        save(io, checkpoint, path, *args)
+    def save_and_keep(io: AtomicCheckpointIO, checkpoint: dict[str, Any], path: Path, **options: Any) -> None:
+        save(io, checkpoint, path, **options)
         shutil.copytree(Path(path).parent, tmp_path / f"kept{checkpoint['global_step']}")
 
     with monkeypatch.context() as patch:

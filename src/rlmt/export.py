@@ -251,8 +251,9 @@ class _Plain(pickle.Unpickler):
     """Makes nothing but torch's own records of where shards lie."""
 
     def find_class(self, module: str, name: str) -> Any:
-        known = module.startswith(("torch.distributed.checkpoint.", "torch._C._distributed"))
-        if known or (module, name) in _PLAIN:
+        known = module == "torch.distributed.checkpoint.metadata" or module.startswith("torch._C._distributed")
+        kind = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if known or kind or (module, name) in _PLAIN:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name}")
 
