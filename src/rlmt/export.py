@@ -251,9 +251,8 @@ class _Plain(pickle.Unpickler):
     """Makes nothing but torch's own records of where shards lie."""
 
     def find_class(self, module: str, name: str) -> Any:
-        known = module == "torch.distributed.checkpoint.metadata" or module.startswith("torch._C._distributed")
         kind = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if known or kind or (module, name) in _PLAIN:
+        if kind or name in _PLAIN.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name}")
 
