@@ -258,12 +258,17 @@ class _Plain(pickle.Unpickler):
 
 
 _PLAIN = {
-    ("torch", "Size"),
-    ("torch", "device"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
+    "collections": ("OrderedDict",),
+    "pathlib": ("Path", "PosixPath", "PurePosixPath"),
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.distributed.checkpoint.metadata": (
+        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
+        *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    ),
 }
-_PLAIN |= {("pathlib", name) for name in ("Path", "PosixPath", "PurePosixPath")}
+"""Names that may be made, by module; exact ones, since a dotted name would reach what a module has imported."""
 
 
 def _check_plain(metadata: Path) -> None:
