@@ -278,21 +278,24 @@ class _Plain(pickle.Unpickler):
     """Makes nothing but torch's own records of where shards lie."""
 
     def find_class(self, module: str, name: str) -> Any:
-        known = module == "torch.distributed.checkpoint.metadata" or module.startswith("torch._C._distributed")
         kind = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if known or kind or (module, name) in _PLAIN:
+        if kind or name in _PLAIN.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name}")
 
 
 _PLAIN = {
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch", "Size"),
-    ("torch", "device"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
+    "collections": ("OrderedDict",),
+    "pathlib": ("Path", "PosixPath", "PurePosixPath"),
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.distributed.checkpoint.metadata": (
+        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
+        *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    ),
 }
-_PLAIN |= {("pathlib", name) for name in ("Path", "PosixPath", "PurePosixPath")}
+"""Names that may be made, by module; exact ones, since a dotted name would reach what a module has imported."""
 
 
 def _check_plain(metadata: Path) -> None:

@@ -83,11 +83,10 @@ def test_a_run_stops_when_the_held_out_score_falls_and_keeps_its_best_checkpoint
     assert read(run, "val/skywork_v2") == [1.0, 2.0, 5.0, 3.0, 4.0, 4.5]
     assert len(read(run, "reward/mean")) == 6  # of the 9 steps allowed
     assert read(run, "val/twin") == read(run, "val/reward_mean")  # the same model, read a second time
-    assert sorted(path.name for path in (run / "checkpoints").glob("*.ckpt")) == [
-        "best-step=3.ckpt",
-        "last.ckpt",
-    ]
-    saved = torch.load(run / "checkpoints" / "best-step=3.ckpt", weights_only=True)
+    # A step whose samples all have the same reward is none of the optimizer's, so the best one's number may be less.
+    best, last = sorted((run / "checkpoints").glob("*.ckpt"))
+    assert best.name in ("best-step=2.ckpt", "best-step=3.ckpt") and last.name == "last.ckpt"
+    saved = torch.load(best, weights_only=True)
     assert {name.partition(".")[0] for name in saved["state_dict"]} == {"policy"}
     (curves,) = (state for name, state in saved["callbacks"].items() if "RewardCurves" in name)
     assert curves["validation"]["val/skywork_v2"] == [1.0, 2.0, 5.0]
