@@ -299,15 +299,15 @@ def fit(servers: list[RealServer], tiny: Path, prompts: Path, run: Path, *more: 
 def test_a_run_one_step_ahead_of_real_servers_resumes_exactly(
     servers: list[RealServer], tiny: Path, prompts_file: Path, tmp_path: Path
 ) -> None:
-    whole = fit(servers, tiny, prompts_file, tmp_path / "whole", "--trainer.max_steps", 5)
-    assert [float(row["engine/weight_version"]) for row in whole] == [0, 0, 1, 2, 3]
-    assert [float(row["engine/weight_lag"]) for row in whole] == [0, 1, 1, 1, 1]
+    whole = fit(servers, tiny, prompts_file, tmp_path / "whole", "--trainer.max_steps", 4)
+    assert [float(row["engine/weight_version"]) for row in whole] == [0, 0, 1, 2]
+    assert [float(row["engine/weight_lag"]) for row in whole] == [0, 1, 1, 1]
     assert float(whole[0]["engine/mismatch_max"]) < 1e-3  # on-policy still
-    assert [row["engine/importance_mean"] == "" for row in whole] == [True] + [False] * 4
+    assert [row["engine/importance_mean"] == "" for row in whole] == [True] + [False] * 3
     # Of samples from π_old the mean of π / π_old is 1, and a step of this size moves it little.
     assert all(abs(float(row["engine/importance_mean"]) - 1) < 0.05 for row in whole[1:])
-    fit(servers, tiny, prompts_file, tmp_path / "part", "--trainer.max_steps", 3)
-    part = fit(servers, tiny, prompts_file, tmp_path / "part", "--trainer.max_steps", 5, "--ckpt_path", "last")
+    fit(servers, tiny, prompts_file, tmp_path / "part", "--trainer.max_steps", 2)
+    part = fit(servers, tiny, prompts_file, tmp_path / "part", "--trainer.max_steps", 4, "--ckpt_path", "last")
     for one, other in zip(part, whole, strict=True):
         for name in ("reward/mean", "engine/weight_lag", "policy/loss", "policy/grad_norm"):
             assert float(one[name]) == pytest.approx(float(other[name]), rel=1e-3, abs=1e-5), name
@@ -324,7 +324,7 @@ def test_a_killed_servers_requests_go_to_the_other(
     model, urls = policy(tiny), [server.url for server in servers]
     engine = started(urls, model, tiny, tmp_path / "shared")
     sync(engine, model, 1)
-    asked, sampling = requests(helpers, 8, 40, 2), Sampling(0.9, 250)
+    asked, sampling = requests(helpers, 6, 40, 2), Sampling(0.9, 150)
     whole = engine.generate(asked, sampling)
 
     async def generate_and_kill(server: RealServer) -> Samples:
@@ -342,7 +342,8 @@ def test_a_killed_servers_requests_go_to_the_other(
     assert same(again, whole)
     (warning,) = [str(one.message) for one in recwarn if "vLLM server" in str(one.message)]
     assert f"{servers[0].url} is not used for now: it is gone" in warning
-    assert same(engine.generate(asked, sampling), whole)
+    alone = engine.generate(asked[:1], sampling)
+    assert alone.completion_ids == whole.completion_ids[:2]
     engine.close()
 
 
