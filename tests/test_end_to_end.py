@@ -105,8 +105,7 @@ def test_no_thought_is_scored_on_real_prompts(tiny: Path, tmp_path: Path) -> Non
 def scored_share(run: Path, form: str) -> float:
     """Takes every dumped rollout apart by string search: what was scored holds no part of a thought; how much was."""
     (folder,) = run.rglob("rollouts")
-    steps = [pq.read_table(file).to_pylist() for file in sorted(folder.glob("*.parquet"))]
-    rows = [row for step in steps for row in step]
+    rows = [row for file in sorted(folder.glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
     scored = [row for row in rows if row["scored_text"] is not None]
     for row in scored:
         before, tag, after = row["text"].partition("</think>")
@@ -116,7 +115,9 @@ def scored_share(run: Path, form: str) -> float:
         else:
             assert row["scored_text"] == row["text"].strip()
         assert "think>" not in row["scored_text"]
-    for step in steps:  # a malformed sample never does better than a well-formed one of its batch
-        worst = min((row["reward"] for row in step if row["scored_text"] is not None), default=0.0)
-        assert all(row["reward"] <= worst for row in step if row["scored_text"] is None)
+    worst: dict[int, float] = {}
+    for row in scored:
+        worst[row["step"]] = min(row["reward"], worst.get(row["step"], row["reward"]))
+    # A malformed sample never does better than a well-formed one of its batch.
+    assert all(row["reward"] <= worst.get(row["step"], 0.0) for row in rows if row["scored_text"] is None)
     return len(scored) / len(rows)
