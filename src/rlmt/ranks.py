@@ -6,12 +6,13 @@ which are large, travel as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 T = TypeVar("T")
 
@@ -72,3 +73,16 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
             pending.append(distributed.all_reduce(parameter.grad, async_op=True))
     for work in pending:
         work.wait()
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
+    """Scales gradients, all whole or all sharded, to a norm of at most `max_norm`.
+
+    Returns:
+        The norm before, over all shards.
+    """
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    clip_grads_with_norm_(parameters, max_norm, norm)
+    return float(norm)

@@ -10,7 +10,7 @@ import torch
 
 CASES = [
     *("token_mean", "sequence_mean", "constant", "one rank has no group", "whitening over ranks", "critic", "pairs"),
-    *("adapter", "minibatches"),
+    *("adapter", "tied", "checkpointed", "minibatches"),
 ]
 
 
@@ -31,20 +31,22 @@ def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor],
         torch.testing.assert_close(got[name], gradient, rtol=tolerance, atol=tolerance * scale, msg=name)
 
 
+@pytest.mark.parametrize("how", ["shared", "sharded"])
 @pytest.mark.parametrize("case", CASES)
-def test_two_ranks_take_the_step_of_one(case: str, results: list[dict[str, Any]]) -> None:
+def test_two_ranks_take_the_step_of_one(case: str, how: str, results: list[dict[str, Any]]) -> None:
     alone = results[0]["alone"][case]
     for rank in results:
-        shared = rank["shared"][case]
+        shared = rank[how][case]
         assert len(shared["steps"]) == len(alone["steps"]) == (2 if case == "minibatches" else 1)
         if case != "minibatches":  # each rank mixes its own groups
             assert_same(shared["steps"][0], alone["steps"][0], 1e-5)
             assert shared["metrics"] == pytest.approx(alone["metrics"], rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize("how", ["shared", "sharded"])
 @pytest.mark.parametrize("case", CASES)
-def test_ranks_have_the_same_gradient_bit_for_bit(case: str, results: list[dict[str, Any]]) -> None:
-    left, right = (rank["shared"][case]["steps"] for rank in results)
+def test_ranks_have_the_same_gradient_bit_for_bit(case: str, how: str, results: list[dict[str, Any]]) -> None:
+    left, right = (rank[how][case]["steps"] for rank in results)
     for one, other in zip(left, right, strict=True):
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 

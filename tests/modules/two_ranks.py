@@ -10,13 +10,16 @@ from torch import Tensor, distributed
 sys.path.insert(0, str(Path(__file__).parent))
 
 from test_update import experience as three_groups  # noqa: E402
-from test_update import gradients, model  # noqa: E402
+from test_update import model  # noqa: E402
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh  # noqa: E402
+from transformers import PreTrainedModel  # noqa: E402
 
 from rlmt.algorithms import DPO, GRPO, PPO, Algorithm, REINFORCEPlusPlus  # noqa: E402
 from rlmt.models.adapters import LoRA, own_parameters  # noqa: E402
 from rlmt.models.critic import build_critic  # noqa: E402
 from rlmt.modules.dynamic_sampling import select  # noqa: E402
 from rlmt.modules.update import PolicyUpdate, first_pass, first_values  # noqa: E402
+from rlmt.sharding import is_sharded, shard, whole  # noqa: E402
 from rlmt.types import Experience, Split, Status  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -30,6 +33,8 @@ CASES: dict[str, tuple[Any, list[list[int]]]] = {  # the objective, and the grou
     "critic": (lambda: PPO(kl_placement="reward", kl_coef=0.1, target_kl=1.0), [[0, 1], [2]]),
     "pairs": (lambda: DPO(min_valid=2), [[0, 1], [2]]),
     "adapter": (lambda: GRPO(kl_coef=0.1), [[0], [1, 2]]),
+    "tied": (lambda: GRPO(kl_coef=0.1), [[0], [1, 2]]),
+    "checkpointed": (lambda: GRPO(kl_coef=0.1), [[0], [1, 2]]),
     "minibatches": (lambda: GRPO(kl_coef=0.1, minibatches=2), [[0, 1], [2]]),
 }
 
@@ -40,23 +45,38 @@ def experience() -> Experience:
     return data
 
 
-def update(case: str, algorithm: Algorithm, data: Experience) -> dict[str, Any]:
-    """Gradients of each step, metrics, and what the objective found."""
+def gradients(policy: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: whole(p.grad).clone() for name, p in policy.named_parameters() if p.grad is not None}
+
+
+def update(case: str, algorithm: Algorithm, data: Experience, mesh: DeviceMesh | None = None) -> dict[str, Any]:
+    """Gradients of each step, metrics, and what the objective found; with a mesh the models are in shards."""
     policy, reference, rollouts = model(0), model(1), data.rollouts
+    if case == "tied":
+        policy.config.tie_word_embeddings = True
+        policy.tie_weights()
     if case == "adapter":
         LoRA(rank=4, alpha=8, target_modules=["q_proj", "down_proj"]).add_to(policy)
         torch.manual_seed(0)
         for parameter in own_parameters(policy):
             torch.nn.init.normal_(parameter, std=0.1)
     critic = None if algorithm.critic is None else build_critic(algorithm.critic, policy)
+    if critic is not None:
+        torch.manual_seed(0)
+        torch.nn.init.normal_(critic.head.weight, std=0.3)
+    if case == "checkpointed":
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.train()
+    for each in (policy, reference, critic):
+        if mesh is not None and each is not None:
+            shard(each, mesh, mixed=False)
+            assert is_sharded(each)
     if algorithm.pairwise:
         algorithm.prepare(data)
     samples = None if data.pairs is None else data.pairs.flatten().tolist()
     data.ref_logprobs = first_pass(reference, rollouts, BUDGET, CPU, algorithm.logprob_temperature, samples)
     data.old_logprobs = first_pass(policy, rollouts, BUDGET, CPU)
     if critic is not None:
-        torch.manual_seed(0)
-        torch.nn.init.normal_(critic.head.weight, std=0.3)
         data.values = first_values(critic, rollouts, BUDGET, CPU)
     if not algorithm.pairwise:
         algorithm.prepare(data)
@@ -64,7 +84,7 @@ def update(case: str, algorithm: Algorithm, data: Experience) -> dict[str, Any]:
     steps: list[dict[str, Tensor]] = []
     for step in updates.steps(policy, data, 0, lambda loss: loss.backward(), critic):
         assert step.problem is None
-        steps.append(gradients(policy) | ({} if critic is None else {"head": critic.head.weight.grad.clone()}))
+        steps.append(gradients(policy) | ({} if critic is None else {"head": whole(critic.head.weight.grad).clone()}))
         for trained in (policy, critic):
             if trained is not None:
                 trained.zero_grad()
@@ -77,7 +97,11 @@ def main(number: int, folder: Path) -> None:
     shared = {
         case: update(case, make(), select(experience(), shares[number])) for case, (make, shares) in CASES.items()
     }
-    torch.save({"alone": alone, "shared": shared}, folder / f"rank{number}.pt")
+    mesh = init_device_mesh("cpu", (2,))
+    sharded = {
+        case: update(case, make(), select(experience(), shares[number]), mesh) for case, (make, shares) in CASES.items()
+    }
+    torch.save({"alone": alone, "shared": shared, "sharded": sharded}, folder / f"rank{number}.pt")
     distributed.destroy_process_group()
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel
 
 from rlmt.models.micro_batch import MicroBatch, hidden_states
+from rlmt.sharding import is_sharded
 from rlmt.types import PolicyOutputs
 
 LOGITS_PER_CHUNK = 2**25
@@ -23,11 +26,21 @@ def token_logprobs(model: PreTrainedModel, batch: MicroBatch, temperature: float
     Returns:
         [t] float32 each, with gradients if they are enabled.
     """
-    untyped = cast(Any, model)
-    hidden = hidden_states(untyped.get_decoder(), batch)
-    head = untyped.get_output_embeddings()
+    if not is_sharded(model):
+        return PolicyOutputs(*_token_logprobs(model, batch, temperature))
+    own: Any = model
+    if not hasattr(own, "token_logprobs"):  # as a forward of the model's: its weights are put together around it
+        own.token_logprobs = MethodType(_token_logprobs, model)
+        register_fsdp_forward_method(own, "token_logprobs")
+    return PolicyOutputs(*own.token_logprobs(batch, temperature))
+
+
+def _token_logprobs(model: Any, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
+    hidden = hidden_states(model.get_decoder(), batch)
+    head = model.get_output_embeddings()
     chunk = max(1, LOGITS_PER_CHUNK // head.weight.shape[0])
-    return linear_logprobs(hidden, head.weight, batch.targets, temperature, chunk)
+    outputs = linear_logprobs(hidden, head.weight, batch.targets, temperature, chunk)
+    return outputs.logprobs, outputs.entropy
 
 
 def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int) -> PolicyOutputs:

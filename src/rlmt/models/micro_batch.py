@@ -7,15 +7,17 @@ is the same. Where layers are checkpointed, keys and values cannot be handed on,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlmt import ranks
 from rlmt.batching import batches_by_length
+from rlmt.sharding import is_sharded
 from rlmt.types import RolloutBatch
 
 
@@ -24,7 +26,7 @@ class MicroBatch:
     """Some samples, padded on the right to one length, and where their completion tokens are predicted."""
 
     samples: list[int]
-    """b numbers of the samples in the rollout batch."""
+    """b numbers of the samples in the rollout batch; none in one that keeps step, whose token counts nothing."""
     shared_prompt: Tensor | None
     """[1, n] int64 prompt of all these samples, or None: each row of `input_ids` begins with its own."""
     input_ids: Tensor
@@ -39,7 +41,17 @@ class MicroBatch:
 
 def shares_prompts(model: PreTrainedModel) -> bool:
     """Whether the model can hand a prompt's keys and values to several samples, with gradients if they are on."""
-    return not (model.is_gradient_checkpointing and model.training)
+    return not (model.is_gradient_checkpointing and model.training) and not is_sharded(model)
+
+
+def in_step(batches: Iterable[MicroBatch], model: nn.Module, device: torch.device) -> list[MicroBatch]:
+    """The micro-batches, and of a sharded model as many more, without samples, as another rank has."""
+    mine = list(batches)
+    if not is_sharded(model):
+        return mine
+    zero = torch.zeros(1, dtype=torch.long, device=device)
+    idle = MicroBatch([], None, zero[None], zero, zero, zero)
+    return mine + [idle] * (max(ranks.everyones(len(mine))) - len(mine))
 
 
 def micro_batches(

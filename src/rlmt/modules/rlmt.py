@@ -42,6 +42,7 @@ from rlmt.rewards import Reward
 from rlmt.rewards.held_out import HeldOutRewards
 from rlmt.rewards.scoring import MalformedMode, score
 from rlmt.rng import random_states, restore_random_states
+from rlmt.sharding import whole
 from rlmt.thinking import FormatName, ThinkingFormat
 from rlmt.types import AdapterWeights, Experience, RolloutBatch
 
@@ -134,7 +135,7 @@ class RLMTModule(LightningModule, PolicyOwner):
     def policy_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The policy's weights, with an adapter its frozen base's, under their Hugging Face names and in full."""
         for name, tensor in base_tensors(self._policy).items():
-            yield name, dequantized(tensor)
+            yield name, whole(dequantized(tensor))
 
     def policy_adapter(self) -> AdapterWeights | None:
         """The adapter that makes the policy of its frozen base; None where all parameters are trained."""

@@ -7,24 +7,48 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
+from rlmt.engines import TransformersEngine
 from rlmt.errors import UserError
+from rlmt.sharding import FSDP2
 
 
 def check_spread(trainer: Trainer, stage: str) -> None:
     """Raises UserError where a run on several processes is one that cannot be had."""
-    if trainer.world_size == 1:
+    data: Any = getattr(trainer, "datamodule", None)
+    if isinstance(trainer.strategy, FSDP2):
+        _check_sharded(trainer, data)
+    elif trainer.world_size == 1:
         return
-    name = type(trainer.strategy).__name__
-    if not isinstance(trainer.strategy, DDPStrategy):
+    elif not isinstance(trainer.strategy, DDPStrategy):
         raise UserError(
-            f"--trainer.strategy is {name}: rlmt spreads a run by `ddp` (--config ddp), with whole models in each "
-            "process; it cannot train weights in shards. Where they do not fit, use --config qlora."
+            f"--trainer.strategy is {type(trainer.strategy).__name__}: rlmt spreads a run with whole models in each "
+            "process (--config ddp) or with their weights in shards (--config fsdp); use one of these."
         )
     if stage == "predict":
         raise UserError(f"--trainer.devices gives {trainer.world_size} processes: predict runs on one; set 1.")
-    data: Any = getattr(trainer, "datamodule", None)
     if data is not None and data.engine.concurrent:
         raise UserError(
             f"--data.engine {type(data.engine).__name__}: servers take weights from one trainer process, and "
             f"--trainer.devices gives {trainer.world_size}; set 1, or --data.engine VLLMEngine, one in each process."
         )
+
+
+def _check_sharded(trainer: Trainer, data: Any) -> None:
+    module: Any = trainer.lightning_module
+    if module.quantization is not None:
+        raise UserError(
+            "--model.quantization: weights in 4 bits cannot be cut into shards (--config fsdp); spread them by "
+            "--config ddp, or leave the option out."
+        )
+    critic = module.algorithm.critic
+    if critic is not None and critic.shared:
+        raise UserError(
+            "--model.algorithm.critic_shared: a critic on the policy's own weights cannot be had with these in shards "
+            "(--config fsdp); leave the option out."
+        )
+    for engine in () if data is None else (data.engine, data.val_engine):
+        if isinstance(engine, TransformersEngine):
+            raise UserError(
+                "--data.engine TransformersEngine samples with the policy itself, whose weights are in shards "
+                "(--config fsdp); use VLLMEngine."
+            )

@@ -15,9 +15,9 @@ from rlmt.algorithms import Algorithm
 from rlmt.models.adapters import own_parameters
 from rlmt.models.critic import Critic
 from rlmt.models.logprobs import token_logprobs
-from rlmt.models.micro_batch import MicroBatch, micro_batches, shares_prompts
+from rlmt.models.micro_batch import MicroBatch, in_step, micro_batches, shares_prompts
 from rlmt.models.modes import evaluating
-from rlmt.ranks import everyones, gathered, rank, sum_gradients
+from rlmt.ranks import clip_gradients, everyones, gathered, rank, sum_gradients
 from rlmt.types import Experience, RolloutBatch, TokenBatch
 
 
@@ -72,9 +72,10 @@ def _for_all(
     out = torch.full((sum(rollouts.lengths),), math.nan, dtype=torch.float32, device=device)
     wanted = range(len(rollouts)) if samples is None else samples
     with evaluating(model):  # no dropout, and no layer is checkpointed where nothing goes backward
-        for batch in micro_batches(rollouts, wanted, budget, shares_prompts(model), device):
-            where = _positions(batch.samples, starts, rollouts.lengths).to(device)
-            out[where] = per_token(batch)
+        for batch in in_step(micro_batches(rollouts, wanted, budget, shares_prompts(model), device), model, device):
+            values = per_token(batch)
+            if batch.samples:
+                out[_positions(batch.samples, starts, rollouts.lengths).to(device)] = values
     return out
 
 
@@ -161,7 +162,11 @@ class PolicyUpdate:
         budget, share = self.tokens_per_micro_batch, shares_prompts(policy)
         sampled_at = rollouts.sampling.temperature
         temperature = self.algorithm.logprob_temperature or sampled_at
-        for batch in micro_batches(rollouts, samples, budget, share, device, together):
+        batches = micro_batches(rollouts, samples, budget, share, device, together)
+        for batch in in_step(batches, policy, device):
+            if not batch.samples:
+                self._keep_step(trained, critic, batch, temperature, backward)
+                continue
             where = _positions(batch.samples, starts, rollouts.lengths).to(device)
             tokens = _tokens(experience, batch, where, weights)
             if trained is not None:
@@ -182,6 +187,20 @@ class PolicyUpdate:
                 total[1] += loss.detach()
         return total
 
+    @staticmethod
+    def _keep_step(
+        trained: PreTrainedModel | None,
+        critic: Critic | None,
+        batch: MicroBatch,
+        temperature: float,
+        backward: Callable[[Tensor], None],
+    ) -> None:
+        """Runs what another rank runs at this time, and adds nothing to the gradient."""
+        if trained is not None:
+            backward(0 * token_logprobs(trained, batch, temperature).logprobs.sum())
+        if critic is not None:
+            backward(0 * critic(batch, head_only=trained is None and critic.moves_policy).sum())
+
     def _shares(self, lengths: Tensor, mask: Tensor, max_new_tokens: int) -> Tensor:
         """What each token of this rank weighs in the loss of the step, which is one over the samples of all ranks."""
         before = everyones(len(lengths))[: rank()]
@@ -198,7 +217,7 @@ class PolicyUpdate:
                 continue
             parameters = own_parameters(model)
             sum_gradients(parameters)
-            norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
+            norm = clip_gradients(parameters, self.max_grad_norm)
             if not math.isfinite(loss):
                 problem = f"the {prefix}'s loss is {loss}"
             elif not math.isfinite(norm):

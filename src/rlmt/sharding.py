@@ -1,0 +1,138 @@
+"""Weights in shards over the processes of a run: torch's FSDP2, as a strategy of Lightning's.
+
+Each rank holds 1/N of every weight that is trained in full, of its gradient and of its moments, and of frozen models;
+a block's weights are put together when it is computed, and let go. Adapters are small, and whole on every rank.
+
+A checkpoint is the file that one process would write: tensors are put together one at a time, and the first rank alone
+keeps them. So a run goes on from it on any number of ranks, sharded or not, and export and all checks read it as any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from rlmt.models.adapters import is_adapter
+from rlmt.resume.safe_files import read_checkpoint
+
+
+class FSDP2(ModelParallelStrategy):
+    """Spreads a run over processes, one a device, with the models in shards (`--config fsdp`).
+
+    Args:
+        process_group_backend: nccl or gloo; None is the device's own.
+    """
+
+    def __init__(self, process_group_backend: str | None = None) -> None:
+        super().__init__(process_group_backend=process_group_backend)
+
+    def setup_environment(self) -> None:
+        """Starts the processes' talk; all of them share the data, and none splits a layer's computation."""
+        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        super().setup_environment()
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """The optimizer's state comes from the same file, by `load_optimizer_state_dict`."""
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The whole weights on the CPU of the first rank; nothing on others."""
+        assert self.lightning_module is not None
+        return self._on_first_rank(self.lightning_module.state_dict())
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The optimizer's state in the form of one process, on the CPU of the first rank; no state on others."""
+        plain: Any = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        saved = plain.state_dict()
+        state = {number: self._on_first_rank(held) for number, held in saved["state"].items()}
+        return {**saved, "state": state if self.is_global_zero else {}}
+
+    def _on_first_rank(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        kept = {}
+        for name, value in values.items():
+            together = whole(value) if isinstance(value, Tensor) else value
+            if self.is_global_zero:
+                kept[name] = together.cpu() if isinstance(together, Tensor) else together
+        return kept
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Writes one file, from the first rank."""
+        if self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Opens the file; tensors are read where they are used, so ranks of a machine share them in memory."""
+        return read_checkpoint(Path(checkpoint_path), map_location="cpu", mmap=True)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Takes this rank's shards of the weights."""
+        assert self.lightning_module is not None
+        held = self.lightning_module.state_dict()
+        weights = {name: like(held.get(name), weight) for name, weight in checkpoint["state_dict"].items()}
+        self.lightning_module.load_state_dict(weights, strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Takes this rank's shards of the moments."""
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            state = {
+                number: {name: like(parameters[number], value) for name, value in held.items()}
+                for number, held in saved["state"].items()
+            }
+            optimizer.load_state_dict({**saved, "state": state})
+
+
+def shard(model: nn.Module, mesh: DeviceMesh, mixed: bool) -> None:
+    """Cuts a model's weights into shards, in place, block by block; adapters stay whole.
+
+    Gradients are summed over ranks. All ranks have to run the model the same number of times, forward and backward.
+
+    Args:
+        model: with transformers' blocks.
+        mesh: of all ranks, in one dimension.
+        mixed: put a block's weights together in bfloat16, which it computes in; its gradients travel as float32.
+    """
+    adapters = {parameter for name, parameter in model.named_parameters() if is_adapter(name)}
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for module in [*blocks, model]:
+        dtype = torch.bfloat16 if mixed and module is not model else None
+        fully_shard(
+            module,
+            mesh=mesh,
+            # The root as well, or an embedding and a head would stay together from one use to the next.
+            reshard_after_forward=True,
+            mp_policy=MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
+            ignored_params=adapters,
+        )
+        assert isinstance(module, FSDPModule)
+        module.set_gradient_divide_factor(1.0)  # each token carries its share of the whole step's loss
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a model's weights are in shards, so that every rank has to run it as often as the others."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor put together from its shards, by all ranks at once; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(held: Any, value: Any) -> Any:
+    """A whole tensor cut as another one of its shape is; any other value as it is."""
+    if isinstance(held, DTensor) and isinstance(value, Tensor) and value.shape == held.shape:
+        return distribute_tensor(value.to(held.device), held.device_mesh, held.placements, src_data_rank=None)
+    return value
