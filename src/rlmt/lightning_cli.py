@@ -42,6 +42,7 @@ QUIET = (
     ".*Checkpoint directory .* exists and is not empty.*",  # resuming is the ordinary case
     ".*set_vital.*",
     ".*torch.distributed.reduce_op.*",
+    ".*torch.distributed.nn.functional.all_gather is deprecated.*",
     ".*treespec.*",
     ".*sync_dist=True.*when logging on epoch level.*",  # vLLM's process group of one is no distributed run
     "Total length of `list` across ranks is zero.*",  # no validation prompts, as asked for

@@ -4,7 +4,8 @@ Each rank holds 1/N of every weight that is trained in full, of its gradient and
 a block's weights are put together when it is computed, and let go. Adapters are small, and whole on every rank.
 
 A checkpoint is the file that one process would write: tensors are put together one at a time, and the first rank alone
-keeps them. So a run goes on from it on any number of ranks, sharded or not, and export and all checks read it as any other.
+keeps them. So a run goes on from it on any number of ranks, sharded or not, and export and all checks read it as any
+other.
 """
 
 from __future__ import annotations

@@ -194,6 +194,10 @@ def test_seconds_are_those_that_training_waited(
             now[0] += 5
             return samples
 
+        def close(self) -> None:
+            read.set()  # nobody waits for the last batch
+            super().close()
+
     class Training(Module):
         def training_step(self, batch: RolloutBatch) -> None:
             read.clear()
