@@ -90,7 +90,7 @@ def test_a_stopped_run_saves_leaves_and_goes_on(name: str, crash: Any, world: An
         environment = SLURM | {"PATH": f"{tool.parent}:{os.environ['PATH']}"}
     process = crash.launch(run.command(broken), log, **environment)
     crash.wait_for_steps(process, broken, 2)
-    os.kill(process.pid, number)
+    os.kill(process.pids()[0], number)
     assert crash.wait(process) == 128 + number, log.read_text()
     last = broken / "checkpoints" / "last.ckpt"
     step = torch.load(last, weights_only=True)["run"]["step"]

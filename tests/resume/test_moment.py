@@ -78,10 +78,10 @@ class Module(LightningModule):
         self.log("val/weight", self.weight.sum() + batch.float().mean(), batch_size=len(batch))
 
     def resume_state(self) -> dict[str, Any]:
-        return {"random": torch.get_rng_state()}
+        return {"random": [torch.get_rng_state()]}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        torch.set_rng_state(checkpoint["rlmt"]["random"])
+        torch.set_rng_state(checkpoint["rlmt"]["random"][0])
 
 
 class Interrupt(Callback):
@@ -148,7 +148,7 @@ def run(
         "rows": rows,
         "weight": module.weight.tolist(),
         "moments": [t.tolist() for t in state["optimizer_states"][0]["state"][0].values()],
-        "random": state["rlmt"]["random"].tolist(),
+        "random": [one.tolist() for one in state["rlmt"]["random"]],
         "drawn": state["Data"],
         "epochs": epochs,
     }
