@@ -267,9 +267,9 @@ def test_batches_that_teach_nothing_are_no_updates_and_are_counted(
     fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """All malformed, since no thought closes within three tokens; so all rewards are equal."""
-    options = ("--model.format", "think", "--data.max_new_tokens", 3, "--model.max_skipped", 3)
+    options = ("--model.format", "think", "--data.max_new_tokens", 3, "--model.max_idle", 3)
     assert fit(*options, "--trainer.default_root_dir", "malformed") == 2
-    assert "3 skipped optimizer steps in a row" in error_of(capsys)
+    assert "Stopped after 3 rollout batches in a row that taught nothing (--model.max_idle): all samples are malformed" in error_of(capsys)
     found = rows(tmp_path / "malformed")
     assert len(found) == 2
     for row in found:
@@ -282,9 +282,9 @@ def test_samples_that_all_stay_out_of_the_loss_are_no_update(
 ) -> None:
     for algorithm in ((), ("--model.algorithm", "PPO")):
         folder = f"masked{len(algorithm)}"
-        truncated = ("--model.algorithm.mask_truncated", "true", "--model.max_skipped", 2)
+        truncated = ("--model.algorithm.mask_truncated", "true", "--model.max_idle", 2)
         assert fit(*algorithm, *truncated, "--data.max_new_tokens", 1, "--trainer.default_root_dir", folder) == 2
-        assert "2 skipped optimizer steps in a row" in error_of(capsys), algorithm
+        assert "no sample takes part in the loss" in error_of(capsys), algorithm
 
 
 class Odd(TransformersEngine):
