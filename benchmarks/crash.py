@@ -4,10 +4,11 @@
     python benchmarks/crash.py --kills 20 --ranks 2 [--config ddp] …
 
 Every step is checkpointed, so that many kills fall into the writing of one. An instant is drawn evenly from the whole
-time that a run takes, start-up included. Of several ranks all are killed, or one, and then the others have to end by
-themselves. A run that ends before its next kill is compared, and another one takes the rest of the kills. What is
-compared, when a broken run has come to its end: every cell of metrics.csv but the times, every sample of the rollout
-files, and in the last checkpoint weights, optimizer, schedule, random states, counters and where the prompts stand.
+time that a run takes, start-up included. Of several ranks all are killed at once, or one alone and the others a little
+later, as a launcher does. A run that ends before its next kill is compared, and another one takes the rest of the
+kills. What is compared, when a broken run has come to its end: every cell of metrics.csv but the times, every sample of
+the rollout files, and in the last checkpoint weights, optimizer, schedule, random states, counters and where the
+prompts stand.
 """
 
 from __future__ import annotations
@@ -252,30 +253,24 @@ def wait_for_steps(process: Process, run: Path, count: int) -> None:
 
 
 def kill(process: Process, dice: random.Random | None = None) -> bool:
-    """Kills all ranks of a run, or as the dice fall a single one, after which the others have to end by themselves.
+    """Kills all ranks of a run; as the dice fall, one alone first, and the others later, as a launcher does.
 
     Returns:
         Whether the run was still there to be killed.
     """
     pids = process.pids()
-    for pid in pids if dice is None or dice.random() < 0.5 else [dice.choice(pids)]:
+    if dice is not None and len(pids) > 1 and dice.random() < 0.5:
+        end_all([dice.choice(pids)])
+        wait(process, dice.uniform(0, 3))
+    end_all(pids)
+    return wait(process) == KILLED
+
+
+def end_all(pids: Sequence[int]) -> None:
+    """Kills those that are still there."""
+    for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    end = time.monotonic() + 60
-    while not all(map(is_gone, pids)):
-        assert time.monotonic() < end, f"of {pids} some are left: {[pid for pid in pids if not is_gone(pid)]}"
-        process.poll()
-        time.sleep(0.002)
-    status = wait(process)
-    return status == KILLED or (len(pids) > 1 and status != 0)
-
-
-def is_gone(pid: int) -> bool:
-    """Whether a process has ended, be it that nobody has asked for its status yet."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
 
 
 def finish(process: Process, log: Path) -> None:

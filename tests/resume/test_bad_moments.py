@@ -269,7 +269,10 @@ def test_batches_that_teach_nothing_are_no_updates_and_are_counted(
     """All malformed, since no thought closes within three tokens; so all rewards are equal."""
     options = ("--model.format", "think", "--data.max_new_tokens", 3, "--model.max_idle", 3)
     assert fit(*options, "--trainer.default_root_dir", "malformed") == 2
-    assert "Stopped after 3 rollout batches in a row that taught nothing (--model.max_idle): all samples are malformed" in error_of(capsys)
+    assert (
+        "Stopped after 3 rollout batches in a row that taught nothing (--model.max_idle): all samples are malformed"
+        in error_of(capsys)
+    )
     found = rows(tmp_path / "malformed")
     assert len(found) == 2
     for row in found:
