@@ -157,7 +157,8 @@ class PolicyCheckpoint(ModelCheckpoint):
         if trainer.is_global_zero:
             self._stopping.requeue()
         if self._saved is not None and trainer.is_global_zero:
-            name = exception.signal.name if isinstance(exception, Stopped) else type(exception).__name__
+            error = "stopped" if isinstance(exception, UserError) else type(exception).__name__
+            name = exception.signal.name if isinstance(exception, Stopped) else error
             print(
                 f"rlmt: {name}: {self.best_model_path} holds all up to step {self._saved.step}; the same command with "
                 "--ckpt_path last goes on from there",
