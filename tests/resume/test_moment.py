@@ -217,6 +217,19 @@ class Second(Interrupt):
             super().hook(trainer)
 
 
+def test_a_signal_sent_twice_does_not_wait_for_the_step(tmp_path: Path) -> None:
+    """Between two optimizer steps there is nothing that can be saved."""
+
+    class Twice(Second):
+        def hook(self, trainer: Trainer, *args: Any, **options: Any) -> None:
+            super().hook(trainer)
+            if self.sent:
+                signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(FileNotFoundError, match=r"last\.ckpt"):  # Stopped, and none was written
+        run(tmp_path, stop=Twice(5))
+
+
 def test_epochs_are_counted_right_where_they_end_the_run(tmp_path: Path) -> None:
     """Resumed at the end of each epoch, a run of three epochs has three."""
     options = {"max_steps": -1, "max_epochs": 3}
