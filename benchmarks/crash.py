@@ -1,12 +1,14 @@
 """Kills a real run with SIGKILL at random instants, resumes it, and compares it bit for bit with the unbroken run.
 
     python benchmarks/crash.py --kills 20 [--algorithm PPO] [--lora | --qlora] [--engine VLLMEngine] [--start exec]
+    python benchmarks/crash.py --kills 20 --ranks 2 [--config ddp] …
 
 Every step is checkpointed, so that many kills fall into the writing of one. An instant is drawn evenly from the whole
-time that a run takes, start-up included. A run that ends before its next kill is compared, and another one takes the
-rest of the kills. What is compared, when a broken run has come to its end: every cell of metrics.csv but the times,
-every sample of the rollout files, and in the last checkpoint weights, optimizer, schedule, random states, counters and
-where the prompts stand.
+time that a run takes, start-up included. Of several ranks all are killed at once, or one alone and the others a little
+later, as a launcher does. A run that ends before its next kill is compared, and another one takes the rest of the
+kills. What is compared, when a broken run has come to its end: every cell of metrics.csv but the times, every sample of
+the rollout files, and in the last checkpoint weights, optimizer, schedule, random states, counters and where the
+prompts stand.
 """
 
 from __future__ import annotations
@@ -17,12 +19,15 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,10 +56,20 @@ KILLED = -signal.SIGKILL
 class Process(Protocol):
     """A run that has been started."""
 
-    pid: int | None
-
     def poll(self) -> int | None:
         """Exit status, negative for a signal; None while it runs."""
+
+    def pids(self) -> list[int]:
+        """Its processes, rank 0 first."""
+
+
+class Started(subprocess.Popen[bytes]):
+    """A run as from a shell; Lightning starts its other ranks."""
+
+    def pids(self) -> list[int]:
+        """Its processes, rank 0 first."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children")
+        return [self.pid, *map(int, children.read_text().split() if children.exists() else ())]
 
 
 class Forked:
@@ -65,11 +80,37 @@ class Forked:
         context.set_forkserver_preload(["rlmt.lightning_cli", "rlmt.callbacks", "rlmt.modules"])
         self._process = context.Process(target=run_here, args=(list(words), str(log), dict(environment)))
         self._process.start()
-        self.pid = self._process.pid
 
     def poll(self) -> int | None:
         """Exit status, negative for a signal; None while it runs."""
         return self._process.exitcode
+
+    def pids(self) -> list[int]:
+        """The one process."""
+        assert self._process.pid is not None
+        return [self._process.pid]
+
+
+class Together:
+    """Ranks that were started one by one, as torchrun does."""
+
+    def __init__(self, words: Sequence[str], log: Path, environment: Mapping[str, str], count: int) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "GROUP_RANK": "0"}
+        shared |= {"TORCHELASTIC_RUN_ID": "crash", "LOCAL_WORLD_SIZE": str(count)} | dict(environment)
+        ranks = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count))
+        self._ranks = [Forked(words, log, shared | rank) for rank in ranks]
+
+    def poll(self) -> int | None:
+        """Exit status, that of a killed rank where there is one; None while one runs."""
+        codes = [rank.poll() for rank in self._ranks]
+        return None if None in codes else min(codes, key=lambda code: (code != KILLED, code == 0))
+
+    def pids(self) -> list[int]:
+        """Its processes, rank 0 first."""
+        return [pid for rank in self._ranks for pid in rank.pids()]
 
 
 def run_here(words: list[str], log: str, environment: dict[str, str]) -> None:
@@ -84,13 +125,13 @@ def run_here(words: list[str], log: str, environment: dict[str, str]) -> None:
     raise SystemExit(main(words))
 
 
-def launch(words: Sequence[str], log: Path, start: str = "fork", **environment: str) -> Process:
+def launch(words: Sequence[str], log: Path, start: str = "fork", ranks: int = 1, **environment: str) -> Process:
     """Starts `rlmt …`: `exec` as from a shell, `fork` without importing anew."""
     if start == "fork":
-        return Forked(words, log, environment)
+        return Together(words, log, environment, ranks) if ranks > 1 else Forked(words, log, environment)
     with log.open("ab") as file:
         command = [sys.executable, "-m", "rlmt", *words]
-        return subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | environment)
+        return Started(command, stdout=file, stderr=file, env=os.environ | environment)
 
 
 def wait(process: Process, seconds: float | None = None) -> int | None:
@@ -111,6 +152,9 @@ class World:
     options: tuple[str, ...]
     every_n_steps: int = 1
     """Optimizer steps between checkpoints."""
+    ranks: int = 1
+    configs: tuple[str, ...] = ()
+    """Shipped configs on top, such as the one that spreads a run over ranks."""
 
     def command(self, run: Path, resume: bool = False) -> list[str]:
         """Words of `rlmt fit` into a folder."""
@@ -139,7 +183,9 @@ class World:
             "--trainer.default_root_dir": run,
             "--trainer.enable_progress_bar": "false",
         }
-        configs = [word for name in ("base", "grpo", "tiny") for word in ("--config", name)]
+        configs = [word for name in ("base", "grpo", "tiny", *self.configs) for word in ("--config", name)]
+        if self.ranks > 1:
+            options |= {"--trainer.accelerator": "cpu", "--trainer.devices": self.ranks}
         words = ["fit", *configs, "--config", str(often), *(str(word) for pair in options.items() for word in pair)]
         return [*words, *self.options, *(["--ckpt_path", "last"] if resume else [])]
 
@@ -179,18 +225,18 @@ def crash(world: World, folder: Path, kills: int, seed: int, start: str = "fork"
     """
     folder.mkdir(parents=True, exist_ok=True)
     dice, log, whole = random.Random(seed), folder / "log.txt", folder / "whole"
-    finish(launch(world.command(whole), log, start), log)  # once to warm up: the first fills caches
+    finish(launch(world.command(whole), log, start, world.ranks), log)  # once to warm up: the first fills caches
     began = time.monotonic()
-    finish(launch(world.command(whole), log, start), log)
+    finish(launch(world.command(whole), log, start, world.ranks), log)
     lasts = time.monotonic() - began
     outcome = Outcome()
     while outcome.kills < kills:
         run = folder / f"broken{outcome.runs}"
         ended = False
         while not ended:
-            process = launch(world.command(run, resume=True), log, start)
+            process = launch(world.command(run, resume=True), log, start, world.ranks)
             if outcome.kills < kills and wait(process, dice.uniform(0, lasts)) is None:
-                outcome.kills += kill(process)
+                outcome.kills += kill(process, dice)
             else:
                 finish(process, log)
             ended = process.poll() == 0
@@ -206,11 +252,25 @@ def wait_for_steps(process: Process, run: Path, count: int) -> None:
         time.sleep(0.002)
 
 
-def kill(process: Process) -> bool:
-    """Whether the run was still there to be killed."""
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGKILL)
+def kill(process: Process, dice: random.Random | None = None) -> bool:
+    """Kills all ranks of a run; as the dice fall, one alone first, and the others later, as a launcher does.
+
+    Returns:
+        Whether the run was still there to be killed.
+    """
+    pids = process.pids()
+    if dice is not None and len(pids) > 1 and dice.random() < 0.5:
+        end_all([dice.choice(pids)])
+        wait(process, dice.uniform(0, 3))
+    end_all(pids)
     return wait(process) == KILLED
+
+
+def end_all(pids: Sequence[int]) -> None:
+    """Kills those that are still there."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def finish(process: Process, log: Path) -> None:
@@ -241,10 +301,10 @@ def metrics(folder: Path) -> list[dict[str, str]]:
 
 
 def samples(folder: Path) -> list[str]:
-    """All samples of a run, each as text, since a NaN in a table is not equal to itself."""
+    """All samples of a run, each as text, since a NaN in a table is not equal to itself; each rank's end to end."""
     from rlmt.records import read_rollouts
 
-    return [repr(row) for row in read_rollouts(folder).to_pylist()]
+    return [repr(row) for row in sorted(read_rollouts(folder).to_pylist(), key=itemgetter("rank", "step"))]
 
 
 def checkpoint(run: Path) -> dict[str, Any]:
@@ -299,6 +359,8 @@ def main() -> None:
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--qlora", action="store_true")
     parser.add_argument("--engine", default="TransformersEngine")
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--config", default="ddp", help="which spreads a run over several ranks")
     parser.add_argument("--start", choices=("fork", "exec"), default="fork", help="exec imports anew at each start")
     parser.add_argument("--seed", type=int, default=0, help="of the instants")
     args = parser.parse_args()
@@ -313,9 +375,11 @@ def main() -> None:
         adapter = QLORA if args.qlora else LORA if args.lora else ()
         options = (*ALGORITHMS[args.algorithm], *adapter, "--data.engine", args.engine)
         began = time.monotonic()
-        world = World(tiny / "policy", tiny / "reward", prompts, options)
+        spread = (args.config,) if args.ranks > 1 else ()
+        world = World(tiny / "policy", tiny / "reward", prompts, options, ranks=args.ranks, configs=spread)
         outcome = crash(world, Path(folder, "runs"), args.kills, args.seed, args.start)
-        name = args.algorithm + (", QLoRA" if args.qlora else ", LoRA" if args.lora else "") + f", {args.engine}"
+        name = args.algorithm + (", QLoRA" if args.qlora else ", LoRA" if args.lora else "")
+        name += f", {args.engine}" + f", {args.ranks} ranks ({args.config})" * bool(spread)
         print(HEADER, outcome.row(name), f"\n{time.monotonic() - began:.0f} s, starts by {args.start}", sep="\n")
 
 

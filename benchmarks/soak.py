@@ -2,9 +2,10 @@
 
     python benchmarks/soak.py [--steps 200] [--engine TransformersEngine] [--algorithm PPO] [--lora] [--threshold 0.03]
 
-Trainer and engine are one process, so its resident memory is that of both. Each step draws other prompts, is logged,
-and every fifth is checkpointed and validated. The figures of step 20, when every cache is filled, are compared with
-those of the last step; the exit status is 1 where memory has grown by more than the threshold, or anything else at all.
+Trainer and engine are one process, so its resident memory is that of both. Each step draws other prompts and is logged,
+every fifth is checkpointed and validated, and every tenth draws the curves. The figures of step 20, when every cache is
+filled, fonts among them, are compared with those of the last step; the exit status is 1 where memory has grown by more
+than the threshold, or anything else at all.
 """
 
 from __future__ import annotations
@@ -64,10 +65,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="rlmt-soak-") as folder:
         tiny, config = Path(folder, "tiny"), Path(folder, "soak.yaml")
         write_tiny(tiny, sizes=Sizes(hidden=64, layers=2, heads=2, ffn=128, vocab=512, context=1024))
-        names = ("CoTLength", "RewardCurves", "PolicyHealth", "Throughput")
+        names = ("CoTLength", "PolicyHealth", "Throughput")
         callbacks = "".join(f"{{class_path: rlmt.callbacks.{name}}}, " for name in names)
         config.write_text(
             f"trainer: {{callbacks: [{{class_path: soak.Gauge}}, {callbacks}"
+            "{class_path: rlmt.callbacks.RewardCurves, init_args: {every_n_steps: 10}}, "
             "{class_path: rlmt.callbacks.SampleTable, init_args: {every_n_steps: 0}}, "
             "{class_path: rlmt.callbacks.PolicyCheckpoint, init_args: {every_n_steps: 5}}]}"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -156,7 +157,8 @@ class PolicyCheckpoint(ModelCheckpoint):
         if trainer.is_global_zero:
             self._stopping.requeue()
         if self._saved is not None and trainer.is_global_zero:
-            name = exception.signal.name if isinstance(exception, Stopped) else type(exception).__name__
+            error = "stopped" if isinstance(exception, UserError) else type(exception).__name__
+            name = exception.signal.name if isinstance(exception, Stopped) else error
             print(
                 f"rlmt: {name}: {self.best_model_path} holds all up to step {self._saved.step}; the same command with "
                 "--ckpt_path last goes on from there",
@@ -171,32 +173,46 @@ class PolicyCheckpoint(ModelCheckpoint):
         """
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        assert self._moment is not None and self.dirpath is not None
+        moment = self._moment
+        assert moment is not None and self.dirpath is not None
         path = Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
+        checkpoint: dict[str, Any] = {}
         self._writing = True
-        failure: OSError | None = None
         try:
-            checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-            self._moment.put_into(checkpoint)
-            log = next((logger for logger in trainer.loggers if isinstance(logger, RunLog)), None)
-            checkpoint["run"] = {"version": log.version if log else None, "step": self._moment.step}
-            trainer.strategy.save_checkpoint(checkpoint, path)
-        except OSError as error:
-            failure = error
+            failure = _failure(lambda: checkpoint.update(_checkpoint(trainer, moment)))
+            # Not before each rank has written what goes with it, its rollouts.
+            failure = failure or _failure(lambda: trainer.strategy.save_checkpoint(checkpoint, path))
         finally:
             self._writing = False
-        # One rank writes, and all have to know how it went.
-        reasons = ranks.everyones("" if failure is None else failure.strerror or str(failure))
-        if any(reasons):
-            why = f"{path} cannot be written ({max(reasons)})"
+        if failure:
+            why = f"{path} cannot be written ({failure})"
             if not may_fail:
                 raise _NotWritten(
                     f"{why}; the checkpoint before it is whole: make room, and go on with --ckpt_path last."
-                ) from failure
+                )
             rank_zero_warn(f"{why}; the checkpoint before it is whole.")
             return
-        self._saved, self._steps_saved = self._moment, trainer.global_step
+        self._saved, self._steps_saved = moment, trainer.global_step
         self.best_model_path = str(path)
+
+
+def _checkpoint(trainer: Trainer, moment: Moment) -> dict[str, Any]:
+    """The checkpoint of a moment; callbacks write what goes with it."""
+    checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+    moment.put_into(checkpoint)
+    log = next((logger for logger in trainer.loggers if isinstance(logger, RunLog)), None)
+    checkpoint["run"] = {"version": log.version if log else None, "step": moment.step}
+    return checkpoint
+
+
+def _failure(work: Callable[[], None]) -> str:
+    """Why a piece of work failed to write, if on one rank alone; empty where it did not. Every rank has to call it."""
+    reason = ""
+    try:
+        work()
+    except OSError as error:
+        reason = error.strerror or str(error)
+    return max(ranks.everyones(reason))
 
 
 class _NotWritten(UserError):

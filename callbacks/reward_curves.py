@@ -167,8 +167,7 @@ class RewardCurves(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Draws what there is of an interrupted or failed run."""
-        with failing("curves"):
-            self._drawn = self._draw(trainer)
+        self._drawn = self._draw(trainer)
         self._tell()  # Lightning calls no teardown after an exception
 
     def _tell(self) -> None:
@@ -182,7 +181,9 @@ class RewardCurves(Callback):
         # Imported here because matplotlib takes a second to load and most commands never draw.
         from rlmt.plots import draw_curves
 
-        return draw_curves(self._folder / "curves.png", self._train, self._validation, self._subtitle)
+        with failing("curves"):
+            return draw_curves(self._folder / "curves.png", self._train, self._validation, self._subtitle)
+        return None
 
 
 def _subtitle(pl_module: LightningModule, experience: Experience, world_size: int, draws: int) -> str:

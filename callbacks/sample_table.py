@@ -85,7 +85,8 @@ class SampleTable(Callback):
             table = rollout_table(experience, step, format=format_of(pl_module), rank=trainer.global_rank)
             self._waiting.append(table)
             if (step + 1) % self.dump_every_n_steps == 0:
-                self._flush()
+                with failing("rollouts"):  # on a full disk they wait on
+                    self._flush()
         if self.every_n_steps and step % self.every_n_steps == 0 and trainer.is_global_zero:
             width, colour = shutil.get_terminal_size((120, 24)).columns, sys.stdout.isatty()
             say(render_samples(experience, step, self.num_samples, self.max_chars, width, colour))

@@ -16,7 +16,7 @@ def draw() -> tuple[float, float, float, float]:
 def test_the_same_numbers_come_again(tmp_path: Path) -> None:
     random.gauss(0, 1)  # leaves a second one in store
     np.random.standard_normal()
-    torch.save(random_states(), tmp_path / "states.pt")
+    torch.save([random_states()], tmp_path / "states.pt")
     first = [draw() for _ in range(3)]
     restore_random_states(torch.load(tmp_path / "states.pt", weights_only=True))
     assert [draw() for _ in range(3)] == first

@@ -175,9 +175,10 @@ def test_nothing_to_learn_from_is_no_update_and_ends_the_run(
     fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ("--model.reward.function", "variant_rewards.indifferent", "--model.algorithm", "DAPO")
-    assert fit(tmp_path / "run", *options, "--model.max_skipped", 3, "--trainer.max_steps", 9) == 2
+    assert fit(tmp_path / "run", *options, "--model.max_idle", 3, "--trainer.max_steps", 9) == 2
     message = re.sub(r"\s+", " ", capsys.readouterr().err)
-    assert "3 skipped optimizer steps in a row" in message and "no prompt has samples of different rewards" in message
+    assert "3 rollout batches in a row that taught nothing" in message
+    assert "no prompt has samples of different rewards" in message
     rows = metrics(tmp_path / "run")
     assert [(row["policy/skipped"], row["engine/weight_version"]) for row in rows] == [(1.0, 0.0)] * 2
     assert all((row["reward/refills"], row["reward/dropped_groups"]) == (4, 20) for row in rows)

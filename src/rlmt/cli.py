@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -65,8 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _mistake_behind(error: BaseException | None) -> UserError | None:
-    """The UserError that an exception is or was caused by: jsonargparse wraps those of constructors in its own."""
+    """The UserError that an exception is or was caused by: jsonargparse wraps those of constructors in its own.
+
+    A full disk is one, whatever did not fit.
+    """
     while error is not None and not isinstance(error, UserError):
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            what = f" for {error.filename}" if error.filename else ""
+            return UserError(f"no room is left on the disk{what}: make some; a run goes on with --ckpt_path last.")
         error = error.__cause__ or error.__context__
     return error
 

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import torch
 
 from rlmt.errors import UserError
+from rlmt.resume.safe_files import replacing
 from rlmt.types import Experience
 
 SCHEMA = pa.schema(
@@ -159,7 +160,5 @@ def _read(file: Path, columns: list[str] | None) -> pa.Table:
 
 def write_rollouts(table: pa.Table, path: Path) -> None:
     """Writes a rollout file, whole or not at all: readers never see half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    pq.write_table(table, unfinished, compression="zstd")
-    unfinished.replace(path)
+    with replacing(path) as unfinished:
+        pq.write_table(table, unfinished, compression="zstd")

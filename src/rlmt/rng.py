@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlmt.ranks import rank
+
 
 def random_states() -> dict[str, Any]:
     """States of Python's, NumPy's and torch's generators, as tensors, numbers, strings and lists."""
@@ -20,8 +22,14 @@ def random_states() -> dict[str, Any]:
     }
 
 
-def restore_random_states(states: dict[str, Any]) -> None:
-    """Undoes `random_states`; states of GPUs are taken up by as many as there are."""
+def restore_random_states(everyone: list[dict[str, Any]]) -> None:
+    """Undoes `random_states`; states of GPUs are taken up by as many as there are.
+
+    Args:
+        everyone: states of each rank, since ranks draw apart: dropout takes as many numbers as a rank has tokens. Where
+            there are more ranks now, several go on from the same one.
+    """
+    states = everyone[rank() % len(everyone)]
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = states["numpy"]

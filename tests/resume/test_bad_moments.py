@@ -132,6 +132,27 @@ def test_or_warns_and_goes_on(fit: Fit, tmp_path: Path, full_disk: list[int]) ->
     assert saved(tmp_path / "run") == 4 and len(full_disk) == 5
 
 
+def test_without_room_for_anything_the_run_goes_on_and_ends_in_one_line(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rollouts wait, and no checkpoint is written without them; with room the run goes on."""
+
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    assert fit("--trainer.max_steps", 1) == 0
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="the checkpoint before it is whole"):
+        patch.setattr("rlmt.records.pq.write_table", full)
+        patch.setattr("rlmt.plots.draw_curves", full)
+        assert fit("--ckpt_path", "last", on_full="continue") == 2
+    assert error_of(capsys).startswith("rlmt: error: no room is left on the disk")
+    assert len(rows(tmp_path / "run")) == 4 and saved(tmp_path / "run") == 0
+    assert fit("--ckpt_path", "last") == 0
+    assert len(rows(tmp_path / "run")) == 4 and saved(tmp_path / "run") == 3
+    steps = read_rollouts(tmp_path / "run" / "version_0" / "rollouts")["step"].to_pylist()
+    assert steps == [step for step in range(4) for _ in range(16)]
+
+
 def test_what_a_kill_left_half_written_is_removed_at_the_next_start(fit: Fit, tmp_path: Path) -> None:
     folder = tmp_path / "run" / "checkpoints"
     folder.mkdir(parents=True)
@@ -267,9 +288,12 @@ def test_batches_that_teach_nothing_are_no_updates_and_are_counted(
     fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """All malformed, since no thought closes within three tokens; so all rewards are equal."""
-    options = ("--model.format", "think", "--data.max_new_tokens", 3, "--model.max_skipped", 3)
+    options = ("--model.format", "think", "--data.max_new_tokens", 3, "--model.max_idle", 3)
     assert fit(*options, "--trainer.default_root_dir", "malformed") == 2
-    assert "3 skipped optimizer steps in a row" in error_of(capsys)
+    assert (
+        "Stopped after 3 rollout batches in a row that taught nothing (--model.max_idle): all samples are malformed"
+        in error_of(capsys)
+    )
     found = rows(tmp_path / "malformed")
     assert len(found) == 2
     for row in found:
@@ -282,9 +306,9 @@ def test_samples_that_all_stay_out_of_the_loss_are_no_update(
 ) -> None:
     for algorithm in ((), ("--model.algorithm", "PPO")):
         folder = f"masked{len(algorithm)}"
-        truncated = ("--model.algorithm.mask_truncated", "true", "--model.max_skipped", 2)
+        truncated = ("--model.algorithm.mask_truncated", "true", "--model.max_idle", 2)
         assert fit(*algorithm, *truncated, "--data.max_new_tokens", 1, "--trainer.default_root_dir", folder) == 2
-        assert "2 skipped optimizer steps in a row" in error_of(capsys), algorithm
+        assert "no sample takes part in the loss" in error_of(capsys), algorithm
 
 
 class Odd(TransformersEngine):

@@ -41,7 +41,7 @@ def whole(crash: Any, world: Any, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder / "whole"
 
 
-CASES = ["GRPO", "PPO with LoRA", "DPO with QLoRA"]
+CASES = ["GRPO", "PPO with LoRA", "DPO with QLoRA", "GRPO with LoRA on 2 ranks"]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -51,18 +51,22 @@ def test_a_killed_run_is_the_unbroken_run(
     seed = int.from_bytes(os.urandom(4))  # a new instant each time; the name of what fails has it
     record_property("seed", seed)
     dice = random.Random(seed)
-    algorithm, _, adapter = case.partition(" with ")
+    algorithm, _, adapter = case.removesuffix(" on 2 ranks").partition(" with ")
     options = crash.ALGORITHMS[algorithm] + {"": (), "LoRA": crash.LORA, "QLoRA": crash.QLORA}[adapter]
     run, log = dataclasses.replace(world, options=options), tmp_path / "log"
+    least = 1
+    if "ranks" in case:  # which for dropout draw apart, after some steps
+        least = 4
+        run = dataclasses.replace(run, ranks=2, configs=("ddp",))
     if adapter:
         whole = tmp_path / "whole"
-        crash.finish(crash.launch(run.command(whole), log), log)
+        crash.finish(crash.launch(run.command(whole), log, ranks=run.ranks), log)
     broken = tmp_path / "broken"
-    process = crash.launch(run.command(broken), log)
-    crash.wait_for_steps(process, broken, dice.randint(1, 6))
+    process = crash.launch(run.command(broken), log, ranks=run.ranks)
+    crash.wait_for_steps(process, broken, dice.randint(least, 6))
     time.sleep(dice.uniform(0, 0.3))
-    assert crash.kill(process), (seed, log.read_text())
-    crash.finish(crash.launch(run.command(broken, resume=True), log), log)
+    assert crash.kill(process, dice), (seed, log.read_text())
+    crash.finish(crash.launch(run.command(broken, resume=True), log, ranks=run.ranks), log)
     outcome = crash.Outcome()
     crash.compare(whole, broken, outcome)
     assert outcome.samples == 7 * 16 and outcome.cells > 150 and outcome.tensors > 50, (seed, outcome)
@@ -90,7 +94,7 @@ def test_a_stopped_run_saves_leaves_and_goes_on(name: str, crash: Any, world: An
         environment = SLURM | {"PATH": f"{tool.parent}:{os.environ['PATH']}"}
     process = crash.launch(run.command(broken), log, **environment)
     crash.wait_for_steps(process, broken, 2)
-    os.kill(process.pid, number)
+    os.kill(process.pids()[0], number)
     assert crash.wait(process) == 128 + number, log.read_text()
     last = broken / "checkpoints" / "last.ckpt"
     step = torch.load(last, weights_only=True)["run"]["step"]

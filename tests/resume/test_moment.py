@@ -78,10 +78,10 @@ class Module(LightningModule):
         self.log("val/weight", self.weight.sum() + batch.float().mean(), batch_size=len(batch))
 
     def resume_state(self) -> dict[str, Any]:
-        return {"random": torch.get_rng_state()}
+        return {"random": [torch.get_rng_state()]}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        torch.set_rng_state(checkpoint["rlmt"]["random"])
+        torch.set_rng_state(checkpoint["rlmt"]["random"][0])
 
 
 class Interrupt(Callback):
@@ -148,7 +148,7 @@ def run(
         "rows": rows,
         "weight": module.weight.tolist(),
         "moments": [t.tolist() for t in state["optimizer_states"][0]["state"][0].values()],
-        "random": state["rlmt"]["random"].tolist(),
+        "random": [one.tolist() for one in state["rlmt"]["random"]],
         "drawn": state["Data"],
         "epochs": epochs,
     }
@@ -215,6 +215,19 @@ class Second(Interrupt):
         self.calls += trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1 == self.step
         if self.calls == 2:
             super().hook(trainer)
+
+
+def test_a_signal_sent_twice_does_not_wait_for_the_step(tmp_path: Path) -> None:
+    """Between two optimizer steps there is nothing that can be saved."""
+
+    class Twice(Second):
+        def hook(self, trainer: Trainer, *args: Any, **options: Any) -> None:
+            super().hook(trainer)
+            if self.sent:
+                signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(FileNotFoundError, match=r"last\.ckpt"):  # Stopped, and none was written
+        run(tmp_path, stop=Twice(5))
 
 
 def test_epochs_are_counted_right_where_they_end_the_run(tmp_path: Path) -> None:

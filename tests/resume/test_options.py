@@ -22,6 +22,7 @@ BEFORE: dict[str, Any] = {
             "scheduler": None,
         },
     },
+    "data": {"class_path": "D", "init_args": {"engine": {"class_path": "E", "init_args": {"urls": ["a"]}}}},
     "trainer": {"max_steps": 10, "default_root_dir": "a", "callbacks": [{"class_path": "x"}], "precision": "32-true"},
     "ckpt_path": None,
 }
@@ -48,6 +49,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"trainer__max_steps": 20, "trainer__default_root_dir": "b", "trainer__callbacks": [], "ckpt_path": "last"},
         [],
     ),
+    "other servers": ({"data__init_args__engine__init_args__urls": ["b", "c"]}, []),
     "a number": ({"seed_everything": 1}, ["--seed_everything was 0 and is 1 from here on"]),
     "a list": (
         {f"{OPTIMIZER}__init_args__betas": [0.9, 0.95]},

@@ -10,7 +10,6 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loops.utilities import _block_parallel_sync_behavior
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
@@ -34,6 +33,7 @@ from rlmt.modules.building import build_models, check_critic_is_there, weights_t
 from rlmt.modules.checkpoints import record_of, save_beside_checkpoints
 from rlmt.modules.checks import check_options, check_run
 from rlmt.modules.dynamic_sampling import refill
+from rlmt.modules.no_update import NoUpdates
 from rlmt.modules.policy import PolicyOwner
 from rlmt.modules.schedules import LRSchedulerCallable, OptimizerCallable, with_schedule
 from rlmt.modules.update import PolicyUpdate, course, first_pass, first_values, teaches_nothing
@@ -64,6 +64,8 @@ class RLMTModule(LightningModule, PolicyOwner):
         tokens_per_micro_batch: tokens, prompt and padding included, that one forward and backward holds.
         max_grad_norm: the gradient is clipped to this norm.
         max_skipped: steps in a row that a non-finite loss or gradient may cost before the run stops.
+        max_idle: rollout batches in a row that may teach nothing, as where all samples are malformed or the rewards of
+            each prompt's samples are equal, before the run stops. They change nothing.
         gradient_checkpointing: trade time for memory in the policy's backward.
         attn_implementation: transformers' name of an attention, such as flash_attention_2; null lets it choose.
         held_out_rewards: rewards that are not trained on; each scores the responses to validation and test prompts, and
@@ -92,6 +94,7 @@ class RLMTModule(LightningModule, PolicyOwner):
         tokens_per_micro_batch: int = 16384,
         max_grad_norm: float = 1.0,
         max_skipped: int = 5,
+        max_idle: int = 50,
         gradient_checkpointing: bool = False,
         attn_implementation: str | None = None,
         held_out_rewards: list[Reward] | None = None,
@@ -101,8 +104,8 @@ class RLMTModule(LightningModule, PolicyOwner):
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False  # frozen models are in no checkpoint; `load_state_dict` checks what has to be
-        sizes: dict[str, float] = {"tokens_per_micro_batch": tokens_per_micro_batch, "max_skipped": max_skipped}
-        check_options(sizes | {"max_grad_norm": max_grad_norm})
+        sizes: dict[str, float] = {"tokens_per_micro_batch": tokens_per_micro_batch, "max_grad_norm": max_grad_norm}
+        check_options(sizes | {"max_skipped": max_skipped, "max_idle": max_idle})
         if not math.isfinite(malformed_reward):
             raise UserError(f"--model.malformed_reward is {malformed_reward}: it must be a finite number.")
         check_adapter_options(lora, quantization)
@@ -113,14 +116,13 @@ class RLMTModule(LightningModule, PolicyOwner):
         self.algorithm = algorithm
         self.malformed: MalformedMode = malformed or "null"  # YAML reads the bare word null as nothing
         self.malformed_reward = malformed_reward
-        self.max_skipped = max_skipped
         self.gradient_checkpointing = gradient_checkpointing
         self.attn_implementation = attn_implementation
         self.lora, self.quantization = lora, quantization
         self.policy_version = 0
         self._optimizer, self._scheduler = optimizer, scheduler
         self._update = PolicyUpdate(algorithm, tokens_per_micro_batch, max_grad_norm)
-        self._skipped_in_a_row = 0
+        self._no_updates = NoUpdates(max_skipped, max_idle)
         self.policy: PreTrainedModel | None = None
         self.reference: PreTrainedModel | None = None
         self.critic: Critic | None = None
@@ -195,8 +197,7 @@ class RLMTModule(LightningModule, PolicyOwner):
             start += sum(batch.seconds.values()) - before  # drawing more is not scoring
         scored = time.perf_counter()
         if not any(ranks.everyones(len(batch))):
-            self._skip("no prompt has samples of different rewards (--model.algorithm.dynamic_sampling drops the rest)")
-            metrics = {"policy/skipped": 1.0} | course(batch, start, scored)
+            metrics = self._pass_over(drawn) | course(batch, start, scored)
             return {"experience": drawn, "metrics": metrics | experience.metrics}
         updates = self.algorithm.update_epochs * self.algorithm.minibatches
         budget = self._update.tokens_per_micro_batch
@@ -211,8 +212,7 @@ class RLMTModule(LightningModule, PolicyOwner):
         if not self.algorithm.pairwise:
             self.algorithm.prepare(experience)
         if all(ranks.everyones(teaches_nothing(experience, self.critic))):
-            self._skip("the samples of each prompt have equal rewards, or none takes part in the loss")
-            metrics = {"policy/skipped": 1.0}
+            metrics = self._pass_over(experience)
         else:
             metrics = self._take_steps(experience)
         metrics |= course(batch, start, scored)
@@ -251,9 +251,9 @@ class RLMTModule(LightningModule, PolicyOwner):
                 if isinstance(scheduler, LRScheduler):
                     scheduler.step()
                 self.policy_version += moved
-                self._skipped_in_a_row = 0
-            else:
-                self._skip(step.problem)
+                self._no_updates.update()
+            elif stop := self._no_updates.skip(step.problem, self.policy_version):
+                raise UserError(stop)
             optimizer.zero_grad()
         return self._update.metrics()
 
@@ -262,15 +262,11 @@ class RLMTModule(LightningModule, PolicyOwner):
         with _block_parallel_sync_behavior(self.trainer.strategy):
             self.manual_backward(loss)
 
-    def _skip(self, problem: str) -> None:
-        self._skipped_in_a_row += 1
-        rank_zero_warn(f"Optimizer step skipped at version {self.policy_version} of the policy: {problem}.")
-        if self._skipped_in_a_row >= self.max_skipped:
-            raise UserError(
-                f"Stopped after {self._skipped_in_a_row} skipped optimizer steps in a row (--model.max_skipped): "
-                f"{problem}; lower the learning rate or look at the reward curve, and continue from the last "
-                "checkpoint."
-            )
+    def _pass_over(self, experience: Experience) -> dict[str, float]:
+        """What a step logs that leaves out a batch, since it teaches nothing."""
+        if stop := self._no_updates.pass_over(experience, self.policy_version):
+            raise UserError(stop)
+        return {"policy/skipped": 1.0}
 
     def experience(self, batch: RolloutBatch) -> Experience:
         """Takes rollouts apart and scores their responses."""
@@ -336,12 +332,12 @@ class RLMTModule(LightningModule, PolicyOwner):
         return super().load_state_dict(wanted, strict=False, assign=assign)
 
     def resume_state(self) -> dict[str, Any]:
-        """What changes while training beside weights, optimizer and scheduler, as plain data."""
+        """What changes while training beside weights, optimizer and scheduler, as plain data; of this rank."""
         return {
             "version": self.policy_version,
             "algorithm": self.algorithm.state_dict(),
-            "random": random_states(),
-            "skipped": self._skipped_in_a_row,
+            "random": [random_states()],
+            "no_updates": self._no_updates.state_dict(),
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -380,6 +376,6 @@ class RLMTModule(LightningModule, PolicyOwner):
         saved = checkpoint["rlmt"]
         self.policy_version = saved["version"]
         if self._fitting:
-            self._skipped_in_a_row = saved.get("skipped", 0)
-            self.algorithm.load_state_dict(saved.get("algorithm", {}))
+            self._no_updates.load_state_dict(saved["no_updates"])
+            self.algorithm.load_state_dict(saved["algorithm"])
             restore_random_states(saved["random"])

@@ -140,8 +140,8 @@ class SupervisedModule(LightningModule):
         return {"module": self.kind, **adapter_record(self._trained, self.quantization), **self.resume_state()}
 
     def resume_state(self) -> dict[str, Any]:
-        """What changes while training beside weights, optimizer and scheduler, as plain data."""
-        return {"random": random_states()}
+        """What changes while training beside weights, optimizer and scheduler, as plain data; of this rank."""
+        return {"random": [random_states()]}
 
     def _planned_adapter(self) -> Any:
         """The configuration that the adapter will have; None without."""

@@ -232,14 +232,14 @@ class PolicyUpdate:
 
 
 def teaches_nothing(experience: Experience, critic: Critic | None) -> bool:
-    """Whether no sample takes part in the loss, or none of those that do has an advantage other than 0.
+    """Whether no sample takes part in the loss, alone or in a pair, or none of those that do has an advantage but 0.
 
     A step on such a batch would follow the KL penalty, the entropy bonus, weight decay and the optimizer's momentum
     alone, so none is taken; but a critic learns from any sample.
     """
     part, advantages = _taking_part(experience), experience.advantages
-    if advantages is None or (critic is not None and bool(part.any())):
-        return False
+    if advantages is None or critic is not None:
+        return not bool(part.any())
     if len(advantages) != len(part):
         part = part.repeat_interleave(experience.lengths)
     return not bool((advantages[part] != 0).any())

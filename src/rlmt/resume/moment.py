@@ -15,6 +15,8 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from rlmt.ranks import everyones
+
 Loops = dict[str, Any]
 
 
@@ -29,13 +31,13 @@ class Moment:
     data: dict[str, Any]
     """State of the data module, by its name in checkpoints."""
     module: dict[str, Any]
-    """What the module's `resume_state` gives."""
+    """What the module's `resume_state` gives, its `random` of all ranks."""
     progress: tuple[int, int]
     """Steps trained and optimizer steps begun."""
 
     @classmethod
     def of(cls, trainer: Trainer, loops: Loops, step: int) -> Moment:
-        """The present moment.
+        """The present moment; every rank has to ask for it.
 
         Args:
             trainer: in training.
@@ -45,7 +47,10 @@ class Moment:
         data, module = getattr(trainer, "datamodule", None), trainer.lightning_module
         states = {} if data is None else {type(data).__qualname__: data.state_dict()}
         resume_state: Any = getattr(module, "resume_state", dict)
-        return cls(step, loops, copy.deepcopy(states), copy.deepcopy(resume_state()), _progress(trainer))
+        own: dict[str, Any] = copy.deepcopy(resume_state())
+        if "random" in own:
+            own["random"] = [state for rank in everyones(own["random"]) for state in rank]
+        return cls(step, loops, copy.deepcopy(states), own, _progress(trainer))
 
     def is_now(self, trainer: Trainer) -> bool:
         """Whether weights and optimizer are still those of this moment."""
