@@ -235,7 +235,7 @@ def test_every_run_of_the_miniature_study_instantiates(launched: list[Any], monk
     for command in runs:
         words = [word for word in command if word not in ("--ckpt_path", "last")]  # `fit` above has no such option
         assert main([*words, "--trainer.accelerator", "cpu"]) == 0, command
-    assert len(launched) == len(runs) == 11
+    assert len(launched) == len(runs) == 15
     assert set(yaml.safe_load((CONFIGS / "study/quickstart.yaml").read_text())["only"]) <= set(study["arms"])
 
 

@@ -75,6 +75,27 @@ def test_dtype(tiny, tmp_path):
     assert torch.equal(loaded.lm_head.weight, policy.lm_head.weight.bfloat16())
 
 
+def test_an_export_that_is_killed_leaves_no_folder_and_is_made_again(tiny, tmp_path, monkeypatch):
+    ckpt, out = _write(tiny, tmp_path / "run", _trained(tiny)), tmp_path / "deep" / "out"
+    left = tmp_path / "killed"
+
+    def killed(folder: Path, target: Path) -> None:
+        assert not out.exists() and (folder / "model.safetensors").is_file()  # all is written, nothing is there
+        shutil.copytree(folder, left)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "rename", killed)
+        export(ckpt, out)
+    assert not list(out.parent.iterdir())  # Ctrl-C cleans up
+    left.rename(out.with_name(".out.partial"))  # as SIGKILL leaves it
+    (out.with_name(".out.partial") / "stale").touch()
+    out.mkdir()  # an empty folder is as good as none
+    export(ckpt, out)
+    assert [path.name for path in out.parent.iterdir()] == ["out"] and not (out / "stale").exists()
+    load_policy(out)
+
+
 def test_sharded_checkpoint(tiny, tmp_path):
     policy = _trained(tiny)
     ckpt = _write(tiny, tmp_path / "run", policy).with_name("sharded.ckpt")
@@ -92,13 +113,16 @@ def test_sharded_checkpoint(tiny, tmp_path):
     _refused(ckpt, tmp_path / "other", match="not a sharded checkpoint")
 
 
-def test_mistakes(tiny, tmp_path):
+def test_mistakes(tiny, tmp_path, monkeypatch):
     policy = _trained(tiny)
     ckpt, out = _write(tiny, tmp_path / "run", policy), tmp_path / "out"
     _refused(tmp_path / "none.ckpt", out, match="no such checkpoint")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     _refused(ckpt, tmp_path / "full", match="is there already")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    _refused(ckpt, Path(), match="cannot be replaced")
 
     torn = ckpt.with_name("torn.ckpt")
     torn.write_bytes(ckpt.read_bytes()[: ckpt.stat().st_size // 2])

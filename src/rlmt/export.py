@@ -12,10 +12,12 @@ trained on is read again and passed through (`rlmt.merge`), or an adapter folder
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
+import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -150,21 +152,39 @@ def export(
     if not ckpt.exists():
         raise UserError(f"{ckpt}: no such checkpoint")
     saved = _open(ckpt)
-    target: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
-    if saved.about.get("adapter") is not None:
-        write = _export_merged if what == "merged" else _export_adapter
-        write(saved, base or saved.about[saved.kind.base], out, target)
-        return
-    if what == "adapter" or base is not None:
+    adapted = saved.about.get("adapter") is not None
+    if not adapted and (what == "adapter" or base is not None):
         option = "--what adapter" if what == "adapter" else "--base"
         raise UserError(f"{ckpt}: holds all of the model's weights and no adapter; leave {option} out")
-    model = _assemble(saved, target)
-    saved.save_assets(out, model.config)
-    if saved.kind is _POLICY:
-        model.generation_config = GenerationConfig.from_pretrained(out)
-    # Last, so that a folder with weights is a whole one.
-    model.save_pretrained(out)
-    print(f"{out}: {type(model).__name__}, {model.num_parameters():,} parameters in {model.dtype}")
+    target: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
+    with _whole_or_nothing(out) as folder:
+        if adapted:
+            write = _export_merged if what == "merged" else _export_adapter
+            about = write(saved, base or saved.about[saved.kind.base], folder, target)
+        else:
+            about = _export_all(saved, folder, target)
+    print(f"{out}: {about}")
+
+
+@contextmanager
+def _whole_or_nothing(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to write into, which takes its place once all is written.
+
+    An export that is cut short leaves nothing under the name `out`; what it leaves beside it goes with the next one.
+    """
+    if out.is_dir():
+        try:
+            out.rmdir()
+        except OSError as error:
+            raise UserError(f"{out}: cannot be replaced ({error.strerror}); name a new folder in it") from error
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _open(path: Path) -> _Checkpoint:
@@ -199,7 +219,16 @@ def _adapter(saved: _Checkpoint) -> AdapterWeights:
     return AdapterWeights(saved.about["adapter"], named)
 
 
-def _export_merged(saved: _Checkpoint, source: str, out: Path, dtype: torch.dtype | None) -> None:
+def _export_all(saved: _Checkpoint, out: Path, dtype: torch.dtype | None) -> str:
+    model = _assemble(saved, dtype)
+    saved.save_assets(out, model.config)
+    if saved.kind is _POLICY:
+        model.generation_config = GenerationConfig.from_pretrained(out)
+    model.save_pretrained(out)
+    return f"{type(model).__name__}, {model.num_parameters():,} parameters in {model.dtype}"
+
+
+def _export_merged(saved: _Checkpoint, source: str, out: Path, dtype: torch.dtype | None) -> str:
     adapter, base = _adapter(saved), open_base(source)
     check_fits(base, adapter)
     config, quantization = load_config(saved.assets), saved.about.get("quantization")
@@ -212,14 +241,13 @@ def _export_merged(saved: _Checkpoint, source: str, out: Path, dtype: torch.dtyp
     if quantization is not None:
         four_bits = quantized_weights(config, saved.kind.auto), quantization["double_quant"]
     merge(base, adapter, out, held, dtype, *four_bits, saved.head)
-    print(f"{out}: {source} with the adapter of {len(layers)} layers merged into it, in {config.dtype}")
+    return f"{source} with the adapter of {len(layers)} layers merged into it, in {config.dtype}"
 
 
-def _export_adapter(saved: _Checkpoint, source: str, out: Path, dtype: torch.dtype | None) -> None:
+def _export_adapter(saved: _Checkpoint, source: str, out: Path, dtype: torch.dtype | None) -> str:
     adapter, head = _adapter(saved), saved.head
     folder = Path(source).expanduser()
     name = str(folder.resolve()) if folder.is_dir() else source  # a relative path would be wrong from anywhere else
-    out.mkdir(parents=True, exist_ok=True)
     load_tokenizer(saved.assets).save_pretrained(out)
     options: dict[str, Any] = {"base_model_name_or_path": name, "inference_mode": True}
     if saved.kind is _POLICY:
@@ -229,14 +257,13 @@ def _export_adapter(saved: _Checkpoint, source: str, out: Path, dtype: torch.dty
     LoraConfig(**{**adapter.config, **options}).save_pretrained(str(out))
     trained = adapter.tensors | {PEFT_PREFIX + key: tensor for key, tensor in head.items()}
     tensors = {key: (t if dtype is None else t.to(dtype)).contiguous() for key, t in trained.items()}
-    partial = out / "adapter_model.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
-    os.replace(partial, out / "adapter_model.safetensors")
-    print(f"{out}: adapter of {len(adapted_layers(adapter))} layers for {name}")
+    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    notes = [f"adapter of {len(adapted_layers(adapter))} layers for {name}"]
     if saved.kind is _REWARD:
-        print("Its base is loaded as a sequence classifier with num_labels=1.")
+        notes.append("Its base is loaded as a sequence classifier with num_labels=1.")
     if saved.about.get("quantization") is not None:
-        print("It was trained on this model in 4 bits (NF4): load that so, or export --what merged.")
+        notes.append("It was trained on this model in 4 bits (NF4): load that so, or export --what merged.")
+    return "\n".join(notes)
 
 
 def save_reward_assets(folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:

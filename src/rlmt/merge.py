@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,7 +135,7 @@ def merge(
     Args:
         base: where the weights are.
         adapter: what was trained on them.
-        out: folder to write; without a whole set of weights until the very end.
+        out: folder to write to.
         held: number format that the trainer held the base in.
         dtype: of the weights written; None leaves each in the base's own.
         quantized: names of the weights that the trainer held in 4 bits.
@@ -171,10 +170,8 @@ def merge(
 def _write(out: Path, formats: Mapping[str, Tensor], made: Callable[[str], Tensor]) -> None:
     """Writes a model's weights a file at a time, as transformers splits and names them.
 
-    What makes a folder loadable, the index or the only file, gets its name last.
-
     Args:
-        out: folder to write.
+        out: folder to write to.
         formats: shape and number format of each tensor, on the meta device.
         made: gives a tensor by name.
     """
@@ -184,12 +181,8 @@ def _write(out: Path, formats: Mapping[str, Tensor], made: Callable[[str], Tenso
     for place, (file, name) in enumerate(track(order, "merging", transient=True)):
         parts[name] = made(name).contiguous()
         if place + 1 == len(order) or order[place + 1][0] != file:
-            partial = out / f"{file}.partial"
-            save_file(parts, partial, metadata={"format": "pt"})
-            os.replace(partial, out / file)
+            save_file(parts, out / file, metadata={"format": "pt"})
             parts.clear()
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        partial = out / f"{_INDEX}.partial"
-        partial.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(partial, out / _INDEX)
+        (out / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -34,7 +34,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 def test_the_ordinary_loaders_read_it(world: Path) -> None:
-    for name in ("demonstrations", "demonstrations_shallow", "demonstrations_deep"):
+    for name in ("demonstrations", "demonstrations_shallow", "demonstrations_deep", "demonstrations_form"):
         found = load_demonstrations(str(world / f"{name}.jsonl"), thinks=True)
         assert sum(bool(row.turns) for row in found) == 64 and sum(bool(row.text) for row in found) == 4
     assert len(load_demonstrations(str(world / "demonstrations_held_out.jsonl"), thinks=True)) == 16
@@ -73,6 +73,11 @@ def test_deep_demonstrations_are_longer_and_better_than_shallow_ones(world: Path
             statistics.mean(rubric([{"role": "user", "content": row["prompt"]}], row["response"]) for row in found)
         )
     assert lengths[1] > 2 * lengths[0] and scores[1] > scores[0] + 10
+
+
+def test_demonstrations_of_the_form_try_nothing(world: Path) -> None:
+    thoughts = [row["thought"] for row in rows(world / "demonstrations_form.jsonl") if "thought" in row]
+    assert thoughts and not any("try" in thought for thought in thoughts)
 
 
 def test_narrow_prompts_are_of_one_kind(world: Path) -> None:

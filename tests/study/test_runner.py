@@ -94,7 +94,7 @@ def test_jobs_run_side_by_side_but_not_before_what_they_need(tmp_path: Path, rec
     assert three[0] >= max(one[1], two[1])
 
 
-def test_a_half_written_export_is_written_again(tmp_path: Path, recorder: Recorder) -> None:
+def test_an_export_that_was_not_noted_is_written_again(tmp_path: Path, recorder: Recorder) -> None:
     jobs, digests = planned(tmp_path, a=["one", "export $dir/last.ckpt $dir/model"])
     folder = jobs[0].folder
     (folder / "model").mkdir(parents=True)

@@ -75,6 +75,7 @@ def write_mini(out: Path, seed: int, sizes: Sizes | None = None) -> dict[str, st
         "demonstrations": _demonstrations(seed, "any", sizes.demonstrations, (0, MOST_PATIENT)),
         "demonstrations_shallow": _demonstrations(seed, "shallow", sizes.demonstrations, (0, 1)),
         "demonstrations_deep": _demonstrations(seed, "deep", sizes.demonstrations, (MOST_PATIENT - 1, MOST_PATIENT)),
+        "demonstrations_form": _demonstrations(seed, "form", sizes.demonstrations, (0, 0)),
         "demonstrations_held_out": _demonstrations(seed, "held out", sizes.held_out, (0, MOST_PATIENT), held_out=True),
         "preferences": _preferences(seed, "", sizes.comparisons),
         "preferences_other": _preferences(seed, "other", sizes.comparisons),

@@ -152,7 +152,7 @@ class Runner:
         for number in range(state.done, len(job.commands)):
             command = job.commands[number]
             if command[0] == "export" and job.folder in (target := Path(command[-1])).parents:
-                shutil.rmtree(target, ignore_errors=True)  # half of it, from an interrupted one
+                shutil.rmtree(target, ignore_errors=True)  # the study was killed before it noted it
             start = time.monotonic()
             status = self._execute(command, job.folder / LOG, bar)
             state.seconds[str(number)] = state.seconds.get(str(number), 0.0) + round(time.monotonic() - start, 1)
