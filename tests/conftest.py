@@ -9,6 +9,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 import json  # noqa: E402
 import logging  # noqa: E402
 import random  # noqa: E402
+import sys  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
@@ -37,6 +38,16 @@ def prompts_file(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def crash() -> Any:
+    """benchmarks/crash.py; on the path, so that the processes that it starts find it as well."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+    import crash
+
+    yield crash
+    sys.path.remove(str(Path(__file__).parents[1] / "benchmarks"))
 
 
 @pytest.fixture(scope="session")

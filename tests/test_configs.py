@@ -19,6 +19,7 @@ from rlmt.engines import ReplayEngine, VLLMEngine, VLLMServerEngine
 from rlmt.models import LoRA
 from rlmt.modules import SFT, CosineWithWarmup, RewardModeling, RLMTModule
 from rlmt.rewards import ClassifierReward
+from rlmt.sharding import FSDP2
 from rlmt.study.stages import Plan, Stage
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -47,7 +48,7 @@ def compose(*names: str) -> list[str]:
 def test_every_shipped_config_is_tested() -> None:
     # See test_paper.py, test_the_miniature_configs_instantiate and tests/study for the folders.
     assert {path.name for path in CONFIGS.iterdir() if path.is_dir()} <= {"paper", "mini", "study", "__pycache__"}
-    shipped = {path.stem for path in CONFIGS.glob("*.yaml")} - {"ddp"}  # see test_one_more_config_spreads_a_run
+    shipped = {path.stem for path in CONFIGS.glob("*.yaml")} - {"ddp", "fsdp"}  # see test_one_more_config_spreads_a_run
     objectives = {"grpo", "ppo", "dpo", "dpo_offline"}
     assert shipped == {
         "base",
@@ -239,15 +240,22 @@ def test_every_run_of_the_miniature_study_instantiates(launched: list[Any], monk
     assert set(yaml.safe_load((CONFIGS / "study/quickstart.yaml").read_text())["only"]) <= set(study["arms"])
 
 
-@pytest.mark.parametrize("names", [("tiny",), ("llama-3.1-8b", "qlora")])
+SPREAD = [
+    *(("tiny", "ddp"), ("llama-3.1-8b", "qlora", "ddp")),
+    *(("tiny", "fsdp"), ("llama-3.1-8b", "fsdp"), ("llama-3.1-8b", "lora", "fsdp")),
+]
+
+
+@pytest.mark.parametrize("names", SPREAD)
 def test_one_more_config_spreads_a_run(
     names: tuple[str, ...], launched: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [*compose("base", "grpo", *names, "ddp"), "--trainer.devices", "2", "--trainer.num_nodes", "3"]
+    words = [*compose("base", "grpo", *names), "--trainer.devices", "2", "--trainer.num_nodes", "3"]
     assert main(words) == 0
     assert sys.argv[1] == "fit" and sys.argv[-6:] == words[-6:]  # what Lightning starts the other processes with
     ((trainer, module, data),) = launched
-    assert isinstance(trainer.strategy, DDPStrategy) and trainer.world_size == 6
+    strategy = {"ddp": DDPStrategy, "fsdp": FSDP2}[names[-1]]
+    assert type(trainer.strategy) is strategy and trainer.world_size == 6
     assert isinstance(data.engine, VLLMEngine)
     assert not capsys.readouterr().err
 

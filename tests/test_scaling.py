@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from rlmt.models.quantization import nf4_bytes
 
 TEXT = (Path(__file__).parents[1] / "docs/scaling.md").read_text(encoding="utf-8")
-RANK, RANKS = 16, 8
+RANK, RANKS, MICRO_BATCHES = 16, 8, 16
 SIZES = {"8B": (4096, 14336, 32, 32), "70B": (8192, 28672, 80, 64)}  # hidden, feed-forward, layers, heads
 
 
@@ -47,6 +47,10 @@ def test_the_table_of_traffic_and_memory(name: str) -> None:
     around = 2 * (RANKS - 1) / RANKS
     expected = {
         "all": (4 * size * around, 2 * size, (20 + 4 + 2) * size + judge),
+        "all, `fsdp`": (
+            *((10 * MICRO_BATCHES + 4) * size * (RANKS - 1) / RANKS, 2 * size),
+            (16 + 4) * size / RANKS + 2 * size + judge,
+        ),
         "`lora`": (4 * adapter * around, 4 * adapter, 20 * adapter + 4 * size + judge),
         "`qlora`": (
             *(4 * adapter * around, 4 * adapter),

@@ -1,7 +1,8 @@
 """Weights in shards over the processes of a run: torch's FSDP2, as a strategy of Lightning's.
 
 Each rank holds 1/N of every weight that is trained in full, of its gradient and of its moments, and of frozen models;
-a block's weights are put together when it is computed, and let go. Adapters are small, and whole on every rank.
+a block's weights are put together when it is computed, and let go. Adapters are small, and whole on every rank, as is a
+critic's head beside one.
 
 A checkpoint is the file that one process would write: tensors are put together one at a time, and the first rank alone
 keeps them. So a run goes on from it on any number of ranks, sharded or not, and export and all checks read it as any
@@ -96,7 +97,7 @@ class FSDP2(ModelParallelStrategy):
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, mixed: bool) -> None:
-    """Cuts a model's weights into shards, in place, block by block; adapters stay whole.
+    """Cuts a model's weights into shards, in place, block by block; with an adapter only the frozen ones.
 
     Gradients are summed over ranks. All ranks have to run the model the same number of times, forward and backward.
 
@@ -105,7 +106,8 @@ def shard(model: nn.Module, mesh: DeviceMesh, mixed: bool) -> None:
         mesh: of all ranks, in one dimension.
         mixed: put a block's weights together in bfloat16, which it computes in; its gradients travel as float32.
     """
-    adapters = {parameter for name, parameter in model.named_parameters() if is_adapter(name)}
+    named = dict(model.named_parameters())
+    kept = {p for p in named.values() if p.requires_grad} if any(map(is_adapter, named)) else set()
     blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for module in [*blocks, model]:
         dtype = torch.bfloat16 if mixed and module is not model else None
@@ -115,7 +117,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, mixed: bool) -> None:
             # The root as well, or an embedding and a head would stay together from one use to the next.
             reshard_after_forward=True,
             mp_policy=MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
-            ignored_params=adapters,
+            ignored_params=kept,
         )
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)  # each token carries its share of the whole step's loss

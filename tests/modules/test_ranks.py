@@ -10,7 +10,7 @@ import torch
 
 CASES = [
     *("token_mean", "sequence_mean", "constant", "one rank has no group", "whitening over ranks", "critic", "pairs"),
-    *("adapter", "tied", "checkpointed", "minibatches"),
+    *("adapter", "critic with an adapter", "tied", "checkpointed", "minibatches"),
 ]
 
 
@@ -53,3 +53,10 @@ def test_ranks_have_the_same_gradient_bit_for_bit(case: str, how: str, results: 
 
 def test_every_case_is_tested(results: list[dict[str, Any]]) -> None:
     assert list(results[0]["shared"]) == CASES
+
+
+def test_a_sharded_policy_is_given_away_a_tensor_at_a_time(results: list[dict[str, Any]]) -> None:
+    for rank in results:
+        bytes_ = rank["streamed"]
+        assert bytes_["model"] > 200e6 and bytes_["largest"] < 7e6
+        assert 0 < bytes_["peak"] < 10 * bytes_["largest"]

@@ -6,22 +6,29 @@ from typing import Any
 import pytest
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
-from rlmt.engines import TransformersEngine, VLLMServerEngine
+from rlmt.algorithms import GRPO, PPO, Algorithm
+from rlmt.engines import TransformersEngine, VLLMEngine, VLLMServerEngine
 from rlmt.engines.base import Engine
 from rlmt.errors import UserError
+from rlmt.models.quantization import NF4
 from rlmt.modules import SFT, RLMTModule
 from rlmt.modules.checks import check_trainer
 from rlmt.modules.spread import check_spread
+from rlmt.sharding import FSDP2
 
 
 def trainer(strategy: Any = None, engine: Engine | None = None, world_size: int = 2, module: Any = None) -> Any:
     return SimpleNamespace(
         strategy=strategy or DDPStrategy(),
         world_size=world_size,
-        datamodule=SimpleNamespace(engine=engine or TransformersEngine()),
+        datamodule=SimpleNamespace(engine=engine or TransformersEngine(), val_engine=None),
         lightning_module=module,
         precision="32-true",
     )
+
+
+def plain(algorithm: Algorithm | None = None, quantization: NF4 | None = None) -> Any:
+    return SimpleNamespace(algorithm=algorithm or GRPO(), quantization=quantization)
 
 
 def servers() -> VLLMServerEngine:
@@ -32,6 +39,10 @@ def servers() -> VLLMServerEngine:
     ("given", "stage", "says"),
     [
         (trainer(ModelParallelStrategy()), "fit", r"--trainer\.strategy is ModelParallelStrategy: .*--config ddp"),
+        (trainer(FSDP2(), module=plain(quantization=NF4())), "fit", r"--model\.quantization: .*--config ddp"),
+        (trainer(FSDP2(), module=plain(PPO(critic_shared=True))), "fit", r"critic_shared: .*leave the option out"),
+        (trainer(FSDP2(), module=plain()), "fit", r"TransformersEngine samples with the policy itself.*VLLMEngine"),
+        (trainer(FSDP2(), VLLMEngine(), module=plain()), "predict", r"predict runs on one"),
         (trainer(), "predict", r"predict runs on one"),
         (trainer(engine=servers()), "fit", r"--data\.engine VLLMServerEngine: .*--data\.engine VLLMEngine"),
     ],
@@ -45,6 +56,7 @@ def test_what_cannot_be_spread_is_refused(given: Any, stage: str, says: str) -> 
 def test_what_can_be_spread_passes() -> None:
     for stage in ("fit", "validate", "test"):
         check_spread(trainer(), stage)
+        check_spread(trainer(FSDP2(), VLLMEngine(), module=plain(PPO())), stage)
     check_spread(trainer(ModelParallelStrategy(), servers(), world_size=1), "predict")
 
 

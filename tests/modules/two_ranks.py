@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_update import experience as three_groups  # noqa: E402
 from test_update import model  # noqa: E402
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh  # noqa: E402
-from transformers import PreTrainedModel  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel  # noqa: E402
 
 from rlmt.algorithms import DPO, GRPO, PPO, Algorithm, REINFORCEPlusPlus  # noqa: E402
 from rlmt.models.adapters import LoRA, own_parameters  # noqa: E402
 from rlmt.models.critic import build_critic  # noqa: E402
+from rlmt.modules import RLMTModule  # noqa: E402
 from rlmt.modules.dynamic_sampling import select  # noqa: E402
 from rlmt.modules.update import PolicyUpdate, first_pass, first_values  # noqa: E402
 from rlmt.sharding import is_sharded, shard, whole  # noqa: E402
@@ -33,6 +35,7 @@ CASES: dict[str, tuple[Any, list[list[int]]]] = {  # the objective, and the grou
     "critic": (lambda: PPO(kl_placement="reward", kl_coef=0.1, target_kl=1.0), [[0, 1], [2]]),
     "pairs": (lambda: DPO(min_valid=2), [[0, 1], [2]]),
     "adapter": (lambda: GRPO(kl_coef=0.1), [[0], [1, 2]]),
+    "critic with an adapter": (lambda: PPO(), [[0, 1], [2]]),
     "tied": (lambda: GRPO(kl_coef=0.1), [[0], [1, 2]]),
     "checkpointed": (lambda: GRPO(kl_coef=0.1), [[0], [1, 2]]),
     "minibatches": (lambda: GRPO(kl_coef=0.1, minibatches=2), [[0, 1], [2]]),
@@ -55,12 +58,17 @@ def update(case: str, algorithm: Algorithm, data: Experience, mesh: DeviceMesh |
     if case == "tied":
         policy.config.tie_word_embeddings = True
         policy.tie_weights()
-    if case == "adapter":
-        LoRA(rank=4, alpha=8, target_modules=["q_proj", "down_proj"]).add_to(policy)
+    lora = LoRA(rank=4, alpha=8, target_modules=["q_proj", "down_proj"]) if "adapter" in case else None
+    critic = None
+    if algorithm.critic is not None:
+        critic = build_critic(algorithm.critic, policy)
+        if lora is not None:
+            lora.add_to(critic.backbone)
+    if lora is not None:
+        lora.add_to(policy)
         torch.manual_seed(0)
         for parameter in own_parameters(policy):
             torch.nn.init.normal_(parameter, std=0.1)
-    critic = None if algorithm.critic is None else build_critic(algorithm.critic, policy)
     if critic is not None:
         torch.manual_seed(0)
         torch.nn.init.normal_(critic.head.weight, std=0.3)
@@ -91,6 +99,32 @@ def update(case: str, algorithm: Algorithm, data: Experience, mesh: DeviceMesh |
     return {"steps": steps, "metrics": updates.metrics() | (data.metrics if critic is not None else {})}
 
 
+def memory(name: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def streamed(mesh: DeviceMesh) -> dict[str, int]:
+    """Gives the weights of a larger sharded policy away, as to an engine, and measures what that takes."""
+    config = LlamaConfig(
+        vocab_size=2000, hidden_size=768, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=12
+    )
+    policy: Any = LlamaForCausalLM(config)
+    expected = {name: float(weight.double().sum()) for name, weight in policy.state_dict().items()}
+    weights = [weight.nbytes for weight in policy.state_dict().values()]
+    shard(policy, mesh, mixed=False)
+    module: Any = SimpleNamespace(_policy=policy)
+    next(iter(RLMTModule.policy_weights(module)))  # gloo's own buffers
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is that of what follows
+    before = memory("VmRSS")
+    for name, tensor in RLMTModule.policy_weights(module):
+        assert float(tensor.double().sum()) == expected.pop(name), name
+        del tensor
+    assert not expected
+    return {"model": sum(weights), "largest": max(weights), "peak": memory("VmHWM") - before}
+
+
 def main(number: int, folder: Path) -> None:
     alone = {} if number else {case: update(case, make(), experience()) for case, (make, _) in CASES.items()}
     distributed.init_process_group("gloo", f"file://{folder / 'store'}", world_size=2, rank=number)
@@ -101,7 +135,8 @@ def main(number: int, folder: Path) -> None:
     sharded = {
         case: update(case, make(), select(experience(), shares[number]), mesh) for case, (make, shares) in CASES.items()
     }
-    torch.save({"alone": alone, "shared": shared, "sharded": sharded}, folder / f"rank{number}.pt")
+    results = {"alone": alone, "shared": shared, "sharded": sharded, "streamed": streamed(mesh)}
+    torch.save(results, folder / f"rank{number}.pt")
     distributed.destroy_process_group()
 
 

@@ -6,25 +6,12 @@ import dataclasses
 import os
 import random
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def crash() -> Any:
-    """benchmarks/crash.py; on the path, so that the processes that it starts find it as well."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import crash
-
-    yield crash
-    sys.path.remove(str(ROOT / "benchmarks"))
 
 
 @pytest.fixture(scope="module")

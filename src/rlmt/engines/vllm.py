@@ -140,7 +140,7 @@ class VLLMEngine(Engine):
         remove_abandoned()
         self._folder = ScratchFolder("vllm")
         config = copy.deepcopy(policy.config)
-        config.architectures = config.architectures or [type(policy).__name__]
+        config.architectures = config.architectures or [type(policy).__name__.removeprefix("FSDP")]
         config.save_pretrained(self._folder.path)
         tokenizer.save_pretrained(self._folder.path)
         # In this process, or the weights could not be handed over. At level WARNING vLLM tells of matters that no user
