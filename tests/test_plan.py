@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, LlamaConfig, PreTrainedModel, Qwen2Config
 
 from rlmt.algorithms import GRPO
 from rlmt.algorithms.base import CriticOptions
@@ -17,6 +17,7 @@ from rlmt.cli import main
 from rlmt.data import RolloutDataModule
 from rlmt.engines import TransformersEngine, VLLMEngine
 from rlmt.errors import UserError
+from rlmt.models import LoRA
 from rlmt.models.loading import load_policy
 from rlmt.modules import RLMTModule
 from rlmt.rewards import ClassifierReward
@@ -30,6 +31,16 @@ LLAMA_8B: dict[str, Any] = {
     "vocab_size": 128256,
     "tie_word_embeddings": False,
     "max_position_embeddings": 131072,
+    "dtype": "bfloat16",
+}
+QWEN_1_5B: dict[str, Any] = {
+    "hidden_size": 1536,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "intermediate_size": 8960,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
     "dtype": "bfloat16",
 }
 LINEAR = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
@@ -72,9 +83,8 @@ def qlora(shapes: Path, **engine: Any) -> tuple[RLMTModule, RolloutDataModule]:
         gradient_checkpointing=True,
         tokens_per_micro_batch=8192,
     )
-    lora = SimpleNamespace(rank=16, alpha=32, dropout=0.0, target_modules="all-linear", dora=False, rslora=False)
     for owner, name, value in (
-        (module, "lora", lora),
+        (module, "lora", LoRA(rank=16, alpha=32)),
         (module, "quantization", SimpleNamespace(double_quant=True)),
         (reward, "quantization", SimpleNamespace(double_quant=True)),
     ):
@@ -106,6 +116,46 @@ def test_an_8b_policy_and_an_8b_reward_model_in_24_gb_by_hand(shapes: Path) -> N
     assert found["CUDA context"].reward == CONTEXT
     assert budget.fits and budget.peak == "rollout"
     assert budget.total("rollout") < 23.5 * GIB
+
+
+@pytest.fixture(scope="module")
+def two_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first two of the 32 layers of `shapes`."""
+    root = tmp_path_factory.mktemp("two-layers")
+    short = LLAMA_8B | {"num_hidden_layers": 2}
+    LlamaConfig(**short, architectures=["LlamaForCausalLM"]).save_pretrained(root / "policy")
+    LlamaConfig(**short, num_labels=1).save_pretrained(root / "reward")
+    return root
+
+
+def test_held_out_rewards_are_held_as_well(two_layers: Path) -> None:
+    module, data = qlora(two_layers)
+    before = make_budget(module, data, torch.bfloat16, 24 * GIB)
+    judge = ClassifierReward(str(two_layers / "reward"), dtype="bfloat16", tokens_per_batch=8192, name="judge")
+    module.held_out.rewards.append(judge)
+    budget = make_budget(module, data, torch.bfloat16, 24 * GIB)
+    # In bfloat16, with a score head in the place of the output projection.
+    whole = 2 * (LINEAR // 16 + 128256 * 4096 + 6 * 4096)
+    assert parts(budget)["held-out reward weights"].rollout == pytest.approx(whole, rel=0.001)
+    for phase in ("rollout", "reward", "update"):
+        assert budget.total(phase) - before.total(phase) == pytest.approx(whole, rel=0.001)
+
+
+def test_a_critic_beside_a_policy_in_4_bits(two_layers: Path) -> None:
+    """A copy of it is in 4 bits with an adapter of its own; on the same base it is an adapter alone."""
+    module, data = qlora(two_layers)
+    linear, adapter = LINEAR // 16, ADAPTER // 16
+    sizes = {}
+    for name, init, shared in (("copy", "policy", False), ("shared", "policy", True), ("other", "reward", False)):
+        init = init if init == "policy" else str(two_layers / init)
+        module.algorithm.critic = CriticOptions(init=init, lr=1e-5, shared=shared, warmup_steps=0)
+        found = parts(make_budget(module, data, torch.bfloat16, 80 * GIB))
+        sizes[name] = found["critic weights"].update
+        assert found["gradients"].update == 4 * (2 * adapter + 4097), name
+    rest = 2 * (128256 * 4096 + 5 * 4096)  # embeddings and norms in bfloat16, and no output projection
+    assert sizes["copy"] == pytest.approx(nf4(linear) + rest + sizes["shared"], rel=0.001)
+    assert sizes["shared"] == 4 * (adapter + 4097)  # and its head
+    assert sizes["other"] == pytest.approx(2 * linear + rest + sizes["shared"], rel=0.001)
 
 
 def test_vllm_in_16_bits_wants_another_card(shapes: Path) -> None:
@@ -189,7 +239,9 @@ def test_command(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.split()[0] for line in out.splitlines()[:2]] == ["GiB", "policy"]
     assert "Fits in 24 GB: yes" in out and "Peak: " in out and "vLLM's cache holds" in out
     assert command("--memory", 1) == 0
-    assert "Fits in 1 GB: no" in capsys.readouterr().out
+    assert "Fits in 1 GB: no" in (out := capsys.readouterr().out) and "FSDP" not in out
+    assert command("--config", "fsdp", "--trainer.devices", 4, "--memory", 24) == 0
+    assert "This is one GPU that holds all: FSDP divides" in capsys.readouterr().out
 
 
 def test_command_must_fit(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,6 +260,11 @@ def test_mistakes(command: Any, capsys: pytest.CaptureFixture[str], monkeypatch:
     assert "--memory" in refused()
     assert "an-org/a-model" in refused("--memory", 24, "--model.policy", "an-org/a-model")
     assert "kl_koef" in refused("--memory", 24, "--model.algorithm.kl_koef", 1)
+    lora = ("--memory", 24, "--model.lora", "LoRA")
+    assert "target_modules names query" in refused(*lora, "--model.lora.target_modules", "[query]")
+    dora = (*lora, "--model.lora.dora", "true")
+    assert "vLLM does not know DoRA; use --data.engine.serve merged" in refused(*dora)
+    assert command(*dora, "--data.engine.serve", "merged") == 0
     config = json.loads(Path("reward/config.json").read_text())
     assert config["architectures"] == ["LlamaForSequenceClassification"]
     assert "not a causal language model" in refused("--memory", 24, "--model.policy", "reward")
@@ -234,3 +291,23 @@ def test_the_docs_print_what_the_plan_prints(
     folders = ["--model.policy", str(shapes / "policy"), "--model.reward.model", str(shapes / "reward")]
     assert main([*line.split()[1:], *folders]) == 0
     assert [row.rstrip() for row in capsys.readouterr().out.splitlines()] == printed.splitlines()
+
+
+def test_the_docs_peaks_are_the_plans(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every card of the table that says which YAML is for which."""
+    text = (Path(__file__).parents[1] / "docs" / "single-gpu.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) GB \| .*? \| `(.*?)` \| ([\d.]+) GiB \|$", text, re.MULTILINE)
+    assert {int(card) for card, _, _ in rows} == {12, 24, 48, 80}
+    monkeypatch.chdir(tmp_path)
+    Qwen2Config(**QWEN_1_5B, architectures=["Qwen2ForCausalLM"]).save_pretrained("Qwen/Qwen2.5-1.5B-Instruct")
+    (tmp_path / "meta-llama").mkdir()
+    (tmp_path / "meta-llama" / "Llama-3.1-8B-Instruct").symlink_to(shapes / "policy")
+    for card, options, peak in rows:
+        if options == "--config qlora":  # its plan is printed in full, and tested above
+            assert f"\nPeak: {peak} GiB" in text
+            continue
+        words = f"plan --config base --config grpo --config llama-3.1-8b {options} --memory {card}"
+        assert main([*words.split(), "--model.reward.model", str(shapes / "reward"), "--must_fit", "true"]) == 0
+        assert f"Peak: {peak} GiB" in capsys.readouterr().out, words

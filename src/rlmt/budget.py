@@ -101,7 +101,8 @@ def make_budget(module: RLMTModule, data: RolloutDataModule, compute: torch.dtyp
         memory: bytes that the device has.
 
     Raises:
-        UserError: the config of a model cannot be read, or is one of something else.
+        UserError: the config of a model cannot be read or is one of something else, or the adapter cannot be made or
+            served.
     """
     budget = Budget(memory)
     loading.check_causal_lm(module.policy_config, module.policy_path)
@@ -142,8 +143,10 @@ def _add_policy(budget: Budget, module: RLMTModule, data: RolloutDataModule, com
     autocast = compute if compute is not torch.float32 else None
     footprint = update_footprint(policy, tokens, autocast)
     critic, values = _critic(module, held, tokens, autocast)
-    if critic:
-        add(Part.always("critic weights", tensor_bytes(critic)))
+    if wanted := module.algorithm.critic:
+        # A copy of a policy in 4 bits is in 4 bits, too; a critic from another model is not.
+        copied = wanted.init == "policy" and not wanted.shared
+        add(Part.always("critic weights", tensor_bytes(critic) - (weight_bytes(base) - size if copied else 0)))
         trained += [p for p in critic if p.requires_grad]
     add(Part.always("optimizer states", optimizer_bytes(module._optimizer, trained)))
     add(Part("gradients", update=tensor_bytes(trained)))
@@ -163,19 +166,19 @@ def _adapter_options(module: RLMTModule) -> tuple[Any, Any]:
     return getattr(module, "lora", None), getattr(module, "quantization", None)
 
 
-def _policy(module: RLMTModule, held: torch.dtype) -> PreTrainedModel:
-    """The policy as it is trained, without data; 4-bit layers stand there in full."""
+def _policy(module: RLMTModule, held: torch.dtype, config: PretrainedConfig | None = None) -> PreTrainedModel:
+    """The policy as it is trained, or another model trained so, without data; 4-bit layers stand there in full."""
     lora, _ = _adapter_options(module)
     # Other kernels than the eager one keep as much as torch's own, and may not be there to ask.
     eager = {"attn_implementation": "eager"} if module.attn_implementation == "eager" else {}
-    policy = _meta(AutoModelForCausalLM, module.policy_config, held, **eager)
+    policy = _meta(AutoModelForCausalLM, config or module.policy_config, held, **eager)
     if lora is not None:
         policy.requires_grad_(False)
         options = LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
-            target_modules=lora.target_modules,
+            target_modules=lora.targets(policy),
             use_dora=lora.dora,
             use_rslora=lora.rslora,
         )
@@ -197,14 +200,13 @@ def _critic(
     options = module.algorithm.critic
     if options is None:
         return [], Footprint(0, 0)
-    model = _policy(module, held)
+    same = options.shared or options.init == "policy"
+    model = _policy(module, held, None if same else loading.load_config(options.init))
     lora, _ = _adapter_options(module)
     if options.shared:
         # The value head reads the policy's backbone; under LoRA through an adapter of its own.
         own = [] if lora is None else [p for p in model.parameters() if p.requires_grad]
     else:
-        if options.init != "policy":
-            model = _meta(AutoModelForCausalLM, loading.load_config(options.init), torch.float32).train()
         own = list(cast(nn.Module, cast(Any, model).get_decoder()).parameters())
     head = torch.empty(cast(Any, model.config).get_text_config().hidden_size + 1, device="meta", requires_grad=True)
     footprint = update_footprint(
@@ -214,9 +216,9 @@ def _critic(
 
 
 def _add_reward(budget: Budget, module: RLMTModule, data: RolloutDataModule) -> None:
-    """Every classifier among the rewards: its weights, and a forward of the largest."""
-    work = 0
-    for reward in module.reward.modules():
+    """Every classifier among the rewards, held-out ones too: its weights, and a forward of the largest."""
+    work, trained = 0, list(module.reward.modules())
+    for reward in (*trained, *module.held_out.modules()):  # both are loaded with the policy, and stay
         if not isinstance(reward, ClassifierReward):
             continue
         config = loading.load_config(reward.source)
@@ -228,7 +230,8 @@ def _add_reward(budget: Budget, module: RLMTModule, data: RolloutDataModule) -> 
         if quantization is not None:
             packed = quantized_weights(config, AutoModelForSequenceClassification)
         size = weight_bytes(model, packed, quantization is not None and quantization.double_quant)
-        budget.parts.append(Part.always(f"reward weights ({_how(model, dtype, quantization)})", size))
+        kind = "reward weights" if reward in trained else "held-out reward weights"
+        budget.parts.append(Part.always(f"{kind} ({_how(model, dtype, quantization)})", size))
         length = min(
             reward.max_length or loading.max_positions(config),
             reward.tokens_per_batch,
@@ -255,6 +258,7 @@ def _add_engine(budget: Budget, module: RLMTModule, data: RolloutDataModule, com
     size = _engine_weights(config, dtype, getattr(engine, "quantization", None))
     lora, _ = _adapter_options(module)
     if lora is not None:
+        engine.check_adapter(lora.config(_meta(AutoModelForCausalLM, config, dtype)))
         adapter = [p for p in _policy(module, dtype).parameters() if p.requires_grad]
         size += sum(p.numel() for p in adapter) * dtype.itemsize
     granted = round(engine.gpu_memory_utilization * budget.memory) - size - VLLM_REST

@@ -87,6 +87,12 @@ class PlanCLI(RLMTCLI):
             memory = round(given * GIB)
         compute = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else torch.float32
         budget = make_budget(self.model, self.datamodule, compute, memory)
+        strategy = self._get(self.config_init, "trainer.strategy")
+        if "FSDP" in str(getattr(strategy, "class_path", strategy)).upper():
+            budget.remarks.append(
+                "This is one GPU that holds all: FSDP divides the policy's and the reference's weights, gradients and "
+                "optimizer states by the GPUs (docs/scaling.md)."
+            )
         print_budget(budget)
         if self._get(self.config_init, "must_fit") and not budget.fits:
             raise UserError(f"--must_fit: the run does not fit in {memory / GIB:.0f} GB; see the table.")
