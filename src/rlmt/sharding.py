@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
@@ -94,6 +95,20 @@ class FSDP2(ModelParallelStrategy):
                 for number, held in saved["state"].items()
             }
             optimizer.load_state_dict({**saved, "state": state})
+
+
+def shard_models(trainer: Trainer, *models: nn.Module | None) -> None:
+    """Cuts models into shards, in place, if the run has them so (`--config fsdp`).
+
+    Args:
+        trainer: the run's, its processes started.
+        models: with transformers' blocks; None is passed over.
+    """
+    if isinstance(strategy := trainer.strategy, FSDP2):
+        assert strategy.device_mesh is not None
+        for model in models:
+            if model is not None:
+                shard(model, strategy.device_mesh["data_parallel"], trainer.precision == "bf16-mixed")
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, mixed: bool) -> None:

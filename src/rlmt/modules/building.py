@@ -15,7 +15,7 @@ from rlmt.models.adapters import CRITIC
 from rlmt.models.critic import Critic, build_critic
 from rlmt.modules.adapted import held_dtype, trained_names
 from rlmt.modules.recorded import record_reference, recording_of
-from rlmt.sharding import FSDP2, shard
+from rlmt.sharding import shard_models
 
 if TYPE_CHECKING:
     from rlmt.modules.rlmt import RLMTModule
@@ -64,10 +64,7 @@ def build_models(module: RLMTModule, fitting: bool, budget: int) -> Models:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
         if critic is not None:
             critic.backbone.gradient_checkpointing_enable({"use_reentrant": False})
-    if isinstance(strategy := module.trainer.strategy, FSDP2):
-        for model in (policy, reference, critic):
-            if model is not None:
-                shard(model, strategy.device_mesh["data_parallel"], module.trainer.precision == "bf16-mixed")
+    shard_models(module.trainer, policy, reference, critic)
     return Models(policy, reference, critic)
 
 
