@@ -2,7 +2,8 @@
 
 Each rank holds 1/N of every weight that is trained in full, of its gradient and of its moments, and of frozen models;
 a block's weights are put together when it is computed, and let go. Adapters are small, and whole on every rank, as is a
-critic's head beside one.
+critic's head beside one. With `offload` the shards lie in the host's memory, and are copied to the device as they are
+put together.
 
 A checkpoint is the file that one process would write: tensors are put together one at a time, and the first rank alone
 keeps them. So a run goes on from it on any number of ranks, sharded or not, and export and all checks read it as any
@@ -11,39 +12,65 @@ other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from types import MethodType
+from typing import Any, TypeVar, cast
 
 import torch
+from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlmt.models.adapters import is_adapter
+from rlmt.ranks import everyones
 from rlmt.resume.safe_files import read_checkpoint
+
+T = TypeVar("T")
 
 
 class FSDP2(ModelParallelStrategy):
     """Spreads a run over processes, one a device, with the models in shards (`--config fsdp`).
 
     Args:
+        offload: keep shards, gradients and moments in the host's memory and step the optimizer there, for models whose
+            shards the devices cannot hold; each forward and backward then waits for copies.
         process_group_backend: nccl or gloo; None is the device's own.
     """
 
-    def __init__(self, process_group_backend: str | None = None) -> None:
+    def __init__(self, offload: bool = False, process_group_backend: str | None = None) -> None:
         super().__init__(process_group_backend=process_group_backend)
+        self.offload = offload
 
     def setup_environment(self) -> None:
         """Starts the processes' talk; all of them share the data, and none splits a layer's computation."""
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        if self.offload and self._process_group_backend is None and self.root_device.type == "cuda":
+            self._process_group_backend = "cpu:gloo,cuda:nccl"  # norms of gradients are taken where these lie
         super().setup_environment()
+
+    def model_to_device(self) -> None:
+        """Moves the module to its device, all but offloaded shards."""
+        module: Any = self.lightning_module
+        if not self.offload:
+            super().model_to_device()
+            return
+        module._apply(lambda tensor: tensor if isinstance(tensor, DTensor) else tensor.to(self.root_device))
+        _update_properties(module, device=self.root_device)
 
     @property
     def lightning_restore_optimizer(self) -> bool:
@@ -97,21 +124,22 @@ class FSDP2(ModelParallelStrategy):
             optimizer.load_state_dict({**saved, "state": state})
 
 
-def shard_models(trainer: Trainer, *models: nn.Module | None) -> None:
+def shard_models(trainer: Trainer, *models: nn.Module | None, autocast: bool = True) -> None:
     """Cuts models into shards, in place, if the run has them so (`--config fsdp`).
 
     Args:
         trainer: the run's, its processes started.
         models: with transformers' blocks; None is passed over.
+        autocast: whether they compute in the trainer's number format, or else in that of their weights.
     """
     if isinstance(strategy := trainer.strategy, FSDP2):
-        assert strategy.device_mesh is not None
+        mixed = autocast and trainer.precision == "bf16-mixed"
         for model in models:
             if model is not None:
-                shard(model, strategy.device_mesh["data_parallel"], trainer.precision == "bf16-mixed")
+                shard(model, strategy.device_mesh["data_parallel"], mixed, strategy.offload)
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, mixed: bool) -> None:
+def shard(model: nn.Module, mesh: DeviceMesh, mixed: bool, offload: bool = False) -> None:
     """Cuts a model's weights into shards, in place, block by block; with an adapter only the frozen ones.
 
     Gradients are summed over ranks. All ranks have to run the model the same number of times, forward and backward.
@@ -120,6 +148,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, mixed: bool) -> None:
         model: with transformers' blocks.
         mesh: of all ranks, in one dimension.
         mixed: put a block's weights together in bfloat16, which it computes in; its gradients travel as float32.
+        offload: keep the shards in the host's memory.
     """
     named = dict(model.named_parameters())
     kept = {p for p in named.values() if p.requires_grad} if any(map(is_adapter, named)) else set()
@@ -132,6 +161,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, mixed: bool) -> None:
             # The root as well, or an embedding and a head would stay together from one use to the next.
             reshard_after_forward=True,
             mp_policy=MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
+            offload_policy=CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy(),
             ignored_params=kept,
         )
         assert isinstance(module, FSDPModule)
@@ -144,9 +174,52 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
+def as_forward(model: nn.Module, function: Callable[..., T], *args: Any) -> T:
+    """`function(model, *args)`, run as a forward of the model's: what is in shards is put together around it.
+
+    Args:
+        model: what `function` uses weights of, in shards or not.
+        function: returns tensors.
+        args: what it takes beside the model.
+    """
+    if not is_sharded(model):
+        return function(model, *args)
+    own: Any = model
+    if not hasattr(own, function.__name__):
+        setattr(own, function.__name__, MethodType(function, model))
+        register_fsdp_forward_method(own, function.__name__)
+    result: T = getattr(own, function.__name__)(*args)
+    return result
+
+
+def in_step(parts: Iterable[T], model: nn.Module, idle: T) -> list[T]:
+    """The parts of this rank's work with a model; of a sharded one as many idle ones more as another rank has parts.
+
+    All ranks have to call it together.
+
+    Args:
+        parts: what the model is run on, one after the other.
+        model: in shards or not.
+        idle: a part that counts nothing.
+    """
+    mine = list(parts)
+    return mine + [idle] * (max(everyones(len(mine))) - len(mine)) if is_sharded(model) else mine
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes, which is not where its shards lie if these are offloaded."""
+    weight = next(model.parameters())
+    return (
+        torch.empty(0, device=weight.device_mesh.device_type).device if isinstance(weight, DTensor) else weight.device
+    )
+
+
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor put together from its shards, by all ranks at once; any other as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """A tensor put together from its shards, on their device, by all ranks at once; any other as it is."""
+    if isinstance(tensor, DTensor):
+        together: Any = tensor.to(tensor.device_mesh.device_type)
+        return cast(Tensor, together.full_tensor())
+    return tensor
 
 
 def like(held: Any, value: Any) -> Any:

@@ -13,12 +13,16 @@ CASES = [
     *("adapter", "critic with an adapter", "tied", "checkpointed", "minibatches"),
 ]
 
+WAYS = [(case, how) for how in ("shared", "sharded") for case in CASES]
+WAYS += [(case, "offloaded") for case in ("token_mean", "critic with an adapter")]
+
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def results(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
     script = Path(__file__).with_name("two_ranks.py")
-    ranks = [subprocess.Popen([sys.executable, str(script), str(rank), str(folder)]) for rank in range(2)]
+    command = [sys.executable, str(script)]
+    ranks = [subprocess.Popen([*command, str(rank), str(folder), str(tiny / "reward")]) for rank in range(2)]
     assert [rank.wait(timeout=500) for rank in ranks] == [0, 0]
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
@@ -31,8 +35,7 @@ def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor],
         torch.testing.assert_close(got[name], gradient, rtol=tolerance, atol=tolerance * scale, msg=name)
 
 
-@pytest.mark.parametrize("how", ["shared", "sharded"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "how"), WAYS)
 def test_two_ranks_take_the_step_of_one(case: str, how: str, results: list[dict[str, Any]]) -> None:
     alone = results[0]["alone"][case]
     for rank in results:
@@ -43,8 +46,7 @@ def test_two_ranks_take_the_step_of_one(case: str, how: str, results: list[dict[
             assert shared["metrics"] == pytest.approx(alone["metrics"], rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("how", ["shared", "sharded"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "how"), WAYS)
 def test_ranks_have_the_same_gradient_bit_for_bit(case: str, how: str, results: list[dict[str, Any]]) -> None:
     left, right = (rank[how][case]["steps"] for rank in results)
     for one, other in zip(left, right, strict=True):
@@ -60,3 +62,11 @@ def test_a_sharded_policy_is_given_away_a_tensor_at_a_time(results: list[dict[st
         bytes_ = rank["streamed"]
         assert bytes_["model"] > 200e6 and bytes_["largest"] < 7e6
         assert 0 < bytes_["peak"] < 10 * bytes_["largest"]
+
+
+def test_a_reward_model_in_shards_scores_as_a_whole_one(results: list[dict[str, Any]]) -> None:
+    """The first rank has four conversations in more batches than the second, which has one."""
+    first, second = (rank["scores"]["sharded"] for rank in results)
+    alone = results[0]["scores"]["alone"]
+    assert len(set(alone.tolist())) == 5
+    torch.testing.assert_close(torch.cat([first, second]), alone, rtol=1e-5, atol=1e-6)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -19,9 +19,11 @@ from rlmt.algorithms import DPO, GRPO, PPO, Algorithm, REINFORCEPlusPlus  # noqa
 from rlmt.models.adapters import LoRA, own_parameters  # noqa: E402
 from rlmt.models.critic import build_critic  # noqa: E402
 from rlmt.modules import RLMTModule  # noqa: E402
+from rlmt.modules.building import shardable  # noqa: E402
 from rlmt.modules.dynamic_sampling import select  # noqa: E402
 from rlmt.modules.update import PolicyUpdate, first_pass, first_values  # noqa: E402
-from rlmt.sharding import is_sharded, shard, whole  # noqa: E402
+from rlmt.rewards import ClassifierReward  # noqa: E402
+from rlmt.sharding import device_of, is_sharded, shard, whole  # noqa: E402
 from rlmt.types import Experience, Split, Status  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -52,7 +54,9 @@ def gradients(policy: PreTrainedModel) -> dict[str, Tensor]:
     return {name: whole(p.grad).clone() for name, p in policy.named_parameters() if p.grad is not None}
 
 
-def update(case: str, algorithm: Algorithm, data: Experience, mesh: DeviceMesh | None = None) -> dict[str, Any]:
+def update(
+    case: str, algorithm: Algorithm, data: Experience, mesh: DeviceMesh | None = None, offload: bool = False
+) -> dict[str, Any]:
     """Gradients of each step, metrics, and what the objective found; with a mesh the models are in shards."""
     policy, reference, rollouts = model(0), model(1), data.rollouts
     if case == "tied":
@@ -77,8 +81,8 @@ def update(case: str, algorithm: Algorithm, data: Experience, mesh: DeviceMesh |
         policy.train()
     for each in (policy, reference, critic):
         if mesh is not None and each is not None:
-            shard(each, mesh, mixed=False)
-            assert is_sharded(each)
+            shard(each, mesh, mixed=False, offload=offload)
+            assert is_sharded(each) and device_of(each) == CPU
     if algorithm.pairwise:
         algorithm.prepare(data)
     samples = None if data.pairs is None else data.pairs.flatten().tolist()
@@ -97,6 +101,21 @@ def update(case: str, algorithm: Algorithm, data: Experience, mesh: DeviceMesh |
             if trained is not None:
                 trained.zero_grad()
     return {"steps": steps, "metrics": updates.metrics() | (data.metrics if critic is not None else {})}
+
+
+def scores(folder: str, number: int, mesh: DeviceMesh | None = None) -> Tensor:
+    """Of conversations of which the first rank has four and the second one, or with -1 all of them."""
+    reward = ClassifierReward(folder, dtype="float32", tokens_per_batch=64)
+    reward.load()
+    if mesh is not None:
+        assert shardable(nn.ModuleList([reward])) == [reward.model]
+        shard(reward.model, mesh, mixed=False)  # type: ignore[arg-type]
+    words = [f"{'tea and ' * n}cake" for n in (1, 9, 2, 20, 5)]
+    mine = {0: slice(0, 4), 1: slice(4, 5), -1: slice(None)}[number]
+    asked: list[Any] = [[{"role": "user", "content": f"Which {word}?"}] for word in words]
+    got = reward.score(asked[mine], words[mine], [Status.OK] * len(words[mine]))
+    assert len(reward.score([], [], [])) == 0
+    return got
 
 
 def memory(name: str) -> int:
@@ -125,7 +144,7 @@ def streamed(mesh: DeviceMesh) -> dict[str, int]:
     return {"model": sum(weights), "largest": max(weights), "peak": memory("VmHWM") - before}
 
 
-def main(number: int, folder: Path) -> None:
+def main(number: int, folder: Path, reward: str) -> None:
     alone = {} if number else {case: update(case, make(), experience()) for case, (make, _) in CASES.items()}
     distributed.init_process_group("gloo", f"file://{folder / 'store'}", world_size=2, rank=number)
     shared = {
@@ -135,10 +154,15 @@ def main(number: int, folder: Path) -> None:
     sharded = {
         case: update(case, make(), select(experience(), shares[number]), mesh) for case, (make, shares) in CASES.items()
     }
-    results = {"alone": alone, "shared": shared, "sharded": sharded, "streamed": streamed(mesh)}
+    offloaded = {
+        case: update(case, CASES[case][0](), select(experience(), CASES[case][1][number]), mesh, offload=True)
+        for case in ("token_mean", "critic with an adapter")
+    }
+    results = {"alone": alone, "shared": shared, "sharded": sharded, "offloaded": offloaded, "streamed": streamed(mesh)}
+    results["scores"] = {"alone": scores(reward, -1), "sharded": scores(reward, number, mesh)}
     torch.save(results, folder / f"rank{number}.pt")
     distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

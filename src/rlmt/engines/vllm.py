@@ -34,6 +34,7 @@ from rlmt.engines.scratch import ScratchFolder, remove_abandoned
 from rlmt.engines.weights import crossing_off, merging
 from rlmt.errors import UserError
 from rlmt.models.adapters import adapter_weights, base_tensors
+from rlmt.sharding import device_of
 from rlmt.types import AdapterWeights, FinishReason, SampleRequest, Samples, Sampling
 
 _CPU_BLOCK_SIZE = 32
@@ -126,15 +127,16 @@ class VLLMEngine(Engine):
             self.check_adapter(adapter.config)
             if self.serve == "merged":
                 adapter = None  # vLLM sees none
-        if policy.device.type == "cuda" and policy.device.index not in (None, 0) and ranks.size() == 1:
+        device = device_of(policy)
+        if device.type == "cuda" and device.index not in (None, 0) and ranks.size() == 1:
             raise UserError(
-                f"VLLMEngine runs on the first visible GPU but the policy is on {policy.device}: "
+                f"VLLMEngine runs on the first visible GPU but the policy is on {device}: "
                 "set CUDA_VISIBLE_DEVICES to the one GPU to use"
             )
         self._names = frozenset(base_tensors(policy))
         self._holds_base = False
         self._max_model_len = max_model_len
-        self._sleeps = self.sleep and policy.device.type == "cuda"
+        self._sleeps = self.sleep and device.type == "cuda"
         self._asleep = False
         self._found_process_group = distributed.is_initialized()
         remove_abandoned()
@@ -151,7 +153,7 @@ class VLLMEngine(Engine):
             with undisturbed(), as_a_rank():
                 number_format = self.dtype or str(dtype).removeprefix("torch.")
                 room_for = {} if adapter is None else launch_options(adapter.config)
-                self._llm = self._launch(self._folder.path, policy.device.type, number_format, room_for)
+                self._llm = self._launch(self._folder.path, device.type, number_format, room_for)
         except Exception as error:  # whatever vLLM raises, the user needs its reason and a cure in one line
             self.close()
             reason = " ".join(str(error).split())[:400] or type(error).__name__

@@ -7,15 +7,14 @@ is the same. Where layers are checkpointed, keys and values cannot be handed on,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlmt import ranks
 from rlmt.batching import batches_by_length
 from rlmt.sharding import is_sharded
 from rlmt.types import RolloutBatch
@@ -44,14 +43,10 @@ def shares_prompts(model: PreTrainedModel) -> bool:
     return not (model.is_gradient_checkpointing and model.training) and not is_sharded(model)
 
 
-def in_step(batches: Iterable[MicroBatch], model: nn.Module, device: torch.device) -> list[MicroBatch]:
-    """The micro-batches, and of a sharded model as many more, without samples, as another rank has."""
-    mine = list(batches)
-    if not is_sharded(model):
-        return mine
+def idle(device: torch.device) -> MicroBatch:
+    """One without samples, for a rank to compute while another one has more of them (`sharding.in_step`)."""
     zero = torch.zeros(1, dtype=torch.long, device=device)
-    idle = MicroBatch([], None, zero[None], zero, zero, zero)
-    return mine + [idle] * (max(ranks.everyones(len(mine))) - len(mine))
+    return MicroBatch([], None, zero[None], zero, zero, zero)
 
 
 def micro_batches(

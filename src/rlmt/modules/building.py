@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlmt.errors import UserError
@@ -15,6 +15,7 @@ from rlmt.models.adapters import CRITIC
 from rlmt.models.critic import Critic, build_critic
 from rlmt.modules.adapted import held_dtype, trained_names
 from rlmt.modules.recorded import record_reference, recording_of
+from rlmt.rewards import ClassifierReward
 from rlmt.sharding import shard_models
 
 if TYPE_CHECKING:
@@ -66,6 +67,12 @@ def build_models(module: RLMTModule, fitting: bool, budget: int) -> Models:
             critic.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     shard_models(module.trainer, policy, reference, critic)
     return Models(policy, reference, critic)
+
+
+def shardable(rewards: nn.Module) -> list[PreTrainedModel]:
+    """The loaded models of rewards that can be cut into shards; what is held in 4 bits cannot."""
+    found = [reward for reward in rewards.modules() if isinstance(reward, ClassifierReward)]
+    return [reward.model for reward in found if reward.model is not None and reward.quantization is None]
 
 
 def weights_to_save(module: RLMTModule, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

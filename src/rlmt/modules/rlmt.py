@@ -29,7 +29,7 @@ from rlmt.models.adapters import (
 from rlmt.models.critic import Critic
 from rlmt.models.quantization import NF4, dequantized
 from rlmt.modules.adapted import adapter_record, check_adapter_options, check_record, planned_adapter
-from rlmt.modules.building import build_models, check_critic_is_there, weights_to_load, weights_to_save
+from rlmt.modules.building import build_models, check_critic_is_there, shardable, weights_to_load, weights_to_save
 from rlmt.modules.checkpoints import record_of, save_beside_checkpoints
 from rlmt.modules.checks import check_options, check_run
 from rlmt.modules.dynamic_sampling import refill
@@ -42,7 +42,7 @@ from rlmt.rewards import Reward
 from rlmt.rewards.held_out import HeldOutRewards
 from rlmt.rewards.scoring import MalformedMode, score
 from rlmt.rng import random_states, restore_random_states
-from rlmt.sharding import whole
+from rlmt.sharding import shard_models, whole
 from rlmt.thinking import FormatName, ThinkingFormat
 from rlmt.types import AdapterWeights, Experience, RolloutBatch
 
@@ -158,6 +158,7 @@ class RLMTModule(LightningModule, PolicyOwner):
         self.reward.load()
         if self.trainer.state.fn != "predict":
             self.held_out.load()
+        shard_models(self.trainer, *shardable(self.reward), *shardable(self.held_out), autocast=False)
 
     def configure_optimizers(self) -> Any:
         """The optimizer over what can be trained, and the scheduler if there is one."""

@@ -15,9 +15,10 @@ from rlmt.algorithms import Algorithm
 from rlmt.models.adapters import own_parameters
 from rlmt.models.critic import Critic
 from rlmt.models.logprobs import token_logprobs
-from rlmt.models.micro_batch import MicroBatch, in_step, micro_batches, shares_prompts
+from rlmt.models.micro_batch import MicroBatch, idle, micro_batches, shares_prompts
 from rlmt.models.modes import evaluating
 from rlmt.ranks import clip_gradients, everyones, gathered, rank, sum_gradients
+from rlmt.sharding import in_step
 from rlmt.types import Experience, RolloutBatch, TokenBatch
 
 
@@ -72,7 +73,8 @@ def _for_all(
     out = torch.full((sum(rollouts.lengths),), math.nan, dtype=torch.float32, device=device)
     wanted = range(len(rollouts)) if samples is None else samples
     with evaluating(model):  # no dropout, and no layer is checkpointed where nothing goes backward
-        for batch in in_step(micro_batches(rollouts, wanted, budget, shares_prompts(model), device), model, device):
+        batches = micro_batches(rollouts, wanted, budget, shares_prompts(model), device)
+        for batch in in_step(batches, model, idle(device)):
             values = per_token(batch)
             if batch.samples:
                 out[_positions(batch.samples, starts, rollouts.lengths).to(device)] = values
@@ -163,7 +165,7 @@ class PolicyUpdate:
         sampled_at = rollouts.sampling.temperature
         temperature = self.algorithm.logprob_temperature or sampled_at
         batches = micro_batches(rollouts, samples, budget, share, device, together)
-        for batch in in_step(batches, policy, device):
+        for batch in in_step(batches, policy, idle(device)):
             if not batch.samples:
                 self._keep_step(trained, critic, batch, temperature, backward)
                 continue

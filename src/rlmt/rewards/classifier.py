@@ -35,6 +35,7 @@ from rlmt.errors import UserError
 from rlmt.models.quantization import NF4
 from rlmt.rewards.base import Reward
 from rlmt.rewards.conversation import ConversationReader, first_line
+from rlmt.sharding import as_forward, device_of, in_step
 from rlmt.types import Message, Status
 
 
@@ -163,8 +164,12 @@ class ClassifierReward(Reward):
         rows = self._conversations.encode([self.render(p, r) for p, r in zip(prompts, responses, strict=True)])
         rows = [self._fit(row) for row in rows]
         scores = torch.empty(len(rows), dtype=torch.float32)
-        for indices in batches_by_length([len(row) for row in rows], self.tokens_per_batch):
-            scores[indices] = self._forward([rows[i] for i in indices]).cpu()
+        batches = batches_by_length([len(row) for row in rows], self.tokens_per_batch)
+        for indices in in_step(batches, self._loaded, []):
+            if indices:
+                scores[indices] = self._forward([rows[i] for i in indices]).cpu()
+            else:
+                self._forward([[0]])
         return scores
 
     @property
@@ -195,13 +200,21 @@ class ClassifierReward(Reward):
     @torch.no_grad()
     def _forward(self, rows: list[list[int]]) -> Tensor:
         """[b] float32 scores of b rows of token ids, on the model's device."""
-        if self.model is None:
-            raise RuntimeError(f"reward model {self.source!r} is not loaded: call load() before score()")
-        device = self.model.device
-        backbone = getattr(self.model, self.model.base_model_prefix)
+        model, device = self._loaded, device_of(self._loaded)
         # The trainer may run under autocast; the reward runs in its own dtype, and its head in float32.
         with torch.autocast(device.type, enabled=False):
-            return score_states(self.model, states_at_end(backbone, [torch.tensor(row) for row in rows], device))
+            return as_forward(model, _scores, [torch.tensor(row) for row in rows], device)
+
+    @property
+    def _loaded(self) -> PreTrainedModel:
+        if self.model is None:
+            raise RuntimeError(f"reward model {self.source!r} is not loaded: call load() before score()")
+        return self.model
+
+
+def _scores(model: PreTrainedModel, rows: Sequence[Tensor], device: torch.device) -> Tensor:
+    backbone = getattr(model, model.base_model_prefix)
+    return score_states(model, states_at_end(backbone, rows, device))
 
 
 def states_at_end(backbone: Any, rows: Sequence[Tensor], device: torch.device) -> Tensor:
