@@ -4,12 +4,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from bitsandbytes.optim import AdamW8bit
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch.optim import AdamW
 
 from rlmt.algorithms import GRPO, PPO, Algorithm
 from rlmt.engines import TransformersEngine, VLLMEngine, VLLMServerEngine
 from rlmt.engines.base import Engine
 from rlmt.errors import UserError
+from rlmt.models.adapters import LoRA
 from rlmt.models.quantization import NF4
 from rlmt.modules import SFT, RLMTModule
 from rlmt.modules.checks import check_trainer
@@ -27,8 +30,10 @@ def trainer(strategy: Any = None, engine: Engine | None = None, world_size: int 
     )
 
 
-def plain(algorithm: Algorithm | None = None, quantization: NF4 | None = None) -> Any:
-    return SimpleNamespace(algorithm=algorithm or GRPO(), quantization=quantization)
+def plain(algorithm: Algorithm | None = None, quantization: NF4 | None = None, optimizer: Any = AdamW) -> Any:
+    return SimpleNamespace(
+        algorithm=algorithm or GRPO(), quantization=quantization, lora=quantization and LoRA(), _optimizer=optimizer
+    )
 
 
 def servers() -> VLLMServerEngine:
@@ -41,6 +46,7 @@ def servers() -> VLLMServerEngine:
         (trainer(ModelParallelStrategy()), "fit", r"--trainer\.strategy is ModelParallelStrategy: .*--config ddp"),
         (trainer(FSDP2(), module=plain(quantization=NF4())), "fit", r"--model\.quantization: .*--config ddp"),
         (trainer(FSDP2(), module=plain(PPO(critic_shared=True))), "fit", r"critic_shared: .*leave the option out"),
+        (trainer(FSDP2(), module=plain(optimizer=AdamW8bit)), "fit", r"optimizer AdamW8bit: .*torch\.optim\.AdamW"),
         (trainer(FSDP2(), module=plain()), "fit", r"TransformersEngine samples with the policy itself.*VLLMEngine"),
         (trainer(FSDP2(), VLLMEngine(), module=plain()), "predict", r"predict runs on one"),
         (trainer(), "predict", r"predict runs on one"),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
 
 from rlmt.engines import TransformersEngine
 from rlmt.errors import UserError
@@ -46,9 +48,22 @@ def _check_sharded(trainer: Trainer, data: Any) -> None:
             "--model.algorithm.critic_shared: a critic on the policy's own weights cannot be had with these in shards "
             "(--config fsdp); leave the option out."
         )
+    if module.lora is None:
+        _check_optimizer(module)
     for engine in () if data is None else (data.engine, data.val_engine):
         if isinstance(engine, TransformersEngine):
             raise UserError(
                 "--data.engine TransformersEngine samples with the policy itself, whose weights are in shards "
                 "(--config fsdp); use VLLMEngine."
             )
+
+
+def _check_optimizer(module: Any) -> None:
+    """Raises UserError for an optimizer that cannot step on shards."""
+    sample = [("model.layers.0.weight", nn.Parameter(torch.zeros(1, 1)))]
+    kind = type(module._optimizer([{"params": sample}]))
+    if kind.__module__.startswith("bitsandbytes"):
+        raise UserError(
+            f"--model.optimizer {kind.__name__}: bitsandbytes' optimizers cannot step on weights in shards "
+            "(--config fsdp); use torch.optim.AdamW, with --trainer.strategy.offload true if its moments do not fit."
+        )
