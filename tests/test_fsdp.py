@@ -79,7 +79,7 @@ def test_all_parameters_on_two_ranks_and_on_one_and_back(crash: Any, world: Any,
 
     shutil.copytree(run, tmp_path / "whole")
     goes_on_alone = train(crash, world, tmp_path / "whole", 4, sharded=False, resume=True)
-    train(crash, world, run, 4, sharded=True, resume=True)
+    train(crash, world, run, 4, "--trainer.strategy.offload", "true", sharded=True, resume=True)
     for resumed in (run, goes_on_alone):
         assert_same(resumed, alone)
     assert_same_course(run, alone, 4)

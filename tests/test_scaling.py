@@ -45,12 +45,11 @@ def test_the_table_of_traffic_and_memory(name: str) -> None:
     linear = sum(layer.weight.numel() for layer in in_layers(policy))
     adapter = sum(RANK * (layer.in_features + layer.out_features) for layer in in_layers(policy))
     around = 2 * (RANKS - 1) / RANKS
+    gathered = ((10 * MICRO_BATCHES + 4) * size + MICRO_BATCHES * judge) * (RANKS - 1) / RANKS
     expected = {
         "all": (4 * size * around, 2 * size, (20 + 4 + 2) * size + judge),
-        "all, `fsdp`": (
-            *((10 * MICRO_BATCHES + 4) * size * (RANKS - 1) / RANKS, 2 * size),
-            (16 + 4) * size / RANKS + 2 * size + judge,
-        ),
+        "all, `fsdp`": (gathered, 2 * size, ((16 + 4) * size + judge) / RANKS + 2 * size),
+        "all, `fsdp` and `offload`": (gathered, 2 * size, 2 * size),
         "`lora`": (4 * adapter * around, 4 * adapter, 20 * adapter + 4 * size + judge),
         "`qlora`": (
             *(4 * adapter * around, 4 * adapter),
