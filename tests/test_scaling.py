@@ -63,3 +63,15 @@ def test_the_table_of_traffic_and_memory(name: str) -> None:
     for trained, gigabytes in found.items():
         for got, bytes_ in zip(gigabytes, expected[trained], strict=True):
             assert got == pytest.approx(bytes_ / 1e9, rel=0.01, abs=0.06)
+
+
+def test_70b_with_one_vllm_over_eight_gpus() -> None:
+    policy, judge = build(LlamaForCausalLM, "70B"), build(LlamaForSequenceClassification, "8B")
+    adapter = sum(RANK * (layer.in_features + layer.out_features) for layer in in_layers(policy))
+    held = 16 * adapter + 4 * policy.num_parameters() / RANKS + 2 * judge.num_parameters()
+    assert f"which is {held / 1e9:.1f} GB on each of 8" in TEXT
+    hidden, _, layers, _ = SIZES["70B"]
+    token = layers * 2 * 2 * (RANKS - 1) / RANKS * 2 * hidden  # two sums, by ring, of numbers of two bytes
+    sent = 512 * 4000 * token
+    assert f"That is {token / 1e6:.1f} MB for 70B and t = 8, so {sent / 1e12:.1f} TB" in TEXT
+    assert f"{sent / 450e9:.0f} s of NVLink" in TEXT and sent / 50e9 == pytest.approx(180, rel=0.1)
