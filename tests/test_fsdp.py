@@ -1,4 +1,4 @@
-"""Two processes with the models in shards, a vLLM in each, train what one process trains."""
+"""Two processes with the models in shards, a vLLM in each or one over both, train what one process trains."""
 
 import csv
 import dataclasses
@@ -21,6 +21,7 @@ OPTIONS = (  # of an optimizer that rounding errors in small gradients do not sw
     *("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.3", "--model.optimizer.momentum", "0.9"),
     *("--data.engine", "VLLMEngine", "--data.engine.cpu_kv_cache_gib", "0.25", "--data.val_size", "0"),
 )
+TOGETHER = ("--data.engine.tensor_parallel_size", "2")
 LOGGED = ("reward/mean", "policy/loss", "policy/grad_norm", "policy/entropy")
 
 
@@ -79,7 +80,7 @@ def test_all_parameters_on_two_ranks_and_on_one_and_back(crash: Any, world: Any,
 
     shutil.copytree(run, tmp_path / "whole")
     goes_on_alone = train(crash, world, tmp_path / "whole", 4, sharded=False, resume=True)
-    train(crash, world, run, 4, "--trainer.strategy.offload", "true", sharded=True, resume=True)
+    train(crash, world, run, 4, *TOGETHER, "--trainer.strategy.offload", "true", sharded=True, resume=True)
     for resumed in (run, goes_on_alone):
         assert_same(resumed, alone)
     assert_same_course(run, alone, 4)
@@ -90,6 +91,7 @@ def test_all_parameters_on_two_ranks_and_on_one_and_back(crash: Any, world: Any,
 
 def test_an_adapter_and_a_critic_with_its_own(crash: Any, world: Any, tmp_path: Path) -> None:
     more = ("--model.algorithm", "PPO", "--model.algorithm.critic_lr", "0.1", "--model.lora", "LoRA")
-    runs = [train(crash, world, tmp_path / name, 2, *more, sharded=name == "two") for name in ("one", "two")]
-    assert_same(runs[1], runs[0])
-    assert_same_course(runs[1], runs[0], 2)
+    alone = train(crash, world, tmp_path / "one", 2, *more, sharded=False)
+    run = train(crash, world, tmp_path / "two", 2, *more, *TOGETHER, sharded=True)
+    assert_same(run, alone)
+    assert_same_course(run, alone, 2)

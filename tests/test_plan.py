@@ -165,6 +165,12 @@ def test_vllm_in_16_bits_wants_another_card(shapes: Path) -> None:
     budget = Budget(48 * GIB)
     _add_engine(budget, *qlora(shapes, quantization=None), torch.bfloat16)
     assert budget.fits and parts(budget)["vLLM weights"].rollout == pytest.approx(2 * (ALL + ADAPTER), rel=1e-6)
+    part, (module, data) = Budget(48 * GIB), qlora(shapes, quantization=None)
+    data.engine.tensor_parallel_size = 16  # type: ignore[attr-defined]
+    _add_engine(part, module, data, torch.bfloat16)
+    assert parts(part)["vLLM weights"].rollout == pytest.approx(2 * (ALL / 16 + ADAPTER), rel=1e-6)
+    granted = 0.52 * 48 * GIB - parts(part)["vLLM weights"].rollout - VLLM_REST
+    assert f"{int(granted // (16 * 1024)):,} tokens" in part.remarks[0]  # a key-value head of eight, 16 KiB each
     with pytest.raises(UserError, match="quantization awq"):
         _add_engine(budget, *qlora(shapes, quantization="awq"), torch.bfloat16)
 

@@ -4,7 +4,8 @@ Weights, adapters, gradients and optimizer states are counted from the models' c
 the trainer's code without data (`rlmt.models.footprint`); what vLLM takes is what it is granted. Two figures are
 assumed, and their names say so.
 
-Left out: fragmentation of torch's allocator, several devices, and memory of the host.
+Left out: fragmentation of torch's allocator, several devices (but vLLM's part of a policy that it cuts over them), and
+memory of the host.
 """
 
 from __future__ import annotations
@@ -255,14 +256,15 @@ def _add_engine(budget: Budget, module: RLMTModule, data: RolloutDataModule, com
         budget.remarks.append(f"{type(engine).__name__} is taken to hold nothing on this device.")
         return
     dtype = compute if engine.dtype is None else cast(torch.dtype, getattr(torch, engine.dtype))
-    size = _engine_weights(config, dtype, getattr(engine, "quantization", None))
+    parts = engine.tensor_parallel_size
+    size = _engine_weights(config, dtype, getattr(engine, "quantization", None)) // parts
     lora, _ = _adapter_options(module)
     if lora is not None:
         engine.check_adapter(lora.config(_meta(AutoModelForCausalLM, config, dtype)))
         adapter = [p for p in _policy(module, dtype).parameters() if p.requires_grad]
         size += sum(p.numel() for p in adapter) * dtype.itemsize
     granted = round(engine.gpu_memory_utilization * budget.memory) - size - VLLM_REST
-    each = kv_bytes(config, dtype)
+    each = kv_bytes(config, dtype, parts)
     held = (lambda name, size: Part(name, rollout=size)) if engine.sleep else Part.always
     budget.parts.append(held(f"vLLM weights ({_name(getattr(engine, 'quantization', None) or dtype)})", size))
     budget.parts.append(held("vLLM KV cache (granted)", max(granted, 0)))

@@ -99,12 +99,12 @@ def logits_bytes(tokens: int, head: Tensor, compute: torch.dtype) -> int:
     return chunk * vocabulary * (8 + short)
 
 
-def kv_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
-    """Bytes of one token's keys and values in all layers."""
+def kv_bytes(config: PretrainedConfig, dtype: torch.dtype, parts: int = 1) -> int:
+    """Bytes of one token's keys and values in all layers, on each of as many devices as the heads are shared out to."""
     text: Any = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * int(text.num_hidden_layers) * int(heads) * int(width) * dtype.itemsize
+    return 2 * int(text.num_hidden_layers) * max(int(heads) // parts, 1) * int(width) * dtype.itemsize
 
 
 def fullest(budget: int, prompt: int, completion: int, samples: int, group_size: int, shared: bool) -> Tokens:

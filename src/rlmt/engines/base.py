@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlmt.thinking import ThinkingFormat
 from rlmt.types import AdapterWeights, SampleRequest, Samples, Sampling
@@ -17,7 +17,7 @@ from rlmt.types import AdapterWeights, SampleRequest, Samples, Sampling
 class Engine(ABC):
     """Draws samples with the weights it was last given.
 
-    Order of calls: `check` and `check_run` before any model is loaded, `start` once the policy exists, then `sync` and
+    Order of calls: the checks before any model is loaded, `start` once the policy exists, then `sync` and
     `generate` as often as needed, `close` at the end. The constructor only stores options.
     """
 
@@ -45,6 +45,13 @@ class Engine(ABC):
     def knows(self, prompt_ids: Sequence[int]) -> bool:
         """Whether this prompt can be sampled from."""
         return True
+
+    def check_policy(self, config: PretrainedConfig) -> None:
+        """Raises UserError, naming the option to change, when this engine cannot hold such a policy.
+
+        Args:
+            config: the policy's.
+        """
 
     def check_adapter(self, config: dict[str, Any]) -> None:
         """Raises UserError, with the reason and the cure, when this engine cannot serve such an adapter.

