@@ -1,11 +1,10 @@
-"""The memory budget of a run on one device: weights, what trains them, activations, caches, phase by phase.
+"""The memory budget of a run on each of its devices: weights, what trains them, activations, caches, phase by phase.
 
 Weights, adapters, gradients and optimizer states are counted from the models' configs; activations come from running
 the trainer's code without data (`rlmt.models.footprint`); what vLLM takes is what it is granted. Two figures are
 assumed, and their names say so.
 
-Left out: fragmentation of torch's allocator, several devices (but vLLM's part of a policy that it cuts over them), and
-memory of the host.
+Left out: fragmentation of torch's allocator, and memory of the host.
 """
 
 from __future__ import annotations
@@ -22,7 +21,9 @@ from rlmt.data import RolloutDataModule
 from rlmt.engines import TransformersEngine, VLLMEngine
 from rlmt.errors import UserError
 from rlmt.memory import (
+    Spread,
     fullest,
+    gathered_bytes,
     head_of,
     kv_bytes,
     logits_bytes,
@@ -92,29 +93,34 @@ class Budget:
         return not self.problems and self.total(self.peak) <= self.memory
 
 
-def make_budget(module: RLMTModule, data: RolloutDataModule, compute: torch.dtype, memory: int) -> Budget:
-    """The budget of a run on one device.
+def make_budget(
+    module: RLMTModule, data: RolloutDataModule, compute: torch.dtype, memory: int, spread: Spread | None = None
+) -> Budget:
+    """The budget of a run on one of its devices.
 
     Args:
         module: with its options; nothing is loaded into it.
         data: with its engine.
         compute: number format of the forward.
         memory: bytes that the device has.
+        spread: over which devices the run is spread; None is one.
 
     Raises:
         UserError: the config of a model cannot be read or is one of something else, or the adapter cannot be made or
             served.
     """
-    budget = Budget(memory)
+    budget, spread = Budget(memory), spread or Spread()
     loading.check_causal_lm(module.policy_config, module.policy_path)
-    _add_policy(budget, module, data, compute)
-    _add_reward(budget, module, data)
+    _add_policy(budget, module, data, compute, spread)
+    _add_reward(budget, module, data, spread)
     _add_engine(budget, module, data, compute)
     budget.parts.append(Part.always("CUDA context (assumed)", CONTEXT))
     return budget
 
 
-def _add_policy(budget: Budget, module: RLMTModule, data: RolloutDataModule, compute: torch.dtype) -> None:
+def _add_policy(
+    budget: Budget, module: RLMTModule, data: RolloutDataModule, compute: torch.dtype, spread: Spread
+) -> None:
     """Policy, adapters, critic, reference, and all that training them takes."""
     lora, quantization = _adapter_options(module)
     config, add = module.policy_config, budget.parts.append
@@ -126,36 +132,44 @@ def _add_policy(budget: Budget, module: RLMTModule, data: RolloutDataModule, com
         size = weight_bytes(base)
     else:
         size = weight_bytes(base, quantized_weights(config), quantization.double_quant)
-    add(Part.always(f"policy weights ({_how(base, held, quantization)})", size))
+    add(Part.always(f"policy weights ({_how(base, held, quantization)})", spread.held(size)))
     if lora is not None:
         add(Part.always(f"LoRA adapter (rank {lora.rank})", tensor_bytes(trained)))
     elif module.algorithm.needs_reference:
-        add(Part.always(f"reference weights ({_how(base, held, None)})", size))
+        add(Part.always(f"reference weights ({_how(base, held, None)})", spread.held(size)))
 
     steps = module.algorithm.minibatches
     tokens = fullest(
         module._update.tokens_per_micro_batch,
         data.max_prompt_tokens,
         data.max_new_tokens,
-        data.batch_size * data.group_size // steps,
+        data.batch_size * data.group_size // (steps * spread.ranks),
         data.group_size,
-        shared=not module.gradient_checkpointing and data.group_size > 1,
+        shared=not (module.gradient_checkpointing or spread.sharded) and data.group_size > 1,
     )
     autocast = compute if compute is not torch.float32 else None
+    together = gathered_bytes(policy, compute)
     footprint = update_footprint(policy, tokens, autocast)
     critic, values = _critic(module, held, tokens, autocast)
     if wanted := module.algorithm.critic:
         # A copy of a policy in 4 bits is in 4 bits, too; a critic from another model is not.
         copied = wanted.init == "policy" and not wanted.shared
-        add(Part.always("critic weights", tensor_bytes(critic) - (weight_bytes(base) - size if copied else 0)))
+        weights = tensor_bytes(critic) - (weight_bytes(base) - size if copied else 0)
+        own = tensor_bytes(p for p in critic if p.requires_grad) if lora is not None else 0
+        add(Part.always("critic weights", spread.held(weights - own) + own))
         trained += [p for p in critic if p.requires_grad]
-    add(Part.always("optimizer states", optimizer_bytes(module._optimizer, trained)))
-    add(Part("gradients", update=tensor_bytes(trained)))
+    kept = spread.held if lora is None else int  # adapters are whole on every device
+    add(Part.always("optimizer states", kept(optimizer_bytes(module._optimizer, trained))))
+    add(Part("gradients", update=kept(tensor_bytes(trained))))
+    if spread.sharded:
+        add(Part("blocks put together", update=together))
+    elif spread.ranks > 1:
+        add(Part.always("DDP's buffers", tensor_bytes(trained)))
 
     add(Part(f"activations ({tokens.rows} × {_length(tokens)} tokens)", update=footprint.kept))
     logits = logits_bytes(tokens.rows * tokens.completion, head_of(base), compute)
     add(Part("logits chunk", update=logits))
-    rest = max(footprint.peak, values.peak, step_bytes(module._optimizer, trained)) - footprint.kept - logits
+    rest = max(footprint.peak, values.peak, kept(step_bytes(module._optimizer, trained))) - footprint.kept - logits
     largest = max((p.numel() for name, p in base.named_parameters() if ".layers." in name), default=0)
     # A 4-bit layer makes its weight in full when it computes.
     rest += 0 if quantization is None else largest * compute.itemsize
@@ -216,7 +230,7 @@ def _critic(
     return [*own, head], footprint
 
 
-def _add_reward(budget: Budget, module: RLMTModule, data: RolloutDataModule) -> None:
+def _add_reward(budget: Budget, module: RLMTModule, data: RolloutDataModule, spread: Spread) -> None:
     """Every classifier among the rewards, held-out ones too: its weights, and a forward of the largest."""
     work, trained = 0, list(module.reward.modules())
     for reward in (*trained, *module.held_out.modules()):  # both are loaded with the policy, and stay
@@ -232,14 +246,17 @@ def _add_reward(budget: Budget, module: RLMTModule, data: RolloutDataModule) -> 
             packed = quantized_weights(config, AutoModelForSequenceClassification)
         size = weight_bytes(model, packed, quantization is not None and quantization.double_quant)
         kind = "reward weights" if reward in trained else "held-out reward weights"
-        budget.parts.append(Part.always(f"{kind} ({_how(model, dtype, quantization)})", size))
+        held = spread.held(size) if quantization is None else size
+        together = gathered_bytes(model.requires_grad_(False), dtype) if spread.sharded and quantization is None else 0
+        budget.parts.append(Part.always(f"{kind} ({_how(model, dtype, quantization)})", held))
         length = min(
             reward.max_length or loading.max_positions(config),
             reward.tokens_per_batch,
             data.max_prompt_tokens + data.max_new_tokens,
         )
-        rows = min(max(1, reward.tokens_per_batch // length), data.batch_size * data.group_size)
-        work = max(work, forward_footprint(model, rows, length).peak)
+        samples = data.batch_size * data.group_size // spread.ranks
+        rows = min(max(1, reward.tokens_per_batch // length), max(1, samples))
+        work = max(work, together + forward_footprint(model, rows, length).peak)
     if work:
         budget.parts.append(Part("reward forward", reward=work))
 

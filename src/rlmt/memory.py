@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, cast
 
@@ -12,13 +13,30 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from rlmt.models.adapters import is_adapter
 from rlmt.models.footprint import Tokens
 from rlmt.models.logprobs import LOGITS_PER_CHUNK
 from rlmt.models.quantization import nf4_bytes
 
 _SAMPLE = 2**16
 """Elements of the tensor on which an optimizer's state is measured, in place of larger ones."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Over which devices a run is spread, and how."""
+
+    ranks: int = 1
+    sharded: bool = False
+    """Whether models lie in shards on them (FSDP2), or else whole on each."""
+    offload: bool = False
+    """Whether the shards lie in the host's memory."""
+
+    def held(self, size: int) -> int:
+        """Bytes that a device keeps of something that can lie in shards."""
+        return 0 if self.offload else -(-size // self.ranks) if self.sharded else size
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
@@ -38,6 +56,30 @@ def weight_bytes(model: nn.Module, in_four_bits: Iterable[str] = (), double_quan
     parameters = dict(model.named_parameters())
     whole = tensor_bytes(chain((p for name, p in parameters.items() if name not in packed), model.buffers()))
     return whole + sum(nf4_bytes(parameters[name].numel(), double_quant) for name in packed)
+
+
+def gathered_bytes(model: nn.Module, compute: torch.dtype) -> int:
+    """The most bytes of weights and gradients that FSDP2 puts together at a time, beside a model's shards.
+
+    A group of weights is gathered into a buffer and copied out of it; the next block's buffer is there while a block
+    computes, and its gradients are summed in float32. What lies outside of blocks stays together meanwhile, and so does
+    the head's gradient, which comes first.
+
+    Args:
+        model: on the meta device, in the number format that it is held in; adapters are not counted.
+        compute: number format that blocks are put together in.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    inside = [{id(p): p for n, p in block.named_parameters() if not is_adapter(n)} for block in blocks]
+    block = max((sum(p.numel() for p in held.values()) for held in inside), default=0)
+    own = {id(p): p for n, p in model.named_parameters() if not is_adapter(n)}
+    root = tensor_bytes(p for number, p in own.items() if not any(number in held for held in inside))
+    together = 2 * (root + block * compute.itemsize)
+    if not any(p.requires_grad for p in own.values()):
+        return together
+    head: nn.Module | None = cast(Any, model).get_output_embeddings()
+    first = 0 if head is None else tensor_bytes(head.parameters())
+    return max(together, root + first + block * (3 * compute.itemsize + 4))
 
 
 def optimizer_bytes(make: Callable[[Any], Optimizer], trained: Iterable[Tensor]) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.strategies import DDPStrategy
 from rich.console import Console
 from rich.table import Table
 
@@ -19,7 +20,9 @@ from rlmt.budget import GIB, PHASES, Budget, gib, make_budget
 from rlmt.data import RolloutDataModule
 from rlmt.errors import UserError
 from rlmt.lightning_cli import RLMTCLI, run
+from rlmt.memory import Spread
 from rlmt.modules import RLMTModule
+from rlmt.sharding import FSDP2
 
 
 def print_budget(budget: Budget, console: Console | None = None) -> None:
@@ -86,16 +89,28 @@ class PlanCLI(RLMTCLI):
         else:
             memory = round(given * GIB)
         compute = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else torch.float32
-        budget = make_budget(self.model, self.datamodule, compute, memory)
-        strategy = self._get(self.config_init, "trainer.strategy")
-        if "FSDP" in str(getattr(strategy, "class_path", strategy)).upper():
-            budget.remarks.append(
-                "This is one GPU that holds all: FSDP divides the policy's and the reference's weights, gradients and "
-                "optimizer states by the GPUs (docs/scaling.md)."
-            )
+        budget = make_budget(self.model, self.datamodule, compute, memory, self._spread())
         print_budget(budget)
         if self._get(self.config_init, "must_fit") and not budget.fits:
             raise UserError(f"--must_fit: the run does not fit in {memory / GIB:.0f} GB; see the table.")
+
+    def _spread(self) -> Spread:
+        """Over which devices the run is to be spread.
+
+        Raises:
+            UserError: their number is neither given nor to be seen here.
+        """
+        strategy = self._get(self.config_init, "trainer.strategy")
+        sharded = isinstance(strategy, FSDP2)
+        if not (sharded or isinstance(strategy, DDPStrategy) or str(strategy).startswith("ddp")):
+            return Spread()
+        given = self._get(self.config_init, "trainer.devices")
+        here = torch.cuda.device_count() if str(given) in ("auto", "-1") else given
+        count = len(here) if isinstance(here, list) else int(here)
+        if count == 0:
+            raise UserError("There is no GPU here to count: give --trainer.devices, how many a machine has.")
+        ranks = count * int(self._get(self.config_init, "trainer.num_nodes") or 1)
+        return Spread(ranks, sharded, sharded and strategy.offload)
 
 
 def plan(args: Sequence[str]) -> int:
