@@ -52,6 +52,11 @@ def gathered(values: Tensor) -> Tensor:
     return values if size() == 1 else torch.cat(everyones(values.detach().cpu())).to(values.device)
 
 
+def evened(items: Sequence[T], filler: T) -> list[T]:
+    """The items, and behind them as many fillers as another rank has items more."""
+    return [*items, *[filler] * (max(everyones(len(items))) - len(items))]
+
+
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Puts the sum over ranks in the place of each gradient; one that is on no rank stays absent.
 

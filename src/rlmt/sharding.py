@@ -11,9 +11,10 @@ other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import MethodType
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import Trainer
@@ -21,13 +22,15 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlmt.models.adapters import is_adapter
 from rlmt.resume.safe_files import read_checkpoint
+
+T = TypeVar("T")
 
 
 class FSDP2(ModelParallelStrategy):
@@ -49,6 +52,16 @@ class FSDP2(ModelParallelStrategy):
     def lightning_restore_optimizer(self) -> bool:
         """The optimizer's state comes from the same file, by `load_optimizer_state_dict`."""
         return True
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Without gradients, but not in inference mode: weights put together in it could not be trained afterwards."""
+        with torch.inference_mode(False), torch.no_grad():
+            return super().validation_step(*args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As `validation_step`."""
+        with torch.inference_mode(False), torch.no_grad():
+            return super().test_step(*args, **kwargs)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The whole weights on the CPU of the first rank; nothing on others."""
@@ -142,6 +155,19 @@ def shard(model: nn.Module, mesh: DeviceMesh, mixed: bool) -> None:
 def is_sharded(model: nn.Module) -> bool:
     """Whether a model's weights are in shards, so that every rank has to run it as often as the others."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def as_forward(model: nn.Module, function: Callable[..., T], *args: Any) -> T:
+    """`function(model, *args)`; what a sharded model has beside its blocks is put together as around its forward."""
+    if not is_sharded(model):
+        return function(model, *args)
+    own: Any = model
+    name = f"as_forward_{function.__name__}"
+    if not hasattr(own, name):
+        setattr(own, name, MethodType(function, own))
+        register_fsdp_forward_method(own, name)
+    result: T = getattr(own, name)(*args)
+    return result
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from types import MethodType
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel
 
 from rlmt.models.micro_batch import MicroBatch, hidden_states
-from rlmt.sharding import is_sharded
+from rlmt.sharding import as_forward
 from rlmt.types import PolicyOutputs
 
 LOGITS_PER_CHUNK = 2**25
@@ -26,13 +24,7 @@ def token_logprobs(model: PreTrainedModel, batch: MicroBatch, temperature: float
     Returns:
         [t] float32 each, with gradients if they are enabled.
     """
-    if not is_sharded(model):
-        return PolicyOutputs(*_token_logprobs(model, batch, temperature))
-    own: Any = model
-    if not hasattr(own, "token_logprobs"):  # as a forward of the model's: its weights are put together around it
-        own.token_logprobs = MethodType(_token_logprobs, model)
-        register_fsdp_forward_method(own, "token_logprobs")
-    return PolicyOutputs(*own.token_logprobs(batch, temperature))
+    return PolicyOutputs(*as_forward(model, _token_logprobs, batch, temperature))
 
 
 def _token_logprobs(model: Any, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:

@@ -51,7 +51,7 @@ def in_step(batches: Iterable[MicroBatch], model: nn.Module, device: torch.devic
         return mine
     zero = torch.zeros(1, dtype=torch.long, device=device)
     idle = MicroBatch([], None, zero[None], zero, zero, zero)
-    return mine + [idle] * (max(ranks.everyones(len(mine))) - len(mine))
+    return ranks.evened(mine, idle)
 
 
 def micro_batches(
