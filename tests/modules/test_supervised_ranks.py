@@ -58,10 +58,10 @@ def test_two_ranks_take_the_steps_of_one(case: str, how: str, results: list[dict
 
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_compute_equally_often_only_in_shards(case: str, results: list[dict[str, Any]]) -> None:
-    """Micro-batches of two steps and of two validation batches, in the last of which one rank has no row."""
+    """Micro-batches of one batch of validation, of two steps and of two validation batches, in the last one rank idle."""
     counts = {how: [rank[how][case]["counts"] for rank in results] for how in ("ddp", "fsdp")}
-    assert [len(each) for pair in counts.values() for each in pair] == [4] * 4
-    assert counts["ddp"][0] != counts["ddp"][1] and counts["ddp"][1][3] == 0 < counts["ddp"][0][3]
+    assert [len(each) for pair in counts.values() for each in pair] == [5] * 4
+    assert counts["ddp"][0] != counts["ddp"][1] and counts["ddp"][1][-1] == 0 < counts["ddp"][0][-1]
     assert counts["fsdp"][0] == counts["fsdp"][1] == [max(pair) for pair in zip(*counts["ddp"], strict=True)]
 
 

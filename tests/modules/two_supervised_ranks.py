@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # what is trained, and how
 
 
 class Watch(Callback):
-    """Gradients of each step, put together, and numbers of micro-batches."""
+    """Gradients of each step, put together, and numbers of micro-batches.
+
+    In shards it validates in inference mode, as Lightning does on GPUs.
+    """
 
     def __init__(self) -> None:
         self.steps: list[dict[str, Tensor]] = []
         self.counts: list[int] = []
+        self.mode = ExitStack()
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         losses = pl_module.losses
@@ -46,13 +51,20 @@ class Watch(Callback):
 
         pl_module.losses = counted
 
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if isinstance(trainer.strategy, FSDP2):
+            self.mode.enter_context(torch.inference_mode())
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self.mode.close()
+
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
         named = pl_module.named_parameters()
         self.steps.append({name: whole(p.grad).clone() for name, p in named if p.grad is not None})
 
 
 def train(case: str, paths: dict[str, str], strategy: Any, devices: int) -> dict[str, Any]:
-    """Two steps and a validation."""
+    """A batch of validation, two of training, and a validation."""
     kind, options = CASES[case]
     seed_everything(0, verbose=False)
     options = {"optimizer": lambda named: torch.optim.SGD(named, lr=0.3, momentum=0.9)} | options
@@ -73,7 +85,7 @@ def train(case: str, paths: dict[str, str], strategy: Any, devices: int) -> dict
         accelerator="cpu",
         max_epochs=1,
         limit_train_batches=2,
-        num_sanity_val_steps=0,
+        num_sanity_val_steps=1,
         callbacks=[watch],
         enable_checkpointing=False,
         **quiet,  # type: ignore[arg-type]

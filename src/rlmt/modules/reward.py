@@ -272,7 +272,7 @@ class RewardModeling(SupervisedModule):
 def _scores_and_states(model: PreTrainedModel, rows: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
     """Scores of b conversations, and the hidden states that they are read off: [b] and [b, H]."""
     states = states_at_end(getattr(model, model.base_model_prefix), rows, device)
-    return score_states(model, states), states
+    return score_states(model, states).clone(), states  # FSDP2 warns of a view
 
 
 def _pairs_of_all_ranks(parts: list[PairLoss]) -> tuple[Tensor, Tensor, list[str | None]]:
