@@ -20,9 +20,8 @@ from rlmt.sharding import FSDP2, is_sharded, whole
 
 FSDP, LORA, MUON = "fsdp", {"lora": LoRA(rank=4, alpha=64)}, {"optimizer": lambda named: MuonAdamW(named, muon_lr=0.05)}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {  # what is trained, and how
-    "sft": ("sft", {"prompt_weight": 0.3}),
+    "sft": ("sft", {"prompt_weight": 0.3, "gradient_checkpointing": True}),
     "sft, adapter": ("sft", LORA),
-    "sft, checkpointed": ("sft", {"gradient_checkpointing": True}),
     "sft, from scratch by Muon": ("sft", {"from_scratch": True, **MUON}),
     "reward": ("reward", {"centering": 0.1}),
     "reward, adapter": ("reward", LORA),
