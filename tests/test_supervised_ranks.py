@@ -68,6 +68,7 @@ def test_a_reward_model_on_one_process_then_in_shards_on_two_then_on_one(
     assert sum("rm/loss" in row for row in rows) == 6
     assert any({"val/accuracy", "val/accuracy/a", "val/calibration_error"} <= row.keys() for row in rows)
     assert saved["state_dict"]["attribute_head.weight"].abs().max() > 0
+    assert (run / "version_0/calibration.png").is_file()  # which this process draws none of
     assert main(["export", str(run / "checkpoints/last.ckpt"), str(tmp_path / "model")]) == 0
     assert (tmp_path / "model/model.safetensors").is_file()
 
