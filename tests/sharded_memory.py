@@ -1,4 +1,4 @@
-"""What FSDP2 itself holds of a model in eight shards, without data; started by test_memory.py with a vocabulary's size."""
+"""What FSDP2 itself holds of a model in eight shards, without data; started by test_memory.py."""
 
 import json
 import sys
@@ -31,13 +31,14 @@ def model(vocabulary: int) -> Any:
 
 def main(vocabulary: int, mixed: bool) -> None:
     distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)  # type: ignore[no-untyped-call]
+    mesh = init_device_mesh("cpu", (8,))
     compute = torch.bfloat16 if mixed else torch.float32
     with torch.device("meta"):
         expected = gathered_bytes(model(vocabulary), compute)
     with FakeTensorMode():
         policy = model(vocabulary)
         policy.train().gradient_checkpointing_enable({"use_reentrant": False})
-        shard(policy, init_device_mesh("cpu", (8,)), mixed=mixed)
+        shard(policy, mesh, mixed=mixed)
         optimizer = torch.optim.SGD(policy.parameters(), lr=1.0, foreach=False)
         tracker = FSDPMemTracker(policy, optimizer)
         with tracker:

@@ -260,6 +260,15 @@ def test_one_more_config_spreads_a_run(
     assert not capsys.readouterr().err
 
 
+@pytest.mark.parametrize("spread", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["sft", "reward"])
+def test_and_sft_and_reward_models(kind: str, spread: str, launched: list[Any]) -> None:
+    data = ["--model.policy" if kind == "sft" else "--model.model", "runs/policy", "--data.path", "rows.jsonl"]
+    assert main([*compose(kind, spread), *data, "--trainer.devices", "2"]) == 0
+    ((trainer, _, _),) = launched
+    assert type(trainer.strategy) is {"ddp": DDPStrategy, "fsdp": FSDP2}[spread] and trainer.world_size == 2
+
+
 @pytest.mark.parametrize("names", [("tiny",), ("llama-3.1-8b", "lora"), ("llama-3.1-8b", "qlora")])
 def test_servers_take_the_place_of_the_engine(
     names: tuple[str, ...], launched: list[Any], capsys: pytest.CaptureFixture[str]

@@ -1,5 +1,8 @@
 """Bytes foretold from shapes against the bytes of real models, optimizers and logits."""
 
+import json
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -135,3 +138,15 @@ def test_the_fullest_micro_batch() -> None:
     assert fullest(6000, 4000, 1000, 64, 8, False) == Tokens(1, 4000, 1000, False)
     assert fullest(16384, 1024, 4096, 512, 8, True) == Tokens(4, 1024, 3840, True)  # 1024 + 4 × 3840 = 16384
     assert fullest(16384, 1024, 256, 512, 8, True) == Tokens(8, 1024, 256, True)  # a group is all there is
+
+
+@pytest.mark.parametrize("precision", ["plain", "mixed"])
+@pytest.mark.parametrize("vocabulary", [500, 32000])
+def test_what_is_put_together_beside_shards(vocabulary: int, precision: str) -> None:
+    """Torch's own account of FSDP2: where blocks are the most of it, and where embeddings are."""
+    script = Path(__file__).with_name("sharded_memory.py")
+    words = [sys.executable, str(script), str(vocabulary), precision]
+    *_, line = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
+    bytes_ = json.loads(line)
+    assert bytes_["found"] > 30e6
+    assert bytes_["expected"] == pytest.approx(bytes_["found"], rel=0.06)

@@ -245,9 +245,46 @@ def test_command(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.split()[0] for line in out.splitlines()[:2]] == ["GiB", "policy"]
     assert "Fits in 24 GB: yes" in out and "Peak: " in out and "vLLM's cache holds" in out
     assert command("--memory", 1) == 0
-    assert "Fits in 1 GB: no" in (out := capsys.readouterr().out) and "FSDP" not in out
-    assert command("--config", "fsdp", "--trainer.devices", 4, "--memory", 24) == 0
-    assert "This is one GPU that holds all: FSDP divides" in capsys.readouterr().out
+    assert "Fits in 1 GB: no" in capsys.readouterr().out
+
+
+def table(out: str) -> dict[str, list[float]]:
+    """The printed lines by their first words."""
+    rows = [re.split(r"\s{2,}", line) for line in out.splitlines()[1:]]
+    return {re.sub(r" \(.*", "", row[0]): [float(cell) for cell in row[1:]] for row in rows if len(row) > 1}
+
+
+def test_command_for_several_devices(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    base = "plan --config base --config grpo --config llama-3.1-8b --memory 80"
+    folders = ["--model.policy", str(shapes / "policy"), "--model.reward.model", str(shapes / "reward")]
+
+    def planned(*words: str) -> dict[str, list[float]]:
+        assert main([*base.split(), *" ".join(words).split(), *folders]) == 0
+        return table(capsys.readouterr().out)
+
+    one, eight = planned(), planned("--config fsdp --trainer.devices 4 --trainer.num_nodes 2")
+    for part in ("policy weights", "reference weights", "optimizer states", "gradients", "reward weights"):
+        assert eight[part] == pytest.approx([size / 8 for size in one[part]], abs=0.006), part
+    embeddings, block = 2 * 128256 * 4096 + 4096, LINEAR // 32 + 2 * 4096  # float32; and bfloat16, float32 gradients
+    together = max(2 * (4 * embeddings + 2 * block), 4 * embeddings + 2 * embeddings + 10 * block)
+    assert eight["blocks put together"] == pytest.approx([together / GIB], abs=0.01)
+    offloaded = planned("--config fsdp --trainer.devices 8 --trainer.strategy.offload true")
+    assert "policy weights" not in offloaded and "gradients" not in offloaded
+    assert offloaded["blocks put together"] == eight["blocks put together"]
+
+    lora, shared = planned("--config lora"), planned("--config lora --config ddp --trainer.devices 8")
+    assert shared["policy weights"] == lora["policy weights"] and shared["gradients"] == lora["gradients"]
+    assert shared["DDP's buffers"] == pytest.approx([4 * ADAPTER / GIB] * 3, abs=0.006)
+    cut = planned("--config lora --config fsdp --trainer.devices 8")
+    assert cut["policy weights"] == pytest.approx([2 * ALL / 8 / GIB] * 3, abs=0.006)
+    assert cut["LoRA adapter"] == lora["LoRA adapter"] and cut["optimizer states"] == lora["optimizer states"]
+
+    assert main([*base.split(), "--config", "fsdp", *folders]) == 2
+    assert "give --trainer.devices, how many a machine has" in capsys.readouterr().err
 
 
 def test_command_must_fit(command: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -77,11 +77,16 @@ class MuonAdamW(Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of the parts."""
-        return {"parts": [part.state_dict() for part in self._parts]}
+        """That of one optimizer with the groups of both parts, so that weights in shards can be had."""
+        self._share()
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Undoes `state_dict`."""
-        for part, state in zip(self._parts, state_dict["parts"], strict=True):
-            part.load_state_dict(state)
+        groups = iter(state_dict["param_groups"])
+        for part in self._parts:
+            own = [next(groups) for _ in part.param_groups]
+            numbers = {number for group in own for number in group["params"]}
+            held = {number: state for number, state in state_dict["state"].items() if number in numbers}
+            part.load_state_dict({"state": held, "param_groups": own})
         self._share()

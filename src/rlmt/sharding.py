@@ -77,6 +77,16 @@ class FSDP2(ModelParallelStrategy):
         """The optimizer's state comes from the same file, by `load_optimizer_state_dict`."""
         return True
 
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Without gradients, but not in inference mode: weights put together in it could not be trained afterwards."""
+        with torch.inference_mode(False), torch.no_grad():
+            return super().validation_step(*args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As `validation_step`."""
+        with torch.inference_mode(False), torch.no_grad():
+            return super().test_step(*args, **kwargs)
+
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The whole weights on the CPU of the first rank; nothing on others."""
         assert self.lightning_module is not None
@@ -185,10 +195,11 @@ def as_forward(model: nn.Module, function: Callable[..., T], *args: Any) -> T:
     if not is_sharded(model):
         return function(model, *args)
     own: Any = model
-    if not hasattr(own, function.__name__):
-        setattr(own, function.__name__, MethodType(function, model))
-        register_fsdp_forward_method(own, function.__name__)
-    result: T = getattr(own, function.__name__)(*args)
+    name = f"as_forward_{function.__name__}"
+    if not hasattr(own, name):
+        setattr(own, name, MethodType(function, model))
+        register_fsdp_forward_method(own, name)
+    result: T = getattr(own, name)(*args)
     return result
 
 

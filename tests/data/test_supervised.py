@@ -24,8 +24,8 @@ class Module:
         self.reader = ConversationReader(tokenizer, "rm")
 
 
-def set_up(data: Any, module: Module, stage: str = "fit") -> Any:
-    data.trainer = SimpleNamespace(lightning_module=module)
+def set_up(data: Any, module: Module, stage: str = "fit", rank: int = 0, ranks: int = 1) -> Any:
+    data.trainer = SimpleNamespace(lightning_module=module, global_rank=rank, world_size=ranks)
     data.setup(stage)
     return data
 
@@ -80,6 +80,33 @@ def test_split_and_order_depend_on_the_seed_and_the_rows_alone(source, byte_toke
     kept = [i for i in sum(batches[:4], []) if i in {row.index for row in fewer.train_rows}]
     seen = [i for i in sum(order(fewer, 3), []) if i in kept]
     assert seen == kept[: len(seen)]
+
+
+def test_ranks_share_each_batch_out(source, byte_tokenizer):
+    """Batches of training and of 7 held-out rows, the last of which has a row for one rank of two alone."""
+    alone, *ranks = (
+        set_up(SFTDataModule(source, 2, 100, val_size=7), Module(byte_tokenizer), "fit", rank, size)
+        for rank, size in ((0, 1), (0, 2), (1, 2))
+    )
+    shares = [order(data, 8) for data in ranks]
+    assert [[*mine, *other] for mine, other in zip(*shares, strict=True)] == order(alone, 8)
+    assert all(len(share) == 1 for share in sum(shares, []))
+    whole, *shares = ([[row.index for row in b.rows] for b in data.val_dataloader()] for data in (alone, *ranks))
+    assert [[*mine, *other] for mine, other in zip(*shares, strict=True)] == whole
+    assert [len(batch) for batch in whole] == [2, 2, 2, 1] and shares[1][-1] == []
+    assert ranks[1].val_dataloader().sampler.num_samples == 4
+    stopped, whole = (set_up(SFTDataModule(source, 2, 100, val_size=7), Module(byte_tokenizer)) for _ in range(2))
+    loader = iter(stopped.train_dataloader())
+    for _ in range(4):
+        next(loader)
+    resumed = set_up(SFTDataModule(source, 2, 100, val_size=7), Module(byte_tokenizer), rank=1, ranks=2)
+    resumed.load_state_dict(stopped.state_dict())
+    assert order(resumed, 2) == [batch[1:] for batch in order(whole, 6)[4:]]
+
+
+def test_a_batch_has_to_divide_by_the_ranks(source, byte_tokenizer):
+    with pytest.raises(UserError, match="--data.batch_size 3 does not divide by 2 devices: make it a multiple"):
+        set_up(SFTDataModule(source, 3, 100, val_size=2), Module(byte_tokenizer), ranks=2)
 
 
 def test_going_on_in_the_middle_of_an_epoch(source, byte_tokenizer):

@@ -14,7 +14,6 @@ from rlmt.engines.base import Engine
 from rlmt.errors import UserError
 from rlmt.models.adapters import LoRA
 from rlmt.models.quantization import NF4
-from rlmt.modules import SFT, RLMTModule
 from rlmt.modules.checks import check_trainer
 from rlmt.modules.spread import check_spread
 from rlmt.sharding import FSDP2
@@ -55,6 +54,7 @@ def servers() -> VLLMServerEngine:
 )
 def test_what_cannot_be_spread_is_refused(given: Any, stage: str, says: str) -> None:
     with pytest.raises(UserError, match=says) as caught:
+        check_trainer(given)
         check_spread(given, stage)
     assert "\n" not in str(caught.value)
 
@@ -66,7 +66,16 @@ def test_what_can_be_spread_passes() -> None:
     check_spread(trainer(ModelParallelStrategy(), servers(), world_size=1), "predict")
 
 
-def test_only_the_rl_module_is_trained_on_several_processes() -> None:
-    check_trainer(trainer(module=RLMTModule))
-    with pytest.raises(UserError, match="gives 2 processes"):
-        check_trainer(trainer(module=SFT))
+def test_a_run_without_engines_asks_for_less() -> None:
+    """SFT and reward models: their data modules have none."""
+    bare: Any = SimpleNamespace(quantization=None, lora=None, _optimizer=AdamW)
+    for strategy in (DDPStrategy(), FSDP2()):
+        check_trainer(trainer(strategy, module=bare))
+    bare.quantization = NF4()
+    check_trainer(trainer(DDPStrategy(), module=bare))
+    with pytest.raises(UserError, match=r"--model\.quantization: .*--config ddp"):
+        check_trainer(trainer(FSDP2(), module=bare))
+    bare.quantization, bare._optimizer = None, AdamW8bit
+    check_trainer(trainer(DDPStrategy(), module=bare))
+    with pytest.raises(UserError, match=r"optimizer AdamW8bit"):
+        check_trainer(trainer(FSDP2(), module=bare))

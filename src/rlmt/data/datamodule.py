@@ -209,10 +209,6 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
         return fitting
 
     def _check_batch_size(self) -> None:
-        if self.batch_size % self._world_size:
-            raise UserError(
-                f"--data.batch_size {self.batch_size} does not divide by {self._world_size} devices: make it a multiple"
-            )
         if self.batch_size > len(self._train):
             raise UserError(
                 f"--data.batch_size is {self.batch_size:,}, but only {len(self._train):,} training prompts are left of "

@@ -212,7 +212,7 @@ class PreferenceDataModule(SupervisedDataModule[EncodedComparison]):
 
     Args:
         path: file (.parquet, .jsonl, .json, .csv) or hub data set, see `rlmt.data.preferences` for its columns.
-        batch_size: rows an optimizer step.
+        batch_size: rows an optimizer step, over all ranks.
         max_length: rows with a longer conversation, in tokens, are dropped, and counted aloud.
         **options: those of `SupervisedDataModule`.
 

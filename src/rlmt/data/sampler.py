@@ -81,9 +81,16 @@ class PromptSampler(DistributedSampler[int]):
         num_replicas: number of ranks.
         rank: this rank.
         seed: seed of the run.
+
+    Raises:
+        UserError: `batch_size` is no multiple.
     """
 
     def __init__(self, dataset: KeyedRows, batch_size: int, num_replicas: int, rank: int, seed: int) -> None:
+        if batch_size % num_replicas:
+            raise UserError(
+                f"--data.batch_size {batch_size} does not divide by {num_replicas} devices: make it a multiple"
+            )
         super().__init__(
             cast(Any, dataset), num_replicas=num_replicas, rank=rank, shuffle=True, seed=seed, drop_last=True
         )

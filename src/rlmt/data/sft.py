@@ -232,7 +232,7 @@ class SFTDataModule(SupervisedDataModule[EncodedDemonstration]):
 
     Args:
         path: file (.parquet, .jsonl, .json, .csv) or hub data set, see `rlmt.data.sft` for its columns.
-        batch_size: demonstrations an optimizer step.
+        batch_size: demonstrations an optimizer step, over all ranks.
         max_length: longer demonstrations, in tokens of prompt and target, are dropped, and counted aloud.
         system: system prompt for rows that have none.
         **options: those of `SupervisedDataModule`.

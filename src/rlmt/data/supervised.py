@@ -1,6 +1,7 @@
 """What SFT and reward-model training share of their data: rows encoded once, split, ordered and batched.
 
-A batch is the rows of one optimizer step; the module cuts it into micro-batches by tokens. So nothing is padded here.
+A batch is this rank's rows of one optimizer step; the module cuts it into micro-batches by tokens. So nothing is padded
+here.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from rlmt.data.sampler import PromptSampler, ResumableOrder, shuffled
@@ -53,7 +54,7 @@ Row = TypeVar("Row", bound=EncodedRow)
 
 
 class RowBatch(Generic[Row]):
-    """The rows of one optimizer step. Neither a sequence nor a dataclass, so that Lightning leaves it alone."""
+    """This rank's rows of one optimizer step. Neither a sequence nor a dataclass, so that Lightning leaves it alone."""
 
     def __init__(self, rows: list[Row]) -> None:
         self.rows = rows
@@ -89,7 +90,7 @@ class SupervisedDataModule(ResumableOrder, LightningDataModule, Generic[Row]):
 
     Args:
         path: file (.parquet, .jsonl, .json, .csv) or hub data set.
-        batch_size: rows an optimizer step.
+        batch_size: rows an optimizer step, over all ranks.
         max_length: rows with more tokens in a sequence are dropped, and counted aloud.
         val_path: file or hub data set to validate on; None splits validation rows off `path`.
         val_size: number of validation rows, 0 for none; None takes 64 of `path`, or all of `val_path`.
@@ -168,7 +169,7 @@ class SupervisedDataModule(ResumableOrder, LightningDataModule, Generic[Row]):
                     f"--data.batch_size is {self.batch_size:,}, but only {len(self.train_rows):,} {self.what} are left "
                     f"to train on of {self.path}: lower it or --data.val_size"
                 )
-            self._sampler = PromptSampler(RowDataset(self.train_rows), self.batch_size, 1, 0, self.seed)
+            self._sampler = PromptSampler(RowDataset(self.train_rows), self.batch_size, *self._ranks, self.seed)
         elif not self.val_rows:
             raise UserError("there is nothing to validate on: set --data.val_size above 0 or --data.val_path")
 
@@ -201,12 +202,12 @@ class SupervisedDataModule(ResumableOrder, LightningDataModule, Generic[Row]):
         return fitting
 
     def train_dataloader(self) -> StatefulDataLoader:
-        """Batches of `batch_size` rows, reshuffled every epoch, resumable in the middle of one."""
+        """Batches of `batch_size` / ranks rows, reshuffled every epoch, resumable in the middle of one."""
         sampler = self._sampler
         assert sampler is not None
         return StatefulDataLoader(
             sampler.dataset,
-            batch_size=self.batch_size,
+            batch_size=self.batch_size // sampler.num_replicas,
             sampler=sampler,
             collate_fn=RowBatch,
             drop_last=True,
@@ -214,16 +215,24 @@ class SupervisedDataModule(ResumableOrder, LightningDataModule, Generic[Row]):
             generator=torch.Generator(),
         )
 
-    def val_dataloader(self) -> DataLoader[Row] | list[DataLoader[Row]]:
-        """The held-out rows in order; no loader if there are none."""
+    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """This rank's share of each batch of held-out rows, in order, as many on each; no loader if there are none."""
         if not self.val_rows:
             return []
-        dataset = RowDataset(self.val_rows)
+        size, rank = self._ranks
+        starts = range(0, len(self.val_rows), self.batch_size)
+        shares: Any = [RowBatch(self.val_rows[start : start + self.batch_size][rank::size]) for start in starts]
+        # Of this type, so that Lightning does not share them out once more.
+        sampler: DistributedSampler[Any] = DistributedSampler(shares, num_replicas=1, rank=0, shuffle=False)
         own = torch.Generator()  # for the same reason
-        return DataLoader(
-            dataset, self.batch_size, sampler=SequentialSampler(dataset), collate_fn=RowBatch, generator=own
-        )
+        return DataLoader(shares, batch_size=None, sampler=sampler, generator=own)
 
-    def test_dataloader(self) -> DataLoader[Row] | list[DataLoader[Row]]:
+    @property
+    def _ranks(self) -> tuple[int, int]:
+        """How many there are, and which this is."""
+        assert self.trainer is not None
+        return self.trainer.world_size, self.trainer.global_rank
+
+    def test_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """The same as `val_dataloader`."""
         return self.val_dataloader()

@@ -12,7 +12,7 @@ from rlmt.models import loading
 from rlmt.models.critic import check_critic
 from rlmt.modules.adapted import planned_adapter
 from rlmt.modules.recorded import check_recording, recording_of
-from rlmt.modules.spread import check_spread
+from rlmt.modules.spread import check_spread, check_strategy
 
 if TYPE_CHECKING:
     from rlmt.modules.rlmt import RLMTModule
@@ -38,8 +38,7 @@ def check_trainer(trainer: Trainer) -> None:
             f"--trainer.precision is {trainer.precision}: use {' or '.join(PRECISIONS)}, since small updates are lost "
             "in weights of 16 bits."
         )
-    if trainer.world_size > 1 and not getattr(trainer.lightning_module, "on_several_processes", False):
-        raise UserError(f"--trainer.devices gives {trainer.world_size} processes: a model is trained on one; set 1.")
+    check_strategy(trainer)
 
 
 def check_run(module: RLMTModule, stage: str) -> None:

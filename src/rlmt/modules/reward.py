@@ -25,8 +25,10 @@ from rlmt.modules.adapted import held_dtype, planned_adapter
 from rlmt.modules.checkpoints import checkpoint_folders
 from rlmt.modules.checks import check_options, check_trainer
 from rlmt.modules.supervised import SupervisedModule, take_step
+from rlmt.ranks import everyones
 from rlmt.rewards.classifier import score_states, states_at_end
 from rlmt.rewards.conversation import ConversationReader
+from rlmt.sharding import as_forward, in_step, shard_models
 
 
 @dataclass
@@ -35,8 +37,8 @@ class PairLoss:
 
     loss: Tensor
     """Scalar: all terms, with gradient."""
-    ranking: Tensor
-    """Scalar: the Bradley-Terry term alone, detached."""
+    rankings: Tensor
+    """[p] float32 the Bradley-Terry term of each pair, detached."""
     differences: Tensor
     """[p] float32 score of the better minus score of the worse response of each pair, detached."""
     subsets: list[str | None]
@@ -53,7 +55,7 @@ class RewardModeling(SupervisedModule):
 
     (margins: Llama 2, arXiv 2307.09288; centring: arXiv 2312.09244), plus `attribute_weight` times the mean squared
     error over responses and attributes of a linear regression on the same hidden state, if the data rates responses. It
-    does not depend on how the step is cut into micro-batches.
+    does not depend on how the step is cut into micro-batches or spread over ranks.
 
     What is scored is what `ClassifierReward` scores: the conversation written out by its `ConversationReader`, the
     hidden state of the last token, the head in float32. `rlmt export` writes the folder that it loads.
@@ -87,8 +89,8 @@ class RewardModeling(SupervisedModule):
         self.model: PreTrainedModel | None = None
         self.attribute_head: nn.Linear | None = None
         self._subsets: list[str] = []
-        self._loss = MeanMetric()
-        self._accuracy = BinaryAccuracy()
+        self._loss = MeanMetric(sync_on_compute=False)  # each rank sees the pairs of all
+        self._accuracy = BinaryAccuracy(sync_on_compute=False)
         self._by_subset = nn.ModuleList()
 
     @cached_property
@@ -126,7 +128,7 @@ class RewardModeling(SupervisedModule):
         self._check_adapter()
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         self._subsets = data.subsets
-        self._by_subset = nn.ModuleList(BinaryAccuracy() for _ in self._subsets)
+        self._by_subset = nn.ModuleList(BinaryAccuracy(sync_on_compute=False) for _ in self._subsets)
 
     def configure_model(self) -> None:
         """Loads the model, or draws it; adds a head for attributes if the data has them."""
@@ -140,6 +142,8 @@ class RewardModeling(SupervisedModule):
             self.attribute_head = nn.Linear(self.model_config.get_text_config().hidden_size, data.attributes)
             nn.init.zeros_(self.attribute_head.weight)
             nn.init.zeros_(self.attribute_head.bias)
+        # Beside an adapter heads are whole on every rank, as it is.
+        shard_models(self.trainer, self.model, self.attribute_head if self.lora is None else None)
 
     def _load(self) -> PreTrainedModel:
         dtype = getattr(torch, held_dtype(self.trainer, self.lora))
@@ -169,10 +173,10 @@ class RewardModeling(SupervisedModule):
                 yield part.loss
 
         loss, norm = take_step(self, losses(), self.max_grad_norm)
-        differences = torch.cat([part.differences for part in seen])
+        rankings, differences, _ = _pairs_of_all_ranks(seen)
         metrics = {
             "rm/loss": loss,
-            "rm/ranking_loss": float(sum(part.ranking for part in seen)),
+            "rm/ranking_loss": float(rankings.mean()),
             "rm/accuracy": float((differences > 0).float().mean()),
             "rm/difference": float(differences.mean()),
             "rm/grad_norm": norm,
@@ -181,36 +185,45 @@ class RewardModeling(SupervisedModule):
         self.log("acc", metrics["rm/accuracy"], prog_bar=True, logger=False, batch_size=len(batch.rows))
 
     def losses(self, rows: list[EncodedComparison], regress: bool = True) -> Iterator[PairLoss]:
-        """Each micro-batch's share of the loss of all rows together, with or without the regression on ratings."""
-        pair_count = sum(len(row.pairs) for row in rows)
-        rating_count = sum(len(ratings) for row in rows for ratings in row.attributes) if regress else 0
-        most = max(len(row.sequences) for row in rows)
-        for part in batches_by_length([row.longest for row in rows], self.tokens_per_micro_batch, most):
-            yield self._loss_of([rows[i] for i in part], pair_count, rating_count)
+        """The shares of this rank's micro-batches in the loss of all rows of all ranks together.
+
+        Args:
+            rows: this rank's.
+            regress: with the regression on ratings, if there are any.
+        """
+        pair_count = sum(everyones(sum(len(row.pairs) for row in rows)))
+        rating_count = sum(everyones(sum(len(ratings) for row in rows for ratings in row.attributes)))
+        most = max((len(row.sequences) for row in rows), default=1)
+        parts = batches_by_length([row.longest for row in rows], self.tokens_per_micro_batch, most)
+        assert self.model is not None
+        for part in in_step(parts, self.model, []):
+            yield self._loss_of([rows[i] for i in part], pair_count, rating_count if regress else 0)
 
     def _loss_of(self, rows: list[EncodedComparison], pair_count: int, rating_count: int) -> PairLoss:
-        model: Any = self.model
-        states = states_at_end(
-            getattr(model, model.base_model_prefix), [s for row in rows for s in row.sequences], self.device
-        )
-        scores = score_states(model, states)
-        pairs, start = [], 0
+        """Without rows it runs what another rank runs at this time, and counts nothing."""
+        assert self.model is not None
+        sequences = [s for row in rows for s in row.sequences]
+        idle = [torch.zeros(1, dtype=torch.int32)]
+        scores, states = as_forward(self.model, _scores_and_states, sequences or idle, self.device)
+        pairs: list[tuple[int, int]] = []
+        start = 0
         for row in rows:
             pairs += [(start + better, start + worse) for better, worse in row.pairs]
             start += len(row.sequences)
-        better, worse = scores[torch.tensor(pairs, device=self.device)].unbind(1)
+        better, worse = scores[torch.tensor(pairs, dtype=torch.long, device=self.device).view(-1, 2)].unbind(1)
         margins = torch.tensor([margin for row in rows for margin in row.margins], device=self.device)
-        ranking = -F.logsigmoid(better - worse - margins).sum() / pair_count
-        loss = ranking
+        rankings = -F.logsigmoid(better - worse - margins)
+        loss = rankings.sum() / pair_count
         if self.centering:
             loss = loss + self.centering * (better + worse).square().sum() / pair_count
         if self.attribute_head is not None and rating_count:
             ratings = torch.tensor([rating for row in rows for rating in row.attributes], device=self.device)
             with torch.autocast(self.device.type, enabled=False):
-                errors = self.attribute_head(states.float()) - ratings
+                found = self.attribute_head(states[: len(sequences)].float())
+            errors = found - ratings.view_as(found)
             loss = loss + self.attribute_weight * errors.square().sum() / rating_count
         subsets = [row.subset for row in rows for _ in row.pairs]
-        return PairLoss(loss, ranking.detach(), (better - worse).detach(), subsets)
+        return PairLoss(loss, rankings.detach(), (better - worse).detach(), subsets)
 
     # Held-out preferences ---------------------------------------------------------------------------------------------
 
@@ -218,7 +231,7 @@ class RewardModeling(SupervisedModule):
         """Adds to loss and accuracies over all held-out pairs.
 
         Returns:
-            `differences`: [p] score of the better minus score of the worse response of each pair.
+            `differences`: [p] score of the better minus score of the worse response of each pair of all ranks.
         """
         return self._evaluate(batch, "val")
 
@@ -227,11 +240,9 @@ class RewardModeling(SupervisedModule):
         return self._evaluate(batch, "test")
 
     def _evaluate(self, batch: RowBatch[EncodedComparison], stage: str) -> dict[str, Tensor]:
-        parts = list(self.losses(batch.rows, regress=False))
-        differences = torch.cat([part.differences for part in parts])
-        subsets = [subset for part in parts for subset in part.subsets]
-        right = (differences > 0).float()  # a tie is wrong
-        self._loss.update(torch.stack([part.ranking for part in parts]).sum(), len(right))
+        rankings, differences, subsets = _pairs_of_all_ranks(list(self.losses(batch.rows, regress=False)))
+        right = (differences > 0).float().to(self.device)  # a tie is wrong
+        self._loss.update(rankings.to(self.device))
         self._accuracy.update(right, torch.ones_like(right))
         self.log(f"{stage}/loss", self._loss, on_epoch=True, batch_size=len(right))
         self.log(f"{stage}/accuracy", self._accuracy, on_epoch=True, prog_bar=True, batch_size=len(right))
@@ -256,3 +267,16 @@ class RewardModeling(SupervisedModule):
         checkpoint["rlmt"] = {**self._record(), "model": loading.absolute(self.model_path)}
         for folder in checkpoint_folders(self.trainer):
             save_reward_assets(folder / REWARD_ASSETS, self._trained.config, self.tokenizer)
+
+
+def _scores_and_states(model: PreTrainedModel, rows: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Scores of b conversations, and the hidden states that they are read off: [b] and [b, H]."""
+    states = states_at_end(getattr(model, model.base_model_prefix), rows, device)
+    return score_states(model, states).clone(), states  # FSDP2 warns of a view
+
+
+def _pairs_of_all_ranks(parts: list[PairLoss]) -> tuple[Tensor, Tensor, list[str | None]]:
+    """Rankings, differences and subsets of the pairs in all ranks' micro-batches, on the CPU."""
+    mine = [(part.rankings.cpu(), part.differences.cpu(), part.subsets) for part in parts]
+    rankings, differences, subsets = zip(*(part for rank in everyones(mine) for part in rank), strict=True)
+    return torch.cat(rankings), torch.cat(differences), [subset for part in subsets for subset in part]

@@ -78,9 +78,6 @@ class RLMTModule(LightningModule, PolicyOwner):
         UserError: an option is out of range, or later, while setting up, does not fit the models or the data.
     """
 
-    on_several_processes = True
-    """Whether it can be trained on several; `check_trainer` asks."""
-
     def __init__(
         self,
         policy: str,

@@ -14,12 +14,14 @@ from rlmt.data.sft import EncodedDemonstration
 from rlmt.data.supervised import RowBatch
 from rlmt.models import loading
 from rlmt.models.logprobs import token_logprobs
-from rlmt.models.micro_batch import MicroBatch
+from rlmt.models.micro_batch import MicroBatch, idle
 from rlmt.modules.adapted import held_dtype, planned_adapter
 from rlmt.modules.checkpoints import save_beside_checkpoints
 from rlmt.modules.checks import check_options, check_trainer
 from rlmt.modules.policy import PolicyOwner
 from rlmt.modules.supervised import SupervisedModule, take_step
+from rlmt.ranks import everyones
+from rlmt.sharding import in_step, shard_models
 from rlmt.thinking import FormatName, ThinkingFormat
 
 
@@ -28,7 +30,7 @@ class SFT(SupervisedModule, PolicyOwner):
 
     The loss is the mean negative log-prob over the target tokens of a whole optimizer step, whatever turn or row they
     belong to: with weights w (1 for target tokens, `prompt_weight` for prompt tokens) it is -Σ w log p / Σ w. So it
-    does not depend on how the step is cut into micro-batches.
+    does not depend on how the step is cut into micro-batches or spread over ranks.
 
     Args:
         policy: folder or hub name of the policy to start from.
@@ -68,6 +70,7 @@ class SFT(SupervisedModule, PolicyOwner):
         """Loads the policy, or draws it."""
         if self.policy is None:
             self.policy = self._ready(self._load())
+            shard_models(self.trainer, self.policy)
 
     def _load(self) -> PreTrainedModel:
         if self.from_scratch:
@@ -85,22 +88,25 @@ class SFT(SupervisedModule, PolicyOwner):
         """Takes one optimizer step on a batch of demonstrations."""
         loss, norm = take_step(self, self.losses(batch.rows, self.prompt_weight), self.max_grad_norm)
         size = len(batch.rows)
-        metrics = {"sft/loss": loss, "sft/grad_norm": norm, "sft/tokens": float(target_tokens(batch.rows))}
+        metrics = {"sft/loss": loss, "sft/grad_norm": norm, "sft/tokens": float(_everywhere(batch.rows))}
         self.log_dict(metrics, batch_size=size)
         self.log("loss", loss, prog_bar=True, logger=False, batch_size=size)
 
     def losses(self, rows: list[EncodedDemonstration], prompt_weight: float) -> Iterator[Tensor]:
-        """Each micro-batch's share of the loss of all rows together."""
+        """The shares of this rank's micro-batches in the loss of all rows of all ranks together."""
         sequences = [sequence.long() for row in rows for sequence in row.sequences]
         prompts = [count for row in rows for count in row.prompts]
-        whole = target_tokens(rows) + prompt_weight * sum(count - 1 for count in prompts)
-        for part in batches_by_length([len(sequence) - 1 for sequence in sequences], self.tokens_per_micro_batch):
-            # A sequence's first token is never predicted; its prompt's others are only if they count.
-            first = [1 if prompt_weight else prompts[i] for i in part]
-            batch = _micro_batch([sequences[i] for i in part], first, self.device)
+        whole = _everywhere(rows) + prompt_weight * sum(everyones(sum(count - 1 for count in prompts)))
+        # A sequence's first token is never predicted; its prompt's others are only if they count.
+        first = [1 if prompt_weight else count for count in prompts]
+        plan = batches_by_length([len(sequence) - 1 for sequence in sequences], self.tokens_per_micro_batch)
+        parts = (_micro_batch(part, sequences, first, self.device) for part in plan)
+        for batch in in_step(parts, self._policy, idle(self.device)):
             weights = torch.ones(len(batch.targets), device=self.device)
-            if prompt_weight:
-                until = torch.tensor([prompts[i] for i in part], device=self.device)
+            if not batch.samples:  # runs what another rank runs at this time, and counts nothing
+                weights.zero_()
+            elif prompt_weight:
+                until = torch.tensor([prompts[i] for i in batch.samples], device=self.device)
                 weights[batch.columns + 1 < until[batch.rows]] = prompt_weight
             yield -(token_logprobs(self._policy, batch, temperature=1.0).logprobs * weights).sum() / whole
 
@@ -115,8 +121,8 @@ class SFT(SupervisedModule, PolicyOwner):
         self._evaluate(batch, "test")
 
     def _evaluate(self, batch: RowBatch[EncodedDemonstration], stage: str) -> None:
-        loss = torch.stack(list(self.losses(batch.rows, prompt_weight=0.0))).sum()
-        self.log(f"{stage}/loss", loss, prog_bar=True, batch_size=target_tokens(batch.rows))
+        loss = sum(everyones(sum(float(part) for part in self.losses(batch.rows, prompt_weight=0.0))))
+        self.log(f"{stage}/loss", loss, prog_bar=True, batch_size=_everywhere(batch.rows))
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
@@ -152,8 +158,14 @@ def target_tokens(rows: list[EncodedDemonstration]) -> int:
     return sum(len(ids) - prompt for row in rows for ids, prompt in zip(row.sequences, row.prompts, strict=True))
 
 
-def _micro_batch(sequences: list[Tensor], first: list[int], device: torch.device) -> MicroBatch:
-    """Sequences padded on the right to one length; position `first` of each and all behind it are predicted."""
+def _everywhere(rows: list[EncodedDemonstration]) -> int:
+    """As `target_tokens`, over the rows of all ranks."""
+    return sum(everyones(target_tokens(rows)))
+
+
+def _micro_batch(part: list[int], sequences: list[Tensor], first: list[int], device: torch.device) -> MicroBatch:
+    """Some of the sequences padded on the right; position `first` of each and all behind it are predicted."""
+    sequences, first = [sequences[i] for i in part], [first[i] for i in part]
     width = max(map(len, sequences)) - 1
     ids = torch.zeros(len(sequences), width, dtype=torch.long)
     for row, sequence in enumerate(sequences):
@@ -162,7 +174,7 @@ def _micro_batch(sequences: list[Tensor], first: list[int], device: torch.device
     columns = [torch.arange(start - 1, len(sequence) - 1) for sequence, start in zip(sequences, first, strict=True)]
     targets = [sequence[start:] for sequence, start in zip(sequences, first, strict=True)]
     return MicroBatch(
-        samples=[],
+        samples=part,
         shared_prompt=None,
         input_ids=ids.to(device),
         rows=torch.arange(len(sequences)).repeat_interleave(counts).to(device),

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loops.utilities import _block_parallel_sync_behavior
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
@@ -20,6 +21,7 @@ from rlmt.modules.adapted import adapter_record, check_adapter_options, check_re
 from rlmt.modules.checkpoints import record_of
 from rlmt.modules.checks import check_options
 from rlmt.modules.schedules import LRSchedulerCallable, OptimizerCallable, with_schedule
+from rlmt.ranks import clip_gradients, everyones, sum_gradients
 from rlmt.resume.options import adopt_all, schedule_options
 from rlmt.rng import random_states, restore_random_states
 
@@ -184,11 +186,11 @@ def make_optimizer(
 
 
 def take_step(module: LightningModule, losses: Iterable[Tensor], max_grad_norm: float) -> tuple[float, float]:
-    """One optimizer step on a loss that comes in parts.
+    """One optimizer step on a loss that comes in parts, over all ranks.
 
     Args:
         module: with manual optimisation.
-        losses: each micro-batch's share of the step's loss; each is made when it is asked for.
+        losses: this rank's micro-batches' shares of the loss of the whole step; each is made when it is asked for.
         max_grad_norm: the gradient is clipped to this norm.
 
     Returns:
@@ -202,17 +204,20 @@ def take_step(module: LightningModule, losses: Iterable[Tensor], max_grad_norm: 
     optimizer.zero_grad()
     total = torch.zeros((), device=module.device)
     for loss in losses:
-        module.manual_backward(loss)
+        with _block_parallel_sync_behavior(module.trainer.strategy):  # gradients are summed once, below
+            module.manual_backward(loss)
         total += loss.detach()
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = float(torch.nn.utils.clip_grad_norm_(trained, max_grad_norm))
-    if not (math.isfinite(norm) and math.isfinite(total)):
+    sum_gradients(trained)
+    norm = clip_gradients(trained, max_grad_norm)
+    whole = sum(everyones(float(total)))
+    if not (math.isfinite(norm) and math.isfinite(whole)):
         raise UserError(
-            f"Stopped before optimizer step {module.global_step + 1}: the loss is {float(total)}, the norm of its "
+            f"Stopped before optimizer step {module.global_step + 1}: the loss is {whole}, the norm of its "
             f"gradient {norm}; lower the learning rate, and continue from the last checkpoint."
         )
     optimizer.step()
     if isinstance(scheduler, LRScheduler):
         scheduler.step()
     optimizer.zero_grad()
-    return float(total), norm
+    return whole, norm
