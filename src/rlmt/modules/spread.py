@@ -26,11 +26,6 @@ def check_spread(trainer: Trainer, stage: str) -> None:
         )
     if stage == "predict":
         raise UserError(f"--trainer.devices gives {trainer.world_size} processes: predict runs on one; set 1.")
-    if data is not None and data.engine.concurrent:
-        raise UserError(
-            f"--data.engine {type(data.engine).__name__}: servers take weights from one trainer process, and "
-            f"--trainer.devices gives {trainer.world_size}; set 1, or --data.engine VLLMEngine, one in each process."
-        )
 
 
 def _check_sharded(trainer: Trainer, data: Any) -> None:
@@ -50,5 +45,5 @@ def _check_sharded(trainer: Trainer, data: Any) -> None:
         if isinstance(engine, TransformersEngine):
             raise UserError(
                 "--data.engine TransformersEngine samples with the policy itself, whose weights are in shards "
-                "(--config fsdp); use VLLMEngine."
+                "(--config fsdp); use VLLMEngine or VLLMServerEngine."
             )
