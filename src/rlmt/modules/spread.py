@@ -12,7 +12,7 @@ from rlmt.errors import UserError
 from rlmt.sharding import FSDP2
 
 
-def check_spread(trainer: Trainer, stage: str) -> None:
+def check_spread(trainer: Trainer) -> None:
     """Raises UserError where a run on several processes is one that cannot be had."""
     data: Any = getattr(trainer, "datamodule", None)
     if isinstance(trainer.strategy, FSDP2):
@@ -24,8 +24,6 @@ def check_spread(trainer: Trainer, stage: str) -> None:
             f"--trainer.strategy is {type(trainer.strategy).__name__}: rlmt spreads a run with whole models in each "
             "process (--config ddp) or with their weights in shards (--config fsdp); use one of these."
         )
-    if stage == "predict":
-        raise UserError(f"--trainer.devices gives {trainer.world_size} processes: predict runs on one; set 1.")
 
 
 def _check_sharded(trainer: Trainer, data: Any) -> None:
