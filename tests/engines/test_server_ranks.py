@@ -30,7 +30,7 @@ class NotForTheSecond(Fake):
 
 def set_up() -> dict[str, list[Fake]]:
     """A pair of servers for each case."""
-    names = ("shared_out", "one_dies", "no_server_takes_weights", "misconfigured", "the_disk_is_full")
+    names = ("shared_out", "one_dies", "no_server_takes_weights", "misconfigured", "the_disk_is_full", "an_adapter")
     cases = {name: [Fake(), Fake()] for name in (*names, "back_between_rollouts", "an_error_of_one")}
     cases["none_left_for_the_second_rank"] = [NotForTheSecond(), NotForTheSecond()]
     cases["one_dies"][0].script = spoil("/v1/completions", ConnectionResetError, first=4)
@@ -110,6 +110,14 @@ def test_a_server_that_is_back_is_given_weights_once_and_used_by_both(results: A
     back = results[0]["back_between_rollouts"][1]
     assert back.calls.count("/collective_rpc") == 3 and back.calls.count("/update_weight_version") == 1
     assert {prompt // 100 for prompt in back.prompts} == {0, 1}
+
+
+def test_the_base_of_an_adapter_is_put_together_by_both_once(results: Any) -> None:
+    for rank in range(2):
+        outcome = results[1][rank]["an_adapter"]
+        assert {row[0] for row in outcome["logprobs"]} == {5.0} and outcome["version"] == 2
+    for fake in results[0]["an_adapter"]:
+        assert fake.calls.count("/collective_rpc") == 1 and len(fake.adapters) == 1
 
 
 def test_an_error_that_is_no_mistake_of_the_users_is_raised_where_it_is_and_named_elsewhere(results: Any) -> None:

@@ -334,7 +334,7 @@ def launch_two(crash: Any, words: list[str], config: str, log: Path) -> Any:
 
 
 def test_two_ranks_are_one_and_go_on_from_each_others_batch(
-    crash: Any, servers: list[RealServer], tiny: Path, prompts_file: Path, tmp_path: Path
+    crash: Any, servers: list[RealServer], tiny: Path, prompts_file: Path, tmp_path: Path, no_pictures: None
 ) -> None:
     def train(run: str, steps: int, spread: str | None, *more: str) -> list[dict[str, str]]:
         if spread is None:
@@ -344,7 +344,7 @@ def test_two_ranks_are_one_and_go_on_from_each_others_batch(
         crash.finish(launch_two(crash, words, spread, log), log)
         return metrics(tmp_path / run)
 
-    alone = train("alone", 4, None)
+    alone = train("alone", 3, None)
     train("from two", 2, "fsdp")
     train("from one", 2, None)
     for run, spread in (("from two", None), ("from one", "ddp")):
@@ -352,7 +352,7 @@ def test_two_ranks_are_one_and_go_on_from_each_others_batch(
             "ahead"
         ]
         assert len(under_way["prompts"]) == 4 and len(under_way["lengths"]) == 16
-        rows = train(run, 4, spread, "--ckpt_path", "last")
+        rows = train(run, 3, spread, "--ckpt_path", "last")
         assert float(rows[0]["engine/mismatch_max"]) < 1e-3
         for one, other in zip(rows, alone, strict=True):
             for name in ("reward/mean", "engine/weight_lag", "policy/loss", "policy/grad_norm", "length/response_mean"):

@@ -15,7 +15,7 @@ from rlmt import ranks
 from rlmt.engines import VLLMServerEngine, shared_folder
 from rlmt.errors import SharedError
 from rlmt.sharding import whole
-from rlmt.types import SampleRequest, Samples, Sampling
+from rlmt.types import AdapterWeights, SampleRequest, Samples, Sampling
 
 COUNT = 6
 
@@ -78,6 +78,14 @@ class Rank:
         self.sync(engine, 1)
         self.samples(engine)
         engine.renew()
+        return self.samples(engine)
+
+    def an_adapter(self, urls: list[str]) -> Any:
+        engine = self.engine(urls)
+        for version in (1, 2):
+            config = {"r": 8, "use_dora": False, "bias": "none", "modules_to_save": None}
+            adapter = AdapterWeights(config, {"base_model.model.lora_A.weight": torch.ones(1)})
+            engine.sync(self.weights(5), version, adapter)
         return self.samples(engine)
 
     def an_error_of_one(self, urls: list[str]) -> Any:
