@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
 from rlmt import ranks
-from rlmt.errors import UserError
+from rlmt.errors import SharedError, UserError
 from rlmt.resume.moment import (
     Loops,
     Moment,
@@ -37,7 +37,8 @@ class PolicyCheckpoint(ModelCheckpoint):
     When the run fails or a signal stops it (Ctrl-C, SIGTERM, SLURM's preemption signal), what was done since the last
     checkpoint is saved as well. A signal is obeyed at once while the policy is as the last step left it, which it is
     while samples are drawn and scored and until the first optimizer step on them; else when the step ends. On several
-    processes it is obeyed when the step ends, by all of them, whichever it reached.
+    processes it is obeyed when the step ends, by all of them, whichever it reached; and only a failure that all of them
+    know of, such as that no rollout server is left, has them save.
 
     Args:
         every_n_steps: Optimizer steps between checkpoints; a step of several on one rollout batch is not cut.
@@ -132,11 +133,12 @@ class PolicyCheckpoint(ModelCheckpoint):
                 self._save(trainer, may_fail=True)  # here, together; while leaving, a rank would be on its own
             self._stopping.check()
 
-    def _savable(self) -> bool:
+    def _stands(self) -> bool:
         trainer, moment = self._trainer, self._moment
-        if trainer is None or moment is None or self._writing or trainer.world_size > 1:
-            return False
-        return moment.is_now(trainer)
+        return trainer is not None and moment is not None and not self._writing and moment.is_now(trainer)
+
+    def _savable(self) -> bool:
+        return self._stands() and self._trainer is not None and self._trainer.world_size == 1
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the steps since the last checkpoint."""
@@ -151,7 +153,8 @@ class PolicyCheckpoint(ModelCheckpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Saves the steps since the last checkpoint, if it can be done, and tells where to go on from."""
-        if self._savable() and self._moment is not self._saved and not isinstance(exception, _NotWritten):
+        possible = self._savable() or (isinstance(exception, SharedError) and self._stands())
+        if possible and self._moment is not self._saved and not isinstance(exception, _NotWritten):
             self._save(trainer, may_fail=True)
         self._stopping.leave()
         if trainer.is_global_zero:

@@ -8,8 +8,9 @@ from typing import Any
 import pyarrow.parquet as pq
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from rlmt import ranks
 from rlmt.errors import UserError
-from rlmt.records import rollout_table
+from rlmt.records import in_order, rollout_table
 
 from ._common import experience_of, format_of, run_folder, say
 
@@ -18,8 +19,8 @@ class RolloutWriter(Callback):
     """Writes every sample of `predict` to one parquet file, batch by batch, so memory does not grow.
 
     See `rlmt.records` for the columns; `step` is the number of the batch. While it grows the file is called
-    `….partial.parquet`; a run that fails or is interrupted leaves what it has under that name, readable. With several
-    processes each writes its own file, `….rank<n>.parquet`.
+    `….partial.parquet`; a run that fails or is interrupted leaves what it has under that name, readable. Of several
+    processes the first writes the samples of all, in the order of the prompts.
 
     Args:
         path: Where to write; `predictions.parquet` beside metrics.csv by default.
@@ -40,14 +41,14 @@ class RolloutWriter(Callback):
         self._final = Path("predictions.parquet")
         self._writer: pq.ParquetWriter | None = None
         self._batches = 0
+        self._prompts = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Finds out where to write."""
         if stage != "predict":
             return
-        path = run_folder(trainer) / "predictions.parquet" if self.path is None else Path(self.path)
-        self._final = path.with_suffix(f".rank{trainer.global_rank}.parquet") if trainer.world_size > 1 else path
-        self._batches = 0
+        self._final = run_folder(trainer) / "predictions.parquet" if self.path is None else Path(self.path)
+        self._batches = self._prompts = 0
 
     def on_predict_batch_end(
         self,
@@ -59,14 +60,19 @@ class RolloutWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Adds the batch to the file as one row group."""
-        table = rollout_table(
-            experience_of(outputs), self._batches, format=format_of(pl_module), rank=trainer.global_rank
-        )
+        experience = experience_of(outputs)
+        table = rollout_table(experience, self._batches, format=format_of(pl_module), rank=trainer.global_rank)
+        if trainer.world_size > 1:
+            loader: Any = trainer.predict_dataloaders
+            table = in_order(ranks.everyones(table), len(loader.dataset) - self._prompts)
+        self._prompts += trainer.world_size * len(experience.rollouts.prompts)
+        self._batches += 1
+        if not trainer.is_global_zero:
+            return
         if self._writer is None:
             self._partial.parent.mkdir(parents=True, exist_ok=True)
             self._writer = pq.ParquetWriter(self._partial, table.schema, compression="zstd")
         self._writer.write_table(table)
-        self._batches += 1
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Closes the file, gives it its name and prints it."""

@@ -251,7 +251,7 @@ def test_command(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
 def table(out: str) -> dict[str, list[float]]:
     """The printed lines by their first words."""
     rows = [re.split(r"\s{2,}", line) for line in out.splitlines()[1:]]
-    return {re.sub(r" \(.*", "", row[0]): [float(cell) for cell in row[1:]] for row in rows if len(row) > 1}
+    return {re.sub(r" \(.*", "", row[0]): [float(cell) for cell in row[1:] if cell] for row in rows if len(row) > 1}
 
 
 def test_command_for_several_devices(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rlmt import __version__
-from rlmt.errors import UserError
+from rlmt.errors import SharedError, UserError
 
 HELP = f"""rlmt {__version__}: train language models that think before they chat
 
@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         mistake = _mistake_behind(error)
         if mistake is None:
             raise
-        print(f"rlmt: error: {mistake}", file=sys.stderr)
+        if not (isinstance(mistake, SharedError) and mistake.told):
+            print(f"rlmt: error: {mistake}", file=sys.stderr)
         return 2
 
 

@@ -1,4 +1,6 @@
-"""The one exception for mistakes that a user can mend."""
+"""The exceptions for mistakes that a user can mend."""
+
+from __future__ import annotations
 
 
 class UserError(Exception):
@@ -7,3 +9,16 @@ class UserError(Exception):
     The command line prints the message alone, without a traceback, and exits with status 2. Raise it before any
     model is loaded wherever the mistake can be seen by then.
     """
+
+
+class SharedError(UserError):
+    """One that every rank of a run raises, at the same point: so they can still do together what ends a run.
+
+    Args:
+        message: as of any other.
+        told: whether another rank prints it.
+    """
+
+    def __init__(self, message: str, told: bool) -> None:
+        super().__init__(message)
+        self.told = told

@@ -24,7 +24,8 @@ import rlmt.engines
 import rlmt.modules
 import rlmt.optim
 import rlmt.rewards  # noqa: F401 - imported so that their classes can be named without a module path
-from rlmt.errors import UserError
+from rlmt import ranks
+from rlmt.errors import SharedError, UserError
 from rlmt.parsing import Parser
 from rlmt.resume.options import ConfigKeeper, warn_of_changes
 from rlmt.resume.run_log import RunLog
@@ -193,6 +194,9 @@ def run(args: list[str], cli: type[RLMTCLI] = RLMTCLI) -> int:
         return int(stop.code or 0)
     except SIGTERMException:
         return 128 + signal.SIGTERM
+    except SharedError:
+        ranks.everyones(None)  # Lightning kills a first rank that is still busy when others have left
+        raise
     except SystemExit as stop:
         if not isinstance(stop.__context__, KeyboardInterrupt):
             raise

@@ -6,13 +6,15 @@ which are large, travel as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from rlmt.errors import SharedError, UserError
 
 T = TypeVar("T")
 
@@ -38,6 +40,39 @@ def everyones(value: T) -> list[T]:
     values = [value] * size()
     distributed.all_gather_object(values, value)
     return values
+
+
+def together(work: Callable[[], T]) -> T:
+    """Does something on each rank; where it fails on one, it fails on all, so that none waits for another in vain.
+
+    Args:
+        work: this rank's. Ranks wait for each other once it is done, and whether or not it failed.
+
+    Returns:
+        What it gave this rank.
+
+    Raises:
+        SharedError: it failed for a mistake of the user's; with the words of the first rank that it failed on.
+        RuntimeError: it failed on another rank, for another reason; one that it failed on raises its own exception.
+    """
+    if size() == 1:
+        return work()
+    error: Exception | None = None
+    try:
+        result = work()
+    except Exception as caught:
+        error = caught
+    mistake = isinstance(error, UserError)
+    told = None if error is None else (mistake, str(error) if mistake else f"{type(error).__name__}: {error}")
+    failures = {number: failure for number, failure in enumerate(everyones(told)) if failure is not None}
+    if not failures:
+        return result
+    for number, (curable, words) in failures.items():
+        if not curable:
+            if error is not None and not mistake:
+                raise error
+            raise RuntimeError(f"rank {number} failed: {words}") from error
+    raise SharedError(next(iter(failures.values()))[1], told=rank() > 0) from error
 
 
 def gathered(values: Tensor) -> Tensor:

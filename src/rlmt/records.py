@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,27 @@ def rollout_table(
     }
     metadata = None if format is None else {b"rlmt": json.dumps({"format": dict(format)}).encode()}
     return pa.table(columns, schema=SCHEMA.with_metadata(metadata))
+
+
+def in_order(tables: Sequence[pa.Table], prompts: int) -> pa.Table:
+    """Rows of a batch of all ranks as one process has them.
+
+    Args:
+        tables: each rank's; rank r of N has every Nth prompt of the batch from r on.
+        prompts: how many there are at most; those after them are repeated ones, for ranks to have equally many.
+
+    Returns:
+        One table; `rank` still tells which process drew a sample.
+    """
+    column = SCHEMA.get_field_index("group")
+    parts = []
+    for rank, table in enumerate(tables):
+        groups = table["group"].to_numpy() * len(tables) + rank
+        parts.append(table.set_column(column, SCHEMA.field(column), pa.array(groups, pa.int32())))
+    rows = pa.concat_tables(parts)
+    groups = rows["group"].to_numpy()
+    order = groups.argsort(kind="stable")
+    return rows.take(order[groups[order] < prompts])
 
 
 def read_rollouts(path: str | Path, columns: list[str] | None = None) -> pa.Table:

@@ -254,6 +254,28 @@ def test_a_run_that_dies_within_a_step_goes_on_from_its_newest_checkpoint(
     assert torch.equal(again.weight, whole.weight)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_shares_of_all_ranks_make_the_batch_of_one(size: int) -> None:
+    """Six prompts with two samples each; prompt i of one process is number i // N of rank i % N."""
+    lengths = [1 + i % 3 for i in range(12)]
+    whole: dict[str, Any] = {
+        "epoch": 1,
+        "prompts": [40, 7, 21, 3, 8, 30],
+        "lengths": lengths,
+        "ids": torch.tensor([i for i, length in enumerate(lengths) for _ in range(length)]),
+        "logprobs": torch.rand(sum(lengths)),
+        "finish": ["stop", "length", "stop"] * 4,
+        "weight_version": 5,
+    }
+    shares = [lookahead._share(whole, rank, size) for rank in range(size)]
+    assert [share["prompts"] for share in shares] == [whole["prompts"][rank::size] for rank in range(size)]
+    assert set(shares[-1]["ids"].tolist()) == {2 * i + k for i in range(size - 1, 6, size) for k in range(2)}
+    joined = lookahead._joined(shares)
+    for name in ("ids", "logprobs"):
+        assert torch.equal(joined.pop(name), whole.pop(name))
+    assert joined == whole
+
+
 def test_on_policy_again_from_a_checkpoint_with_a_batch_under_way(
     byte_tokenizer: Any, prompts: str, tmp_path: Path
 ) -> None:

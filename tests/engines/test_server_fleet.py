@@ -268,6 +268,22 @@ def test_samples_of_a_server_that_started_anew_meanwhile_are_drawn_again(two: li
     check(engine.generate(requests(10), HOW), 10, 1)
 
 
+def test_samples_from_before_weights_were_loaded_anew_are_drawn_again(two: list[Fake], tmp_path: Path) -> None:
+    """The server started anew, and before this rank looked at it again another one had it load the same weights."""
+    engine = running(two, tmp_path)
+    sync(engine, 1)
+
+    def reborn(path: str, number: int) -> None:
+        if path == "/v1/completions" and number == 3:
+            two[0].weight = -1.0
+        elif path == "/weight_info" and two[0].weight == -1.0:
+            two[0].weight, two[0].label = 1.0, two[0].label.partition(".")[0] + ".anew"
+
+    two[0].script = reborn
+    check(engine.generate(requests(10), HOW), 10, 1)
+    assert two[0].calls.count("/collective_rpc") == 1 and len(two[0].prompts) > 10
+
+
 def test_two_runs_cannot_share_a_server(two: list[Fake], tmp_path: Path) -> None:
     one, other = running(two, tmp_path), running(two[:1], tmp_path)
     sync(one, 1)

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -289,6 +290,10 @@ def fit_words(servers: list[RealServer], tiny: Path, prompts: Path, run: Path, *
 def fit(servers: list[RealServer], tiny: Path, prompts: Path, run: Path, *more: object) -> list[dict[str, str]]:
     """Trains; returns the metrics of all steps of the run so far."""
     assert main(fit_words(servers, tiny, prompts, run, *more)) == 0
+    return metrics(run)
+
+
+def metrics(run: Path) -> list[dict[str, str]]:
     rows: dict[int, dict[str, str]] = {}
     for path in sorted(run.glob("version_*/metrics.csv")):
         with path.open() as file:
@@ -315,6 +320,97 @@ def test_a_run_one_step_ahead_of_real_servers_resumes_exactly(
     assert "VLLM_API_KEY" in saved
     for file in tmp_path.rglob("*"):
         assert file.is_dir() or KEY.encode() not in file.read_bytes(), file
+
+
+SGD = (  # rounding errors in small gradients do not sway it
+    *("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.3", "--model.optimizer.momentum", "0.9"),
+)
+
+
+def launch_two(crash: Any, words: list[str], config: str, log: Path) -> Any:
+    """Starts the same run on two ranks."""
+    spread = ["--config", config, "--trainer.devices", "2", "--trainer.accelerator", "cpu"]
+    return crash.launch([*words, *spread], log, ranks=2, VLLM_API_KEY=KEY)
+
+
+def test_two_ranks_are_one_and_go_on_from_each_others_batch(
+    crash: Any, servers: list[RealServer], tiny: Path, prompts_file: Path, tmp_path: Path, no_pictures: None
+) -> None:
+    def train(run: str, steps: int, spread: str | None, *more: str) -> list[dict[str, str]]:
+        if spread is None:
+            return fit(servers, tiny, prompts_file, tmp_path / run, *SGD, "--trainer.max_steps", steps, *more)
+        log = tmp_path / f"{run}.log"
+        words = fit_words(servers, tiny, prompts_file, tmp_path / run, *SGD, "--trainer.max_steps", steps, *more)
+        crash.finish(launch_two(crash, words, spread, log), log)
+        return metrics(tmp_path / run)
+
+    alone = train("alone", 3, None)
+    train("from two", 2, "fsdp")
+    train("from one", 2, None)
+    for run, spread in (("from two", None), ("from one", "ddp")):
+        under_way = torch.load(tmp_path / run / "checkpoints/last.ckpt", weights_only=True)["RolloutDataModule"][
+            "ahead"
+        ]
+        assert len(under_way["prompts"]) == 4 and len(under_way["lengths"]) == 16
+        rows = train(run, 3, spread, "--ckpt_path", "last")
+        assert float(rows[0]["engine/mismatch_max"]) < 1e-3
+        for one, other in zip(rows, alone, strict=True):
+            for name in ("reward/mean", "engine/weight_lag", "policy/loss", "policy/grad_norm", "length/response_mean"):
+                assert float(one[name]) == pytest.approx(float(other[name]), rel=1e-3, abs=1e-5), (run, name)
+    assert not list((tmp_path / "from two/weights").iterdir())
+
+
+class Gate:
+    """A way to a server that can be shut."""
+
+    def __init__(self, url: str) -> None:
+        self.to = ("127.0.0.1", int(url.rpartition(":")[2]))
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        self.sockets = [self.listener]
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                pair = [self.listener.accept()[0], socket.create_connection(self.to)]
+                self.sockets += pair
+                for ends in (pair, pair[::-1]):
+                    threading.Thread(target=self.pass_on, args=ends, daemon=True).start()
+
+    def pass_on(self, one: socket.socket, other: socket.socket) -> None:
+        with suppress(OSError):
+            while data := one.recv(65536):
+                other.sendall(data)
+            other.shutdown(socket.SHUT_WR)
+
+    def shut(self) -> None:
+        for one in self.sockets:
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
+
+
+def test_two_ranks_go_on_with_one_server_and_stop_together_without(
+    crash: Any, servers: list[RealServer], tiny: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    gates, log, run = [Gate(server.url) for server in servers], tmp_path / "log.txt", tmp_path / "run"
+    words = fit_words(gates, tiny, prompts_file, run, "--data.rollout_lag", 0, "--trainer.max_steps", 1000)  # type: ignore[arg-type]
+    process = launch_two(crash, words, "fsdp", log)
+    crash.wait_for_steps(process, run, 1)
+    gates[0].shut()
+    crash.wait_for_steps(process, run, 3)
+    assert process.poll() is None, log.read_text()
+    gates[1].shut()
+    assert crash.wait(process) == 2
+    lines = log.read_text().splitlines()
+    (error,) = [line for line in lines if "rlmt: error:" in line]
+    told = r"no vLLM server can be used \(.*\); start them and go on with --ckpt_path last"
+    assert re.fullmatch(f"rlmt: error: {told}", error) and all(gate.url in error for gate in gates)
+    assert len(re.findall(r"vLLM server http\S+ is not used for now", log.read_text())) == 2
+    (saved,) = [int(line) for line in re.findall(r"holds all up to step (\d+)", log.read_text())]
+    assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == saved + 1 >= 3
+    assert not list((run / "weights").iterdir())
 
 
 def test_a_killed_servers_requests_go_to_the_other(

@@ -258,9 +258,16 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
         return self.val_dataloader()
 
     def predict_dataloader(self) -> DataLoader[Prompt]:
-        """All prompts that are short enough, in the order of their rows; Lightning spreads them over the ranks."""
+        """All prompts that are short enough, in the order of their rows, shared out among ranks.
+
+        Where they do not divide by the ranks, the first ones come once more at the end, so that all have equally many.
+        """
+        dataset = PromptDataset(self._all or [])
+        sampler: DistributedSampler[Prompt] = DistributedSampler(
+            dataset, num_replicas=self._world_size, rank=self._rank, shuffle=False
+        )
         batch_size = max(1, self.batch_size // self._world_size)
-        return DataLoader(PromptDataset(self._all or []), batch_size=batch_size, collate_fn=_collate_held_out)
+        return DataLoader(dataset, batch_size=batch_size, sampler=sampler, collate_fn=_collate_held_out)
 
     # ---------------------------------------------------------------- rollouts
 

@@ -2,14 +2,17 @@
 
 Right before a batch is trained on, the engine gets the policy's present weights and is sent for the next batch, so each
 batch but a run's first was drawn with the weights from before the one update in between, never older ones. A checkpoint
-holds the batch that is under way, once it is there; so a resumed run trains on the very samples that the unbroken run
-would have trained on.
+holds the batch that is under way, once it is there, with the shares of all ranks; so a resumed run trains on the very
+samples that the unbroken run would have trained on.
+
+In the thread that draws, ranks do not speak to each other; they do where a batch is waited for, and before the next one
+is sent for, so that weights change under nobody's samples.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,9 +20,12 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from rlmt import ranks
 from rlmt.data.rollouts import PolicySource, as_rollouts, sample_requests, sync
 from rlmt.engines.base import Engine
+from rlmt.resume.moment import RanksPart
 from rlmt.types import FinishReason, PromptBatch, RolloutBatch, Samples, Sampling
 
 
@@ -34,7 +40,7 @@ class _Flight:
     samples: Future[Samples]
 
 
-class _Landing:
+class _Landing(RanksPart):
     """The state of a batch under way. It is written as tensors and plain data, and waited for only then.
 
     A run notes its state at the end of every step, and writes few of them; one that is told to end must not wait for a
@@ -54,6 +60,13 @@ class _Landing:
         """Pickles as a dictionary, which is empty where there is no batch or it failed."""
         return OrderedDict(self._plain()).__reduce__()
 
+    def of_all_ranks(self) -> Any:
+        """The batch of all ranks; empty where the share of one is missing."""
+        if ranks.size() == 1:
+            return self
+        shares = ranks.everyones(self._plain())
+        return _joined(shares) if all(shares) else {}
+
     def _plain(self) -> dict[str, Any]:
         flight = self._flight
         if flight is None or flight.samples.exception() is not None:
@@ -68,6 +81,42 @@ class _Landing:
             "finish": [reason.value for reason in samples.finish],
             "weight_version": samples.weight_version,
         }
+
+
+def _joined(shares: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The state of one process's batch of those of all ranks: rank r of N has every Nth prompt from r on."""
+    groups = [group for row in zip(*map(_groups, shares), strict=True) for group in row]
+    return _with_groups(shares[0], groups)
+
+
+def _share(state: dict[str, Any], rank: int, size: int) -> dict[str, Any]:
+    """A rank's part of a state."""
+    return _with_groups(state, _groups(state)[rank::size])
+
+
+_Group = tuple[int, list[tuple[int, Tensor, Tensor, str]]]
+"""Number of a prompt, and its samples: length, tokens, log-probs, and why it ended."""
+
+
+def _groups(state: dict[str, Any]) -> list[_Group]:
+    lengths, prompts = state["lengths"], state["prompts"]
+    parts = state["ids"].split(lengths), state["logprobs"].split(lengths)
+    samples = list(zip(lengths, *parts, state["finish"], strict=True))
+    size = len(samples) // len(prompts)
+    return [(prompt, samples[i * size : (i + 1) * size]) for i, prompt in enumerate(prompts)]
+
+
+def _with_groups(state: dict[str, Any], groups: Sequence[_Group]) -> dict[str, Any]:
+    lengths, ids, logprobs, finish = zip(*(sample for _, samples in groups for sample in samples), strict=True)
+    return {
+        "epoch": state["epoch"],
+        "prompts": [prompt for prompt, _ in groups],
+        "lengths": list(lengths),
+        "ids": torch.cat(ids),
+        "logprobs": torch.cat(logprobs),
+        "finish": list(finish),
+        "weight_version": state["weight_version"],
+    }
 
 
 class Lookahead:
@@ -90,6 +139,8 @@ class Lookahead:
     ) -> RolloutBatch:
         """Waits for the rollouts of a batch and sends for those of the following one, with the present weights.
 
+        Every rank has to call it.
+
         The first batch of a run, for which nothing was sent, is drawn here, with the present weights as well.
 
         Args:
@@ -107,15 +158,18 @@ class Lookahead:
 
         Raises:
             RuntimeError: the engine broke its contract.
+            UserError: it could not sample; on every rank where it could not on one.
         """
         requests = sample_requests(batch, source, group_size, seed)
         self.settle()
-        flight = self._landed(batch)
+        flight = ranks.together(lambda: self._landed(batch))
+        if not all(ranks.everyones(flight is not None)):
+            flight = None  # a step has samples of the same weights on all ranks
         began = perf_counter()
         sync(engine, source)
         synced = perf_counter()
         version = source.policy_version
-        samples, drawn_with = flight or (engine.generate(requests, sampling), version)
+        samples, drawn_with = flight or (ranks.together(lambda: engine.generate(requests, sampling)), version)
         waited, self._waited = self._waited + perf_counter() - synced, 0.0
         ahead = sample_requests(following, source, group_size, seed)
         self._send(following, version, partial(engine.generate, ahead, sampling))
@@ -129,7 +183,6 @@ class Lookahead:
         if flight is None:
             return None
         samples = flight.samples.result()
-        # On another number of ranks than the checkpoint's the prompts are spread otherwise: then they are drawn anew.
         return (samples, flight.version) if flight.key == _key(batch) else None
 
     def _send(self, batch: PromptBatch, version: int, draw: Callable[[], Samples]) -> None:
@@ -138,10 +191,11 @@ class Lookahead:
         self._flight = _Flight(_key(batch), version, self._thread.submit(draw))
 
     def settle(self) -> None:
-        """Waits until the engine has drawn what it was sent for, so that it can be used for something else."""
+        """Waits until the engine has drawn what it was sent for on every rank, so that it can be used otherwise."""
         began = perf_counter()
         if self._flight is not None:
             self._flight.samples.exception()
+        ranks.everyones(None)
         self._waited += perf_counter() - began
 
     def state_dict(self) -> Any:
@@ -149,14 +203,15 @@ class Lookahead:
         return _Landing(self._flight)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Puts a saved batch back where it was.
+        """Puts this rank's share of a saved batch back where it was.
 
         Args:
             state: what a checkpoint holds.
         """
         self._flight = None
-        if not state:
+        if not state or len(state["prompts"]) % ranks.size():
             return
+        state = _share(state, ranks.rank(), ranks.size())
         samples: Future[Samples] = Future()
         samples.set_result(
             Samples(

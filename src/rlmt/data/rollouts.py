@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlmt import ranks
 from rlmt.data.sampler import sample_seed
 from rlmt.engines.base import Engine
 from rlmt.errors import UserError
@@ -112,6 +113,7 @@ def draw(
 
     Raises:
         RuntimeError: the engine broke its contract, e.g. sampled with other weights than the policy's.
+        UserError: it could not sample; on every rank where it could not on one.
     """
     requests = sample_requests(batch, source, group_size, seed)
     version = source.policy_version
@@ -119,7 +121,7 @@ def draw(
     if not engine.replays:
         sync(engine, source)
     synced = perf_counter()
-    samples = engine.generate(requests, sampling)
+    samples = ranks.together(lambda: engine.generate(requests, sampling))
     seconds = {"rollout": perf_counter() - synced, "sync": synced - began}
     rollouts = as_rollouts(
         batch, requests, samples, sampling, samples.weight_version if engine.replays else version, seconds
@@ -140,8 +142,10 @@ def sample_requests(batch: PromptBatch, source: PolicySource, group_size: int, s
 
 
 def sync(engine: Engine, source: PolicySource) -> None:
-    """Gives the engine the policy's present weights, if it holds others."""
-    if engine.version != source.policy_version:
+    """Gives the engine the policy's present weights, if it holds others; every rank has to call it."""
+    if engine.version == source.policy_version:
+        engine.renew()
+    else:
         engine.sync(source.policy_weights(), source.policy_version, source.policy_adapter())
 
 

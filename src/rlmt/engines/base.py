@@ -75,7 +75,7 @@ class Engine(ABC):
 
     @abstractmethod
     def sync(self, weights: Iterable[tuple[str, Tensor]], version: int, adapter: AdapterWeights | None = None) -> None:
-        """Takes over the policy's weights and drops every stale cache.
+        """Takes over the policy's weights and drops every stale cache; by all ranks at once.
 
         Args:
             weights: all of the policy's weights (Hugging Face names, as in `state_dict()`); with an adapter the
@@ -85,9 +85,15 @@ class Engine(ABC):
             adapter: what makes the policy of the base; None: the weights are the policy's own.
         """
 
+    def renew(self) -> None:
+        """Gives the weights that it holds to whatever of it has lost them; by all ranks at once, before `generate`."""
+
     @abstractmethod
     def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Samples:
-        """Samples every request once per seed. A sample depends on its prompt, seed and the weights alone."""
+        """Samples every request once per seed. A sample depends on its prompt, seed and the weights alone.
+
+        Ranks do not wait for each other within: each calls it for its own share, maybe in another thread.
+        """
 
     def close(self) -> None:
         """Gives back memory and processes; harmless when called twice or before `start`."""

@@ -1,7 +1,8 @@
 """One vLLM server over HTTP: what it is, which weights it holds, samples from it.
 
 What a server holds it tells itself: after its weights are loaded it is given their label (vLLM's `weight_version`),
-which is gone when it starts anew. So nothing here has to remember what became of a server.
+which is gone when it starts anew, and is another one after each load. So nothing here has to remember what became of a
+server.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from time import monotonic
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from rlmt.engines.shared_folder import Published
 from rlmt.errors import UserError
@@ -64,7 +66,7 @@ class Server:
         self._wanted, self._model = model, ""
         self._timeout = timeout
         self._adapter: str | None = None
-        self._held_ours = False
+        self._held: str | None = None
 
     @asynccontextmanager
     async def connected(self) -> AsyncIterator[None]:
@@ -87,6 +89,11 @@ class Server:
             yield
 
     # What it is ------------------------------------------------------------------------------------------------------
+
+    async def introduce(self) -> None:
+        """Sees that the server can be used, and as what; raises as `look` and `options` do."""
+        await self.look()
+        await self.options()
 
     async def look(self) -> None:
         """Sees that the server is healthy, takes the key, and serves the model.
@@ -161,32 +168,39 @@ class Server:
 
     # What it holds ----------------------------------------------------------------------------------------------------
 
-    async def bring_up(self, published: Published) -> None:
+    async def bring_up(self, published: Published, load: bool) -> None:
         """Sees that the server can be used, and has it load what it lacks.
 
+        Args:
+            published: weights that it has to hold.
+            load: whether to do so; of several processes that sample from a server one loads.
+
         Raises:
-            Unusable: it cannot be used, or did not load them.
+            Unusable: it cannot be used, or does not hold them.
             UserError: another run has put its weights there meanwhile.
         """
         await self.look()
         label = await self._label()
-        if self._held_ours and label.startswith("rlmt-") and not label.startswith(published.prefix):
+        if self._held is not None and label.startswith("rlmt-") and not label.startswith(published.prefix):
             raise UserError(
                 f"vLLM server {self.url}: another run loads its weights there, too; give each run servers of its own"
             )
         self._adapter = None if published.adapter is None else published.label
-        if label != published.label:
+        if not label.startswith(f"{published.label}."):
+            if not load:
+                raise Unusable("does not hold the policy's weights")
             if published.adapter is None or not label.startswith(published.prefix):
                 await self._load(published.weights)
             if published.adapter is not None:
                 await self._load_adapter(published.label, published.adapter)
             await self._drop_cache()
-            await self._post("/update_weight_version", {"new_version": published.label}, "cannot be told its weights")
-        self._held_ours = True
+            label = f"{published.label}.{uuid4().hex[:8]}"
+            await self._post("/update_weight_version", {"new_version": label}, "cannot be told its weights")
+        self._held = label
 
-    async def holds(self, published: Published) -> bool:
-        """Whether the server has these weights."""
-        return await self._label() == published.label
+    async def still_holds(self) -> bool:
+        """Whether the server has had the weights all the time since `bring_up`, and nobody has loaded them anew."""
+        return await self._label() == self._held
 
     async def _label(self) -> str:
         return str((await self._json("GET", "/weight_info", _DEV_MODE))["weight_version"])

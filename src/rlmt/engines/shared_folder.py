@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from rlmt.engines.adapter_slot import write_adapter
+from rlmt.engines.weights import crossing_off
 from rlmt.errors import UserError
 from rlmt.types import AdapterWeights
 
@@ -47,7 +49,7 @@ class Published:
 
     @property
     def label(self) -> str:
-        """What a server that holds them says that it holds; also the adapter's name there."""
+        """What the label of a server that holds them begins with, up to a dot; also the adapter's name there."""
         return f"{self.prefix}{self.version}"
 
 
@@ -64,6 +66,8 @@ class SharedFolder:
 
     def __init__(self, folder: str, dtype: torch.dtype) -> None:
         self._dtype = dtype
+        self._given = folder
+        self._written = ""
         self._place = Path(folder).expanduser().resolve()
         self._owner = f"{socket.gethostname()}-{os.getpid()}"
         self.run = uuid.uuid4().hex[:12]
@@ -74,6 +78,33 @@ class SharedFolder:
             self._own.mkdir()
         except OSError as error:
             raise UserError(f"--data.engine.shared_folder {folder} cannot be written to: {error}") from error
+
+    def publish(
+        self,
+        weights: Iterable[tuple[str, Tensor]] | None,
+        names: Iterable[str],
+        version: int,
+        adapter: AdapterWeights | None = None,
+    ) -> Published:
+        """Writes what servers have to hold.
+
+        Args:
+            weights: as for `write_weights`; None leaves those that are there.
+            names: that have to be among them.
+            version: of the policy.
+            adapter: the policy's, if it has one.
+
+        Raises:
+            ValueError: a name is missing; the servers would keep a stale weight.
+            UserError: they cannot be written, as on a full disk.
+        """
+        if weights is not None:
+            missing = set(names)
+            self._written = self.write_weights(crossing_off(weights, missing), version)
+            if missing:
+                raise ValueError(f"{len(missing)} of the policy's weights were not passed to sync, as {min(missing)}")
+        slot = None if adapter is None else self.write_adapter(adapter, version)
+        return Published(self.run, version, self._written, slot)
 
     def write_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> str:
         """Writes weights file by file, in place of those before.
@@ -107,13 +138,19 @@ class SharedFolder:
     @contextmanager
     def _replacing(self, kind: str, version: int) -> Iterator[Path]:
         """A folder to write into, which then gets its name; that of an earlier version goes first, to save room."""
-        for old in self._own.glob(f"{kind}-*"):
-            shutil.rmtree(old)
         partial = self._own / f"partial-{kind}"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        yield partial
-        partial.rename(self._own / f"{kind}-{version}")
+        try:
+            for old in self._own.glob(f"{kind}-*"):
+                shutil.rmtree(old)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            yield partial
+            partial.rename(self._own / f"{kind}-{version}")
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"--data.engine.shared_folder {self._given}: the policy's weights cannot be written there ({error}); "
+                "make room, and go on with --ckpt_path last"
+            ) from error
 
     def _sweep(self) -> None:
         """Removes what runs on this machine have left that were killed."""

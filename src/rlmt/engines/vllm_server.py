@@ -5,6 +5,9 @@ server that can be reached holds the policy's present weights, and says so itsel
 server that dies costs its requests, which the others take over; one that comes back is used again at the next rollout.
 A sample depends on prompt, seed and weights alone, so it does not matter which server draws it.
 
+Of several ranks each asks for its own samples, and the first alone gives servers weights, while the others put together
+with it what is in shards. Ranks wait for each other where weights change, never while samples are drawn.
+
 Left out: vLLM's own transfer of weights (NCCL, IPC and others), which wants GPUs on both sides; and starting servers.
 """
 
@@ -13,7 +16,8 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import os
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -24,13 +28,14 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlmt import ranks
 from rlmt.engines.adapter_slot import why_not
 from rlmt.engines.base import Engine
 from rlmt.engines.fleet import Fleet, NoneLeft, all_of, connected
 from rlmt.engines.limits import room
 from rlmt.engines.server import Completion, Server, Unusable
 from rlmt.engines.shared_folder import Published, SharedFolder
-from rlmt.engines.weights import crossing_off, merging
+from rlmt.engines.weights import merging
 from rlmt.errors import UserError
 from rlmt.models.adapters import base_tensors
 from rlmt.thinking import ThinkingFormat
@@ -47,7 +52,8 @@ class VLLMServerEngine(Engine):
         api_key_variable: environment variable that holds the servers' API key, where they want one.
         serve: what becomes of a LoRA adapter: `adapter` serves it as one, beside the frozen base; `merged` gives the
             servers weights that hold it, all of them at each sync: for what vLLM cannot serve (DoRA).
-        max_in_flight: most samples that one server is asked for at a time; no fewer than its --max-num-seqs.
+        max_in_flight: most samples that one server is asked for at a time, by all ranks together; no fewer than its
+            --max-num-seqs.
         timeout: seconds within which a server has to give a sample, or to load weights, or counts as lost.
 
     Raises:
@@ -83,6 +89,7 @@ class VLLMServerEngine(Engine):
         self.timeout = timeout
         self._servers: list[Server] = []
         self._lost: dict[str, str] = {}
+        self._running = False
         self._folder: SharedFolder | None = None
         self._published: Published | None = None
         self._break_off: Callable[[], object] | None = None
@@ -100,8 +107,9 @@ class VLLMServerEngine(Engine):
         if not self._servers:
             key = os.environ.get(self.api_key_variable)
             servers = [Server(url, key, self.api_key_variable, self.model, self.timeout) for url in self.urls]
-            self._ofall_of(servers, _introduce)
-            self._servers = servers
+            self._ofall_of(servers, Server.introduce)
+            first = ranks.rank() % len(servers)  # the one that is asked first: not the same on all ranks
+            self._servers = servers[first:] + servers[:first]
 
     def check_run(
         self,
@@ -112,15 +120,18 @@ class VLLMServerEngine(Engine):
         max_model_len: int,
     ) -> None:
         """Raises UserError when a server's context is too short or its tokenizer another one."""
-        for server in self._servers:
-            if server.max_model_len < max_model_len:
-                raise UserError(
-                    f"vLLM server {server.url} takes {server.max_model_len:,} tokens, and --data.max_prompt_tokens + "
-                    f"--data.max_new_tokens are {max_model_len:,}; start it with --max-model-len {max_model_len}"
-                )
         text = "".join(("The quick brown fox: 1 + 2 = 3\n", *sampling.stop))
         ids = tokenizer(text, add_special_tokens=False).input_ids
-        self._ofall_of(self._servers, lambda server: server.check_tokens(text, ids))
+
+        async def fits(server: Server) -> None:
+            if server.max_model_len < max_model_len:
+                raise Unusable(
+                    f"takes {server.max_model_len:,} tokens, and --data.max_prompt_tokens + --data.max_new_tokens are "
+                    f"{max_model_len:,}; start it with --max-model-len {max_model_len}"
+                )
+            await server.check_tokens(text, ids)
+
+        self._ofall_of(self._servers, fits)
 
     def check_adapter(self, config: dict[str, Any]) -> None:
         """Raises UserError when the servers cannot serve such an adapter.
@@ -135,7 +146,7 @@ class VLLMServerEngine(Engine):
         self._ofall_of(self._servers, lambda server: server.check_adapters(config["r"]))
 
     def _ofall_of(self, servers: list[Server], do: Callable[[Server], Awaitable[None]]) -> None:
-        """Does something with every server at once; UserError for the first that cannot be used."""
+        """Does something with every server at once, on every rank; UserError for the first that cannot be used."""
 
         async def one(server: Server) -> None:
             try:
@@ -143,7 +154,7 @@ class VLLMServerEngine(Engine):
             except Unusable as error:
                 raise UserError(f"vLLM server {server.url} {error}") from error
 
-        asyncio.run(connected(servers, lambda: all_of(map(one, servers))))
+        ranks.together(lambda: asyncio.run(connected(servers, lambda: all_of(map(one, servers)))))
 
     def start(
         self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_model_len: int, dtype: torch.dtype
@@ -169,12 +180,13 @@ class VLLMServerEngine(Engine):
                 )
         self._names = frozenset(base_tensors(policy))
         self._max_model_len = max_model_len
-        self._folder = SharedFolder(self.shared_folder, dtype)
+        self._folder = ranks.together(lambda: SharedFolder(self.shared_folder, dtype) if ranks.rank() == 0 else None)
+        self._running = True
 
     # Weights ----------------------------------------------------------------------------------------------------------
 
     def sync(self, weights: Iterable[tuple[str, Tensor]], version: int, adapter: AdapterWeights | None = None) -> None:
-        """Puts the policy's weights into the shared folder and has every server load them.
+        """Puts the policy's weights into the shared folder and has every server load them; that does the first rank.
 
         Args:
             weights: every item of the policy's `state_dict()`; with an adapter those of its base, read once.
@@ -183,32 +195,43 @@ class VLLMServerEngine(Engine):
 
         Raises:
             ValueError: a name of the policy's `state_dict()` is missing; the servers would keep a stale weight.
-            UserError: no server took them.
+            UserError: no server took them, or they cannot be written; on every rank.
         """
-        folder = self._opened()
+        self._check_running()
         self.version = None
-        if adapter is not None and self.serve == "merged":
-            weights, adapter = merging(weights, adapter), None
-        if adapter is None or self._published is None:
-            missing = set(self._names)
-            written = folder.write_weights(crossing_off(weights, missing), version)
-            if missing:
-                raise ValueError(f"{len(missing)} of the policy's weights were not passed to sync, as {min(missing)}")
-        else:
-            written = self._published.weights
-        slot = None if adapter is None else folder.write_adapter(adapter, version)
-        self._published = Published(folder.run, version, written, slot)
-        asyncio.run(connected(self._servers, self._bring_up))
+        ranks.together(lambda: self._publish(iter(weights), version, adapter))
+        self._published, *_ = ranks.everyones(self._published)
         self.version = version
 
+    def _publish(self, weights: Iterator[tuple[str, Tensor]], version: int, adapter: AdapterWeights | None) -> None:
+        passed = weights
+        if adapter is not None and self.serve == "merged":
+            passed, adapter = merging(weights, adapter), None
+        needed = adapter is None or self._published is None
+        try:
+            if self._folder is not None:
+                self._published = self._folder.publish(passed if needed else None, self._names, version, adapter)
+        finally:
+            deque(weights if needed else (), maxlen=0)  # all ranks put them together, whoever writes
+        self._load()
+
+    def renew(self) -> None:
+        """Has the first of several ranks give weights to servers that started anew, before the others look at them."""
+        if ranks.size() > 1:  # one rank does so when it samples
+            ranks.together(self._load)
+
+    def _load(self) -> None:
+        if self._folder is not None:  # the first rank
+            asyncio.run(connected(self._servers, self._bring_up))
+
     async def _bring_up(self) -> list[Server]:
-        """The servers that hold the published weights, once all that can be reached have loaded them."""
+        """The servers that hold the published weights; on the first rank once all that it reaches have loaded them."""
         published = self._published
         assert published is not None
 
         async def one(server: Server) -> bool:
             try:
-                await server.bring_up(published)
+                await server.bring_up(published, load=ranks.rank() == 0)
             except Unusable as error:
                 self._lose(server, error)
                 return False
@@ -246,7 +269,7 @@ class VLLMServerEngine(Engine):
             UserError: a prompt leaves no room for a token within max_model_len, or no server is left.
             RuntimeError: no weights were synced, or a server refused a request.
         """
-        self._opened()
+        self._check_running()
         if self.version is None:
             raise RuntimeError("VLLMServerEngine holds no weights: sync before generate")
         version = self.version
@@ -267,7 +290,7 @@ class VLLMServerEngine(Engine):
         done: dict[_Call, Completion] = {}
         try:
             while todo := [call for call in calls if call not in done]:
-                fleet = Fleet(await self._bring_up(), self.max_in_flight)
+                fleet = Fleet(await self._bring_up(), max(1, self.max_in_flight // ranks.size()))
                 answers = await all_of(fleet.run(call.group, partial(self._ask, call, sampling)) for call in todo)
                 stale = await self._stale(fleet.living)
                 done |= {
@@ -288,12 +311,11 @@ class VLLMServerEngine(Engine):
             raise
 
     async def _stale(self, servers: Sequence[Server]) -> set[Server]:
-        """Those that hold other weights than the published ones, since they were started anew."""
-        assert self._published is not None
+        """Those that have not held the published weights all the time, since they were started anew."""
         stale = set()
         for server in servers:
             try:
-                if not await server.holds(self._published):
+                if not await server.still_holds():
                     stale.add(server)
             except Unusable as error:
                 self._lose(server, error)
@@ -301,10 +323,9 @@ class VLLMServerEngine(Engine):
 
     # The rest ---------------------------------------------------------------------------------------------------------
 
-    def _opened(self) -> SharedFolder:
-        if self._folder is None:
+    def _check_running(self) -> None:
+        if not self._running:
             raise RuntimeError("VLLMServerEngine is not running: start it first")
-        return self._folder
 
     def close(self) -> None:
         """Breaks off what is being drawn and removes the weights from the shared folder; harmless when called twice."""
@@ -313,7 +334,7 @@ class VLLMServerEngine(Engine):
                 break_off()
         if self._folder is not None:
             self._folder.remove()
-        self._folder, self._published, self.version = None, None, None
+        self._folder, self._published, self.version, self._running = None, None, None, False
         self._servers, self._lost = [], {}
 
 
@@ -325,8 +346,3 @@ class _Call:
     prompt_ids: list[int]
     seed: int
     room: int
-
-
-async def _introduce(server: Server) -> None:
-    await server.look()
-    await server.options()

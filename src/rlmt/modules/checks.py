@@ -52,7 +52,7 @@ def check_run(module: RLMTModule, stage: str) -> None:
         UserError: there is one.
     """
     check_trainer(module.trainer)
-    check_spread(module.trainer, stage)
+    check_spread(module.trainer)
     module.format.check(module.tokenizer, module.policy_path)
     loading.check_head(module.policy_config, module.policy_path)
     module.reward.check()

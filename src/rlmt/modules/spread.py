@@ -32,23 +32,11 @@ def check_strategy(trainer: Trainer) -> None:
         )
 
 
-def check_spread(trainer: Trainer, stage: str) -> None:
-    """Raises UserError where an RL run on several processes is one that cannot be had."""
-    data: Any = getattr(trainer, "datamodule", None)
-    if isinstance(trainer.strategy, FSDP2):
-        _check_sharded(trainer, data)
-    elif trainer.world_size == 1:
+def check_spread(trainer: Trainer) -> None:
+    """Raises UserError where an RL run wants of models in shards what these cannot give."""
+    if not isinstance(trainer.strategy, FSDP2):
         return
-    if stage == "predict":
-        raise UserError(f"--trainer.devices gives {trainer.world_size} processes: predict runs on one; set 1.")
-    if data is not None and data.engine.concurrent:
-        raise UserError(
-            f"--data.engine {type(data.engine).__name__}: servers take weights from one trainer process, and "
-            f"--trainer.devices gives {trainer.world_size}; set 1, or --data.engine VLLMEngine, one in each process."
-        )
-
-
-def _check_sharded(trainer: Trainer, data: Any) -> None:
+    data: Any = getattr(trainer, "datamodule", None)
     module: Any = trainer.lightning_module
     critic = module.algorithm.critic
     if critic is not None and critic.shared:
@@ -60,7 +48,7 @@ def _check_sharded(trainer: Trainer, data: Any) -> None:
         if isinstance(engine, TransformersEngine):
             raise UserError(
                 "--data.engine TransformersEngine samples with the policy itself, whose weights are in shards "
-                "(--config fsdp); use VLLMEngine."
+                "(--config fsdp); use VLLMEngine or VLLMServerEngine."
             )
 
 

@@ -10,6 +10,7 @@ be saved from, whatever has been drawn, scored or computed since.
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,14 @@ from lightning.pytorch import Trainer
 from rlmt.ranks import everyones
 
 Loops = dict[str, Any]
+
+
+class RanksPart(ABC):
+    """A rank's part of something in a state; it is put together with the others' once a checkpoint is written."""
+
+    @abstractmethod
+    def of_all_ranks(self) -> Any:
+        """The whole, as one process has it; every rank has to ask for it."""
 
 
 @dataclass
@@ -57,10 +66,14 @@ class Moment:
         return self.progress == _progress(trainer)
 
     def put_into(self, checkpoint: dict[str, Any]) -> None:
-        """Makes a checkpoint that was taken later, but with the same weights, one of this moment."""
+        """Makes a checkpoint that was taken later, but with the same weights, one of this moment, on every rank."""
         checkpoint["loops"] = self.loops
         checkpoint["epoch"] = self.loops["fit_loop"]["epoch_progress"]["current"]["completed"]
-        checkpoint.update({name: state for name, state in self.data.items() if state})
+        for name, state in self.data.items():
+            if state:
+                checkpoint[name] = {
+                    key: value.of_all_ranks() if isinstance(value, RanksPart) else value for key, value in state.items()
+                }
         checkpoint.setdefault("rlmt", {}).update(self.module)
 
 
