@@ -1,4 +1,4 @@
-"""One vLLM over two processes samples what a whole one in each does, and refuses what it cannot."""
+"""One vLLM over two processes, which both have to ask it. tests/test_fsdp.py trains with it."""
 
 import importlib.util
 import subprocess
@@ -29,41 +29,32 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @needs_vllm
 def test_together_they_are_the_policy_and_each_holds_a_part(results: list[dict[str, Any]]) -> None:
     for rank in results:
-        found = rank["together"]
-        assert found["uneven"]["version"] == 2
+        found = rank["all weights"]
+        assert found["shape"] == (384 // 2, 2 // 2)  # rows are filled up to a multiple of 64
         assert max(found["mismatch"]) < 1e-3 and found["stale"] > 1e-2
-        assert rank["alone"]["held"] == found["whole"] and found["held"] < 0.6 * found["whole"]
         assert found["refused"].startswith("1 of the policy's weights were not passed to sync")
 
 
 @needs_vllm
-def test_samples_are_those_of_whole_engines_whoever_asks_for_them(results: list[dict[str, Any]]) -> None:
-    both = []
-    for rank in results:
-        ours, theirs = (rank[how]["uneven"] for how in ("together", "alone"))
-        assert ours["ids"] == theirs["ids"] == rank["together"]["afterwards"]["ids"]
-        for left, right in zip(ours["logprobs"], theirs["logprobs"], strict=True):
-            assert left == pytest.approx(right, abs=1e-4)
-        both += ours["ids"]
-        assert rank["together"]["nobody asks"]["ids"] == []
-    assert [len(rank["together"]["uneven"]["ids"]) for rank in results] == [6, 4]
-    asked = [rank["together"]["one rank asks"]["ids"] for rank in results]
-    assert asked == [both, []]
+def test_a_sample_is_the_same_whichever_rank_asks_for_it(results: list[dict[str, Any]]) -> None:
+    first, second = (rank["all weights"] for rank in results)
+    assert [len(found["uneven"]) for found in (first, second)] == [6, 4]
+    assert [first["one rank asks"], second["one rank asks"]] == [first["uneven"] + second["uneven"], []]
+    for found in (first, second):
+        assert found["afterwards"] == found["uneven"] and found["nobody asks"] == []
 
 
 @needs_vllm
 def test_a_prompt_without_room_is_told_by_all_its_ranks(results: list[dict[str, Any]]) -> None:
-    first, second = (rank["together"]["said"] for rank in results)
+    first, second = (rank["all weights"]["said"] for rank in results)
     assert first == second and "256 tokens leaves no room" in first
-    assert [bool(rank["alone"]["said"]) for rank in results] == [False, True]
 
 
 @needs_vllm
-@pytest.mark.parametrize("serve", ["adapter", "merged"])
-def test_adapters_are_cut_as_well(serve: str, results: list[dict[str, Any]]) -> None:
+def test_merged_adapters_are_cut_as_well(results: list[dict[str, Any]]) -> None:
     for rank in results:
-        fresh, stale = rank[serve][::2], rank[serve][1::2]
-        assert len(fresh) == 3 and max(fresh) < 1e-3 and min(stale) > 1e-2
+        fresh, stale = rank["merged"][::2], rank["merged"][1::2]
+        assert len(fresh) == 2 and max(fresh) < 1e-3 and min(stale) > 1e-2
 
 
 @pytest.mark.parametrize(
