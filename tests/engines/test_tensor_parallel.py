@@ -4,15 +4,18 @@ import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
+from rlmt.cli import main
 from rlmt.engines import VLLMEngine
 from rlmt.engines.tensor_parallel import check_heads, check_ranks
 from rlmt.errors import UserError
+from rlmt.models import loading
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
@@ -87,6 +90,34 @@ def test_heads_that_cannot_be_shared_out_are_refused(size: int, says: str) -> No
 
 
 @needs_vllm
-def test_one_process_is_told_before_anything_is_loaded() -> None:
-    with pytest.raises(UserError, match="this run has one"):
-        VLLMEngine(tensor_parallel_size=2).check()
+@pytest.mark.parametrize(("ranks", "says"), [(1, "this run has one"), (8, "divide the policy's 2 attention heads")])
+def test_a_run_that_it_does_not_fit_ends_before_any_model_is_loaded(
+    ranks: int,
+    says: str,
+    tiny: Path,
+    prompts_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def forbidden(*args: Any, **options: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(loading, "load_policy", forbidden)
+    monkeypatch.setattr("rlmt.engines.vllm.ranks", SimpleNamespace(size=lambda: ranks))
+    options = {
+        "--model.policy": tiny / "policy",
+        "--model.reward.model": tiny / "reward",
+        "--data.prompts": prompts_file,
+        "--data.batch_size": 4,
+        "--data.max_prompt_tokens": 256,
+        "--data.max_new_tokens": 8,
+        "--data.val_size": 0,
+        "--data.engine.tensor_parallel_size": 8,
+        "--trainer.accelerator": "cpu",
+        "--trainer.default_root_dir": tmp_path,
+    }
+    configs = [word for name in ("base", "grpo", "tiny") for word in ("--config", name)]
+    assert main(["fit", *configs, *(str(word) for pair in options.items() for word in pair)]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rlmt: error")]
+    assert "--data.engine.tensor_parallel_size is 8" in line and says in line
