@@ -288,10 +288,10 @@ def test_the_commands_of_the_documentation_train_with_the_servers_that_it_starts
     lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
     ports = [words[words.index("--port") + 1] for words in map(shlex.split, lines) if "--port" in words]
     trained = [line for line in lines if line.startswith("rlmt fit") and "--config server" in line]
-    assert len(trained) == 3
+    assert len(trained) == 4
     for line in trained:
         assert main([*shlex.split(line)[1:], "--trainer.accelerator", "cpu"]) == 0
-    assert [data.rollout_lag for _, _, data in launched] == [0, 1, 1]
+    assert [data.rollout_lag for _, _, data in launched] == [0, 1, 1, 0]
     for _, _, data in launched:
         assert [url.rpartition(":")[2] for url in data.engine.urls] == ports[-2:]
 

@@ -6,8 +6,9 @@ which are large, travel as they are.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -16,6 +17,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from rlmt.errors import SharedError, UserError
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -60,19 +62,36 @@ def together(work: Callable[[], T]) -> T:
     error: Exception | None = None
     try:
         result = work()
+    except SharedError:
+        raise
     except Exception as caught:
         error = caught
-    mistake = isinstance(error, UserError)
-    told = None if error is None else (mistake, str(error) if mistake else f"{type(error).__name__}: {error}")
+    mended = isinstance(error, UserError)
+    told = None if error is None else (mended, str(error) if mended else f"{type(error).__name__}: {error}")
     failures = {number: failure for number, failure in enumerate(everyones(told)) if failure is not None}
     if not failures:
         return result
     for number, (curable, words) in failures.items():
         if not curable:
-            if error is not None and not mistake:
+            if error is not None and not mended:
                 raise error
             raise RuntimeError(f"rank {number} failed: {words}") from error
     raise SharedError(next(iter(failures.values()))[1], told=rank() > 0) from error
+
+
+def hook(method: Callable[P, T]) -> Callable[P, T]:
+    """Makes what Lightning calls on all ranks fail on all where it fails on one, with one message (see `together`)."""
+
+    @functools.wraps(method)
+    def called(*args: P.args, **kwargs: P.kwargs) -> T:
+        return together(lambda: method(*args, **kwargs))
+
+    return called
+
+
+def mistake(message: str) -> UserError:
+    """One of the user's that all ranks find at the same point; the first tells of it."""
+    return UserError(message) if size() == 1 else SharedError(message, told=rank() > 0)
 
 
 def gathered(values: Tensor) -> Tensor:

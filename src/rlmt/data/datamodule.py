@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from rlmt import ranks
 from rlmt.data.lookahead import Lookahead
 from rlmt.data.prompts import PromptDataset, load_prompts
 from rlmt.data.rollouts import LoadedPrompts, PolicySource, draw, known_prompts
@@ -123,6 +124,7 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
 
     # ---------------------------------------------------------------- prompts
 
+    @ranks.hook
     def setup(self, stage: str) -> None:
         """Checks the engine and the options, then loads, drops and splits the prompts (once).
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from rlmt import ranks
 from rlmt.data.sampler import PromptSampler, ResumableOrder, shuffled
 from rlmt.errors import UserError
 
@@ -140,6 +141,7 @@ class SupervisedDataModule(ResumableOrder, LightningDataModule, Generic[Row]):
             UserError: it cannot be read, or holds bad rows.
         """
 
+    @ranks.hook
     def setup(self, stage: str) -> None:
         """Reads, drops and splits the rows (once).
 

@@ -14,6 +14,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryAccuracy
 from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlmt import ranks
 from rlmt.batching import batches_by_length
 from rlmt.data.preferences import EncodedComparison
 from rlmt.data.supervised import RowBatch
@@ -122,6 +123,7 @@ class RewardModeling(SupervisedModule):
         """Longest conversation that the model can take, in tokens."""
         return loading.max_positions(self.model_config)
 
+    @ranks.hook
     def setup(self, stage: str) -> None:
         """Looks for mistakes that can be seen before any weights are read, and makes a metric for each subset."""
         check_trainer(self.trainer)
@@ -130,6 +132,7 @@ class RewardModeling(SupervisedModule):
         self._subsets = data.subsets
         self._by_subset = nn.ModuleList(BinaryAccuracy(sync_on_compute=False) for _ in self._subsets)
 
+    @ranks.hook
     def configure_model(self) -> None:
         """Loads the model, or draws it; adds a head for attributes if the data has them."""
         if self.model is not None:

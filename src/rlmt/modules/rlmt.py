@@ -142,10 +142,12 @@ class RLMTModule(LightningModule, PolicyOwner):
 
     # Setting up -------------------------------------------------------------------------------------------------------
 
+    @ranks.hook
     def setup(self, stage: str) -> None:
         """Looks for mistakes that can be seen before any weights are read."""
         check_run(self, stage)
 
+    @ranks.hook
     def configure_model(self) -> None:
         """Loads the models, and the rewards."""
         if self.policy is not None:
@@ -251,7 +253,7 @@ class RLMTModule(LightningModule, PolicyOwner):
                 self.policy_version += moved
                 self._no_updates.update()
             elif stop := self._no_updates.skip(step.problem, self.policy_version):
-                raise UserError(stop)
+                raise ranks.mistake(stop)
             optimizer.zero_grad()
         return self._update.metrics()
 
@@ -263,7 +265,7 @@ class RLMTModule(LightningModule, PolicyOwner):
     def _pass_over(self, experience: Experience) -> dict[str, float]:
         """What a step logs that leaves out a batch, since it teaches nothing."""
         if stop := self._no_updates.pass_over(experience, self.policy_version):
-            raise UserError(stop)
+            raise ranks.mistake(stop)
         return {"policy/skipped": 1.0}
 
     def experience(self, batch: RolloutBatch) -> Experience:

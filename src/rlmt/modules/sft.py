@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlmt import ranks
 from rlmt.batching import batches_by_length
 from rlmt.data.sft import EncodedDemonstration
 from rlmt.data.supervised import RowBatch
@@ -59,6 +60,7 @@ class SFT(SupervisedModule, PolicyOwner):
         self.prompt_weight = prompt_weight
         self.policy: PreTrainedModel | None = None
 
+    @ranks.hook
     def setup(self, stage: str) -> None:
         """Looks for mistakes that can be seen before any weights are read."""
         check_trainer(self.trainer)
@@ -66,6 +68,7 @@ class SFT(SupervisedModule, PolicyOwner):
         loading.check_head(self.policy_config, self.policy_path)
         self._check_adapter()
 
+    @ranks.hook
     def configure_model(self) -> None:
         """Loads the policy, or draws it."""
         if self.policy is None:

@@ -54,8 +54,8 @@ def check_spread(trainer: Trainer) -> None:
 
 def _check_optimizer(module: Any) -> None:
     """Raises UserError for an optimizer that cannot step on shards."""
-    sample = [("model.layers.0.weight", nn.Parameter(torch.zeros(1, 1)))]
-    kind = type(module._optimizer([{"params": sample}]))
+    names = ("model.layers.0.weight", "lm_head.weight")
+    kind = type(module._optimizer([{"params": [(name, nn.Parameter(torch.zeros(1, 1))) for name in names]}]))
     if kind.__module__.startswith("bitsandbytes"):
         raise UserError(
             f"--model.optimizer {kind.__name__}: bitsandbytes' optimizers cannot step on weights in shards "

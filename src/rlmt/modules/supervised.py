@@ -21,7 +21,7 @@ from rlmt.modules.adapted import adapter_record, check_adapter_options, check_re
 from rlmt.modules.checkpoints import record_of
 from rlmt.modules.checks import check_options
 from rlmt.modules.schedules import LRSchedulerCallable, OptimizerCallable, with_schedule
-from rlmt.ranks import clip_gradients, everyones, sum_gradients
+from rlmt.ranks import clip_gradients, everyones, mistake, sum_gradients
 from rlmt.resume.options import adopt_all, schedule_options
 from rlmt.rng import random_states, restore_random_states
 
@@ -212,7 +212,7 @@ def take_step(module: LightningModule, losses: Iterable[Tensor], max_grad_norm: 
     norm = clip_gradients(trained, max_grad_norm)
     whole = sum(everyones(float(total)))
     if not (math.isfinite(norm) and math.isfinite(whole)):
-        raise UserError(
+        raise mistake(
             f"Stopped before optimizer step {module.global_step + 1}: the loss is {whole}, the norm of its "
             f"gradient {norm}; lower the learning rate, and continue from the last checkpoint."
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlmt.errors import UserError
-from rlmt.ranks import everyones
+from rlmt.ranks import everyones, together
 from rlmt.rewards.base import Reward
 from rlmt.types import Message, Scores, Split
 
@@ -48,8 +48,8 @@ def score(
 ) -> Scores:
     """Scores B samples, malformed ones by `mode` (see `MalformedMode`).
 
-    In mode `penalty` every rank of a distributed run must call this together: the lowest well-formed score is the
-    lowest over all ranks, so that the malformed samples of a batch fare alike however it is spread.
+    Every rank of a distributed run must call this together. In mode `penalty` the lowest well-formed score is that
+    of all ranks, so that the malformed samples of a batch fare alike however it is spread.
 
     Args:
         reward: A loaded reward.
@@ -70,17 +70,22 @@ def score(
         raise ValueError(f"{len(prompts)} prompts, {len(splits)} splits and {len(texts)} texts: need as many of each")
     shown = [_shown_text(split, text, mode) for split, text in zip(splits, texts, strict=True)]
     rows = [i for i, text in enumerate(shown) if text is not None]
-    scored, scored_parts = reward.score_parts(
-        [prompts[i] for i in rows], [text for text in shown if text is not None], [splits[i].status for i in rows]
-    )
-    scored = _checked(scored, reward.name, len(rows))
+
+    def scores() -> tuple[Tensor, dict[str, Tensor]]:
+        total, parts = reward.score_parts(
+            [prompts[i] for i in rows], [text for text in shown if text is not None], [splits[i].status for i in rows]
+        )
+        total = _checked(total, reward.name, len(rows))
+        return total, {name: _checked(values, name, len(rows)) for name, values in parts.items()}
+
+    scored, scored_parts = together(scores)
     floor = min(everyones(min([penalty, *scored.tolist()]))) if mode == "penalty" else penalty
     total = torch.full((len(splits),), floor, dtype=torch.float32)
     total[rows] = scored
     parts = {}
     for name, values in scored_parts.items():
         parts[name] = torch.full((len(splits),), float("nan"), dtype=torch.float32)
-        parts[name][rows] = _checked(values, name, len(rows))
+        parts[name][rows] = values
     return Scores(total=total, parts=parts, texts=shown)
 
 
