@@ -325,11 +325,12 @@ def test_runs_that_are_no_rl_are_told_in_one_line(
     assert f"knows RL runs alone, not those of {'SFT' if kind == 'sft' else 'RewardModeling'}" in line
 
 
+@pytest.mark.parametrize("name", ["single-gpu", "scaling"])
 def test_the_docs_print_what_the_plan_prints(
-    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = (Path(__file__).parents[1] / "docs" / "single-gpu.md").read_text(encoding="utf-8")
-    line, printed = re.findall(r"```(?:sh)?\n(.*?)```", text, re.DOTALL)[:2]
+    text = (Path(__file__).parents[1] / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    ((line, printed),) = re.findall(r"```sh\n(rlmt plan .*?)```\n\n```\n(.*?)```", text, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     folders = ["--model.policy", str(shapes / "policy"), "--model.reward.model", str(shapes / "reward")]
     assert main([*line.split()[1:], *folders]) == 0

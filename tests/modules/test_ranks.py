@@ -70,3 +70,7 @@ def test_a_reward_model_in_shards_scores_as_a_whole_one(results: list[dict[str, 
     alone = results[0]["scores"]["alone"]
     assert len(set(alone.tolist())) == 5
     torch.testing.assert_close(torch.cat([first, second]), alone, rtol=1e-5, atol=1e-6)
+
+
+def test_what_fails_on_one_rank_fails_on_all_and_is_told_once(results: list[dict[str, Any]]) -> None:
+    assert [rank["mistake"] for rank in results] == [("fit: wrong", False), ("fit: wrong", True)]

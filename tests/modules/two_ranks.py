@@ -15,7 +15,9 @@ from test_update import model  # noqa: E402
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel  # noqa: E402
 
+from rlmt import ranks  # noqa: E402
 from rlmt.algorithms import DPO, GRPO, PPO, Algorithm, REINFORCEPlusPlus  # noqa: E402
+from rlmt.errors import SharedError, UserError  # noqa: E402
 from rlmt.models.adapters import LoRA, own_parameters  # noqa: E402
 from rlmt.models.critic import build_critic  # noqa: E402
 from rlmt.modules import RLMTModule  # noqa: E402
@@ -118,6 +120,21 @@ def scores(folder: str, number: int, mesh: DeviceMesh | None = None) -> Tensor:
     return got
 
 
+def mistake(number: int) -> tuple[str, bool]:
+    """What a hook says that fails on the second rank alone, and whether another rank says it."""
+
+    @ranks.hook
+    def setup(stage: str) -> None:
+        if number == 1:
+            raise UserError(f"{stage}: wrong")
+
+    try:
+        setup("fit")
+    except SharedError as error:
+        return str(error), error.told
+    raise AssertionError("it passed")
+
+
 def memory(name: str) -> int:
     """Bytes of this process: VmRSS now, VmHWM at most."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -159,6 +176,7 @@ def main(number: int, folder: Path, reward: str) -> None:
         for case in ("token_mean", "critic with an adapter")
     }
     results = {"alone": alone, "shared": shared, "sharded": sharded, "offloaded": offloaded, "streamed": streamed(mesh)}
+    results["mistake"] = mistake(number)
     results["scores"] = {"alone": scores(reward, -1), "sharded": scores(reward, number, mesh)}
     torch.save(results, folder / f"rank{number}.pt")
     distributed.destroy_process_group()
