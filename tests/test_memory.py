@@ -140,8 +140,7 @@ def test_the_fullest_micro_batch() -> None:
     assert fullest(16384, 1024, 256, 512, 8, True) == Tokens(8, 1024, 256, True)  # a group is all there is
 
 
-@pytest.mark.parametrize("precision", ["plain", "mixed"])
-@pytest.mark.parametrize("vocabulary", [500, 32000])
+@pytest.mark.parametrize(("vocabulary", "precision"), [(500, "mixed"), (32000, "plain")])
 def test_what_is_put_together_beside_shards(vocabulary: int, precision: str) -> None:
     """Torch's own account of FSDP2: where blocks are the most of it, and where embeddings are."""
     script = Path(__file__).with_name("sharded_memory.py")

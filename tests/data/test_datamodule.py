@@ -163,7 +163,7 @@ def test_split_is_disjoint_complete_and_moves_with_the_seed(tokenizer, prompts):
 
 def test_long_prompts_are_dropped_and_counted(tokenizer, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("rlmt.data.datamodule.rank_zero_info", said.append)
+    monkeypatch.setattr("rlmt.data.splits.rank_zero_info", said.append)
     path = tmp_path / "rows.csv"
     # 16 bytes + the frame are exactly the limit of 20 tokens; one byte more is too long. "é" is two bytes.
     path.write_text("prompt\n" + "\n".join(["x" * 16, "x" * 17, "é" * 8, "é" * 9, "x"]))

@@ -12,22 +12,19 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from rlmt import ranks
 from rlmt.data.lookahead import Lookahead
-from rlmt.data.prompts import PromptDataset, load_prompts
+from rlmt.data.prompts import PromptDataset
 from rlmt.data.rollouts import LoadedPrompts, PolicySource, draw, known_prompts
-from rlmt.data.sampler import PromptSampler, ResumableOrder, shuffled
+from rlmt.data.sampler import PromptSampler, ResumableOrder
+from rlmt.data.splits import load_sets
 from rlmt.engines.base import Engine
 from rlmt.errors import UserError
 from rlmt.resume.watchdog import limited
 from rlmt.types import Prompt, PromptBatch, RolloutBatch, Sampling
-
-DEFAULT_VAL_SIZE = 64
-"""Prompts split off for validation when neither `val_size` nor `val_prompts` is given."""
 
 
 class RolloutDataModule(ResumableOrder, LightningDataModule):
@@ -147,7 +144,8 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
         samples = 1 if held_out else self.group_size
         engine.check_run(source.format, source.tokenizer, self._sampling(source), samples, self._max_model_len)
         if self._all is None:
-            self._load(source)
+            sets = load_sets(self, source)
+            self._all, self._train, self._val = sets.all, sets.train, sets.held_out
         self._sampler = None
         if stage == "fit":
             if self.rollout_lag and not engine.concurrent:
@@ -170,45 +168,6 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
                 f"--data.val_size is {len(self._val)}, which does not divide by {self._world_size} devices: set it to "
                 "a multiple"
             )
-
-    def _load(self, source: PolicySource) -> None:
-        """Reads the prompts and splits them in an order that depends on the seed and each prompt's row alone."""
-        fitting = self._read(self.prompts, source)
-        mixed = [fitting[i] for i in shuffled([prompt.index for prompt in fitting], self.seed, "split")]
-        if self.val_prompts is not None:
-            held_out = self._read(self.val_prompts, source)
-            size = len(held_out) if self.val_size is None else self.val_size
-            self._val, self._train = held_out[:size], mixed
-        else:
-            held_out = mixed
-            size = DEFAULT_VAL_SIZE if self.val_size is None else self.val_size
-            self._val, self._train = mixed[:size], mixed[size:]
-        if size > len(held_out):
-            raise UserError(
-                f"--data.val_size asks for {size:,} validation prompts, but {self.val_prompts or self.prompts} has "
-                f"{len(held_out):,}: lower it, or give --data.val_prompts"
-            )
-        self._all = fitting
-        rank_zero_info(f"{len(self._train):,} prompts to train on, {len(self._val):,} to validate on")
-
-    def _read(self, name: str, source: PolicySource) -> list[Prompt]:
-        """Loads one prompt set and drops the prompts that are too long once rendered."""
-        prompts = load_prompts(name, self.column, self.system)
-        limit = self.max_prompt_tokens
-        fitting = []
-        for prompt in prompts:
-            try:
-                length = len(source.format.render(prompt.messages, source.tokenizer))
-            except UserError as error:
-                raise UserError(f"{name}: row {prompt.index + 1}: {error}") from error
-            if length <= limit:
-                fitting.append(prompt)
-        if not fitting:
-            raise UserError(f"{name}: all {len(prompts):,} prompts are longer than --data.max_prompt_tokens {limit:,}")
-        if len(fitting) < len(prompts):
-            dropped = len(prompts) - len(fitting)
-            rank_zero_info(f"dropped {dropped:,} of {len(prompts):,} prompts longer than {limit:,} tokens ({name})")
-        return fitting
 
     def _check_batch_size(self) -> None:
         if self.batch_size > len(self._train):
