@@ -131,7 +131,7 @@ class PolicyCheckpoint(ModelCheckpoint):
             self._stopping.asked = asked
             if trainer.world_size > 1 and self._moment is not self._saved:
                 self._save(trainer, may_fail=True)  # here, together; while leaving, a rank would be on its own
-            self._stopping.check()
+            self._stopping.check(shared=True)
 
     def _stands(self) -> bool:
         trainer, moment = self._trainer, self._moment
@@ -183,6 +183,8 @@ class PolicyCheckpoint(ModelCheckpoint):
         self._writing = True
         try:
             failure = _failure(lambda: checkpoint.update(_checkpoint(trainer, moment)))
+            # Ranks exchange their parts of the moment, so all of them or none.
+            failure = failure or _failure(lambda: moment.put_into(checkpoint))
             # Not before each rank has written what goes with it, its rollouts.
             failure = failure or _failure(lambda: trainer.strategy.save_checkpoint(checkpoint, path))
         finally:
@@ -191,7 +193,8 @@ class PolicyCheckpoint(ModelCheckpoint):
             why = f"{path} cannot be written ({failure})"
             if not may_fail:
                 raise _NotWritten(
-                    f"{why}; the checkpoint before it is whole: make room, and go on with --ckpt_path last."
+                    f"{why}; the checkpoint before it is whole: make room, and go on with --ckpt_path last.",
+                    told=ranks.rank() > 0,
                 )
             rank_zero_warn(f"{why}; the checkpoint before it is whole.")
             return
@@ -202,7 +205,6 @@ class PolicyCheckpoint(ModelCheckpoint):
 def _checkpoint(trainer: Trainer, moment: Moment) -> dict[str, Any]:
     """The checkpoint of a moment; callbacks write what goes with it."""
     checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-    moment.put_into(checkpoint)
     log = next((logger for logger in trainer.loggers if isinstance(logger, RunLog)), None)
     checkpoint["run"] = {"version": log.version if log else None, "step": moment.step}
     return checkpoint
@@ -218,5 +220,5 @@ def _failure(work: Callable[[], None]) -> str:
     return max(ranks.everyones(reason))
 
 
-class _NotWritten(UserError):
+class _NotWritten(SharedError):
     """A checkpoint could not be written, so trying again while ending is in vain."""

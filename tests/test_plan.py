@@ -17,6 +17,7 @@ from rlmt.cli import main
 from rlmt.data import RolloutDataModule
 from rlmt.engines import TransformersEngine, VLLMEngine
 from rlmt.errors import UserError
+from rlmt.memory import Spread
 from rlmt.models import LoRA
 from rlmt.models.loading import load_policy
 from rlmt.modules import RLMTModule
@@ -160,19 +161,19 @@ def test_a_critic_beside_a_policy_in_4_bits(two_layers: Path) -> None:
 
 def test_vllm_in_16_bits_wants_another_card(shapes: Path) -> None:
     budget = Budget(24 * GIB)
-    _add_engine(budget, *qlora(shapes, quantization=None), torch.bfloat16)
+    _add_engine(budget, *qlora(shapes, quantization=None), torch.bfloat16, Spread())
     assert "cannot hold one sample of 5,120 tokens" in budget.problems[0] and not budget.fits
     budget = Budget(48 * GIB)
-    _add_engine(budget, *qlora(shapes, quantization=None), torch.bfloat16)
+    _add_engine(budget, *qlora(shapes, quantization=None), torch.bfloat16, Spread())
     assert budget.fits and parts(budget)["vLLM weights"].rollout == pytest.approx(2 * (ALL + ADAPTER), rel=1e-6)
     part, (module, data) = Budget(48 * GIB), qlora(shapes, quantization=None)
     data.engine.tensor_parallel_size = 16  # type: ignore[attr-defined]
-    _add_engine(part, module, data, torch.bfloat16)
+    _add_engine(part, module, data, torch.bfloat16, Spread(16))
     assert parts(part)["vLLM weights"].rollout == pytest.approx(2 * (ALL / 16 + ADAPTER), rel=1e-6)
     granted = 0.52 * 48 * GIB - parts(part)["vLLM weights"].rollout - VLLM_REST
     assert f"{int(granted // (16 * 1024)):,} tokens" in part.remarks[0]  # a key-value head of eight, 16 KiB each
     with pytest.raises(UserError, match="quantization awq"):
-        _add_engine(budget, *qlora(shapes, quantization="awq"), torch.bfloat16)
+        _add_engine(budget, *qlora(shapes, quantization="awq"), torch.bfloat16, Spread())
 
 
 def test_all_parameters_with_a_reference_and_a_critic(tmp_path: Path) -> None:
@@ -283,8 +284,12 @@ def test_command_for_several_devices(
     assert cut["policy weights"] == pytest.approx([2 * ALL / 8 / GIB] * 3, abs=0.006)
     assert cut["LoRA adapter"] == lora["LoRA adapter"] and cut["optimizer states"] == lora["optimizer states"]
 
-    assert main([*base.split(), "--config", "fsdp", *folders]) == 2
-    assert "give --trainer.devices, how many a machine has" in capsys.readouterr().err
+    def refused(*words: str) -> str:
+        assert main([*base.split(), *words, *folders]) == 2
+        return capsys.readouterr().err
+
+    assert "give --trainer.devices, how many a machine has" in refused("--config", "fsdp")
+    assert "this run has one" in refused("--data.engine.tensor_parallel_size", "8")
 
 
 def test_command_must_fit(command: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlmt.data import RolloutDataModule
 from rlmt.engines import TransformersEngine, VLLMEngine
+from rlmt.engines.tensor_parallel import check_ranks
 from rlmt.errors import UserError
 from rlmt.memory import (
     Spread,
@@ -113,7 +114,7 @@ def make_budget(
     loading.check_causal_lm(module.policy_config, module.policy_path)
     _add_policy(budget, module, data, compute, spread)
     _add_reward(budget, module, data, spread)
-    _add_engine(budget, module, data, compute)
+    _add_engine(budget, module, data, compute, spread)
     budget.parts.append(Part.always("CUDA context (assumed)", CONTEXT))
     return budget
 
@@ -261,7 +262,9 @@ def _add_reward(budget: Budget, module: RLMTModule, data: RolloutDataModule, spr
         budget.parts.append(Part("reward forward", reward=work))
 
 
-def _add_engine(budget: Budget, module: RLMTModule, data: RolloutDataModule, compute: torch.dtype) -> None:
+def _add_engine(
+    budget: Budget, module: RLMTModule, data: RolloutDataModule, compute: torch.dtype, spread: Spread
+) -> None:
     """The engine's weights and cache."""
     engine, config = data.engine, module.policy_config
     length = data.max_prompt_tokens + data.max_new_tokens
@@ -274,6 +277,8 @@ def _add_engine(budget: Budget, module: RLMTModule, data: RolloutDataModule, com
         return
     dtype = compute if engine.dtype is None else cast(torch.dtype, getattr(torch, engine.dtype))
     parts = engine.tensor_parallel_size
+    check_ranks(parts, spread.ranks)
+    engine.check_policy(config)
     size = _engine_weights(config, dtype, getattr(engine, "quantization", None)) // parts
     lora, _ = _adapter_options(module)
     if lora is not None:
@@ -286,7 +291,7 @@ def _add_engine(budget: Budget, module: RLMTModule, data: RolloutDataModule, com
     budget.parts.append(held(f"vLLM weights ({_name(getattr(engine, 'quantization', None) or dtype)})", size))
     budget.parts.append(held("vLLM KV cache (granted)", max(granted, 0)))
     budget.parts.append(Part.always("vLLM, the rest (assumed)", VLLM_REST))
-    wanted = min(engine.max_num_seqs, data.batch_size * data.group_size)
+    wanted = min(engine.max_num_seqs, data.batch_size * data.group_size * parts // spread.ranks)
     tokens = max(granted, 0) // each
     if tokens < length:
         least = (size + VLLM_REST + length * each) / budget.memory

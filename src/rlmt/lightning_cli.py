@@ -191,6 +191,8 @@ def run(args: list[str], cli: type[RLMTCLI] = RLMTCLI) -> int:
             args=args,
         )
     except (Stopped, Hung) as stop:
+        if isinstance(stop, Stopped) and stop.shared:
+            ranks.everyones(None)  # as below
         return int(stop.code or 0)
     except SIGTERMException:
         return 128 + signal.SIGTERM

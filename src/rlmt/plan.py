@@ -105,7 +105,8 @@ class PlanCLI(RLMTCLI):
         if not (sharded or isinstance(strategy, DDPStrategy) or str(strategy).startswith("ddp")):
             return Spread()
         given = self._get(self.config_init, "trainer.devices")
-        here = torch.cuda.device_count() if str(given) in ("auto", "-1") else given
+        listed = given.strip("[], ").split(",") if isinstance(given, str) and "," in given else given
+        here = torch.cuda.device_count() if str(given) in ("auto", "-1") else listed
         count = len(here) if isinstance(here, list) else int(here)
         if count == 0:
             raise UserError("There is no GPU here to count: give --trainer.devices, how many a machine has.")

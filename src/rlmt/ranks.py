@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -31,21 +32,46 @@ def rank() -> int:
     return distributed.get_rank() if size() > 1 else 0
 
 
+@dataclass
+class _Failed:
+    """What a rank has to tell in place of what it was asked for: it failed."""
+
+    words: str
+    mistake: bool
+    """Whether it is one of the user's."""
+
+
+class RankFailed(RuntimeError):
+    """Another rank failed; raised by all that were to exchange something with it."""
+
+
 def everyones(value: T) -> list[T]:
     """What each rank has, in the order of ranks; tensors come on the CPU, so give them on it.
 
     Args:
         value: this rank's; tensors and plain data.
+
+    Raises:
+        SharedError: another rank failed, in `together`, for a mistake of the user's.
+        RankFailed: another rank failed in it for another reason.
     """
     if size() == 1:
         return [value]
     values = [value] * size()
     distributed.all_gather_object(values, value)
+    failures = {number: each for number, each in enumerate(values) if isinstance(each, _Failed)}
+    for number, failure in failures.items():
+        if not failure.mistake:
+            raise RankFailed(f"rank {number} failed: {failure.words}")
+    for failure in failures.values():
+        raise SharedError(failure.words, told=rank() > 0)
     return values
 
 
 def together(work: Callable[[], T]) -> T:
     """Does something on each rank; where it fails on one, it fails on all, so that none waits for another in vain.
+
+    One that fails tells the others at their next exchange, whichever that is: at the end of this, or within the work.
 
     Args:
         work: this rank's. Ranks wait for each other once it is done, and whether or not it failed.
@@ -55,28 +81,23 @@ def together(work: Callable[[], T]) -> T:
 
     Raises:
         SharedError: it failed for a mistake of the user's; with the words of the first rank that it failed on.
-        RuntimeError: it failed on another rank, for another reason; one that it failed on raises its own exception.
+        RankFailed: it failed on a rank for another reason; on that one it has the reason as its cause.
     """
     if size() == 1:
         return work()
-    error: Exception | None = None
     try:
         result = work()
-    except SharedError:
-        raise
-    except Exception as caught:
-        error = caught
-    mended = isinstance(error, UserError)
-    told = None if error is None else (mended, str(error) if mended else f"{type(error).__name__}: {error}")
-    failures = {number: failure for number, failure in enumerate(everyones(told)) if failure is not None}
-    if not failures:
-        return result
-    for number, (curable, words) in failures.items():
-        if not curable:
-            if error is not None and not mended:
-                raise error
-            raise RuntimeError(f"rank {number} failed: {words}") from error
-    raise SharedError(next(iter(failures.values()))[1], told=rank() > 0) from error
+    except (SharedError, RankFailed):
+        raise  # all know
+    except Exception as error:
+        mistake = isinstance(error, UserError)
+        try:
+            everyones(_Failed(str(error) if mistake else f"{type(error).__name__}: {error}", mistake))
+        except (SharedError, RankFailed) as told:
+            raise told from error
+    else:
+        everyones(None)
+    return result
 
 
 def hook(method: Callable[P, T]) -> Callable[P, T]:

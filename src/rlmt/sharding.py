@@ -36,6 +36,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from rlmt.errors import UserError
 from rlmt.models.adapters import is_adapter
 from rlmt.ranks import everyones
 from rlmt.resume.safe_files import read_checkpoint
@@ -49,10 +50,18 @@ class FSDP2(ModelParallelStrategy):
     Args:
         offload: keep shards, gradients and moments in the host's memory and step the optimizer there, for models whose
             shards the devices cannot hold; each forward and backward then waits for copies.
-        process_group_backend: nccl or gloo; None is the device's own.
+        process_group_backend: nccl or gloo; None is the device's own, with `offload` on GPUs both.
+
+    Raises:
+        UserError: the two do not go together.
     """
 
     def __init__(self, offload: bool = False, process_group_backend: str | None = None) -> None:
+        if offload and process_group_backend == "nccl":
+            raise UserError(
+                "--trainer.strategy.process_group_backend nccl reaches no shards in the host's memory (offload): leave "
+                "it out, which gives nccl and gloo"
+            )
         super().__init__(process_group_backend=process_group_backend)
         self.offload = offload
 
@@ -77,15 +86,16 @@ class FSDP2(ModelParallelStrategy):
         """The optimizer's state comes from the same file, by `load_optimizer_state_dict`."""
         return True
 
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Without gradients, but not in inference mode: weights put together in it could not be trained afterwards."""
-        with torch.inference_mode(False), torch.no_grad():
-            return super().validation_step(*args, **kwargs)
-
-    def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As `validation_step`."""
-        with torch.inference_mode(False), torch.no_grad():
-            return super().test_step(*args, **kwargs)
+    def setup(self, trainer: Trainer) -> None:
+        """As any strategy's; without inference mode, in which weights that are put together cannot be trained later."""
+        for loop in (
+            trainer.fit_loop.epoch_loop.val_loop,
+            trainer.validate_loop,
+            trainer.test_loop,
+            trainer.predict_loop,
+        ):
+            loop.inference_mode = False
+        super().setup(trainer)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The whole weights on the CPU of the first rank; nothing on others."""
@@ -236,5 +246,6 @@ def whole(tensor: Tensor) -> Tensor:
 def like(held: Any, value: Any) -> Any:
     """A whole tensor cut as another one of its shape is; any other value as it is."""
     if isinstance(held, DTensor) and isinstance(value, Tensor) and value.shape == held.shape:
-        return distribute_tensor(value.to(held.device), held.device_mesh, held.placements, src_data_rank=None)
+        shards = distribute_tensor(value, held.device_mesh, held.placements, src_data_rank=None)
+        return shards.to(held.device)  # they come on the mesh's device
     return value

@@ -73,4 +73,5 @@ def test_a_reward_model_in_shards_scores_as_a_whole_one(results: list[dict[str, 
 
 
 def test_what_fails_on_one_rank_fails_on_all_and_is_told_once(results: list[dict[str, Any]]) -> None:
-    assert [rank["mistake"] for rank in results] == [("fit: wrong", False), ("fit: wrong", True)]
+    for rank, told in zip(results, (False, True), strict=True):
+        assert rank["failures"] == [("wrong", told), ("rank 1 failed: KeyError: 'x'", None)] * 2

@@ -120,19 +120,26 @@ def scores(folder: str, number: int, mesh: DeviceMesh | None = None) -> Tensor:
     return got
 
 
-def mistake(number: int) -> tuple[str, bool]:
-    """What a hook says that fails on the second rank alone, and whether another rank says it."""
+def failures(number: int) -> list[tuple[str, bool | None]]:
+    """What is said where the second rank alone fails, and whether another rank says it."""
 
     @ranks.hook
-    def setup(stage: str) -> None:
-        if number == 1:
-            raise UserError(f"{stage}: wrong")
+    def setup(stage: str, error: Exception | None, exchanges: bool) -> None:
+        if number == 1 and error is not None:
+            raise error
+        if exchanges:  # which the second rank does not come to
+            ranks.together(lambda: ranks.everyones(3))
 
-    try:
-        setup("fit")
-    except SharedError as error:
-        return str(error), error.told
-    raise AssertionError("it passed")
+    said: list[tuple[str, bool | None]] = []
+    for exchanges in (False, True):
+        for mistake in (UserError("wrong"), KeyError("x")):
+            try:
+                setup("fit", mistake, exchanges)
+            except (SharedError, ranks.RankFailed) as error:
+                said.append((str(error), getattr(error, "told", None)))
+    assert ranks.everyones(number) == [0, 1]  # nobody has exchanged more often than the other
+    setup("fit", None, True)
+    return said
 
 
 def memory(name: str) -> int:
@@ -176,7 +183,7 @@ def main(number: int, folder: Path, reward: str) -> None:
         for case in ("token_mean", "critic with an adapter")
     }
     results = {"alone": alone, "shared": shared, "sharded": sharded, "offloaded": offloaded, "streamed": streamed(mesh)}
-    results["mistake"] = mistake(number)
+    results["failures"] = failures(number)
     results["scores"] = {"alone": scores(reward, -1), "sharded": scores(reward, number, mesh)}
     torch.save(results, folder / f"rank{number}.pt")
     distributed.destroy_process_group()

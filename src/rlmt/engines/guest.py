@@ -41,7 +41,11 @@ def as_a_rank() -> Iterator[None]:
         yield
         return
     number = str(ranks.rank())
-    local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or number
+    # On GPUs vLLM takes it for the number of its own, which need not be the rank's (--trainer.devices "[2,3]").
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        local = str(torch.cuda.current_device())
+    else:
+        local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or number
     # On a CPU vLLM would bind the threads of every rank to the same cores.
     names = {"RANK": number, "LOCAL_RANK": local, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     with mock.patch.dict(os.environ, names):

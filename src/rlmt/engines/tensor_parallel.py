@@ -53,7 +53,7 @@ def check_heads(size: int, config: PretrainedConfig) -> None:
         )
 
 
-def together(requests: Sequence[SampleRequest]) -> tuple[list[SampleRequest], slice]:
+def requests_of_all(requests: Sequence[SampleRequest]) -> tuple[list[SampleRequest], slice]:
     """What all ranks of this one's engine are asked for; collective among them, once the engine runs.
 
     Args:

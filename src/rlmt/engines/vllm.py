@@ -31,7 +31,7 @@ from rlmt.engines.base import Engine
 from rlmt.engines.guest import as_a_rank, kept_process_group, undisturbed, unloaded
 from rlmt.engines.limits import room
 from rlmt.engines.scratch import ScratchFolder, remove_abandoned
-from rlmt.engines.tensor_parallel import check_heads, check_ranks, over_gloo, together
+from rlmt.engines.tensor_parallel import check_heads, check_ranks, over_gloo, requests_of_all
 from rlmt.engines.vllm_sampling import sampling_params
 from rlmt.engines.weights import crossing_off, merging
 from rlmt.errors import UserError
@@ -166,7 +166,7 @@ class VLLMEngine(Engine):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         try:
-            with undisturbed(), as_a_rank(), over_gloo(self.tensor_parallel_size > 1 and policy.device.type == "cpu"):
+            with undisturbed(), as_a_rank(), over_gloo(self.tensor_parallel_size > 1 and device.type == "cpu"):
                 number_format = self.dtype or str(dtype).removeprefix("torch.")
                 room_for = {} if adapter is None else launch_options(adapter.config)
                 self._llm = self._launch(self._folder.path, device.type, number_format, room_for)
@@ -299,7 +299,7 @@ class VLLMEngine(Engine):
             raise RuntimeError("VLLMEngine holds no weights: sync before generate")
         own = slice(None)
         if self.tensor_parallel_size > 1:
-            requests, own = together(requests)
+            requests, own = requests_of_all(requests)
         rows = [(request.prompt_ids, seed) for request in requests for seed in request.seeds]
         params = [sampling_params(sampling, seed, room(len(ids), self._max_model_len)) for ids, seed in rows]
         prompts = [{"prompt_token_ids": ids} for ids, _ in rows]

@@ -107,7 +107,7 @@ class VLLMServerEngine(Engine):
         if not self._servers:
             key = os.environ.get(self.api_key_variable)
             servers = [Server(url, key, self.api_key_variable, self.model, self.timeout) for url in self.urls]
-            self._ofall_of(servers, Server.introduce)
+            self._for_all(servers, Server.introduce)
             first = ranks.rank() % len(servers)  # the one that is asked first: not the same on all ranks
             self._servers = servers[first:] + servers[:first]
 
@@ -131,7 +131,7 @@ class VLLMServerEngine(Engine):
                 )
             await server.check_tokens(text, ids)
 
-        self._ofall_of(self._servers, fits)
+        self._for_all(self._servers, fits)
 
     def check_adapter(self, config: dict[str, Any]) -> None:
         """Raises UserError when the servers cannot serve such an adapter.
@@ -143,9 +143,9 @@ class VLLMServerEngine(Engine):
             return
         if (reason := why_not(config)) is not None:
             raise UserError(f"vLLM cannot serve this adapter: {reason}; use --data.engine.serve merged")
-        self._ofall_of(self._servers, lambda server: server.check_adapters(config["r"]))
+        self._for_all(self._servers, lambda server: server.check_adapters(config["r"]))
 
-    def _ofall_of(self, servers: list[Server], do: Callable[[Server], Awaitable[None]]) -> None:
+    def _for_all(self, servers: list[Server], do: Callable[[Server], Awaitable[None]]) -> None:
         """Does something with every server at once, on every rank; UserError for the first that cannot be used."""
 
         async def one(server: Server) -> None:

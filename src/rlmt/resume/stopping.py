@@ -21,11 +21,13 @@ class Stopped(SystemExit):
 
     Args:
         number: of the signal; the exit status is 128 + number, as a shell gives it.
+        shared: whether all ranks of the run end at the same point.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, shared: bool = False) -> None:
         super().__init__(128 + number)
         self.signal = signal.Signals(number)
+        self.shared = shared
 
 
 class Stopping:
@@ -68,10 +70,14 @@ class Stopping:
             signal.signal(number, handler)
         self._before = {}
 
-    def check(self) -> None:
-        """Raises `Stopped` where a signal came; to be called where the run can be saved."""
+    def check(self, shared: bool = False) -> None:
+        """Raises `Stopped` where a signal came; to be called where the run can be saved.
+
+        Args:
+            shared: whether all ranks have agreed that one came.
+        """
         if self.asked is not None:
-            raise Stopped(self.asked)
+            raise Stopped(self.asked, shared)
 
     def requeue(self) -> None:
         """Has SLURM start the job again, where its preemption signal was the one."""
