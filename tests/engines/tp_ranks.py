@@ -96,6 +96,7 @@ def gap(engine: VLLMEngine, policy: PreTrainedModel, number: int) -> float:
 
 
 def main(number: int, folder: Path) -> None:
+    torch.set_num_threads(1)  # two processes on what may be two cores
     distributed.init_process_group("gloo", f"file://{folder / 'store'}", world_size=2, rank=number)
     torch.save({"all weights": all_weights(number), "merged": merged(number)}, folder / f"rank{number}.pt")
     distributed.destroy_process_group()

@@ -101,6 +101,7 @@ class Rank:
 
 
 def main(number: int, folder: Path) -> None:
+    torch.set_num_threads(1)  # two processes on what may be two cores
     distributed.init_process_group("gloo", f"file://{folder / 'store'}", world_size=2, rank=number)
     rank = Rank(folder / "weights", init_device_mesh("cpu", (2,)))
     cases: dict[str, list[str]] = json.loads((folder / "cases.json").read_text())

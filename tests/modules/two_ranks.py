@@ -169,6 +169,7 @@ def streamed(mesh: DeviceMesh) -> dict[str, int]:
 
 
 def main(number: int, folder: Path, reward: str) -> None:
+    torch.set_num_threads(1)  # two processes on what may be two cores
     alone = {} if number else {case: update(case, make(), experience()) for case, (make, _) in CASES.items()}
     distributed.init_process_group("gloo", f"file://{folder / 'store'}", world_size=2, rank=number)
     shared = {
