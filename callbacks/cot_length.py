@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from rlmt.ranks import gathered
 from rlmt.types import Experience
 
 from ._common import experience_of, log_step, over_ranks
@@ -15,15 +16,15 @@ from ._common import experience_of, log_step, over_ranks
 def length_metrics(experience: Experience) -> dict[str, float]:
     """Mean and 95th percentile of thought and response lengths in tokens, and the fraction of truncated samples.
 
-    Every sample counts, malformed ones too: a thought that never closes is all thought and no response. The percentile
-    interpolates linearly between samples.
+    Every sample of every rank counts, malformed ones too: a thought that never closes is all thought and no response.
+    The percentile interpolates linearly between samples. All ranks have to call it together.
     """
     metrics: dict[str, float] = {}
     for part, tokens in (("thought", experience.thought_tokens), ("response", experience.response_tokens)):
-        tokens = tokens.cpu().double()
+        tokens = gathered(tokens.cpu().double())
         metrics[f"length/{part}_mean"] = float(tokens.mean())
         metrics[f"length/{part}_p95"] = float(torch.quantile(tokens, 0.95))
-    metrics["length/truncated"] = float(experience.truncated.double().mean())
+    metrics["length/truncated"] = float(gathered(experience.truncated.double()).mean())
     return metrics
 
 

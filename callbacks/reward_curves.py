@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rlmt.errors import UserError
+from rlmt.ranks import gathered
 from rlmt.types import Experience
 
 from ._common import (
@@ -52,7 +53,8 @@ def reward_metrics(experience: Experience) -> dict[str, float]:
         deviation within a prompt's samples; `reward/zero_std_groups`, the fraction of prompts whose samples all have
         the same reward, so that they teach nothing; `reward/malformed`, the fraction of samples that break the format;
         and `reward/<name>` for each reward, its mean raw score over the samples it scored, NaN if it scored none.
-        Standard deviations are those of the population (divided by n, not n - 1), so a single sample has 0.
+        Standard deviations are those of the population (divided by n, not n - 1), so a single sample has 0. Of several
+        ranks, which have to call it together, `reward/std` and `reward/<name>` are over all, the others of this one.
 
     Raises:
         UserError: A reward's name is one of the names above.
@@ -62,7 +64,7 @@ def reward_metrics(experience: Experience) -> dict[str, float]:
     groups = [rewards[group_of == group] for group in torch.unique(group_of)]
     metrics = {
         "reward/mean": float(rewards.mean()),
-        "reward/std": float(rewards.std(correction=0)),
+        "reward/std": float(gathered(rewards).std(correction=0)),
         "reward/group_std": float(torch.stack([group.std(correction=0) for group in groups]).mean()),
         # Compared and not subtracted: the standard deviation of equal numbers can come out as 1e-17.
         "reward/zero_std_groups": sum(bool((group == group[0]).all()) for group in groups) / len(groups),
@@ -71,7 +73,7 @@ def reward_metrics(experience: Experience) -> dict[str, float]:
     for name, scores in experience.scores.parts.items():
         if f"reward/{name}" in metrics:
             raise UserError(f"a reward is called {name!r}, which is the metric reward/{name}: give it another name")
-        metrics[f"reward/{name}"] = float(scores.detach().cpu().double().nanmean())
+        metrics[f"reward/{name}"] = float(gathered(scores.detach().cpu().double()).nanmean())
     return metrics
 
 
