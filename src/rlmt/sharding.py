@@ -36,7 +36,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rlmt.errors import UserError
 from rlmt.models.adapters import is_adapter
 from rlmt.ranks import everyones
 from rlmt.resume.safe_files import read_checkpoint
@@ -50,25 +49,16 @@ class FSDP2(ModelParallelStrategy):
     Args:
         offload: keep shards, gradients and moments in the host's memory and step the optimizer there, for models whose
             shards the devices cannot hold; each forward and backward then waits for copies.
-        process_group_backend: nccl or gloo; None is the device's own, with `offload` on GPUs both.
-
-    Raises:
-        UserError: the two do not go together.
     """
 
-    def __init__(self, offload: bool = False, process_group_backend: str | None = None) -> None:
-        if offload and process_group_backend == "nccl":
-            raise UserError(
-                "--trainer.strategy.process_group_backend nccl reaches no shards in the host's memory (offload): leave "
-                "it out, which gives nccl and gloo"
-            )
-        super().__init__(process_group_backend=process_group_backend)
+    def __init__(self, offload: bool = False) -> None:
+        super().__init__()
         self.offload = offload
 
     def setup_environment(self) -> None:
         """Starts the processes' talk; all of them share the data, and none splits a layer's computation."""
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
-        if self.offload and self._process_group_backend is None and self.root_device.type == "cuda":
+        if self.offload and self.root_device.type == "cuda":
             self._process_group_backend = "cpu:gloo,cuda:nccl"  # norms of gradients are taken where these lie
         super().setup_environment()
 

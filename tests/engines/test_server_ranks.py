@@ -120,7 +120,7 @@ def test_the_base_of_an_adapter_is_put_together_by_both_once(results: Any) -> No
         assert fake.calls.count("/collective_rpc") == 1 and len(fake.adapters) == 1
 
 
-def test_an_error_that_is_no_mistake_of_the_users_is_raised_where_it_is_and_named_elsewhere(results: Any) -> None:
+def test_an_error_that_is_no_mistake_of_the_users_is_named_with_its_rank_on_all(results: Any) -> None:
     one, other = (rank["an_error_of_one"] for rank in results[1])
     for rank in (one, other):
         assert rank["error"] == "RankFailed" and rank["message"].startswith("rank 1 failed: ZeroDivisionError: ")

@@ -92,7 +92,8 @@ class Engine(ABC):
     def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Samples:
         """Samples every request once per seed. A sample depends on its prompt, seed and the weights alone.
 
-        Ranks do not wait for each other within: each calls it for its own share, maybe in another thread.
+        Each rank calls it for its own share. Those of a concurrent engine do not wait for each other within, where it
+        may run in another thread; of others several may share an engine, so all ranks call it together.
         """
 
     def close(self) -> None:

@@ -99,7 +99,8 @@ class SFT(SupervisedModule, PolicyOwner):
         """The shares of this rank's micro-batches in the loss of all rows of all ranks together."""
         sequences = [sequence.long() for row in rows for sequence in row.sequences]
         prompts = [count for row in rows for count in row.prompts]
-        whole = _everywhere(rows) + prompt_weight * sum(everyones(sum(count - 1 for count in prompts)))
+        counts = everyones((target_tokens(rows), sum(count - 1 for count in prompts)))
+        whole = sum(targets + prompt_weight * prompt for targets, prompt in counts)
         # A sequence's first token is never predicted; its prompt's others are only if they count.
         first = [1 if prompt_weight else count for count in prompts]
         plan = batches_by_length([len(sequence) - 1 for sequence in sequences], self.tokens_per_micro_batch)
