@@ -77,7 +77,7 @@ class Forked:
 
     def __init__(self, words: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["rlmt.lightning_cli", "rlmt.callbacks", "rlmt.modules"])
+        context.set_forkserver_preload(["rlmt.cli.lightning_cli", "rlmt.callbacks", "rlmt.modules"])
         self._process = context.Process(target=run_here, args=(list(words), str(log), dict(environment)))
         self._process.start()
 
@@ -120,7 +120,7 @@ def run_here(words: list[str], log: str, environment: dict[str, str]) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    from rlmt.cli import main
+    from rlmt.cli.commands import main
 
     raise SystemExit(main(words))
 
@@ -302,7 +302,7 @@ def metrics(folder: Path) -> list[dict[str, str]]:
 
 def samples(folder: Path) -> list[str]:
     """All samples of a run, each as text, since a NaN in a table is not equal to itself; each rank's end to end."""
-    from rlmt.records import read_rollouts
+    from rlmt.engines.rollout_files import read_rollouts
 
     return [repr(row) for row in sorted(read_rollouts(folder).to_pylist(), key=itemgetter("rank", "step"))]
 
@@ -364,8 +364,8 @@ def main() -> None:
     parser.add_argument("--start", choices=("fork", "exec"), default="fork", help="exec imports anew at each start")
     parser.add_argument("--seed", type=int, default=0, help="of the instants")
     args = parser.parse_args()
-    from rlmt.tiny import write_tiny
-    from rlmt.tiny_models import Sizes
+    from rlmt.demos.tiny import write_tiny
+    from rlmt.demos.tiny_models import Sizes
 
     with tempfile.TemporaryDirectory(prefix="rlmt-crash-") as folder:
         tiny = Path(folder, "tiny")

@@ -26,10 +26,10 @@ from rlmt.algorithms import GRPO
 from rlmt.callbacks.cot_length import length_metrics
 from rlmt.callbacks.reward_curves import reward_metrics
 from rlmt.callbacks.sample_table import render_samples
+from rlmt.engines.rollout_files import read_rollouts, rollout_table, write_rollouts
+from rlmt.formats.thinking import ThinkingFormat
 from rlmt.modules import RLMTModule
-from rlmt.records import read_rollouts, rollout_table, write_rollouts
 from rlmt.rewards import Reward
-from rlmt.thinking import ThinkingFormat
 from rlmt.types import Experience, FinishReason, Prompt, RolloutBatch, Sampling, Status
 
 FORMATS = [
@@ -186,8 +186,8 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    from rlmt.tiny import write_tiny
-    from rlmt.tiny_models import Sizes
+    from rlmt.demos.tiny import write_tiny
+    from rlmt.demos.tiny_models import Sizes
 
     dice, size = random.Random(args.seed), 100
     with tempfile.TemporaryDirectory(prefix="rlmt-fuzz-") as folder:

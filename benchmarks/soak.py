@@ -58,9 +58,9 @@ def main() -> int:
     sys.path.insert(0, str(Path(__file__).parent))
     import soak  # this file, by the name that the configuration gives it
 
-    from rlmt.cli import main as rlmt
-    from rlmt.tiny import write_tiny
-    from rlmt.tiny_models import Sizes
+    from rlmt.cli.commands import main as rlmt
+    from rlmt.demos.tiny import write_tiny
+    from rlmt.demos.tiny_models import Sizes
 
     with tempfile.TemporaryDirectory(prefix="rlmt-soak-") as folder:
         tiny, config = Path(folder, "tiny"), Path(folder, "soak.yaml")

@@ -26,11 +26,10 @@ from rich.console import Console
 from rich.table import Table
 
 from rlmt.algorithms import GRPO
-from rlmt.batching import batches_by_length
 from rlmt.callbacks import CoTLength, PolicyHealth, RewardCurves, SampleTable, Throughput
 from rlmt.data import RolloutDataModule
 from rlmt.engines import VLLMEngine
-from rlmt.models.micro_batch import hidden_states, micro_batches
+from rlmt.models.micro_batch import batches_by_length, hidden_states, micro_batches
 from rlmt.modules import RLMTModule
 from rlmt.rewards import ClassifierReward
 from rlmt.types import Experience, RolloutBatch

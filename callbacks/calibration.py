@@ -78,7 +78,7 @@ class Calibration(Callback):
         if not self._differences:
             return
         # Imported here because matplotlib takes a second to load and most commands never draw.
-        from rlmt.calibration import calibration_bins, calibration_error, draw_calibration
+        from rlmt.report.calibration import calibration_bins, calibration_error, draw_calibration
 
         bins = calibration_bins(torch.cat(self._differences).double().numpy(), self.bins)
         pl_module.log(f"{stage}/calibration_error", calibration_error(bins))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from rlmt.ranks import gathered
+from rlmt.distributed.collectives import all_gather_tensor
 from rlmt.types import Experience
 
 from ._common import experience_of, log_step, over_ranks
@@ -21,10 +21,10 @@ def length_metrics(experience: Experience) -> dict[str, float]:
     """
     metrics: dict[str, float] = {}
     for part, tokens in (("thought", experience.thought_tokens), ("response", experience.response_tokens)):
-        tokens = gathered(tokens.cpu().double())
+        tokens = all_gather_tensor(tokens.cpu().double())
         metrics[f"length/{part}_mean"] = float(tokens.mean())
         metrics[f"length/{part}_p95"] = float(torch.quantile(tokens, 0.95))
-    metrics["length/truncated"] = float(gathered(experience.truncated.double()).mean())
+    metrics["length/truncated"] = float(all_gather_tensor(experience.truncated.double()).mean())
     return metrics
 
 

@@ -11,19 +11,19 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-from rlmt import ranks
-from rlmt.errors import SharedError, UserError
-from rlmt.resume.moment import (
+from rlmt.checkpointing.csv_logger import ResumableCSVLogger
+from rlmt.checkpointing.files import remove_unfinished
+from rlmt.checkpointing.signals import SignalHandler, StoppedBySignal
+from rlmt.checkpointing.snapshot import (
     Loops,
-    Moment,
+    Snapshot,
     is_last_step,
     loops_after_step,
-    loops_after_training,
+    loops_after_train_batch,
     loops_before_validation,
 )
-from rlmt.resume.run_log import RunLog
-from rlmt.resume.safe_files import remove_leftovers
-from rlmt.resume.stopping import Stopped, Stopping
+from rlmt.distributed import collectives
+from rlmt.errors import AllRanksUserError, UserError
 
 from ._common import check_count, step_number
 
@@ -62,12 +62,12 @@ class PolicyCheckpoint(ModelCheckpoint):
         super().__init__(dirpath, filename=self.CHECKPOINT_NAME_LAST, every_n_train_steps=every_n_steps)
         self.every_n_steps = every_n_steps
         self.on_full = on_full
-        self._stopping = Stopping(self._savable)
+        self._stopping = SignalHandler(self._savable)
         self._trainer: Trainer | None = None
         self._loops: Loops | None = None
         self._step = 0
-        self._moment: Moment | None = None
-        self._saved: Moment | None = None
+        self._moment: Snapshot | None = None
+        self._saved: Snapshot | None = None
         self._steps_saved = 0
         self._writing = False
 
@@ -82,7 +82,7 @@ class PolicyCheckpoint(ModelCheckpoint):
         """Removes what a kill left half-written."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and trainer.is_global_zero and self.dirpath:
-            remove_leftovers(Path(self.dirpath))
+            remove_unfinished(Path(self.dirpath))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listens to signals, and from now on sees the end of each step, which Lightning has no hook for."""
@@ -103,13 +103,13 @@ class PolicyCheckpoint(ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Notes where the loops stand."""
-        self._loops, self._step = loops_after_training(trainer), step_number(trainer)
+        self._loops, self._step = loops_after_train_batch(trainer), step_number(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The step is logged: the run can be saved with its validation still to come, unless it is the last one."""
         within_fit = trainer.state.fn == "fit" and not trainer.sanity_checking
         if within_fit and self._loops is not None and not is_last_step(trainer):
-            self._moment = Moment.of(trainer, loops_before_validation(self._loops), self._step)
+            self._moment = Snapshot.of(trainer, loops_before_validation(self._loops), self._step)
             self._stop_if_asked(trainer)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -119,7 +119,7 @@ class PolicyCheckpoint(ModelCheckpoint):
     def _on_step_end(self, trainer: Trainer) -> None:
         if self._loops is None:
             return  # a validation that a resumed run began with
-        self._moment, self._loops = Moment.of(trainer, loops_after_step(self._loops, trainer), self._step), None
+        self._moment, self._loops = Snapshot.of(trainer, loops_after_step(self._loops, trainer), self._step), None
         if trainer.global_step // self.every_n_steps > self._steps_saved // self.every_n_steps:
             self._save(trainer, may_fail=self.on_full == "continue")
         if not is_last_step(trainer):
@@ -127,7 +127,7 @@ class PolicyCheckpoint(ModelCheckpoint):
 
     def _stop_if_asked(self, trainer: Trainer) -> None:
         # Every rank or none: they are in the same step, and a signal may have reached one alone.
-        if asked := max(ranks.everyones(self._stopping.asked or 0)):
+        if asked := max(collectives.all_gather_object(self._stopping.asked or 0)):
             self._stopping.asked = asked
             if trainer.world_size > 1 and self._moment is not self._saved:
                 self._save(trainer, may_fail=True)  # here, together; while leaving, a rank would be on its own
@@ -153,7 +153,7 @@ class PolicyCheckpoint(ModelCheckpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Saves the steps since the last checkpoint, if it can be done, and tells where to go on from."""
-        possible = self._savable() or (isinstance(exception, SharedError) and self._stands())
+        possible = self._savable() or (isinstance(exception, AllRanksUserError) and self._stands())
         if possible and self._moment is not self._saved and not isinstance(exception, _NotWritten):
             self._save(trainer, may_fail=True)
         self._stopping.leave()
@@ -161,7 +161,7 @@ class PolicyCheckpoint(ModelCheckpoint):
             self._stopping.requeue()
         if self._saved is not None and trainer.is_global_zero:
             error = "stopped" if isinstance(exception, UserError) else type(exception).__name__
-            name = exception.signal.name if isinstance(exception, Stopped) else error
+            name = exception.signal.name if isinstance(exception, StoppedBySignal) else error
             print(
                 f"rlmt: {name}: {self.best_model_path} holds all up to step {self._saved.step}; the same command with "
                 "--ckpt_path last goes on from there",
@@ -194,7 +194,7 @@ class PolicyCheckpoint(ModelCheckpoint):
             if not may_fail:
                 raise _NotWritten(
                     f"{why}; the checkpoint before it is whole: make room, and go on with --ckpt_path last.",
-                    told=ranks.rank() > 0,
+                    reported_elsewhere=collectives.rank() > 0,
                 )
             rank_zero_warn(f"{why}; the checkpoint before it is whole.")
             return
@@ -202,10 +202,10 @@ class PolicyCheckpoint(ModelCheckpoint):
         self.best_model_path = str(path)
 
 
-def _checkpoint(trainer: Trainer, moment: Moment) -> dict[str, Any]:
+def _checkpoint(trainer: Trainer, moment: Snapshot) -> dict[str, Any]:
     """The checkpoint of a moment; callbacks write what goes with it."""
     checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-    log = next((logger for logger in trainer.loggers if isinstance(logger, RunLog)), None)
+    log = next((logger for logger in trainer.loggers if isinstance(logger, ResumableCSVLogger)), None)
     checkpoint["run"] = {"version": log.version if log else None, "step": moment.step}
     return checkpoint
 
@@ -217,8 +217,8 @@ def _failure(work: Callable[[], None]) -> str:
         work()
     except OSError as error:
         reason = error.strerror or str(error)
-    return max(ranks.everyones(reason))
+    return max(collectives.all_gather_object(reason))
 
 
-class _NotWritten(SharedError):
+class _NotWritten(AllRanksUserError):
     """A checkpoint could not be written, so trying again while ending is in vain."""

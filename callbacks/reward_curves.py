@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from rlmt.distributed.collectives import all_gather_tensor
 from rlmt.errors import UserError
-from rlmt.ranks import gathered
 from rlmt.types import Experience
 
 from ._common import (
@@ -64,7 +64,7 @@ def reward_metrics(experience: Experience) -> dict[str, float]:
     groups = [rewards[group_of == group] for group in torch.unique(group_of)]
     metrics = {
         "reward/mean": float(rewards.mean()),
-        "reward/std": float(gathered(rewards).std(correction=0)),
+        "reward/std": float(all_gather_tensor(rewards).std(correction=0)),
         "reward/group_std": float(torch.stack([group.std(correction=0) for group in groups]).mean()),
         # Compared and not subtracted: the standard deviation of equal numbers can come out as 1e-17.
         "reward/zero_std_groups": sum(bool((group == group[0]).all()) for group in groups) / len(groups),
@@ -73,7 +73,7 @@ def reward_metrics(experience: Experience) -> dict[str, float]:
     for name, scores in experience.scores.parts.items():
         if f"reward/{name}" in metrics:
             raise UserError(f"a reward is called {name!r}, which is the metric reward/{name}: give it another name")
-        metrics[f"reward/{name}"] = float(gathered(scores.detach().cpu().double()).nanmean())
+        metrics[f"reward/{name}"] = float(all_gather_tensor(scores.detach().cpu().double()).nanmean())
     return metrics
 
 
@@ -181,7 +181,7 @@ class RewardCurves(Callback):
         if self._folder is None or not trainer.is_global_zero or not self._train["step"]:
             return None
         # Imported here because matplotlib takes a second to load and most commands never draw.
-        from rlmt.plots import draw_curves
+        from rlmt.report.curves import draw_curves
 
         with failing("curves"):
             return draw_curves(self._folder / "curves.png", self._train, self._validation, self._subtitle)

@@ -8,9 +8,9 @@ from typing import Any
 import pyarrow.parquet as pq
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from rlmt import ranks
+from rlmt.distributed import collectives
+from rlmt.engines.rollout_files import interleave_ranks, rollout_table
 from rlmt.errors import UserError
-from rlmt.records import in_order, rollout_table
 
 from ._common import experience_of, format_of, run_folder, say
 
@@ -18,9 +18,9 @@ from ._common import experience_of, format_of, run_folder, say
 class RolloutWriter(Callback):
     """Writes every sample of `predict` to one parquet file, batch by batch, so memory does not grow.
 
-    See `rlmt.records` for the columns; `step` is the number of the batch. While it grows the file is called
-    `….partial.parquet`; a run that fails or is interrupted leaves what it has under that name, readable. Of several
-    processes the first writes the samples of all, in the order of the prompts.
+    See `rlmt.engines.rollout_files` for the columns; `step` is the number of the batch. While it grows the file is
+    called `….partial.parquet`; a run that fails or is interrupted leaves what it has under that name, readable. Of
+    several processes the first writes the samples of all, in the order of the prompts.
 
     Args:
         path: Where to write; `predictions.parquet` beside metrics.csv by default.
@@ -64,7 +64,7 @@ class RolloutWriter(Callback):
         table = rollout_table(experience, self._batches, format=format_of(pl_module), rank=trainer.global_rank)
         if trainer.world_size > 1:
             loader: Any = trainer.predict_dataloaders
-            table = in_order(ranks.everyones(table), len(loader.dataset) - self._prompts)
+            table = interleave_ranks(collectives.all_gather_object(table), len(loader.dataset) - self._prompts)
         self._prompts += trainer.world_size * len(experience.rollouts.prompts)
         self._batches += 1
         if not trainer.is_global_zero:

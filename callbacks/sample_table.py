@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlmt.records import read_rollouts, rollout_table, write_rollouts
+from rlmt.engines.rollout_files import read_rollouts, rollout_table, write_rollouts
 from rlmt.types import Experience
 
 from ._common import check_count, experience_of, failing, format_of, is_dry_run, run_folder, say, step_number
@@ -30,9 +30,9 @@ class SampleTable(Callback):
 
     The samples printed are spread over the batch's rewards: the worst, the best, and what lies evenly between. All
     rollouts go to `rollouts/` beside metrics.csv, one file for `dump_every_n_steps` steps, named by the first and the
-    last step in it; see `rlmt.records` for the columns. Rollouts not yet on disk are written when training ends or
-    fails and before every checkpoint, so a killed and resumed run has them all. A run that goes on from a checkpoint
-    drops the rows of later steps.
+    last step in it; see `rlmt.engines.rollout_files` for the columns. Rollouts not yet on disk are written when
+    training ends or fails and before every checkpoint, so a killed and resumed run has them all. A run that resumes
+    from a checkpoint drops the rows of later steps.
 
     Args:
         every_n_steps: How often to print; the first step always is. 0 prints nothing.

@@ -22,8 +22,8 @@ logging.raiseExceptions = False  # Lightning's handler keeps the stream that pyt
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as `rlmt tiny` makes it, with a smaller policy: policy/, reward/, prompts.jsonl. Do not write to it."""
-    from rlmt.tiny import write_tiny
-    from rlmt.tiny_models import Sizes
+    from rlmt.demos.tiny import write_tiny
+    from rlmt.demos.tiny_models import Sizes
 
     out = tmp_path_factory.mktemp("tiny")
     write_tiny(out, sizes=Sizes(hidden=64, layers=2, heads=2, ffn=128, vocab=512, context=1024))
@@ -81,8 +81,8 @@ def allocated_peak(tmp_path: Path) -> Callable[[Callable[[], None]], int]:
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs draw nothing, which takes a third of a short one's time; what they would draw is tested elsewhere."""
-    monkeypatch.setattr("rlmt.plots.draw_curves", lambda path, *curves: path)
-    monkeypatch.setattr("rlmt.calibration.draw_calibration", lambda path, bins: path)
+    monkeypatch.setattr("rlmt.report.curves.draw_curves", lambda path, *curves: path)
+    monkeypatch.setattr("rlmt.report.calibration.draw_calibration", lambda path, bins: path)
 
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "four", "bee", "cat", "dog", "sun", "moon"]

@@ -1,24 +1,24 @@
-"""The exceptions for mistakes that a user can mend."""
+"""Exceptions for errors that the user can fix."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Bad input, told in one line: what is wrong, where, and the cure.
+    """Bad input, reported in one line: the option or file, what is wrong, and the fix.
 
-    The command line prints the message alone, without a traceback, and exits with status 2. Raise it before any
-    model is loaded wherever the mistake can be seen by then.
+    The command line prints the message without a traceback and exits with status 2. Raise it before any model is loaded
+    wherever the error can be found by then.
     """
 
 
-class SharedError(UserError):
-    """One that every rank of a run raises, at the same point: so they can still do together what ends a run.
+class AllRanksUserError(UserError):
+    """A `UserError` that every rank raises at the same point, so that collective operations still work afterwards.
 
     Args:
-        message: as of any other.
-        told: whether another rank prints it.
+        message: The message, as for `UserError`.
+        reported_elsewhere: Whether another rank prints the message, so that it is printed once.
     """
 
-    def __init__(self, message: str, told: bool) -> None:
+    def __init__(self, message: str, reported_elsewhere: bool) -> None:
         super().__init__(message)
-        self.told = told
+        self.reported_elsewhere = reported_elsewhere

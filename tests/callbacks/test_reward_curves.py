@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 
 from rlmt.callbacks import RewardCurves
 from rlmt.errors import UserError
-from rlmt.plots import draw_curves, smooth
+from rlmt.report.curves import draw_curves, smooth
 
 
 def png_size(path):

@@ -8,8 +8,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from rlmt.callbacks import RolloutWriter, SampleTable
 from rlmt.callbacks.sample_table import render_samples, shorten
+from rlmt.engines.rollout_files import SCHEMA, read_rollouts
 from rlmt.errors import UserError
-from rlmt.records import SCHEMA, read_rollouts
 
 
 def names(folder):

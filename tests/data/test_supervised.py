@@ -9,8 +9,8 @@ import pytest
 
 from rlmt.data import PreferenceDataModule, SFTDataModule
 from rlmt.errors import UserError
+from rlmt.formats.thinking import ThinkingFormat
 from rlmt.rewards.conversation import ConversationReader
-from rlmt.thinking import ThinkingFormat
 
 
 class Module:

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from rlmt.engines import ReplayEngine
+from rlmt.engines.rollout_files import read_rollouts, rollout_table, write_rollouts
 from rlmt.errors import UserError
+from rlmt.formats.thinking import ThinkingFormat
 from rlmt.models.loading import load_tokenizer
-from rlmt.records import read_rollouts, rollout_table, write_rollouts
-from rlmt.thinking import ThinkingFormat
 from rlmt.types import Experience, FinishReason, Prompt, RolloutBatch, SampleRequest, Sampling, Scores
 
 FORMAT = ThinkingFormat("think")

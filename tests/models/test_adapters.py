@@ -16,12 +16,12 @@ from rlmt.models import LoRA
 from rlmt.models.adapters import (
     CRITIC,
     POLICY,
-    active,
     adapter_weights,
     base_tensors,
     check_same_adapter,
-    merged,
-    own_parameters,
+    merge_adapter,
+    trainable_parameters,
+    use_adapter,
 )
 
 LAYERS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
@@ -90,7 +90,7 @@ def test_the_model_is_pefts_own(options: dict[str, Any]) -> None:
     base = {name: tensor.detach().clone() for name, tensor in base_tensors(ours).items()}
     assert whole.keys() == base.keys() == model().state_dict().keys()
     for name, tensor in base.items():
-        torch.testing.assert_close(merged(name, tensor, adapter), whole[name], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(merge_adapter(name, tensor, adapter), whole[name], rtol=1e-5, atol=1e-5)
         assert torch.equal(tensor, model().state_dict()[name])  # merged works on a copy
 
 
@@ -106,7 +106,7 @@ def test_scale_and_dora_are_the_papers_formulas() -> None:
     expected = torch.stack([m[i] * v[i] / v[i].square().sum().sqrt() for i in range(48)])
     adapter = adapter_weights(policy)
     assert adapter is not None
-    torch.testing.assert_close(merged("model.layers.1.mlp.up_proj.weight", w, adapter), expected)
+    torch.testing.assert_close(merge_adapter("model.layers.1.mlp.up_proj.weight", w, adapter), expected)
     torch.testing.assert_close(layer(torch.eye(32)).T, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -162,13 +162,13 @@ def test_two_adapters_on_one_base_are_two_models() -> None:
     LoRA(rank=2).add_to(policy, CRITIC)
     scrambled(policy, CRITIC)
     assert torch.equal(logits(policy), alone)
-    with active(policy, None):
+    with use_adapter(policy, None):
         torch.testing.assert_close(logits(policy), before)
-    with active(policy, CRITIC):
+    with use_adapter(policy, CRITIC):
         other = logits(policy)
     assert (other - alone).abs().max() > 0.1 and (other - before).abs().max() > 0.1
     assert torch.equal(logits(policy), alone)
-    mine = {id(p) for p in own_parameters(policy)}
+    mine = {id(p) for p in trainable_parameters(policy)}
     for name, p in policy.named_parameters():
         assert p.requires_grad == (".lora_" in name)
         assert (id(p) in mine) == (".lora_" in name and f".{POLICY}." in name)

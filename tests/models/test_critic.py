@@ -13,15 +13,15 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from rlmt.algorithms import PPO, CriticOptions
 from rlmt.errors import UserError
-from rlmt.export import export, save_policy_assets
+from rlmt.export.checkpoints import export, save_policy_assets
+from rlmt.formats.thinking import ThinkingFormat
 from rlmt.models import loading
-from rlmt.models.adapters import CRITIC, LoRA, active, own_parameters
+from rlmt.models.adapters import CRITIC, LoRA, trainable_parameters, use_adapter
 from rlmt.models.critic import Critic, build_critic, check_critic
 from rlmt.models.logprobs import token_logprobs
 from rlmt.models.micro_batch import MicroBatch
 from rlmt.modules import RLMTModule
 from rlmt.rewards import FormatReward
-from rlmt.thinking import ThinkingFormat
 
 LORA = LoRA(rank=4, alpha=8, target_modules=["q_proj", "v_proj"])
 
@@ -80,7 +80,7 @@ def test_from_the_policy_it_has_a_copy_of_the_backbone_and_no_output_projection(
     assert all(torch.equal(own[f"backbone.{name}"], weight) for name, weight in backbone.items())
     assert not {p.data_ptr() for p in critic.parameters()} & {p.data_ptr() for p in policy.parameters()}
     assert critic(batch()).tolist() == [0.0] * 6
-    assert len(own_parameters(critic)) == len(own) and all(p.requires_grad for p in own.values())
+    assert len(trainable_parameters(critic)) == len(own) and all(p.requires_grad for p in own.values())
 
 
 def test_from_a_reward_model_its_values_are_that_models_scores(policy: Any, reward_model: Path) -> None:
@@ -97,7 +97,7 @@ def test_from_a_reward_model_its_values_are_that_models_scores(policy: Any, rewa
 def test_shared_it_owns_a_head_alone_and_moves_the_policy(policy: Any) -> None:
     critic = build_critic(options(shared=True), policy)
     assert critic.state_dict().keys() == {"head.weight", "head.bias"}
-    assert len(list(critic.parameters())) == len(own_parameters(critic)) == 2
+    assert len(list(critic.parameters())) == len(trainable_parameters(critic)) == 2
     assert critic.moves_policy
     torch.nn.init.ones_(critic.head.weight)
     hidden = [policy.model(torch.tensor([row])).last_hidden_state[0, 2:].sum(1) for row in ROWS]
@@ -111,7 +111,7 @@ def test_shared_it_owns_a_head_alone_and_moves_the_policy(policy: Any) -> None:
 
 def test_shared_with_adapters_it_has_its_own(policy: Any) -> None:
     LORA.add_to(policy)
-    for parameter in own_parameters(policy):
+    for parameter in trainable_parameters(policy):
         torch.nn.init.normal_(parameter, std=0.1)
     base = {n: p.clone() for n, p in policy.named_parameters() if "lora_" not in n}
     mine = {n: p.clone() for n, p in policy.named_parameters() if "lora_" in n}
@@ -122,17 +122,17 @@ def test_shared_with_adapters_it_has_its_own(policy: Any) -> None:
     assert not critic.moves_policy
     assert {tuple(m._active_adapter) for m in policy.modules() if isinstance(m, BaseTunerLayer)} == {("default",)}
     assert {n for n, p in policy.named_parameters() if p.requires_grad and f".{CRITIC}." not in n} == set(mine)
-    ids = {id(p) for p in own_parameters(policy)}
-    assert len(ids) == 8 and not ids & {id(p) for p in own_parameters(critic)}
-    assert len(own_parameters(critic)) == 2 + 8
+    ids = {id(p) for p in trainable_parameters(policy)}
+    assert len(ids) == 8 and not ids & {id(p) for p in trainable_parameters(critic)}
+    assert len(trainable_parameters(critic)) == 2 + 8
     assert critic.state_dict().keys() == {"head.weight", "head.bias"}
 
     first = critic(batch()).detach()  # its adapter starts without effect: the values are the frozen base's
-    with active(policy, None):
+    with use_adapter(policy, None):
         hidden = torch.cat([policy.model(torch.tensor([row])).last_hidden_state[0, 2:].sum(1) for row in ROWS])
     torch.testing.assert_close(first, hidden, rtol=1e-4, atol=1e-5)
 
-    optimizer = torch.optim.SGD(own_parameters(critic), lr=0.1)
+    optimizer = torch.optim.SGD(trainable_parameters(critic), lr=0.1)
     for _ in range(2):
         with critic.active():
             critic(batch()).square().sum().backward()
@@ -176,8 +176,8 @@ def test_the_critics_adapter_goes_neither_to_the_engine_nor_into_an_export(
 def test_a_copy_of_a_policy_with_adapters_trains_its_copies_of_them(policy: Any) -> None:
     LORA.add_to(policy)
     critic = build_critic(options(), policy, LORA)
-    assert len(own_parameters(critic)) == 2 + 8
-    assert not {id(p) for p in own_parameters(critic)} & {id(p) for p in policy.parameters()}
+    assert len(trainable_parameters(critic)) == 2 + 8
+    assert not {id(p) for p in trainable_parameters(critic)} & {id(p) for p in policy.parameters()}
 
 
 def test_a_reward_model_beside_a_policy_with_adapters_gets_adapters_in_all_its_layers(

@@ -11,9 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlmt.errors import UserError
 from rlmt.models import NF4, LoRA, loading
-from rlmt.models.adapters import adapter_weights, base_tensors, merged
-from rlmt.models.modes import evaluating
-from rlmt.models.quantization import dequantized
+from rlmt.models.adapters import adapter_weights, base_tensors, merge_adapter
+from rlmt.models.logprobs import eval_mode
+from rlmt.models.quantization import dequantize
 
 pytest.importorskip("bitsandbytes")
 IDS = torch.arange(2 * 11).view(2, 11) % 61
@@ -43,7 +43,7 @@ def nf4(folder: Path, double_quant: bool = True, **options: Any) -> Any:
 def in_full(quantized: Any, folder: Path) -> Any:
     """The same function from plain float32 weights."""
     plain = loading.load_policy(folder, "float32")
-    plain.load_state_dict({name: dequantized(tensor) for name, tensor in base_tensors(quantized).items()})
+    plain.load_state_dict({name: dequantize(tensor) for name, tensor in base_tensors(quantized).items()})
     return plain
 
 
@@ -53,7 +53,7 @@ def test_linear_layers_are_in_4_bits_and_all_else_as_it_was(double_quant: bool, 
     tensors = base_tensors(quantized)
     assert tensors.keys() == plain.state_dict().keys()
     for name, tensor in plain.state_dict().items():
-        found = dequantized(tensors[name])
+        found = dequantize(tensors[name])
         assert found.dtype == torch.float32 and found.shape == tensor.shape
         if "_proj" in name:
             assert tensors[name].numel() == tensor.numel() / 2 and tensors[name].dtype == torch.uint8
@@ -71,7 +71,7 @@ def test_the_layer_computes_with_the_dequantized_weight_in_every_mode(folder: Pa
     policy = nf4(folder)
     layer: Any = policy.model.layers[0].mlp.up_proj
     bits = layer.weight.data.clone()
-    full = dequantized(layer.weight)
+    full = dequantize(layer.weight)
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
     for training in (True, False):
         layer.train(training)
@@ -93,7 +93,7 @@ def test_gradients_are_those_of_the_dequantized_model(dora: bool, folder: Path) 
             if p.requires_grad:
                 p.data += 0.1 * torch.randn(p.shape, generator=make)
         policy.train()
-        with evaluating(policy), torch.no_grad():
+        with eval_mode(policy), torch.no_grad():
             policy(input_ids=IDS)  # as an engine that samples from the live policy would
         policy(input_ids=IDS, labels=IDS).loss.backward()
         gradients.append({name: p.grad for name, p in policy.named_parameters() if p.requires_grad})
@@ -104,7 +104,7 @@ def test_gradients_are_those_of_the_dequantized_model(dora: bool, folder: Path) 
     assert adapter is not None
     name = "model.layers.0.self_attn.q_proj.weight"
     layer: Any = plain.model.layers[0].self_attn.q_proj
-    whole = merged(name, dequantized(base_tensors(quantized)[name]), adapter)
+    whole = merge_adapter(name, dequantize(base_tensors(quantized)[name]), adapter)
     torch.testing.assert_close(layer(torch.eye(64)).T, whole, rtol=1e-4, atol=1e-5)
 
 
@@ -113,7 +113,7 @@ def test_bfloat16_layers_compute_in_bfloat16(folder: Path) -> None:
     LoRA(rank=2).add_to(policy)
     layer: Any = policy.model.layers[0].mlp.up_proj
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
-    full = dequantized(layer.base_layer.weight)
+    full = dequantize(layer.base_layer.weight)
     assert full.dtype == torch.bfloat16
     assert torch.equal(layer.base_layer(x), F.linear(x, full))
     assert {p.dtype for p in policy.parameters() if p.requires_grad} == {torch.float32}

@@ -10,7 +10,7 @@ from torch.optim import AdamW
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlmt.algorithms import DPO
-from rlmt.modules.update import PolicyUpdate, first_pass
+from rlmt.modules.update import PolicyUpdate, compute_logprobs
 from rlmt.types import Experience, FinishReason, Prompt, RolloutBatch, Sampling, Scores, Split, Status
 
 CPU = torch.device("cpu")
@@ -78,7 +78,7 @@ def prepared(algorithm: DPO, reference: LlamaForCausalLM, budget: int, temperatu
     algorithm.prepare(data)
     assert data.pairs is not None
     wanted = data.pairs.flatten().tolist()
-    data.ref_logprobs = first_pass(reference, data.rollouts, budget, CPU, algorithm.logprob_temperature, wanted)
+    data.ref_logprobs = compute_logprobs(reference, data.rollouts, budget, CPU, algorithm.logprob_temperature, wanted)
     return data
 
 
@@ -179,7 +179,7 @@ def test_a_step_without_pairs_does_not_move_the_policy() -> None:
     data.scores.total.zero_()
     algorithm.prepare(data)
     assert data.pairs is not None and data.pairs.shape == (0, 2)
-    assert first_pass(policy, data.rollouts, 100, CPU, samples=[]).isnan().all()
+    assert compute_logprobs(policy, data.rollouts, 100, CPU, samples=[]).isnan().all()
     assert take_step(data) == {"policy/loss": 0.0, "policy/grad_norm": 0.0, "policy/skipped": 0.0}
     for name, value in policy.state_dict().items():
         assert torch.equal(value, before[name]), name
@@ -192,7 +192,7 @@ def test_the_engine_is_compared_at_its_own_temperature_only(temperature: float) 
     _, metrics = update(algorithm, policy, data, 100)
     assert ("engine/mismatch_max" in metrics) == (temperature == 1.0)
     if temperature == 1.0:
-        lp = first_pass(policy, data.rollouts, 100, CPU)
+        lp = compute_logprobs(policy, data.rollouts, 100, CPU)
         gaps = (lp - data.engine_logprobs).abs().split(data.rollouts.lengths)
         expected = max(float(gaps[i].max()) for pair in PAIRS for i in pair)
         assert metrics["engine/mismatch_max"] == pytest.approx(expected, rel=1e-5)
@@ -201,7 +201,7 @@ def test_the_engine_is_compared_at_its_own_temperature_only(temperature: float) 
 def test_the_engine_is_compared_before_any_step_only() -> None:
     policy, algorithm = model(0), DPO(min_valid=2, minibatches=2)
     data = prepared(algorithm, model(1), 100, temperature=1.0)
-    lp = first_pass(policy, data.rollouts, 100, CPU)
+    lp = compute_logprobs(policy, data.rollouts, 100, CPU)
     gaps = [float(gap.max()) for gap in (lp - data.engine_logprobs).abs().split(data.rollouts.lengths)]
     run = PolicyUpdate(algorithm, 100, 1.0)
     for _ in run.steps(policy, data, 0, lambda part: part.backward()):

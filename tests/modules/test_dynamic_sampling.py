@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlmt.modules.dynamic_sampling import groups_with_spread, merge, refill, select
+from rlmt.modules.dynamic_sampling import groups_with_signal, merge, refill, select
 from rlmt.types import Experience, FinishReason, Prompt, RolloutBatch, Sampling, Scores, Split, Status
 
 SIZE = 2
@@ -71,7 +71,7 @@ def test_merge_and_select_keep_samples_whole() -> None:
     assert both.group.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     assert both.rollouts.epochs == [0, 0, 0, 1, 1] and both.rollouts.weight_version == 5
     assert both.rollouts.seconds == {"rollout": 3.0, "sync": 0.0} and both.rollouts.lag == 1
-    assert groups_with_spread(both) == [0, 2, 4]
+    assert groups_with_signal(both) == [0, 2, 4]
     some = select(both, [0, 2, 4])
     assert some.rollouts.lag == 1
     assert rows(some) == [rows(both)[i] for i in (0, 1, 4, 5, 8, 9)]

@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlmt.algorithms import PPO, CriticOptions
-from rlmt.models.adapters import CRITIC, LoRA, active, own_parameters
+from rlmt.models.adapters import CRITIC, LoRA, trainable_parameters, use_adapter
 from rlmt.models.critic import Critic, build_critic
-from rlmt.modules.update import PolicyUpdate, first_values
+from rlmt.modules.update import PolicyUpdate, compute_values
 from rlmt.types import Experience, FinishReason, Prompt, RolloutBatch, Sampling, Scores
 
 TEMPERATURE, GAMMA, LAM = 0.7, 0.95, 0.9
@@ -29,7 +29,7 @@ def model(adapters: bool = False) -> Any:
     policy = LlamaForCausalLM(LlamaConfig(vocab_size=61, initializer_range=0.2, **sizes))
     if adapters:
         LORA.add_to(policy)
-        for parameter in own_parameters(policy):
+        for parameter in trainable_parameters(policy):
             torch.nn.init.normal_(parameter, std=0.1)  # adapters start without effect
     return policy
 
@@ -100,7 +100,7 @@ def padded(rollouts: RolloutBatch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
 def textbook(policy: Any, critic: Critic, data: Experience, counted: Tensor) -> tuple[Tensor, Tensor, float]:
     """Policy and value loss of the whole batch, and the share of clipped values; `counted`: samples in the loss."""
     inputs, tokens, completion = padded(data.rollouts)
-    with active(policy, CRITIC) if hasattr(policy, "peft_config") else nullcontext():
+    with use_adapter(policy, CRITIC) if hasattr(policy, "peft_config") else nullcontext():
         hidden = critic.backbone(**inputs).last_hidden_state[:, :-1]
     values = critic.head(hidden).squeeze(2)[completion]
     logprobs = torch.log_softmax(policy(**inputs).logits[:, :-1] / TEMPERATURE, -1)
@@ -154,7 +154,7 @@ def test_both_gradients_are_those_of_one_big_padded_batch(kind: str, mask_trunca
     algorithm = PPO(GAMMA, LAM, kl_coef=0.0, entropy_coef=0.0, mask_truncated=mask_truncated)
     for budget in (1, 60, 100_000):
         policy.zero_grad(), critic.zero_grad()
-        data.values = moved(first_values(critic, data.rollouts, budget, CPU))
+        data.values = moved(compute_values(critic, data.rollouts, budget, CPU))
         algorithm.prepare(data)
         update = PolicyUpdate(algorithm, budget, max_grad_norm=1e9)
         (step,) = [
@@ -168,13 +168,13 @@ def test_both_gradients_are_those_of_one_big_padded_batch(kind: str, mask_trunca
         assert metrics["policy/loss"] == pytest.approx(policy_loss.item(), rel=1e-4, abs=1e-6)
         assert metrics["critic/loss"] == pytest.approx(value_loss.item(), rel=1e-4)
         assert metrics["critic/clip_frac"] == pytest.approx(clipped)
-        norm = sum(float(p.grad.square().sum()) for p in own_parameters(critic) if p.grad is not None) ** 0.5
+        norm = sum(float(p.grad.square().sum()) for p in trainable_parameters(critic) if p.grad is not None) ** 0.5
         assert metrics["critic/grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
 def test_adapters_of_policy_and_critic_get_no_gradient_of_each_others_loss() -> None:
     data, (policy, critic) = experience(), pair("shared with adapters")
-    data.values = first_values(critic, data.rollouts, 100, CPU)
+    data.values = compute_values(critic, data.rollouts, 100, CPU)
     algorithm = PPO(kl_coef=0.0)
     algorithm.prepare(data)
     for only, seen in ((True, {CRITIC}), (False, {"default"})):
@@ -190,13 +190,13 @@ def test_adapters_of_policy_and_critic_get_no_gradient_of_each_others_loss() -> 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_warm_up_step_leaves_the_policy_without_gradient(kind: str) -> None:
     data, (policy, critic) = experience(), pair(kind)
-    data.values = first_values(critic, data.rollouts, 100, CPU)
+    data.values = compute_values(critic, data.rollouts, 100, CPU)
     algorithm = PPO(kl_coef=0.0)
     algorithm.prepare(data)
     update = PolicyUpdate(algorithm, 100, 1e9)
     (step,) = update.steps(policy, data, 0, lambda part: part.backward(), critic, lambda: True)
     assert step.problem is None
-    assert all(p.grad is None for p in own_parameters(policy))
-    learning = [p for p in own_parameters(critic) if p.grad is not None]
+    assert all(p.grad is None for p in trainable_parameters(policy))
+    learning = [p for p in trainable_parameters(critic) if p.grad is not None]
     assert len(learning) == {"own": 2 + 20, "shared": 2, "shared with adapters": 2 + 12}[kind]
     assert not any(name.startswith("policy/loss") for name in update.metrics())

@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from rlmt.engines.recording import Recording
+from rlmt.engines.offline_rollouts import OfflineRollouts
+from rlmt.engines.rollout_files import SCHEMA, write_rollouts
 from rlmt.errors import UserError
 from rlmt.modules import reference_cache
 from rlmt.modules.reference_cache import fingerprint, reference_logprobs
-from rlmt.records import SCHEMA, write_rollouts
 
 CPU = torch.device("cpu")
 
@@ -25,7 +25,7 @@ def model(seed: int = 0) -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, initializer_range=0.2)).eval()
 
 
-def record(path: Path, changed: bool = False) -> Recording:
+def record(path: Path, changed: bool = False) -> OfflineRollouts:
     """40 groups of 1 to 3 samples of 1 to 30 tokens."""
     make = torch.Generator().manual_seed(0)
 
@@ -47,17 +47,17 @@ def record(path: Path, changed: bool = False) -> Recording:
         rows[-1]["completion_ids"][-1] ^= 1
     form = b'{"format": {"name": "think", "prefill": false, "instruction": null}}'
     write_rollouts(pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata({b"rlmt": form})), path)
-    return Recording(str(path))
+    return OfflineRollouts(str(path))
 
 
 def cached(
-    recording: Recording, reference: PreTrainedModel, temperature: float = 0.7, precision: str = "32-true"
+    recording: OfflineRollouts, reference: PreTrainedModel, temperature: float = 0.7, precision: str = "32-true"
 ) -> Any:
     return reference_logprobs(recording, reference, temperature, precision, 200, CPU, progress=False, write=True)
 
 
 @torch.no_grad()
-def slow(recording: Recording, reference: PreTrainedModel, temperature: float) -> torch.Tensor:
+def slow(recording: OfflineRollouts, reference: PreTrainedModel, temperature: float) -> torch.Tensor:
     """One forward a sample, all logits at once."""
     parts = []
     for group, rows in enumerate(recording.groups):
@@ -89,7 +89,7 @@ def test_they_are_the_references_and_computed_once(tmp_path: Path, counted: list
     assert sum(counted) == len(recording) and len(counted) > 2
     torch.testing.assert_close(got, slow(recording, reference, 0.7), rtol=1e-5, atol=1e-5)
     del counted[:]
-    again = cached(Recording(str(tmp_path / "r.parquet")), model())
+    again = cached(OfflineRollouts(str(tmp_path / "r.parquet")), model())
     assert torch.equal(got, again) and counted == []
     names = sorted(path.name for path in tmp_path.iterdir())
     assert len(names) == 2 and names[0].startswith("r.") and names[1].startswith("r.reference-")
@@ -110,11 +110,11 @@ def test_another_reference_temperature_precision_or_recording_has_a_file_of_its_
 
 def test_a_folder_of_rollouts_holds_its_file(tmp_path: Path) -> None:
     record(tmp_path / "rollouts_000000-000009.parquet")
-    recording = Recording(str(tmp_path))
+    recording = OfflineRollouts(str(tmp_path))
     got = cached(recording, model())
     (path,) = tmp_path.glob("*.safetensors")
     assert path.name.startswith("reference-")
-    assert torch.equal(cached(Recording(str(tmp_path)), model()), got)
+    assert torch.equal(cached(OfflineRollouts(str(tmp_path)), model()), got)
 
 
 def test_an_interruption_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,13 +15,13 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 from rlmt.data import SFTDataModule, load_prompts
-from rlmt.data.sft import EncodedDemonstration
+from rlmt.data.demonstrations import EncodedDemonstration
 from rlmt.engines.transformers import TransformersEngine
+from rlmt.formats.thinking import ThinkingFormat
 from rlmt.models import loading
 from rlmt.modules import SFT, CosineWithWarmup
+from rlmt.modules.optimizers import MuonAdamW
 from rlmt.modules.supervised import make_optimizer
-from rlmt.optim import MuonAdamW
-from rlmt.thinking import ThinkingFormat
 from rlmt.types import SampleRequest, Sampling
 
 LENGTHS = [[(3, 9)], [(5, 1), (14, 20)], [(1, 4)], [(30, 2)], [(2, 40)]]

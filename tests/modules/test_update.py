@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlmt.algorithms import GRPO
 from rlmt.models.micro_batch import shares_prompts
-from rlmt.modules.update import PolicyUpdate, first_pass
+from rlmt.modules.update import PolicyUpdate, compute_logprobs
 from rlmt.types import Experience, FinishReason, Prompt, RolloutBatch, Sampling, Scores
 
 TEMPERATURE = 0.7
@@ -106,7 +106,7 @@ def test_gradient_is_that_of_one_big_padded_batch(aggregation: Any, budget: int,
         policy.gradient_checkpointing_enable({"use_reentrant": False})
         policy.train()
     assert shares_prompts(policy) != checkpointing
-    data.ref_logprobs = first_pass(reference, data.rollouts, budget, torch.device("cpu"))
+    data.ref_logprobs = compute_logprobs(reference, data.rollouts, budget, torch.device("cpu"))
     algorithm.prepare(data)
     update = PolicyUpdate(algorithm, budget, max_grad_norm=1e9)
     (step,) = [gradients(policy) for _ in update.steps(policy, data, 0, lambda part: part.backward())]
@@ -131,7 +131,7 @@ def test_samples_of_other_weights_are_weighted_by_truncated_importance() -> None
         old = padded_logprobs(policy, data.rollouts)[0]
     data.engine_logprobs = data.rollouts.engine_logprobs = behaviour[mask]
     algorithm = GRPO(kl_coef=0.0, entropy_coef=0.0, clip_low=0.02, clip_high=0.03, dual_clip=None, update_epochs=2)
-    data.old_logprobs = first_pass(policy, data.rollouts, 60, torch.device("cpu"))
+    data.old_logprobs = compute_logprobs(policy, data.rollouts, 60, torch.device("cpu"))
     algorithm.prepare(data)
     update = PolicyUpdate(algorithm, 60, max_grad_norm=1e9)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (policy, twin)]
@@ -163,7 +163,7 @@ def test_first_pass_gives_log_probs_in_the_order_of_the_samples() -> None:
     data, policy = experience(), model()
     with torch.no_grad():
         lp, mask = padded_logprobs(policy, data.rollouts)
-    got = first_pass(policy, data.rollouts, 64, torch.device("cpu"))
+    got = compute_logprobs(policy, data.rollouts, 64, torch.device("cpu"))
     torch.testing.assert_close(got, lp[mask], rtol=1e-5, atol=1e-5)
 
 
@@ -181,7 +181,7 @@ def test_the_gradient_is_clipped_to_the_norm() -> None:
 def test_epochs_and_minibatches_see_every_sample_once_an_epoch() -> None:
     data, policy = experience(), model()
     algorithm = GRPO(kl_coef=0.0, entropy_coef=0.0, update_epochs=3, minibatches=3, loss_aggregation="constant")
-    data.old_logprobs = first_pass(policy, data.rollouts, 100, torch.device("cpu"))
+    data.old_logprobs = compute_logprobs(policy, data.rollouts, 100, torch.device("cpu"))
     algorithm.prepare(data)
     update = PolicyUpdate(algorithm, 100, 1e9)
     steps = []

@@ -7,9 +7,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlmt.algorithms import GRPO
 from rlmt.models import LoRA
-from rlmt.models.adapters import active, own_parameters
+from rlmt.models.adapters import trainable_parameters, use_adapter
 from rlmt.models.micro_batch import shares_prompts
-from rlmt.modules.update import PolicyUpdate, first_pass
+from rlmt.modules.update import PolicyUpdate, compute_logprobs
 from rlmt.types import Experience, FinishReason, Prompt, RolloutBatch, Sampling, Scores
 
 CPU = torch.device("cpu")
@@ -20,7 +20,7 @@ def model(dropout: float = 0.0) -> LlamaForCausalLM:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     policy = LlamaForCausalLM(LlamaConfig(vocab_size=61, **sizes, initializer_range=0.2)).train()
     LoRA(rank=4, dropout=dropout).add_to(policy)
-    for p in own_parameters(policy):
+    for p in trainable_parameters(policy):
         p.data += 0.1 * torch.randn(p.shape)
     return policy
 
@@ -66,7 +66,7 @@ def one_by_one(policy: LlamaForCausalLM, rollouts: RolloutBatch) -> Tensor:
 def test_gradient_is_the_formulas_and_the_reference_is_the_base(budget: int, checkpointing: bool) -> None:
     data, policy = experience(), model()
     lp = one_by_one(policy, data.rollouts)
-    with torch.no_grad(), active(policy, None):
+    with torch.no_grad(), use_adapter(policy, None):
         base = one_by_one(policy, data.rollouts)
     assert (base - lp).abs().max() > 0.1
     groups = data.scores.total.view(2, 3)
@@ -80,8 +80,8 @@ def test_gradient_is_the_formulas_and_the_reference_is_the_base(budget: int, che
     if checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     assert shares_prompts(policy) != checkpointing
-    with active(policy, None):
-        data.ref_logprobs = first_pass(policy, data.rollouts, budget, CPU)
+    with use_adapter(policy, None):
+        data.ref_logprobs = compute_logprobs(policy, data.rollouts, budget, CPU)
     torch.testing.assert_close(data.ref_logprobs, base, rtol=1e-5, atol=1e-5)
     algorithm = GRPO(kl_coef=0.1, entropy_coef=0.0)
     algorithm.prepare(data)
@@ -99,7 +99,7 @@ def test_gradient_is_the_formulas_and_the_reference_is_the_base(budget: int, che
 def test_passes_without_gradient_drop_nothing() -> None:
     """Old log-probs are those of the function that the engine samples from."""
     data, policy = experience(), model(dropout=0.5)
-    got = first_pass(policy, data.rollouts, 1000, CPU)
+    got = compute_logprobs(policy, data.rollouts, 1000, CPU)
     assert policy.training
     with torch.no_grad():
         noisy = one_by_one(policy, data.rollouts)

@@ -15,17 +15,17 @@ from test_update import model  # noqa: E402
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel  # noqa: E402
 
-from rlmt import ranks  # noqa: E402
 from rlmt.algorithms import DPO, GRPO, PPO, Algorithm, REINFORCEPlusPlus  # noqa: E402
-from rlmt.errors import SharedError, UserError  # noqa: E402
-from rlmt.models.adapters import LoRA, own_parameters  # noqa: E402
+from rlmt.distributed import collectives  # noqa: E402
+from rlmt.distributed.fsdp2 import compute_device, full_tensor, is_sharded, shard_model  # noqa: E402
+from rlmt.errors import AllRanksUserError, UserError  # noqa: E402
+from rlmt.models.adapters import LoRA, trainable_parameters  # noqa: E402
 from rlmt.models.critic import build_critic  # noqa: E402
 from rlmt.modules import RLMTModule  # noqa: E402
-from rlmt.modules.building import shardable  # noqa: E402
+from rlmt.modules.build import shardable_models  # noqa: E402
 from rlmt.modules.dynamic_sampling import select  # noqa: E402
-from rlmt.modules.update import PolicyUpdate, first_pass, first_values  # noqa: E402
+from rlmt.modules.update import PolicyUpdate, compute_logprobs, compute_values  # noqa: E402
 from rlmt.rewards import ClassifierReward  # noqa: E402
-from rlmt.sharding import device_of, is_sharded, shard, whole  # noqa: E402
 from rlmt.types import Experience, Split, Status  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -53,7 +53,7 @@ def experience() -> Experience:
 
 
 def gradients(policy: PreTrainedModel) -> dict[str, Tensor]:
-    return {name: whole(p.grad).clone() for name, p in policy.named_parameters() if p.grad is not None}
+    return {name: full_tensor(p.grad).clone() for name, p in policy.named_parameters() if p.grad is not None}
 
 
 def update(
@@ -73,7 +73,7 @@ def update(
     if lora is not None:
         lora.add_to(policy)
         torch.manual_seed(0)
-        for parameter in own_parameters(policy):
+        for parameter in trainable_parameters(policy):
             torch.nn.init.normal_(parameter, std=0.1)
     if critic is not None:
         torch.manual_seed(0)
@@ -83,22 +83,24 @@ def update(
         policy.train()
     for each in (policy, reference, critic):
         if mesh is not None and each is not None:
-            shard(each, mesh, mixed=False, offload=offload)
-            assert is_sharded(each) and device_of(each) == CPU
+            shard_model(each, mesh, mixed=False, offload=offload)
+            assert is_sharded(each) and compute_device(each) == CPU
     if algorithm.pairwise:
         algorithm.prepare(data)
     samples = None if data.pairs is None else data.pairs.flatten().tolist()
-    data.ref_logprobs = first_pass(reference, rollouts, BUDGET, CPU, algorithm.logprob_temperature, samples)
-    data.old_logprobs = first_pass(policy, rollouts, BUDGET, CPU)
+    data.ref_logprobs = compute_logprobs(reference, rollouts, BUDGET, CPU, algorithm.logprob_temperature, samples)
+    data.old_logprobs = compute_logprobs(policy, rollouts, BUDGET, CPU)
     if critic is not None:
-        data.values = first_values(critic, rollouts, BUDGET, CPU)
+        data.values = compute_values(critic, rollouts, BUDGET, CPU)
     if not algorithm.pairwise:
         algorithm.prepare(data)
     updates = PolicyUpdate(algorithm, BUDGET, max_grad_norm=0.5)
     steps: list[dict[str, Tensor]] = []
     for step in updates.steps(policy, data, 0, lambda loss: loss.backward(), critic):
         assert step.problem is None
-        steps.append(gradients(policy) | ({} if critic is None else {"head": whole(critic.head.weight.grad).clone()}))
+        steps.append(
+            gradients(policy) | ({} if critic is None else {"head": full_tensor(critic.head.weight.grad).clone()})
+        )
         for trained in (policy, critic):
             if trained is not None:
                 trained.zero_grad()
@@ -110,8 +112,8 @@ def scores(folder: str, number: int, mesh: DeviceMesh | None = None) -> Tensor:
     reward = ClassifierReward(folder, dtype="float32", tokens_per_batch=64)
     reward.load()
     if mesh is not None:
-        assert shardable(nn.ModuleList([reward])) == [reward.model]
-        shard(reward.model, mesh, mixed=False)  # type: ignore[arg-type]
+        assert shardable_models(nn.ModuleList([reward])) == [reward.model]
+        shard_model(reward.model, mesh, mixed=False)  # type: ignore[arg-type]
     words = [f"{'tea and ' * n}cake" for n in (1, 9, 2, 20, 5)]
     mine = {0: slice(0, 4), 1: slice(4, 5), -1: slice(None)}[number]
     asked: list[Any] = [[{"role": "user", "content": f"Which {word}?"}] for word in words]
@@ -123,21 +125,21 @@ def scores(folder: str, number: int, mesh: DeviceMesh | None = None) -> Tensor:
 def failures(number: int) -> list[tuple[str, bool | None]]:
     """What is said where the second rank alone fails, and whether another rank says it."""
 
-    @ranks.hook
+    @collectives.rank_hook
     def setup(stage: str, error: Exception | None, exchanges: bool) -> None:
         if number == 1 and error is not None:
             raise error
         if exchanges:  # which the second rank does not come to
-            ranks.together(lambda: ranks.everyones(3))
+            collectives.run_on_all_ranks(lambda: collectives.all_gather_object(3))
 
     said: list[tuple[str, bool | None]] = []
     for exchanges in (False, True):
         for mistake in (UserError("wrong"), KeyError("x")):
             try:
                 setup("fit", mistake, exchanges)
-            except (SharedError, ranks.RankFailed) as error:
-                said.append((str(error), getattr(error, "told", None)))
-    assert ranks.everyones(number) == [0, 1]  # nobody has exchanged more often than the other
+            except (AllRanksUserError, collectives.RankFailed) as error:
+                said.append((str(error), getattr(error, "reported_elsewhere", None)))
+    assert collectives.all_gather_object(number) == [0, 1]  # nobody has exchanged more often than the other
     setup("fit", None, True)
     return said
 
@@ -156,7 +158,7 @@ def streamed(mesh: DeviceMesh) -> dict[str, int]:
     policy: Any = LlamaForCausalLM(config)
     expected = {name: float(weight.double().sum()) for name, weight in policy.state_dict().items()}
     weights = [weight.nbytes for weight in policy.state_dict().values()]
-    shard(policy, mesh, mixed=False)
+    shard_model(policy, mesh, mixed=False)
     module: Any = SimpleNamespace(_policy=policy)
     next(iter(RLMTModule.policy_weights(module)))  # gloo's own buffers
     Path("/proc/self/clear_refs").write_text("5")  # the peak is that of what follows

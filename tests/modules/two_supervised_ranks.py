@@ -12,10 +12,10 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import Tensor
 
 from rlmt.data import PreferenceDataModule, SFTDataModule
+from rlmt.distributed.fsdp2 import FSDP2, full_tensor, is_sharded
 from rlmt.models.adapters import LoRA
 from rlmt.modules import SFT, RewardModeling
-from rlmt.optim import MuonAdamW
-from rlmt.sharding import FSDP2, is_sharded, whole
+from rlmt.modules.optimizers import MuonAdamW
 
 FSDP, LORA, MUON = "fsdp", {"lora": LoRA(rank=4, alpha=64)}, {"optimizer": lambda named: MuonAdamW(named, muon_lr=0.05)}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {  # what is trained, and how
@@ -47,7 +47,7 @@ class Watch(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
         named = pl_module.named_parameters()
-        self.steps.append({name: whole(p.grad).clone() for name, p in named if p.grad is not None})
+        self.steps.append({name: full_tensor(p.grad).clone() for name, p in named if p.grad is not None})
 
 
 def train(case: str, paths: dict[str, str], strategy: Any, devices: int) -> dict[str, Any]:

@@ -163,7 +163,7 @@ def test_weights_in_4_bits_score_as_the_same_weights_in_full(reward_model: MakeM
     pytest.importorskip("bitsandbytes")
     from rlmt.models import NF4
     from rlmt.models.adapters import base_tensors
-    from rlmt.models.quantization import dequantized
+    from rlmt.models.quantization import dequantize
 
     folder = reward_model(hidden_size=64)
     small, plain = loaded(folder, quantization=NF4()), loaded(folder)
@@ -172,7 +172,7 @@ def test_weights_in_4_bits_score_as_the_same_weights_in_full(reward_model: MakeM
     assert sum(p.dtype == torch.uint8 for p in small.model.parameters()) == 14  # two layers, seven linear layers each
     tensors = base_tensors(small.model)
     assert torch.equal(tensors["score.weight"], plain.model.state_dict()["score.weight"])  # the head is no part of it
-    plain.model.load_state_dict({name: dequantized(tensor) for name, tensor in tensors.items()})
+    plain.model.load_state_dict({name: dequantize(tensor) for name, tensor in tensors.items()})
     for _ in range(2):  # the second time, too: bitsandbytes would have rewritten the weights at the first
         got = score(small, ["yes", "no, never", "x" * 40])
         torch.testing.assert_close(got, score(plain, ["yes", "no, never", "x" * 40]), rtol=1e-4, atol=1e-4)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlmt.cli import main
+from rlmt.cli.commands import main
 from rlmt.errors import UserError
 from rlmt.models import loading
 from rlmt.rewards import ClassifierReward, RegexReward, Reward, WeightedSum

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlmt.errors import UserError
+from rlmt.formats.thinking import FormatName, ThinkingFormat
 from rlmt.rewards import ClassifierReward, FormatReward, MalformedMode, Reward, WeightedSum, score
-from rlmt.thinking import FormatName, ThinkingFormat
 from rlmt.types import Message, Split, Status
 
 SENTINEL = "⟦secret⟧"

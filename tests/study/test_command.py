@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rlmt.cli import main
+from rlmt.cli.commands import main
 
 
 def config(path: Path, out: Path, tiny: Path, **changes: Any) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlmt.ranks import gathered
+from rlmt.distributed.collectives import all_gather_tensor
 
 STD_EPSILON = 1e-6
 """Added to the group's standard deviation, as in the authors' code."""
@@ -147,7 +147,7 @@ def whitened(advantages: Tensor, mask: Tensor) -> Tensor:
     Returns:
         [T] float32.
     """
-    counted = gathered(advantages[mask].double())
+    counted = all_gather_tensor(advantages[mask].double())
     if not counted.numel() or counted.min() == counted.max():
         return torch.zeros_like(advantages)
     return ((advantages - counted.mean()) / (counted.std() + STD_EPSILON)).float()
@@ -165,7 +165,7 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
     Returns:
         The share, NaN where the returns do not vary.
     """
-    values, returns = gathered(values), gathered(returns).double()
+    values, returns = all_gather_tensor(values), all_gather_tensor(returns).double()
     if not returns.numel() or returns.min() == returns.max():
         return float("nan")
     return float(1 - (returns - values).var() / returns.var())

@@ -17,8 +17,8 @@ from rlmt.algorithms.advantages import (
 from rlmt.algorithms.base import CriticOptions
 from rlmt.algorithms.kl_controller import AdaptiveKL
 from rlmt.algorithms.policy_gradient import PolicyGradient
+from rlmt.distributed.collectives import all_gather_object
 from rlmt.errors import UserError
-from rlmt.ranks import everyones
 from rlmt.types import Experience, TokenBatch
 
 
@@ -128,7 +128,7 @@ class PPO(PolicyGradient):
         kl = policy_loss.kl_penalty(experience.old_logprobs, experience.ref_logprobs, "k1")
         if self._controller is not None:
             self._kl_coef_now = self._controller.coef
-            parts = everyones((float(kl.sum()), len(experience.lengths)))
+            parts = all_gather_object((float(kl.sum()), len(experience.lengths)))
             samples = sum(samples for _, samples in parts)
             of_completion = sum(kl_sum for kl_sum, _ in parts) / samples
             self._controller.update(of_completion, samples)

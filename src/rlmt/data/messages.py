@@ -44,7 +44,7 @@ def with_system(messages: list[Message], system: str | None) -> list[Message]:
 def text_problem(text: object) -> str:
     """What keeps a text from being a turn, or "" if nothing does."""
     if not isinstance(text, str):
-        return f"is {kind(text)}, not text"
+        return f"is {type_name(text)}, not text"
     if not text.strip():
         return "is empty"
     try:
@@ -54,7 +54,7 @@ def text_problem(text: object) -> str:
     return ""
 
 
-def kind(value: object) -> str:
+def type_name(value: object) -> str:
     """What a cell is, in words."""
     return "missing" if value is None else f"of type {type(value).__name__}"
 

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
-from rlmt.data.messages import check_turns, kind, text_problem, to_conversation
-from rlmt.data.sft import prompt_messages
+from rlmt.data.demonstrations import prompt_messages
+from rlmt.data.messages import check_turns, text_problem, to_conversation, type_name
 from rlmt.data.supervised import EncodedRow, SupervisedDataModule
 from rlmt.data.tables import Cells, parse_rows, read_table
 from rlmt.errors import UserError
@@ -175,7 +175,7 @@ def _response(text: object, where: str) -> str:
 def _list(cells: Cells, name: str) -> list[object]:
     cell = cells.get(name)
     if not isinstance(cell, list):
-        raise ValueError(f"`{name}` is {kind(cell)}, not a list")
+        raise ValueError(f"`{name}` is {type_name(cell)}, not a list")
     return cell
 
 
@@ -183,7 +183,7 @@ def _number(cell: object, where: str) -> float:
     try:
         number = float(cell)  # type: ignore[arg-type]  # CSV cells are text
     except (TypeError, ValueError):
-        raise ValueError(f"{where} is {kind(cell)}, not a number") from None
+        raise ValueError(f"{where} is {type_name(cell)}, not a number") from None
     if not math.isfinite(number):
         raise ValueError(f"{where} is {number}, not a finite number")
     return number
@@ -195,7 +195,7 @@ def _ratings(cell: object, where: str) -> dict[str, float]:
     elif isinstance(cell, Mapping):
         named = sorted(cell.items())
     else:
-        raise ValueError(f"{where} is {kind(cell)}, not a list of numbers or an object of names and numbers")
+        raise ValueError(f"{where} is {type_name(cell)}, not a list of numbers or an object of names and numbers")
     if not named:
         raise ValueError(f"{where} is empty")
     return {name: _number(rating, f"{where} {name}") for name, rating in named}

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from rlmt import ranks
 from rlmt.data.sampler import PromptSampler, ResumableOrder, shuffled
+from rlmt.distributed import collectives
 from rlmt.errors import UserError
 
 DEFAULT_VAL_SIZE = 64
@@ -141,7 +141,7 @@ class SupervisedDataModule(ResumableOrder, LightningDataModule, Generic[Row]):
             UserError: it cannot be read, or holds bad rows.
         """
 
-    @ranks.hook
+    @collectives.rank_hook
     def setup(self, stage: str) -> None:
         """Reads, drops and splits the rows (once).
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO, TypeVar
 
-from rlmt.data.messages import kind
+from rlmt.data.messages import type_name
 from rlmt.errors import UserError
 
 SHOWN_BAD_ROWS = 3
@@ -136,7 +136,7 @@ def _rows_of_objects(rows: list[tuple[str, object]], choose: Choose, path: Path)
     objects: list[tuple[str, dict[str, object]]] = []
     for place, row in rows:
         if not isinstance(row, dict):
-            raise UserError(f"{path}: {place} is {kind(row)}, not an object of columns and values")
+            raise UserError(f"{path}: {place} is {type_name(row)}, not an object of columns and values")
         objects.append((place, row))
     columns = choose(list(dict.fromkeys(name for _, row in objects for name in row))) if objects else []
     return [(place, {name: row.get(name) for name in columns}) for place, row in objects]

@@ -3,7 +3,7 @@
 from rlmt.engines.base import Engine
 from rlmt.engines.replay import ReplayEngine
 from rlmt.engines.transformers import TransformersEngine
-from rlmt.engines.vllm import VLLMEngine
-from rlmt.engines.vllm_server import VLLMServerEngine
+from rlmt.engines.vllm.engine import VLLMEngine
+from rlmt.engines.vllm_server.engine import VLLMServerEngine
 
 __all__ = ["Engine", "ReplayEngine", "TransformersEngine", "VLLMEngine", "VLLMServerEngine"]

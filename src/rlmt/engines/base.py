@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlmt.thinking import ThinkingFormat
+from rlmt.errors import UserError
+from rlmt.formats.thinking import ThinkingFormat
 from rlmt.types import AdapterWeights, SampleRequest, Samples, Sampling
 
 
@@ -98,3 +99,17 @@ class Engine(ABC):
 
     def close(self) -> None:
         """Gives back memory and processes; harmless when called twice or before `start`."""
+
+
+def max_completion_tokens(prompt_tokens: int, max_model_len: int) -> int:
+    """Tokens that fit behind a prompt.
+
+    Raises:
+        UserError: not one does.
+    """
+    if prompt_tokens >= max_model_len:
+        raise UserError(
+            f"a prompt of {prompt_tokens} tokens leaves no room for a completion within {max_model_len} tokens: "
+            "lower data.max_prompt_tokens or raise data.max_new_tokens"
+        )
+    return max_model_len - prompt_tokens

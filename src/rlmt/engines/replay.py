@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlmt.engines.base import Engine
-from rlmt.engines.recording import Recording
+from rlmt.engines.offline_rollouts import OfflineRollouts
 from rlmt.errors import UserError
-from rlmt.thinking import ThinkingFormat
+from rlmt.formats.thinking import ThinkingFormat
 from rlmt.types import AdapterWeights, SampleRequest, Samples, Sampling
 
 
@@ -33,10 +33,10 @@ class ReplayEngine(Engine):
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._recording: Recording | None = None
+        self._recording: OfflineRollouts | None = None
 
     @property
-    def recording(self) -> Recording:
+    def recording(self) -> OfflineRollouts:
         """The samples; there after `check`."""
         assert self._recording is not None, "check has not run"
         return self._recording
@@ -49,7 +49,7 @@ class ReplayEngine(Engine):
         """
         if self._recording is None:
             try:
-                self._recording = Recording(self.path)
+                self._recording = OfflineRollouts(self.path)
             except UserError as error:
                 raise UserError(f"--data.engine.path: {error}") from error
 

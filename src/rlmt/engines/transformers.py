@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlmt.engines.base import Engine
-from rlmt.engines.limits import room
-from rlmt.models.modes import evaluating
+from rlmt.engines.base import Engine, max_completion_tokens
+from rlmt.models.logprobs import eval_mode
 from rlmt.types import AdapterWeights, FinishReason, SampleRequest, Samples, Sampling
 
 
@@ -80,12 +79,12 @@ class TransformersEngine(Engine):
         if self._policy is None or self.version is None:
             raise RuntimeError("TransformersEngine holds no weights: start and sync before generate")
         rows = [
-            _Row(ids, seed, min(sampling.max_new_tokens, room(len(ids), self._max_model_len)))
+            _Row(ids, seed, min(sampling.max_new_tokens, max_completion_tokens(len(ids), self._max_model_len)))
             for ids, seed in ((request.prompt_ids, seed) for request in requests for seed in request.seeds)
         ]
         # In autocast as the trainer, also where the frozen base of an adapter is in this format already.
         device, mixed = self._policy.device.type, self._dtype != torch.float32
-        with evaluating(self._policy), torch.autocast(device, self._dtype, enabled=mixed):
+        with eval_mode(self._policy), torch.autocast(device, self._dtype, enabled=mixed):
             for batch in self._batches(rows, sampling.max_new_tokens):
                 self._sample(self._policy, batch, sampling)
         return Samples(

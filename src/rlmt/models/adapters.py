@@ -149,7 +149,7 @@ def _reset_magnitude(layer: Any, adapter: str) -> None:
 
 
 @contextmanager
-def active(model: nn.Module, adapter: str | None) -> Iterator[None]:
+def use_adapter(model: nn.Module, adapter: str | None) -> Iterator[None]:
     """Runs the model with another adapter, or None for its frozen base alone; which are trained stays as it is.
 
     Harmless on a model without adapters.
@@ -168,7 +168,7 @@ def active(model: nn.Module, adapter: str | None) -> Iterator[None]:
             layer._active_adapter, layer._disable_adapters = name, disabled
 
 
-def own_parameters(model: nn.Module) -> list[nn.Parameter]:
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     """What is trained of a policy or of a critic: on a shared base each has its own."""
     own = getattr(model, "own_parameters", None)
     if own is not None:
@@ -249,7 +249,7 @@ def check_same_adapter(saved: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def merged(name: str, weight: Tensor, adapter: AdapterWeights) -> Tensor:
+def merge_adapter(name: str, weight: Tensor, adapter: AdapterWeights) -> Tensor:
     """One of the base's weights with the adapter in it, on a copy; a weight without adapter is returned as it is.
 
     W + s B A with s = alpha / rank (rsLoRA: alpha / sqrt(rank)), and with DoRA each row scaled to its learned size.

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlmt.algorithms.base import CriticOptions
 from rlmt.errors import UserError
 from rlmt.models import loading
-from rlmt.models.adapters import CRITIC, LoRA, active
+from rlmt.models.adapters import CRITIC, LoRA, use_adapter
 from rlmt.models.micro_batch import MicroBatch, hidden_states
 from rlmt.rewards.classifier import ClassifierReward
 
@@ -47,10 +47,10 @@ class Critic(nn.Module):
         return [p for p in [*self.parameters(), *self._adapter] if p.requires_grad]
 
     @contextmanager
-    def active(self) -> Iterator[None]:
+    def active_adapter(self) -> Iterator[None]:
         """Runs a shared backbone with the critic's adapter; around a backward, too, since it may run layers again."""
         if self._adapter:
-            with active(self.backbone, CRITIC):
+            with use_adapter(self.backbone, CRITIC):
                 yield
         else:
             yield
@@ -65,7 +65,7 @@ class Critic(nn.Module):
         Returns:
             [t] float32.
         """
-        with self.active(), torch.set_grad_enabled(torch.is_grad_enabled() and not head_only):
+        with self.active_adapter(), torch.set_grad_enabled(torch.is_grad_enabled() and not head_only):
             hidden = hidden_states(self.backbone, batch)
         with torch.autocast(hidden.device.type, enabled=False):
             values: Tensor = self.head(hidden.float())

@@ -137,7 +137,7 @@ def load_policy(
     return cast(PreTrainedModel, model.eval())
 
 
-def skeleton(config: PretrainedConfig, auto: Any = AutoModelForCausalLM) -> PreTrainedModel:
+def meta_model(config: PretrainedConfig, auto: Any = AutoModelForCausalLM) -> PreTrainedModel:
     """The model of a config without weights: its modules and names, in no memory.
 
     Args:
@@ -167,12 +167,12 @@ def random_policy(path: str | Path, attn_implementation: str | None = None) -> P
     check_causal_lm(config, str(path))
     options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     auto: Any = AutoModelForCausalLM
-    with drawn_by_seed():
+    with seeded_init():
         return cast(PreTrainedModel, auto.from_config(config, dtype=torch.float32, **options).eval())
 
 
 @contextmanager
-def weights_of(path: str | Path) -> Iterator[str]:
+def safetensors_source(path: str | Path) -> Iterator[str]:
     """Gives the name under which transformers finds a model's safetensors; errors of reading them are one line.
 
     Raises:
@@ -184,7 +184,7 @@ def weights_of(path: str | Path) -> Iterator[str]:
 
 
 @contextmanager
-def drawn_by_seed() -> Iterator[None]:
+def seeded_init() -> Iterator[None]:
     """Random numbers of torch inside depend on its seed alone, and those outside not on how many are drawn inside."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch.initial_seed())
@@ -253,7 +253,7 @@ def max_positions(config: PretrainedConfig) -> int:
     return length
 
 
-def absolute(path: str | Path) -> str:
+def absolute_path(path: str | Path) -> str:
     """A model's folder by its full path, for use from elsewhere; a hub name as it is."""
     folder = Path(path).expanduser()
     return str(folder.resolve()) if folder.is_dir() else str(path)

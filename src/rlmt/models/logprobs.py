@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlmt.distributed.fsdp2 import call_as_forward
 from rlmt.models.micro_batch import MicroBatch, hidden_states
-from rlmt.sharding import as_forward
 from rlmt.types import PolicyOutputs
 
 LOGITS_PER_CHUNK = 2**25
@@ -24,7 +26,7 @@ def token_logprobs(model: PreTrainedModel, batch: MicroBatch, temperature: float
     Returns:
         [t] float32 each, with gradients if they are enabled.
     """
-    return PolicyOutputs(*as_forward(model, _token_logprobs, batch, temperature))
+    return PolicyOutputs(*call_as_forward(model, _token_logprobs, batch, temperature))
 
 
 def _token_logprobs(model: Any, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
@@ -108,3 +110,16 @@ class _LinearLogprobs(torch.autograd.Function):
 
 def _chunks(total: int, size: int) -> list[slice]:
     return [slice(i, i + size) for i in range(0, total, size)]
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode, then each module's own mode again: a frozen part may be in eval mode while the rest trains."""
+    modes = [(module, module.training) for module in model.modules()]
+    for module, _ in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

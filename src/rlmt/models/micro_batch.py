@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlmt.batching import batches_by_length
-from rlmt.sharding import is_sharded
+from rlmt.distributed.fsdp2 import is_sharded
 from rlmt.types import RolloutBatch
 
 
@@ -43,7 +42,7 @@ def shares_prompts(model: PreTrainedModel) -> bool:
     return not (model.is_gradient_checkpointing and model.training) and not is_sharded(model)
 
 
-def idle(device: torch.device) -> MicroBatch:
+def no_op_micro_batch(device: torch.device) -> MicroBatch:
     """One without samples, for a rank to compute while another one has more of them (`sharding.in_step`)."""
     zero = torch.zeros(1, dtype=torch.long, device=device)
     return MicroBatch([], None, zero[None], zero, zero, zero)
@@ -146,3 +145,26 @@ def _padded(
         ),
         targets=torch.tensor([token for c in completions for token in c], device=device),
     )
+
+
+def batches_by_length(lengths: Sequence[int], budget: int, rows: int = 1) -> list[list[int]]:
+    """Groups rows of like length so that each group, padded to its longest, holds at most `budget` tokens.
+
+    Longest first, so that a budget too large for the memory shows at once. A row longer than the budget goes alone.
+
+    Args:
+        lengths: tokens of each row.
+        budget: tokens a group, padding included.
+        rows: rows that each length stands for: they stay together, padded to that length.
+
+    Returns:
+        Lists of row numbers; each row is in exactly one.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    batches: list[list[int]] = []
+    for i in order:
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) * rows <= budget:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches

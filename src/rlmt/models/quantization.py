@@ -59,7 +59,7 @@ class NF4:
         return {"type": "nf4", "double_quant": self.double_quant}
 
 
-def dequantized(weight: Tensor) -> Tensor:
+def dequantize(weight: Tensor) -> Tensor:
     """A weight in full: of a 4-bit one the very numbers that its layer computes with, any other as it is."""
     if type(weight).__name__ != "Params4bit":
         return weight.detach()
@@ -89,7 +89,7 @@ def quantized_weights(config: PretrainedConfig, auto: Any = AutoModelForCausalLM
     return frozenset(f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, Linear4bit))
 
 
-def quantized_and_back(weight: Tensor, double_quant: bool) -> Tensor:
+def round_trip_nf4(weight: Tensor, double_quant: bool) -> Tensor:
     """The numbers that a 4-bit layer computes with: a weight quantised to NF4 and dequantised, in its own dtype.
 
     Args:

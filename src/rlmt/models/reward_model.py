@@ -19,7 +19,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
 from rlmt.errors import UserError
-from rlmt.models.loading import drawn_by_seed, load_config, weights_of
+from rlmt.models.loading import load_config, safetensors_source, seeded_init
 from rlmt.models.quantization import NF4
 
 
@@ -83,11 +83,11 @@ def load_reward_model(
     if quantization is not None:
         options |= quantization.loading_options()
     new_head = from_scratch or not _is_classifier(config)
-    with drawn_by_seed():
+    with seeded_init():
         if from_scratch:
             model = auto.from_config(config, **options)
         else:
-            with weights_of(path) as source, _unreported():
+            with safetensors_source(path) as source, _unreported():
                 model, info = auto.from_pretrained(
                     source,
                     config=config,

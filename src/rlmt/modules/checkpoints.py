@@ -10,8 +10,8 @@ from lightning.pytorch import Trainer
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from rlmt.errors import UserError
-from rlmt.export import ASSETS, save_policy_assets
-from rlmt.thinking import ThinkingFormat
+from rlmt.export.checkpoints import ASSETS, save_policy_assets
+from rlmt.formats.thinking import ThinkingFormat
 
 
 def checkpoint_folders(trainer: Trainer) -> list[Path]:
@@ -20,7 +20,7 @@ def checkpoint_folders(trainer: Trainer) -> list[Path]:
     return [Path(folder) for folder in folders if folder] if trainer.is_global_zero else []
 
 
-def save_beside_checkpoints(
+def save_assets_beside_checkpoints(
     trainer: Trainer, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, format: ThinkingFormat
 ) -> None:
     """Writes all of a policy's folder but the weights, from which `rlmt export` makes a whole one."""
@@ -28,7 +28,7 @@ def save_beside_checkpoints(
         save_policy_assets(folder / ASSETS, config, tokenizer, format)
 
 
-def record_of(checkpoint: Mapping[str, Any], module: str) -> dict[str, Any]:
+def rlmt_state(checkpoint: Mapping[str, Any], module: str) -> dict[str, Any]:
     """What a module of rlmt added to a checkpoint.
 
     Args:

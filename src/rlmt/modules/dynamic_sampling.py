@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from rlmt.ranks import everyones
+from rlmt.distributed.collectives import all_gather_object
 from rlmt.types import Experience, RolloutBatch, Scores
 
 
@@ -25,12 +25,12 @@ def refill(first: Experience, most: int, draw: Callable[[], Experience]) -> tupl
         `reward/dropped_groups` of equal rewards and `reward/surplus_groups` that were good but not needed.
     """
     wanted = len(first.rollouts.prompts)
-    parts, good = [first], len(groups_with_spread(first))
-    while any(everyones(good < wanted)) and len(parts) <= most:  # ranks draw as often as each other
+    parts, good = [first], len(groups_with_signal(first))
+    while any(all_gather_object(good < wanted)) and len(parts) <= most:  # ranks draw as often as each other
         parts.append(draw())
-        good += len(groups_with_spread(parts[-1]))
+        good += len(groups_with_signal(parts[-1]))
     drawn = merge(parts)
-    kept = select(drawn, groups_with_spread(drawn)[:wanted])
+    kept = select(drawn, groups_with_signal(drawn)[:wanted])
     kept.metrics = {
         "reward/refills": float(len(parts) - 1),
         "reward/dropped_groups": float(len(drawn.rollouts.prompts) - good),
@@ -39,7 +39,7 @@ def refill(first: Experience, most: int, draw: Callable[[], Experience]) -> tupl
     return drawn, kept
 
 
-def groups_with_spread(experience: Experience) -> list[int]:
+def groups_with_signal(experience: Experience) -> list[int]:
     """The groups whose rewards are not all equal, in order."""
     rewards = experience.scores.total.view(-1, experience.rollouts.group_size)
     return torch.nonzero((rewards != rewards[:, :1]).any(dim=1)).flatten().tolist()

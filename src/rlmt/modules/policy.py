@@ -6,9 +6,9 @@ from functools import cached_property
 
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlmt.formats.thinking import ThinkingFormat
 from rlmt.models import loading
 from rlmt.modules.checkpoints import check_same_format
-from rlmt.thinking import ThinkingFormat
 
 
 class PolicyOwner:

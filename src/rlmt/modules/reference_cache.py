@@ -19,9 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from rlmt.engines.recording import Recording
+from rlmt.engines.offline_rollouts import OfflineRollouts
 from rlmt.errors import UserError
-from rlmt.modules.update import first_pass
+from rlmt.modules.update import compute_logprobs
 from rlmt.types import Prompt, RolloutBatch, Sampling
 
 _GROUPS = 32
@@ -31,7 +31,7 @@ _PROBES = 1024
 
 
 def reference_logprobs(
-    recording: Recording,
+    recording: OfflineRollouts,
     reference: PreTrainedModel,
     temperature: float,
     precision: str,
@@ -82,7 +82,7 @@ def reference_logprobs(
 
 
 def _compute(
-    recording: Recording,
+    recording: OfflineRollouts,
     reference: PreTrainedModel,
     temperature: float,
     budget: int,
@@ -92,7 +92,7 @@ def _compute(
     parts = []
     with tqdm(total=len(recording), desc="reference", unit="sample", disable=not progress) as bar:
         for rollouts in _batches(recording, temperature):
-            parts.append(first_pass(reference, rollouts, budget, device).cpu())
+            parts.append(compute_logprobs(reference, rollouts, budget, device).cpu())
             bar.update(len(rollouts))
     return torch.cat(parts)
 
@@ -121,7 +121,7 @@ def _beside(recorded: str, key: str) -> Path:
     return path / name if path.is_dir() else path.with_name(f"{path.stem}.{name}")
 
 
-def _batches(recording: Recording, temperature: float) -> Iterator[RolloutBatch]:
+def _batches(recording: OfflineRollouts, temperature: float) -> Iterator[RolloutBatch]:
     """All recorded samples in their order, in batches of groups of one size."""
     sampling = Sampling(temperature, max_new_tokens=1)
     for size, same in groupby(range(len(recording.groups)), lambda group: len(recording.groups[group])):

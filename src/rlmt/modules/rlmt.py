@@ -15,35 +15,41 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
-from rlmt import ranks
 from rlmt.algorithms import Algorithm
+from rlmt.checkpointing.config_changes import apply_optimizer_options, optimizer_options
+from rlmt.checkpointing.random_states import random_states, restore_random_states
+from rlmt.distributed import collectives
+from rlmt.distributed.fsdp2 import full_tensor, shard_models
 from rlmt.errors import UserError
+from rlmt.formats.thinking import FormatName, ThinkingFormat
 from rlmt.models import loading
 from rlmt.models.adapters import (
     LoRA,
-    active,
     adapter_weights,
     base_tensors,
-    own_parameters,
+    trainable_parameters,
+    use_adapter,
 )
 from rlmt.models.critic import Critic
-from rlmt.models.quantization import NF4, dequantized
-from rlmt.modules.adapted import adapter_record, check_adapter_options, check_record, planned_adapter
-from rlmt.modules.building import build_models, check_critic_is_there, shardable, weights_to_load, weights_to_save
-from rlmt.modules.checkpoints import record_of, save_beside_checkpoints
-from rlmt.modules.checks import check_options, check_run
+from rlmt.models.quantization import NF4, dequantize
+from rlmt.modules.build import build_models, check_has_critic, shardable_models, weights_to_load, weights_to_save
+from rlmt.modules.checkpoints import rlmt_state, save_assets_beside_checkpoints
+from rlmt.modules.checks import (
+    adapter_config_for,
+    adapter_state,
+    check_adapter_options,
+    check_adapter_state,
+    check_options,
+    check_run,
+)
 from rlmt.modules.dynamic_sampling import refill
-from rlmt.modules.no_update import NoUpdates
 from rlmt.modules.policy import PolicyOwner
 from rlmt.modules.schedules import LRSchedulerCallable, OptimizerCallable, with_schedule
-from rlmt.modules.update import PolicyUpdate, course, first_pass, first_values, teaches_nothing
-from rlmt.resume.options import adopt_all, schedule_options
+from rlmt.modules.skipped_steps import SkippedSteps
+from rlmt.modules.update import PolicyUpdate, compute_logprobs, compute_values, has_no_learning_signal, step_timings
 from rlmt.rewards import Reward
 from rlmt.rewards.held_out import HeldOutRewards
 from rlmt.rewards.scoring import MalformedMode, score
-from rlmt.rng import random_states, restore_random_states
-from rlmt.sharding import shard_models, whole
-from rlmt.thinking import FormatName, ThinkingFormat
 from rlmt.types import AdapterWeights, Experience, RolloutBatch
 
 
@@ -119,7 +125,7 @@ class RLMTModule(LightningModule, PolicyOwner):
         self.policy_version = 0
         self._optimizer, self._scheduler = optimizer, scheduler
         self._update = PolicyUpdate(algorithm, tokens_per_micro_batch, max_grad_norm)
-        self._no_updates = NoUpdates(max_skipped, max_idle)
+        self._no_updates = SkippedSteps(max_skipped, max_idle)
         self.policy: PreTrainedModel | None = None
         self.reference: PreTrainedModel | None = None
         self.critic: Critic | None = None
@@ -134,7 +140,7 @@ class RLMTModule(LightningModule, PolicyOwner):
     def policy_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The policy's weights, with an adapter its frozen base's, under their Hugging Face names and in full."""
         for name, tensor in base_tensors(self._policy).items():
-            yield name, whole(dequantized(tensor))
+            yield name, full_tensor(dequantize(tensor))
 
     def policy_adapter(self) -> AdapterWeights | None:
         """The adapter that makes the policy of its frozen base; None where all parameters are trained."""
@@ -142,12 +148,12 @@ class RLMTModule(LightningModule, PolicyOwner):
 
     # Setting up -------------------------------------------------------------------------------------------------------
 
-    @ranks.hook
+    @collectives.rank_hook
     def setup(self, stage: str) -> None:
         """Looks for mistakes that can be seen before any weights are read."""
         check_run(self, stage)
 
-    @ranks.hook
+    @collectives.rank_hook
     def configure_model(self) -> None:
         """Loads the models, and the rewards."""
         if self.policy is not None:
@@ -157,24 +163,24 @@ class RLMTModule(LightningModule, PolicyOwner):
         self.reward.load()
         if self.trainer.state.fn != "predict":
             self.held_out.load()
-        shard_models(self.trainer, *shardable(self.reward), *shardable(self.held_out), autocast=False)
+        shard_models(self.trainer, *shardable_models(self.reward), *shardable_models(self.held_out), autocast=False)
 
     def configure_optimizers(self) -> Any:
         """The optimizer over what can be trained, and the scheduler if there is one."""
-        groups: list[dict[str, Any]] = [{"params": own_parameters(self._policy)}]
+        groups: list[dict[str, Any]] = [{"params": trainable_parameters(self._policy)}]
         if self.critic is not None and self.algorithm.critic is not None:
-            groups.append({"params": own_parameters(self.critic), "lr": self.algorithm.critic.lr})
+            groups.append({"params": trainable_parameters(self.critic), "lr": self.algorithm.critic.lr})
         optimizer = self._optimizer(groups)
         if self._scheduler is None:
-            self._configured = schedule_options(optimizer, None)
+            self._configured = optimizer_options(optimizer, None)
             return optimizer
         made = with_schedule(optimizer, self._scheduler, self.trainer.max_steps)
-        self._configured = schedule_options(optimizer, made["lr_scheduler"])
+        self._configured = optimizer_options(optimizer, made["lr_scheduler"])
         return made
 
     def on_train_start(self) -> None:
         """Options of the optimizer and the scheduler are those of this start, whatever a checkpoint had."""
-        adopt_all(self, self._configured)
+        apply_optimizer_options(self, self._configured)
 
     @property
     def _fitting(self) -> bool:
@@ -196,8 +202,8 @@ class RLMTModule(LightningModule, PolicyOwner):
             batch = experience.rollouts
             start += sum(batch.seconds.values()) - before  # drawing more is not scoring
         scored = time.perf_counter()
-        if not any(ranks.everyones(len(batch))):
-            metrics = self._pass_over(drawn) | course(batch, start, scored)
+        if not any(collectives.all_gather_object(len(batch))):
+            metrics = self._pass_over(drawn) | step_timings(batch, start, scored)
             return {"experience": drawn, "metrics": metrics | experience.metrics}
         updates = self.algorithm.update_epochs * self.algorithm.minibatches
         budget = self._update.tokens_per_micro_batch
@@ -206,16 +212,16 @@ class RLMTModule(LightningModule, PolicyOwner):
         if self.algorithm.needs_reference:
             experience.ref_logprobs = self._reference_logprobs(experience)
         if (updates > 1 and not self.algorithm.pairwise) or self.algorithm.needs_old_logprobs:
-            experience.old_logprobs = first_pass(self._policy, batch, budget, self.device)
+            experience.old_logprobs = compute_logprobs(self._policy, batch, budget, self.device)
         if self.critic is not None:
-            experience.values = first_values(self.critic, batch, budget, self.device)
+            experience.values = compute_values(self.critic, batch, budget, self.device)
         if not self.algorithm.pairwise:
             self.algorithm.prepare(experience)
-        if all(ranks.everyones(teaches_nothing(experience, self.critic))):
+        if all(collectives.all_gather_object(has_no_learning_signal(experience, self.critic))):
             metrics = self._pass_over(experience)
         else:
             metrics = self._take_steps(experience)
-        metrics |= course(batch, start, scored)
+        metrics |= step_timings(batch, start, scored)
         return {"experience": drawn, "metrics": metrics | experience.metrics}
 
     def _draw_more(self) -> Experience:
@@ -230,8 +236,8 @@ class RLMTModule(LightningModule, PolicyOwner):
         model = self._policy if self.reference is None else self.reference
         budget, temperature = self._update.tokens_per_micro_batch, self.algorithm.logprob_temperature
         samples = None if experience.pairs is None else experience.pairs.flatten().tolist()
-        with active(model, None):
-            return first_pass(model, batch, budget, self.device, temperature, samples)
+        with use_adapter(model, None):
+            return compute_logprobs(model, batch, budget, self.device, temperature, samples)
 
     def _critic_only(self) -> bool:
         """Whether the policy waits for the critic to warm up."""
@@ -253,7 +259,7 @@ class RLMTModule(LightningModule, PolicyOwner):
                 self.policy_version += moved
                 self._no_updates.update()
             elif stop := self._no_updates.skip(step.problem, self.policy_version):
-                raise ranks.mistake(stop)
+                raise collectives.user_error_on_all_ranks(stop)
             optimizer.zero_grad()
         return self._update.metrics()
 
@@ -265,7 +271,7 @@ class RLMTModule(LightningModule, PolicyOwner):
     def _pass_over(self, experience: Experience) -> dict[str, float]:
         """What a step logs that leaves out a batch, since it teaches nothing."""
         if stop := self._no_updates.pass_over(experience, self.policy_version):
-            raise ranks.mistake(stop)
+            raise collectives.user_error_on_all_ranks(stop)
         return {"policy/skipped": 1.0}
 
     def experience(self, batch: RolloutBatch) -> Experience:
@@ -309,7 +315,7 @@ class RLMTModule(LightningModule, PolicyOwner):
         self.log(f"{stage}/malformed", broken, batch_size=len(batch), sync_dist=True)
         for name, part in experience.scores.parts.items():
             known = part[part.isfinite()]
-            if len(experience.scores.parts) > 1 and any(ranks.everyones(len(known))):
+            if len(experience.scores.parts) > 1 and any(collectives.all_gather_object(len(known))):
                 mean = known.sum() / max(1, len(known))
                 self.log(f"{stage}/{name}", mean, batch_size=len(known), sync_dist=True)
         for name, held_out in self.held_out.means(experience, self.malformed, self.malformed_reward).items():
@@ -343,12 +349,12 @@ class RLMTModule(LightningModule, PolicyOwner):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the format and what export needs."""
         checkpoint["rlmt"] = {
-            "policy": loading.absolute(self.policy_path),
-            **adapter_record(self._policy, self.quantization),
+            "policy": loading.absolute_path(self.policy_path),
+            **adapter_state(self._policy, self.quantization),
             "format": self.format.to_dict(),
             **self.resume_state(),
         }
-        save_beside_checkpoints(self.trainer, self._policy.config, self.tokenizer, self.format)
+        save_assets_beside_checkpoints(self.trainer, self._policy.config, self.tokenizer, self.format)
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any], fitting: bool) -> None:
         """Refuses a checkpoint of something else, of another format, adapter or kind of objective; reads no weights.
@@ -360,11 +366,11 @@ class RLMTModule(LightningModule, PolicyOwner):
         Raises:
             UserError: it is one.
         """
-        saved = record_of(checkpoint, "RLMTModule")
+        saved = rlmt_state(checkpoint, "RLMTModule")
         self.check_format(ThinkingFormat.from_dict(saved["format"]), "--ckpt_path")
-        check_record(saved, planned_adapter(self.policy_config, self.lora), self.quantization)
+        check_adapter_state(saved, adapter_config_for(self.policy_config, self.lora), self.quantization)
         if fitting:
-            check_critic_is_there(self, checkpoint["state_dict"])
+            check_has_critic(self, checkpoint["state_dict"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Goes on from a checkpoint.

@@ -9,21 +9,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlmt import ranks
-from rlmt.batching import batches_by_length
-from rlmt.data.sft import EncodedDemonstration
+from rlmt.data.demonstrations import EncodedDemonstration
 from rlmt.data.supervised import RowBatch
+from rlmt.distributed import collectives
+from rlmt.distributed.collectives import all_gather_object
+from rlmt.distributed.fsdp2 import pad_with_no_ops, shard_models
+from rlmt.formats.thinking import FormatName, ThinkingFormat
 from rlmt.models import loading
 from rlmt.models.logprobs import token_logprobs
-from rlmt.models.micro_batch import MicroBatch, idle
-from rlmt.modules.adapted import held_dtype, planned_adapter
-from rlmt.modules.checkpoints import save_beside_checkpoints
-from rlmt.modules.checks import check_options, check_trainer
+from rlmt.models.micro_batch import MicroBatch, batches_by_length, no_op_micro_batch
+from rlmt.modules.checkpoints import save_assets_beside_checkpoints
+from rlmt.modules.checks import adapter_config_for, check_options, check_trainer, weights_dtype
 from rlmt.modules.policy import PolicyOwner
 from rlmt.modules.supervised import SupervisedModule, take_step
-from rlmt.ranks import everyones
-from rlmt.sharding import in_step, shard_models
-from rlmt.thinking import FormatName, ThinkingFormat
 
 
 class SFT(SupervisedModule, PolicyOwner):
@@ -60,7 +58,7 @@ class SFT(SupervisedModule, PolicyOwner):
         self.prompt_weight = prompt_weight
         self.policy: PreTrainedModel | None = None
 
-    @ranks.hook
+    @collectives.rank_hook
     def setup(self, stage: str) -> None:
         """Looks for mistakes that can be seen before any weights are read."""
         check_trainer(self.trainer)
@@ -68,7 +66,7 @@ class SFT(SupervisedModule, PolicyOwner):
         loading.check_head(self.policy_config, self.policy_path)
         self._check_adapter()
 
-    @ranks.hook
+    @collectives.rank_hook
     def configure_model(self) -> None:
         """Loads the policy, or draws it."""
         if self.policy is None:
@@ -78,7 +76,7 @@ class SFT(SupervisedModule, PolicyOwner):
     def _load(self) -> PreTrainedModel:
         if self.from_scratch:
             return loading.random_policy(self.policy_path, self.attn_implementation)
-        held = held_dtype(self.trainer, self.lora)
+        held = weights_dtype(self.trainer, self.lora)
         return loading.load_policy(self.policy_path, held, self.attn_implementation, self.quantization)
 
     @property
@@ -99,13 +97,13 @@ class SFT(SupervisedModule, PolicyOwner):
         """The shares of this rank's micro-batches in the loss of all rows of all ranks together."""
         sequences = [sequence.long() for row in rows for sequence in row.sequences]
         prompts = [count for row in rows for count in row.prompts]
-        counts = everyones((target_tokens(rows), sum(count - 1 for count in prompts)))
+        counts = all_gather_object((target_tokens(rows), sum(count - 1 for count in prompts)))
         whole = sum(targets + prompt_weight * prompt for targets, prompt in counts)
         # A sequence's first token is never predicted; its prompt's others are only if they count.
         first = [1 if prompt_weight else count for count in prompts]
         plan = batches_by_length([len(sequence) - 1 for sequence in sequences], self.tokens_per_micro_batch)
         parts = (_micro_batch(part, sequences, first, self.device) for part in plan)
-        for batch in in_step(parts, self._policy, idle(self.device)):
+        for batch in pad_with_no_ops(parts, self._policy, no_op_micro_batch(self.device)):
             weights = torch.ones(len(batch.targets), device=self.device)
             if not batch.samples:  # runs what another rank runs at this time, and counts nothing
                 weights.zero_()
@@ -125,7 +123,7 @@ class SFT(SupervisedModule, PolicyOwner):
         self._evaluate(batch, "test")
 
     def _evaluate(self, batch: RowBatch[EncodedDemonstration], stage: str) -> None:
-        loss = sum(everyones(sum(float(part) for part in self.losses(batch.rows, prompt_weight=0.0))))
+        loss = sum(all_gather_object(sum(float(part) for part in self.losses(batch.rows, prompt_weight=0.0))))
         self.log(f"{stage}/loss", loss, prog_bar=True, batch_size=_everywhere(batch.rows))
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
@@ -136,12 +134,12 @@ class SFT(SupervisedModule, PolicyOwner):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the format and what export needs."""
-        policy = loading.absolute(self.policy_path)
+        policy = loading.absolute_path(self.policy_path)
         checkpoint["rlmt"] = {**self._record(), "policy": policy, "format": self.format.to_dict()}
-        save_beside_checkpoints(self.trainer, self._policy.config, self.tokenizer, self.format)
+        save_assets_beside_checkpoints(self.trainer, self._policy.config, self.tokenizer, self.format)
 
     def _planned_adapter(self) -> Any:
-        return planned_adapter(self.policy_config, self.lora)
+        return adapter_config_for(self.policy_config, self.lora)
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any], fitting: bool) -> None:
         """Refuses a checkpoint of something else, of another adapter or another format; reads no weights.
@@ -164,7 +162,7 @@ def target_tokens(rows: list[EncodedDemonstration]) -> int:
 
 def _everywhere(rows: list[EncodedDemonstration]) -> int:
     """As `target_tokens`, over the rows of all ranks."""
-    return sum(everyones(target_tokens(rows)))
+    return sum(all_gather_object(target_tokens(rows)))
 
 
 def _micro_batch(part: list[int], sequences: list[Tensor], first: list[int], device: torch.device) -> MicroBatch:

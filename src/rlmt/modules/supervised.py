@@ -14,16 +14,21 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
+from rlmt.checkpointing.config_changes import apply_optimizer_options, optimizer_options
+from rlmt.checkpointing.random_states import random_states, restore_random_states
+from rlmt.distributed.collectives import all_gather_object, clip_gradients, sum_gradients, user_error_on_all_ranks
 from rlmt.errors import UserError
 from rlmt.models.adapters import LoRA
 from rlmt.models.quantization import NF4
-from rlmt.modules.adapted import adapter_record, check_adapter_options, check_record, trained_names
-from rlmt.modules.checkpoints import record_of
-from rlmt.modules.checks import check_options
+from rlmt.modules.checkpoints import rlmt_state
+from rlmt.modules.checks import (
+    adapter_state,
+    check_adapter_options,
+    check_adapter_state,
+    check_options,
+    trainable_names,
+)
 from rlmt.modules.schedules import LRSchedulerCallable, OptimizerCallable, with_schedule
-from rlmt.ranks import clip_gradients, everyones, mistake, sum_gradients
-from rlmt.resume.options import adopt_all, schedule_options
-from rlmt.rng import random_states, restore_random_states
 
 
 class SupervisedModule(LightningModule):
@@ -100,17 +105,17 @@ class SupervisedModule(LightningModule):
         """The optimizer over what can be trained, and the scheduler if there is one."""
         made = make_optimizer(self.trainer, self, self._optimizer, self._scheduler)
         parts = made if isinstance(made, dict) else {"optimizer": made, "lr_scheduler": None}
-        self._configured = schedule_options(parts["optimizer"], parts["lr_scheduler"])
+        self._configured = optimizer_options(parts["optimizer"], parts["lr_scheduler"])
         return made
 
     def on_train_start(self) -> None:
         """Options of the optimizer and the scheduler are those of this start, whatever a checkpoint had."""
-        adopt_all(self, self._configured)
+        apply_optimizer_options(self, self._configured)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """All weights; with LoRA those that are trained, the adapter and new heads."""
         state = super().state_dict(*args, **kwargs)
-        trained = state.keys() if self.lora is None else trained_names(self)
+        trained = state.keys() if self.lora is None else trainable_names(self)
         return {name: tensor for name, tensor in state.items() if name in trained}
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
@@ -139,7 +144,7 @@ class SupervisedModule(LightningModule):
 
     def _record(self) -> dict[str, Any]:
         """What all checkpoints say beside their weights."""
-        return {"module": self.kind, **adapter_record(self._trained, self.quantization), **self.resume_state()}
+        return {"module": self.kind, **adapter_state(self._trained, self.quantization), **self.resume_state()}
 
     def resume_state(self) -> dict[str, Any]:
         """What changes while training beside weights, optimizer and scheduler, as plain data; of this rank."""
@@ -159,8 +164,8 @@ class SupervisedModule(LightningModule):
         Raises:
             UserError: it is one.
         """
-        saved = record_of(checkpoint, self.kind)
-        check_record(saved, None if self.lora is None else self._planned_adapter(), self.quantization)
+        saved = rlmt_state(checkpoint, self.kind)
+        check_adapter_state(saved, None if self.lora is None else self._planned_adapter(), self.quantization)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Goes on from a checkpoint.
@@ -210,9 +215,9 @@ def take_step(module: LightningModule, losses: Iterable[Tensor], max_grad_norm: 
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     sum_gradients(trained)
     norm = clip_gradients(trained, max_grad_norm)
-    whole = sum(everyones(float(total)))
+    whole = sum(all_gather_object(float(total)))
     if not (math.isfinite(norm) and math.isfinite(whole)):
-        raise mistake(
+        raise user_error_on_all_ranks(
             f"Stopped before optimizer step {module.global_step + 1}: the loss is {whole}, the norm of its "
             f"gradient {norm}; lower the learning rate, and continue from the last checkpoint."
         )

@@ -12,13 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlmt.algorithms import Algorithm
-from rlmt.models.adapters import own_parameters
+from rlmt.distributed.collectives import all_gather_object, all_gather_tensor, clip_gradients, rank, sum_gradients
+from rlmt.distributed.fsdp2 import pad_with_no_ops
+from rlmt.models.adapters import trainable_parameters
 from rlmt.models.critic import Critic
-from rlmt.models.logprobs import token_logprobs
-from rlmt.models.micro_batch import MicroBatch, idle, micro_batches, shares_prompts
-from rlmt.models.modes import evaluating
-from rlmt.ranks import clip_gradients, everyones, gathered, rank, sum_gradients
-from rlmt.sharding import in_step
+from rlmt.models.logprobs import eval_mode, token_logprobs
+from rlmt.models.micro_batch import MicroBatch, micro_batches, no_op_micro_batch, shares_prompts
 from rlmt.types import Experience, RolloutBatch, TokenBatch
 
 
@@ -30,7 +29,7 @@ class Step:
 
 
 @torch.no_grad()
-def first_pass(
+def compute_logprobs(
     model: PreTrainedModel,
     rollouts: RolloutBatch,
     budget: int,
@@ -56,7 +55,7 @@ def first_pass(
 
 
 @torch.no_grad()
-def first_values(critic: Critic, rollouts: RolloutBatch, budget: int, device: torch.device) -> Tensor:
+def compute_values(critic: Critic, rollouts: RolloutBatch, budget: int, device: torch.device) -> Tensor:
     """The critic's values of all states in which a token was sampled, without gradients: [T] float32."""
     return _for_all(rollouts, budget, critic.backbone, device, critic)
 
@@ -72,9 +71,9 @@ def _for_all(
     starts = _starts(torch.tensor(rollouts.lengths))
     out = torch.full((sum(rollouts.lengths),), math.nan, dtype=torch.float32, device=device)
     wanted = range(len(rollouts)) if samples is None else samples
-    with evaluating(model):  # no dropout, and no layer is checkpointed where nothing goes backward
+    with eval_mode(model):  # no dropout, and no layer is checkpointed where nothing goes backward
         batches = micro_batches(rollouts, wanted, budget, shares_prompts(model), device)
-        for batch in in_step(batches, model, idle(device)):
+        for batch in pad_with_no_ops(batches, model, no_op_micro_batch(device)):
             values = per_token(batch)
             if batch.samples:
                 out[_positions(batch.samples, starts, rollouts.lengths).to(device)] = values
@@ -130,7 +129,7 @@ class PolicyUpdate:
                 mixed = groups[torch.randperm(len(groups), generator=order)]
                 parts = [part.flatten().sort().values for part in mixed.tensor_split(self.algorithm.minibatches)]
                 # Fewer groups than minibatches leave the last ones empty; every rank takes as many steps as the others.
-                parts = parts[: max(everyones(len(groups)))]
+                parts = parts[: max(all_gather_object(len(groups)))]
             for number, part in enumerate(parts):
                 # The engine drew from these weights: what is measured against it are log-probs from before any step.
                 drawn_from = epoch == 0 and (number == 0 or experience.old_logprobs is not None)
@@ -165,7 +164,7 @@ class PolicyUpdate:
         sampled_at = rollouts.sampling.temperature
         temperature = self.algorithm.logprob_temperature or sampled_at
         batches = micro_batches(rollouts, samples, budget, share, device, together)
-        for batch in in_step(batches, policy, idle(device)):
+        for batch in pad_with_no_ops(batches, policy, no_op_micro_batch(device)):
             if not batch.samples:
                 self._keep_step(trained, critic, batch, temperature, backward)
                 continue
@@ -181,7 +180,7 @@ class PolicyUpdate:
                     metrics |= _mismatch(now, tokens.engine_logprobs)
                 self._seen.add(metrics)
             if critic is not None:
-                with critic.active():
+                with critic.active_adapter():
                     values = critic(batch, head_only=trained is None and critic.moves_policy)
                     loss, metrics = self.algorithm.value_loss(tokens, values)
                     backward(loss)
@@ -205,19 +204,19 @@ class PolicyUpdate:
 
     def _shares(self, lengths: Tensor, mask: Tensor, max_new_tokens: int) -> Tensor:
         """What each token of this rank weighs in the loss of the step, which is one over the samples of all ranks."""
-        before = everyones(len(lengths))[: rank()]
-        everywhere = gathered(lengths)
-        weights = self.algorithm.token_weights(everywhere, gathered(mask), max_new_tokens)
+        before = all_gather_object(len(lengths))[: rank()]
+        everywhere = all_gather_tensor(lengths)
+        weights = self.algorithm.token_weights(everywhere, all_gather_tensor(mask), max_new_tokens)
         first = int(everywhere[: sum(before)].sum())
         return weights[first : first + int(lengths.sum())]
 
     def _close(self, trained: PreTrainedModel | None, critic: Critic | None, losses: Tensor) -> Step:
-        policy_loss, value_loss = (sum(parts) for parts in zip(*everyones(losses.tolist()), strict=True))
+        policy_loss, value_loss = (sum(parts) for parts in zip(*all_gather_object(losses.tolist()), strict=True))
         problem = None
         for model, prefix, loss in ((trained, "policy", policy_loss), (critic, "critic", value_loss)):
             if model is None:
                 continue
-            parameters = own_parameters(model)
+            parameters = trainable_parameters(model)
             sum_gradients(parameters)
             norm = clip_gradients(parameters, self.max_grad_norm)
             if not math.isfinite(loss):
@@ -233,7 +232,7 @@ class PolicyUpdate:
         return self._seen.result()
 
 
-def teaches_nothing(experience: Experience, critic: Critic | None) -> bool:
+def has_no_learning_signal(experience: Experience, critic: Critic | None) -> bool:
     """Whether no sample takes part in the loss, alone or in a pair, or none of those that do has an advantage but 0.
 
     A step on such a batch would follow the KL penalty, the entropy bonus, weight decay and the optimizer's momentum
@@ -309,7 +308,9 @@ class _Averages:
 
     def result(self) -> dict[str, float]:
         """All means and maxima, over the tokens, samples or pairs of all ranks."""
-        ranks = everyones({name: (float(total), self._tokens.get(name, 0)) for name, total in self._sums.items()})
+        ranks = all_gather_object(
+            {name: (float(total), self._tokens.get(name, 0)) for name, total in self._sums.items()}
+        )
         merged: dict[str, float] = {}
         for name in dict.fromkeys(name for seen in ranks for name in seen):
             totals, counts = zip(*(seen[name] for seen in ranks if name in seen), strict=True)
@@ -327,7 +328,7 @@ def _positions(samples: list[int], starts: Tensor, lengths: list[int]) -> Tensor
     return torch.cat([torch.arange(int(starts[i]), int(starts[i]) + lengths[i]) for i in samples])
 
 
-def course(batch: RolloutBatch, start: float, scored: float) -> dict[str, float]:
+def step_timings(batch: RolloutBatch, start: float, scored: float) -> dict[str, float]:
     """Which weights drew a batch, and the seconds of each phase of the step that ends now."""
     seconds = batch.seconds | {"reward": scored - start, "update": time.perf_counter() - scored}
     version = {"engine/weight_version": float(batch.weight_version)}

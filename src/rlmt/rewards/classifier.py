@@ -30,12 +30,12 @@ from transformers import (
 )
 from transformers.modeling_layers import GenericForSequenceClassification
 
-from rlmt.batching import batches_by_length
+from rlmt.distributed.fsdp2 import call_as_forward, compute_device, pad_with_no_ops
 from rlmt.errors import UserError
+from rlmt.models.micro_batch import batches_by_length
 from rlmt.models.quantization import NF4
 from rlmt.rewards.base import Reward
 from rlmt.rewards.conversation import ConversationReader, first_line
-from rlmt.sharding import as_forward, device_of, in_step
 from rlmt.types import Message, Status
 
 
@@ -165,7 +165,7 @@ class ClassifierReward(Reward):
         rows = [self._fit(row) for row in rows]
         scores = torch.empty(len(rows), dtype=torch.float32)
         batches = batches_by_length([len(row) for row in rows], self.tokens_per_batch)
-        for indices in in_step(batches, self._loaded, []):
+        for indices in pad_with_no_ops(batches, self._loaded, []):
             if indices:
                 scores[indices] = self._forward([rows[i] for i in indices]).cpu()
             else:
@@ -200,10 +200,10 @@ class ClassifierReward(Reward):
     @torch.no_grad()
     def _forward(self, rows: list[list[int]]) -> Tensor:
         """[b] float32 scores of b rows of token ids, on the model's device."""
-        model, device = self._loaded, device_of(self._loaded)
+        model, device = self._loaded, compute_device(self._loaded)
         # The trainer may run under autocast; the reward runs in its own dtype, and its head in float32.
         with torch.autocast(device.type, enabled=False):
-            return as_forward(model, _scores, [torch.tensor(row) for row in rows], device)
+            return call_as_forward(model, _scores, [torch.tensor(row) for row in rows], device)
 
     @property
     def _loaded(self) -> PreTrainedModel:

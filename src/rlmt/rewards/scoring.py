@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rlmt.distributed.collectives import all_gather_object, run_on_all_ranks
 from rlmt.errors import UserError
-from rlmt.ranks import everyones, together
 from rlmt.rewards.base import Reward
 from rlmt.types import Message, Scores, Split
 
@@ -78,8 +78,8 @@ def score(
         total = _checked(total, reward.name, len(rows))
         return total, {name: _checked(values, name, len(rows)) for name, values in parts.items()}
 
-    scored, scored_parts = together(scores)
-    floor = min(everyones(min([penalty, *scored.tolist()]))) if mode == "penalty" else penalty
+    scored, scored_parts = run_on_all_ranks(scores)
+    floor = min(all_gather_object(min([penalty, *scored.tolist()]))) if mode == "penalty" else penalty
     total = torch.full((len(splits),), floor, dtype=torch.float32)
     total[rows] = scored
     parts = {}

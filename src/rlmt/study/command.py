@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +10,6 @@ from types import FrameType
 
 from rich.console import Console
 
-from rlmt.cli import resolve_configs
 from rlmt.errors import UserError
 from rlmt.study.report import Comparison, Findings, print_table, sentences, write_report
 from rlmt.study.results import Estimate, Row, last_values, read_rows
@@ -142,30 +139,3 @@ def _draw(out: Path, title: str, curves: dict[str, list[list[Row]]]) -> Path:
     from rlmt.study.figure import draw_study
 
     return draw_study(out / "curves.png", title, curves)
-
-
-def run(args: Sequence[str]) -> int:
-    """Reads the command line, with configs, and runs the study.
-
-    Args:
-        args: after `rlmt study`.
-
-    Returns:
-        Exit status: 0, or 130 when interrupted.
-
-    Raises:
-        UserError: a mistake in the configuration, or jobs failed.
-    """
-    from rlmt.parsing import Parser
-
-    parser = Parser(prog="rlmt study", description="Many runs from one file, with seeds, and a report over them.")
-    parser.add_argument("--config", action="config", help="a study, such as study/mini; later ones win")
-    parser.add_function_arguments(study, skip={"command"})
-    options = parser.instantiate_classes(parser.parse_args(resolve_configs(args))).as_dict()
-    options.pop("config", None)
-    try:
-        study(**options, command=shlex.join(["rlmt", "study", *args]))
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from rlmt.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, panel, smooth
+from rlmt.report.curves import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, panel, smooth
 from rlmt.study.results import Row
 
 _COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, GREY)

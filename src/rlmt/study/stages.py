@@ -12,7 +12,7 @@ from pathlib import Path
 from string import Template
 
 from rlmt import __version__
-from rlmt.cli import resolve_configs
+from rlmt.configs import resolve_configs
 from rlmt.errors import UserError
 
 FIT_OPTIONS = "--trainer.default_root_dir $dir --ckpt_path last"

@@ -1,0 +1,169 @@
+"""Collective operations over ranks; no-ops in a single process.
+
+Every rank has to call them at the same point. Small values travel as pickled objects, which works on every backend and
+device; gradients travel as tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from rlmt.errors import AllRanksUserError, UserError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    """Number of ranks."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this rank, from 0."""
+    return distributed.get_rank() if world_size() > 1 else 0
+
+
+@dataclass
+class _Failure:
+    """Sent by a rank that failed, in place of its value."""
+
+    message: str
+    is_user_error: bool
+
+
+class RankFailed(RuntimeError):
+    """Another rank failed; raised by every rank at its next collective operation."""
+
+
+def all_gather_object(value: T) -> list[T]:
+    """Collects one object from every rank.
+
+    Args:
+        value: This rank's object: plain data, or tensors on the CPU.
+
+    Returns:
+        The objects of all ranks, in the order of ranks.
+
+    Raises:
+        AllRanksUserError: Another rank failed with a `UserError` in `run_on_all_ranks`.
+        RankFailed: Another rank failed there with any other exception.
+    """
+    if world_size() == 1:
+        return [value]
+    values = [value] * world_size()
+    distributed.all_gather_object(values, value)
+    failures = {number: each for number, each in enumerate(values) if isinstance(each, _Failure)}
+    for number, failure in failures.items():
+        if not failure.is_user_error:
+            raise RankFailed(f"rank {number} failed: {failure.message}")
+    for failure in failures.values():
+        raise AllRanksUserError(failure.message, reported_elsewhere=rank() > 0)
+    return values
+
+
+def run_on_all_ranks(work: Callable[[], T]) -> T:
+    """Runs a function on every rank; if it fails on one rank, it fails on all, so that no rank waits for another.
+
+    A rank that fails sends its error with its next collective operation: at the end of this function, or within `work`
+    on the other ranks.
+
+    Args:
+        work: This rank's function. Ranks wait for each other after it, whether or not it failed.
+
+    Returns:
+        The result on this rank.
+
+    Raises:
+        AllRanksUserError: `work` raised a `UserError`; the message is that of the first rank that failed.
+        RankFailed: `work` raised another exception on some rank; on that rank it is the cause of this one.
+    """
+    if world_size() == 1:
+        return work()
+    try:
+        result = work()
+    except (AllRanksUserError, RankFailed):
+        raise  # every rank has it already
+    except Exception as error:
+        is_user_error = isinstance(error, UserError)
+        message = str(error) if is_user_error else f"{type(error).__name__}: {error}"
+        try:
+            all_gather_object(_Failure(message, is_user_error))
+        except (AllRanksUserError, RankFailed) as shared:
+            raise shared from error
+    else:
+        all_gather_object(None)
+    return result
+
+
+def rank_hook(method: Callable[P, T]) -> Callable[P, T]:
+    """Decorates a Lightning hook so that an error on one rank is raised on all ranks (see `run_on_all_ranks`)."""
+
+    @functools.wraps(method)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+        return run_on_all_ranks(lambda: method(*args, **kwargs))
+
+    return wrapper
+
+
+def user_error_on_all_ranks(message: str) -> UserError:
+    """A `UserError` for an error that every rank finds at the same point; rank 0 prints it."""
+    return UserError(message) if world_size() == 1 else AllRanksUserError(message, reported_elsewhere=rank() > 0)
+
+
+def all_gather_tensor(values: Tensor) -> Tensor:
+    """Concatenates a tensor over ranks.
+
+    Args:
+        values: [n] this rank's elements; n may differ between ranks and be 0.
+
+    Returns:
+        [sum of n] on the device of `values`.
+    """
+    if world_size() == 1:
+        return values
+    return torch.cat(all_gather_object(values.detach().cpu())).to(values.device)
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Puts the sum over ranks in the place of each gradient; one that is on no rank stays absent.
+
+    Sharded parameters are left alone: their gradients are summed when they are scattered.
+
+    Args:
+        parameters: the same on each rank, in the same order.
+    """
+    whole = [p for p in parameters if not isinstance(p, DTensor)]
+    if world_size() == 1 or not whole:
+        return
+    there = torch.tensor([p.grad is not None for p in whole], dtype=torch.int32, device=whole[0].device)
+    distributed.all_reduce(there, distributed.ReduceOp.MAX)
+    pending = []
+    for parameter, wanted in zip(whole, there.tolist(), strict=True):
+        if wanted:
+            if parameter.grad is None:  # no sample of this rank took part
+                parameter.grad = torch.zeros_like(parameter)
+            pending.append(distributed.all_reduce(parameter.grad, async_op=True))
+    for work in pending:
+        work.wait()
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
+    """Scales gradients, all whole or all sharded, to a norm of at most `max_norm`.
+
+    Returns:
+        The norm before, over all shards.
+    """
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    clip_grads_with_norm_(parameters, max_norm, norm)
+    return float(norm)

@@ -1,0 +1,209 @@
+"""Files hold plain data: none that is read runs code, and none that is written holds a secret."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from rlmt.checkpointing.csv_logger import ResumableCSVLogger
+from rlmt.checkpointing.files import AtomicCheckpointIO, read_checkpoint
+from rlmt.cli.commands import main
+from rlmt.engines.vllm import temporary_folders
+
+Command = Callable[..., list[str]]
+SECRET = "hush-7c1f93aa"
+KEYS = ("HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY", "RLMT_API_KEY", "VLLM_API_KEY")
+
+
+@pytest.fixture
+def command(tiny: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    monkeypatch.chdir(tmp_path)
+
+    def arguments(name: str, *more: object) -> list[str]:
+        options = {
+            "--model.policy": tiny / "policy",
+            "--model.reward.model": tiny / "reward",
+            "--model.format": "no_think",
+            "--data.prompts": prompts_file,
+            "--data.engine": "TransformersEngine",
+            "--data.batch_size": 4,
+            "--data.group_size": 2,
+            "--data.max_prompt_tokens": 256,
+            "--data.max_new_tokens": 4,
+            "--data.val_size": 4,
+            "--trainer.max_steps": 1,
+            "--trainer.default_root_dir": tmp_path / "run",
+            "--trainer.enable_progress_bar": "false",
+        }
+        flat = [str(word) for pair in options.items() for word in pair]
+        configs = [word for name in ("base", "grpo", "tiny") for word in ("--config", name)]
+        return [name, *configs, *flat, *map(str, more)]
+
+    return arguments
+
+
+class Payload:
+    """What runs code when it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(Path.cwd() / "owned"),)
+
+
+def test_no_code_of_a_checkpoint_is_run(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = tmp_path / "bad.ckpt"
+    torch.save({"state_dict": {}, "rlmt": Payload()}, bad)
+    for words in (
+        command("fit", "--ckpt_path", bad),
+        command("validate", "--ckpt_path", bad),
+        command("validate", "--ckpt_path", bad, "--weights_only", "false"),
+        ["export", str(bad), str(tmp_path / "out")],
+        ["chat", str(bad), "--prompt", "hi"],
+    ):
+        assert main(words) == 2, words
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rlmt: error: ")]
+        assert "bad.ckpt" in line and ("damaged" in line or "holds" in line), line
+    sharded = tmp_path / "sharded.ckpt"
+    sharded.mkdir()
+    (sharded / ".metadata").write_bytes(pickle.dumps(Payload()))
+    torch.save({}, sharded / "meta.pt")
+    assert main(["export", str(sharded), str(tmp_path / "out")]) == 2
+    assert not (tmp_path / "owned").exists()
+    pickle.loads(pickle.dumps(Payload()))  # the payload works
+    assert (tmp_path / "owned").exists()
+
+
+def test_no_secret_of_the_environment_is_in_any_file_or_line(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for key in KEYS:
+        monkeypatch.setenv(key, SECRET)
+    assert main(command("fit")) == 0
+    assert main(command("fit", "--ckpt_path", "last", "--seed_everything", 0, "--trainer.max_steps", 2)) == 0
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert main(["export", str(last), str(tmp_path / "out")]) == 0
+    assert main(command("fit", "--data.prompts", "nowhere.jsonl")) == 2
+    with pytest.raises(RuntimeError, match="broke"), monkeypatch.context() as patch:
+        patch.setattr("rlmt.engines.TransformersEngine.generate", lambda *args: (_ for _ in ()).throw(OSError("broke")))
+        patch.setattr("rlmt.data.rollout_datamodule.draw", lambda *args: (_ for _ in ()).throw(RuntimeError("broke")))
+        main(command("fit"))
+    told = capfd.readouterr()
+    assert SECRET not in told.out + told.err and "nowhere.jsonl" in told.err
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} >= {".ckpt", ".csv", ".yaml", ".parquet", ".json", ".safetensors"}
+    for path in files:
+        assert SECRET.encode() not in path.read_bytes(), path
+
+
+def test_what_is_written_is_plain_data_and_safetensors(command: Command, tmp_path: Path) -> None:
+    assert main(command("fit")) == 0
+    checkpoint = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert checkpoint["config"]["model"]["init_args"]["format"] == "no_think" and checkpoint["run"]["step"] == 0
+    assert main(["export", str(tmp_path / "run" / "checkpoints" / "last.ckpt"), str(tmp_path / "out")]) == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert not [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))]
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert list(file.keys())
+
+
+# Folders in memory ----------------------------------------------------------------------------------------------------
+
+
+def test_a_scratch_folder_is_removed_at_the_end_and_after_a_kill(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(temporary_folders.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(temporary_folders, "_MEMORY", tmp_path / "memory")
+    (tmp_path / "memory").mkdir()
+    with temporary_folders.TemporaryFolder("adapter", in_memory=True) as folder:
+        assert Path(folder).parent == tmp_path / "memory"
+        assert temporary_folders.remove_abandoned() == [] and Path(folder).is_dir()  # in use
+    assert not Path(folder).exists()
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:  # one in each place, and then it is killed
+        made = [temporary_folders.TemporaryFolder("vllm"), temporary_folders.TemporaryFolder("adapter", in_memory=True)]
+        os.write(write, "\n".join(folder.path for folder in made).encode())
+        signal.pause()
+    left = [Path(line) for line in os.read(read, 10_000).decode().splitlines()]
+    assert temporary_folders.remove_abandoned() == []
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    (tmp_path / "rlmt-scratch-not-ours").mkdir()  # without a lock there is no telling
+    assert len(left) == 2 and sorted(temporary_folders.remove_abandoned()) == sorted(left)
+    assert not any(path.exists() for path in left) and (tmp_path / "rlmt-scratch-not-ours").exists()
+
+
+# Logs and checkpoints -------------------------------------------------------------------------------------------------
+
+
+def test_a_log_goes_on_behind_the_checkpoint(tmp_path: Path) -> None:
+    log = ResumableCSVLogger(tmp_path)
+    for step in range(4):
+        log.log_metrics({"loss": 0.5 * step}, step)
+        log.save()
+    log.log_metrics({"val": 7.0}, 3)
+    log.finalize("success")
+    path = tmp_path / "version_0" / "metrics.csv"
+    assert path.read_text().splitlines() == ["loss,step,val", "0.0,0,", "0.5,1,", "1.0,2,", "1.5,3,", ",3,7.0"]
+    path.write_text(path.read_text() + "9.0,4")  # cut short by a kill
+    again = ResumableCSVLogger(tmp_path)
+    again.go_on(0, 1)
+    again.log_metrics({"loss": 1.0}, 2)
+    again.log_metrics({"new": 2.0}, 2)
+    again.finalize("success")
+    assert path.read_text().splitlines() == ["loss,new,step,val", "0.0,,0,", "0.5,,1,", "1.0,,2,", ",2.0,2,"]
+    fresh = ResumableCSVLogger(tmp_path)
+    fresh.log_metrics({"loss": 3.0}, 0)
+    fresh.finalize("success")
+    assert (tmp_path / "version_1" / "metrics.csv").read_text().splitlines() == ["loss,step", "3.0,0"]
+
+
+def test_a_kill_at_any_write_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    """A process is killed after so many bytes of the new one; what is there is the old one or the new one."""
+    io, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
+    old, new = {"x": torch.zeros(50_000)}, {"x": torch.ones(50_000)}
+    seen = set()
+    for count in (0, 1, 10_000, 150_000, None):
+        io.save_checkpoint(old, path)
+        child = os.fork()
+        if child == 0:
+            try:
+                with Dying(count):
+                    io.save_checkpoint(new, path)
+            finally:
+                os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(child, 0)
+        seen.add(float(io.load_checkpoint(path)["x"].mean()))
+    assert seen == {0.0, 1.0}
+
+
+class Dying:
+    """Within it, the process is killed once torch has written so many bytes; None never."""
+
+    def __init__(self, count: int | None) -> None:
+        self.count = count
+
+    def __enter__(self) -> None:
+        from rlmt.checkpointing import files
+
+        save, count = torch.save, self.count
+
+        def dying(checkpoint: Any, file: Any) -> None:
+            save(checkpoint, file)
+            if count is not None:
+                file.flush()
+                os.truncate(file.name, count)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        files.torch.save = dying
+
+    def __exit__(self, *raised: object) -> None:
+        pass

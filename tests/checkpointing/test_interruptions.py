@@ -1,0 +1,380 @@
+"""What a run does when its surroundings fail: the disk, the reward, the engine, the samples, the prompts."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlmt.checkpointing import files
+from rlmt.cli.commands import main
+from rlmt.engines import TransformersEngine
+from rlmt.engines.rollout_files import read_rollouts
+from rlmt.types import FinishReason, Samples
+
+Fit = Callable[..., int]
+
+
+@pytest.fixture
+def fit(tiny: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
+    """`fit("--data.x", 1)` trains for four rollouts on tiny models in tmp_path/run, a checkpoint after each."""
+    monkeypatch.chdir(tmp_path)
+    callbacks = "{class_path: rlmt.callbacks.PolicyHealth}, {class_path: rlmt.callbacks.RewardCurves}, "
+    callbacks += "{class_path: rlmt.callbacks.CoTLength}, {class_path: rlmt.callbacks.SampleTable}, "
+    often = "{class_path: rlmt.callbacks.PolicyCheckpoint, init_args: {every_n_steps: 1, on_full: %s}}"
+
+    def run(*more: object, on_full: str = "stop") -> int:
+        Path("often.yaml").write_text(f"trainer: {{callbacks: [{callbacks}{often % on_full}]}}")
+        options = {
+            "--model.policy": tiny / "policy",
+            "--model.reward.model": tiny / "reward",
+            "--model.format": "no_think",
+            "--data.prompts": prompts_file,
+            "--data.engine": "TransformersEngine",
+            "--data.batch_size": 4,
+            "--data.group_size": 4,
+            "--data.max_prompt_tokens": 256,
+            "--data.max_new_tokens": 8,
+            "--data.val_size": 0,
+            "--trainer.max_steps": 4,
+            "--trainer.default_root_dir": tmp_path / "run",
+            "--trainer.enable_progress_bar": "false",
+        }
+        words = [str(word) for pair in options.items() for word in pair]
+        configs = [word for name in ("base", "grpo", "tiny", "often.yaml") for word in ("--config", name)]
+        return main(["fit", *configs, *words, *map(str, more)])
+
+    return run
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    with (run / "version_0" / "metrics.csv").open() as file:
+        return [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
+
+
+def saved(run: Path) -> int:
+    """The last step that the newest checkpoint holds; it is whole, and nothing is left of others."""
+    folder = run / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "policy"]
+    step: int = torch.load(folder / "last.ckpt", weights_only=True)["run"]["step"]
+    return step
+
+
+def error_of(capsys: pytest.CaptureFixture[str]) -> str:
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rlmt: error: ")]
+    return line
+
+
+# The disk ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path: Path) -> None:
+    """The system itself cuts the file short."""
+    import resource
+    import signal
+
+    io, path = files.AtomicCheckpointIO(), tmp_path / "last.ckpt"
+    io.save_checkpoint({"x": torch.arange(10)}, path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        with pytest.raises(OSError) as caught:
+            io.save_checkpoint({"x": torch.arange(100_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert caught.value.errno == errno.EFBIG
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+    assert torch.equal(io.load_checkpoint(path)["x"], torch.arange(10))
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """From the third checkpoint to the fourth a write ends in the middle; the attempts are counted."""
+    attempts: list[int] = []
+    save = torch.save
+
+    def torn(checkpoint: Any, file: Any) -> None:
+        attempts.append(1)
+        if len(attempts) in (3, 4):
+            file.write(b"PK\x03\x04 half a checkpoint")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(checkpoint, file)
+
+    monkeypatch.setattr(files.torch, "save", torn)
+    return attempts
+
+
+def test_a_full_disk_stops_the_run_with_its_last_checkpoint_whole(
+    fit: Fit, tmp_path: Path, full_disk: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit() == 2
+    message = error_of(capsys)
+    assert "last.ckpt cannot be written (No space left on device)" in message and "make room" in message
+    assert saved(tmp_path / "run") == 1
+    full_disk += [1] * 2
+    assert fit("--ckpt_path", "last") == 0
+    assert saved(tmp_path / "run") == 3
+    assert [int(row["step"]) for row in rows(tmp_path / "run")] == [0, 1, 2, 3]
+
+
+def test_or_warns_and_goes_on(fit: Fit, tmp_path: Path, full_disk: list[int]) -> None:
+    with pytest.warns(UserWarning, match="No space left on device.*the checkpoint before it is whole"):
+        assert fit("--trainer.max_steps", 5, on_full="continue") == 0
+    assert saved(tmp_path / "run") == 4 and len(full_disk) == 5
+
+
+def test_without_room_for_anything_the_run_goes_on_and_ends_in_one_line(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rollouts wait, and no checkpoint is written without them; with room the run goes on."""
+
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    assert fit("--trainer.max_steps", 1) == 0
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="the checkpoint before it is whole"):
+        patch.setattr("rlmt.engines.rollout_files.pq.write_table", full)
+        patch.setattr("rlmt.report.curves.draw_curves", full)
+        assert fit("--ckpt_path", "last", on_full="continue") == 2
+    assert error_of(capsys).startswith("rlmt: error: no room is left on the disk")
+    assert len(rows(tmp_path / "run")) == 4 and saved(tmp_path / "run") == 0
+    assert fit("--ckpt_path", "last") == 0
+    assert len(rows(tmp_path / "run")) == 4 and saved(tmp_path / "run") == 3
+    steps = read_rollouts(tmp_path / "run" / "version_0" / "rollouts")["step"].to_pylist()
+    assert steps == [step for step in range(4) for _ in range(16)]
+
+
+def test_what_a_kill_left_half_written_is_removed_at_the_next_start(fit: Fit, tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / ".last.ckpt.unfinished").write_bytes(b"half")
+    (folder / "mine.ckpt").write_bytes(b"not touched")
+    assert fit("--trainer.max_steps", 1) == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "mine.ckpt", "policy"]
+
+
+# The reward and the engine -------------------------------------------------------------------------------------------
+
+REWARDS = """
+import torch
+from rlmt.rewards import Reward
+
+calls = []
+
+
+class Third(Reward):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def score(self, prompts, responses, statuses):
+        calls.append(1)
+        scores = torch.tensor([float(len(text) % 7) for text in responses])
+        if len(calls) < 3:
+            return scores
+        return scores * float("nan") if self.kind == "nan" else scores[:, None]
+"""
+
+
+@pytest.mark.parametrize(("kind", "words"), [("nan", "that are not finite"), ("shape", "scores of shape")])
+def test_a_reward_that_breaks_ends_the_run_in_one_line_and_loses_no_step(
+    kind: str, words: str, fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / f"third_{kind}.py").write_text(REWARDS)
+    monkeypatch.syspath_prepend(tmp_path)
+    reward = ("--model.reward", f"third_{kind}.Third", "--model.reward.kind", kind)
+    # PolicyCheckpoint of every step is not what saves here: the run saves what it has when it fails.
+    assert fit(*reward, "--model.algorithm.minibatches", 2, "--trainer.max_steps", 8) == 2
+    message = error_of(capsys)
+    assert words in message and "'reward'" in message and "--ckpt_path last" in message
+    assert saved(tmp_path / "run") == 1
+
+
+def test_an_engine_that_dies_loses_no_step(fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate, calls = TransformersEngine.generate, []
+
+    def dying(self: TransformersEngine, *args: Any) -> Samples:
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("the engine died")
+        return generate(self, *args)
+
+    monkeypatch.setattr(TransformersEngine, "generate", dying)
+    every = "{class_path: rlmt.callbacks.PolicyCheckpoint, init_args: {every_n_steps: 100}}"
+    (tmp_path / "rarely.yaml").write_text(
+        f"trainer: {{callbacks: [{{class_path: rlmt.callbacks.RewardCurves}}, {every}]}}"
+    )
+    with pytest.raises(RuntimeError, match="the engine died"):
+        fit("--config", "rarely.yaml")
+    assert saved(tmp_path / "run") == 1
+    assert fit("--ckpt_path", "last") == 0
+    assert [int(row["step"]) for row in rows(tmp_path / "run")] == [0, 1, 2, 3]
+
+
+HANGING = """
+import signal
+import time
+
+from rlmt.engines import TransformersEngine
+
+calls = []
+
+
+class Hanging(TransformersEngine):
+    def generate(self, *args):
+        calls.append(1)
+        if len(calls) == 3:
+            time.sleep(1000)
+        return super().generate(*args)
+
+
+def deaf(log):
+    import os
+
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+    from rlmt.checkpointing import watchdog
+
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    watchdog.GRACE = 2
+    with watchdog.limited(0.1, "an engine", "--data.engine_timeout"):
+        time.sleep(1000)
+"""
+
+
+def test_an_engine_that_hangs_is_ended(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "hanging_engine.py").write_text(HANGING)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert fit("--data.engine", "hanging_engine.Hanging", "--data.engine_timeout", 3) == 75
+    told = capfd.readouterr().err
+    assert "rlmt: error: Hanging has not answered for 3 s (--data.engine_timeout); the run ends." in told
+    assert "in generate" in told  # where it hung
+    assert saved(tmp_path / "run") == 1
+    with pytest.warns(UserWarning, match=r"--data.engine was 'hanging_engine.Hanging' and is 'rlmt.engines.Transf"):
+        assert fit("--ckpt_path", "last") == 0
+    assert [int(row["step"]) for row in rows(tmp_path / "run")] == [0, 1, 2, 3]
+
+
+def test_a_process_that_does_not_obey_is_ended_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import multiprocessing
+
+    (tmp_path / "deaf_engine.py").write_text(HANGING)
+    monkeypatch.syspath_prepend(tmp_path)
+    import deaf_engine  # type: ignore[import-not-found]
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rlmt.cli.lightning_cli", "rlmt.callbacks", "rlmt.modules"])
+    process = context.Process(target=deaf_engine.deaf, args=(str(tmp_path / "log"),))
+    process.start()
+    process.join()
+    assert process.exitcode == 75
+    assert "an engine has not answered for 0.1 s (--data.engine_timeout)" in (tmp_path / "log").read_text()
+
+
+# The samples ---------------------------------------------------------------------------------------------------------
+
+
+def test_batches_that_teach_nothing_are_no_updates_and_are_counted(
+    fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All malformed, since no thought closes within three tokens; so all rewards are equal."""
+    options = ("--model.format", "think", "--data.max_new_tokens", 3, "--model.max_idle", 3)
+    assert fit(*options, "--trainer.default_root_dir", "malformed") == 2
+    assert (
+        "Stopped after 3 rollout batches in a row that taught nothing (--model.max_idle): all samples are malformed"
+        in error_of(capsys)
+    )
+    found = rows(tmp_path / "malformed")
+    assert len(found) == 2
+    for row in found:
+        assert (row["reward/malformed"], row["reward/zero_std_groups"]) == ("1.0", "1.0")
+        assert (row["policy/skipped"], row["engine/weight_version"]) == ("1.0", "0.0")
+
+
+def test_samples_that_all_stay_out_of_the_loss_are_no_update(
+    fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for algorithm in ((), ("--model.algorithm", "PPO")):
+        folder = f"masked{len(algorithm)}"
+        truncated = ("--model.algorithm.mask_truncated", "true", "--model.max_idle", 2)
+        assert fit(*algorithm, *truncated, "--data.max_new_tokens", 1, "--trainer.default_root_dir", folder) == 2
+        assert "no sample takes part in the loss" in error_of(capsys), algorithm
+
+
+class Odd(TransformersEngine):
+    """Answers with completions that a policy seldom gives, whatever the prompt, each at an even log-prob."""
+
+    def generate(self, requests: Any, sampling: Any) -> Samples:
+        tokenizer, end = self._tokenizer, sampling.stop_token_ids[0]
+        special = tokenizer.all_special_ids
+        text = tokenizer("a\x00b \ud7ff \uffff ok", add_special_tokens=False)["input_ids"]
+        cut = tokenizer("\N{GRINNING FACE}", add_special_tokens=False)["input_ids"][:-1] or [end]  # half a character
+        choices = [[end], [*special, end], [*text, end], [*cut, end], [*text, *special], [special[0]] * 8]
+        count = sum(len(request.seeds) for request in requests)
+        ids = [choices[k % len(choices)][: sampling.max_new_tokens] for k in range(count)]
+        finish = [FinishReason.STOP if row[-1] == end else FinishReason.LENGTH for row in ids]
+        return Samples(ids, [[-1.0] * len(row) for row in ids], finish, self.version or 0)
+
+
+@pytest.mark.parametrize("algorithm", ["GRPO", "PPO", "DPO"])
+@pytest.mark.parametrize("form", ["no_think", "think"])
+def test_empty_special_and_broken_responses_crash_nothing(
+    algorithm: str, form: str, fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if form == "think" and algorithm != "PPO":
+        pytest.skip("all are malformed: no update, as above")
+    monkeypatch.setattr(TransformersEngine, "generate", Odd.generate)
+    options: tuple[object, ...] = ("--model.algorithm", algorithm, "--model.format", form, "--trainer.max_steps", 2)
+    options += ("--model.algorithm.min_valid", 2) if algorithm == "DPO" else ()
+    assert fit(*options, "--data.max_new_tokens", 32) == 0
+    found = rows(tmp_path / "run")
+    assert len(found) == 2
+    # Where all rewards are equal, nothing varies that a critic could explain.
+    unscored = {"reward/reward_model", "critic/explained_variance"} if form == "think" else set()
+    for row in found:
+        assert {k for k, v in row.items() if not math.isfinite(float(v))} <= unscored
+    table = read_rollouts(tmp_path / "run" / "version_0" / "rollouts").to_pylist()
+    assert {row["status"] for row in table} == ({"ok", "empty_response"} if form == "no_think" else {"unclosed"})
+    if form == "no_think":
+        assert any("\x00" in row["scored_text"] for row in table if row["scored_text"])
+        assert all(row["scored_text"] is None for row in table if row["status"] != "ok")
+    assert torch.isfinite(
+        torch.cat(
+            [t.flatten() for t in torch.load("run/checkpoints/last.ckpt", weights_only=True)["state_dict"].values()]
+        )
+    ).all()
+
+
+# The prompts ---------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_that_are_used_up_end_the_last_epoch_or_start_the_next(fit: Fit, tmp_path: Path) -> None:
+    assert fit("--trainer.max_epochs", 1, "--trainer.max_steps", -1, "--trainer.default_root_dir", "one") == 0
+    assert len(rows(tmp_path / "one")) == 6
+    assert fit("--trainer.max_steps", 8, "--trainer.default_root_dir", "two") == 0
+    assert [float(row["epoch"]) for row in rows(tmp_path / "two")] == [0.0] * 6 + [1.0] * 2
+
+
+def test_nuls_are_kept_and_lone_surrogates_refused_by_their_row(
+    fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "odd.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"say \x00 {k} \x1b[31m"}) + "\n" for k in range(4)))
+    assert fit("--data.prompts", prompts, "--trainer.max_steps", 1) == 0
+    table = read_rollouts(tmp_path / "run" / "version_0" / "rollouts")
+    assert {row[0]["content"] for row in table["messages"].to_pylist()} == {f"say \x00 {k} \x1b[31m" for k in range(4)}
+    capsys.readouterr()
+    prompts.write_text('{"prompt": "fine"}\n{"prompt": "not \\ud800"}\n')
+    assert fit("--data.prompts", prompts) == 2
+    message = error_of(capsys)
+    assert "odd.jsonl" in message and "line 2" in message and "lone surrogate" in message

@@ -1,0 +1,97 @@
+"""Two processes with the models in shards, a vLLM in each or one over both, train what one process trains."""
+
+import csv
+import dataclasses
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from rlmt.cli.commands import main
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+    pytest.mark.timeout(600),
+]
+OPTIONS = (  # of an optimizer that rounding errors in small gradients do not sway, but that has a state
+    *("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.3", "--model.optimizer.momentum", "0.9"),
+    *("--data.engine", "VLLMEngine", "--data.engine.cpu_kv_cache_gib", "0.25", "--data.val_size", "0"),
+)
+TOGETHER = ("--data.engine.tensor_parallel_size", "2")
+LOGGED = ("reward/mean", "reward/std", "policy/loss", "policy/grad_norm", "policy/entropy")
+
+
+@pytest.fixture(scope="module")
+def world(crash: Any, tiny: Path, prompts_file: Path) -> Any:
+    return crash.World(tiny / "policy", tiny / "reward", prompts_file, OPTIONS)
+
+
+def train(crash: Any, world: Any, run: Path, steps: int, *more: str, sharded: bool, resume: bool = False) -> Path:
+    spread = {"ranks": 2, "configs": ("fsdp",)} if sharded else {}
+    options = (*world.options, *more, "--trainer.max_steps", str(steps))
+    words = dataclasses.replace(world, options=options, **spread).command(run, resume)
+    crash.finish(crash.launch(words, run.with_suffix(".log"), ranks=2 if sharded else 1), run.with_suffix(".log"))
+    return run
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    with (run / "version_0/metrics.csv").open() as file:
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def samples(run: Path, steps: int) -> dict[Any, Any]:
+    rows = [row for file in run.rglob("rollouts/*.parquet") for row in pq.read_table(file).to_pylist()]
+    return {(r["step"], r["prompt_index"], r["sample"]): r["response"] for r in rows if r["step"] < steps}
+
+
+def checkpoint(run: Path) -> dict[str, Any]:
+    saved: dict[str, Any] = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    return saved
+
+
+def assert_same(run: Path, other: Path) -> None:
+    ours, theirs = checkpoint(run), checkpoint(other)
+    assert ours["state_dict"].keys() == theirs["state_dict"].keys()
+    for name, weight in theirs["state_dict"].items():
+        torch.testing.assert_close(ours["state_dict"][name], weight, rtol=1e-4, atol=1e-5, msg=name)
+    (left,), (right,) = (saved["optimizer_states"] for saved in (ours, theirs))
+    assert left["state"].keys() == right["state"].keys() and len(left["state"]) > 10
+    for number, state in right["state"].items():
+        torch.testing.assert_close(left["state"][number], state, rtol=1e-3, atol=1e-4)
+
+
+def assert_same_course(run: Path, other: Path, steps: int) -> None:
+    assert len(samples(other, steps)) == 16 * steps and samples(run, steps) == samples(other, steps)
+    for ours, theirs in zip(metrics(run)[:steps], metrics(other)[:steps], strict=True):
+        assert ours["engine/mismatch_max"] < 1e-3
+        for name in LOGGED:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-6), name
+
+
+def test_all_parameters_on_two_ranks_and_on_one_and_back(crash: Any, world: Any, tmp_path: Path) -> None:
+    alone = train(crash, world, tmp_path / "alone", 4, sharded=False)
+    run = train(crash, world, tmp_path / "run", 2, sharded=True)
+    assert_same_course(run, alone, 2)
+    assert len(list(run.rglob("rollouts/*rank1.parquet"))) == len(list(run.rglob("rollouts/*rank0.parquet"))) > 0
+
+    shutil.copytree(run, tmp_path / "whole")
+    goes_on_alone = train(crash, world, tmp_path / "whole", 4, sharded=False, resume=True)
+    train(crash, world, run, 4, *TOGETHER, "--trainer.strategy.offload", "true", sharded=True, resume=True)
+    for resumed in (run, goes_on_alone):
+        assert_same(resumed, alone)
+    assert_same_course(run, alone, 4)
+
+    assert main(["export", str(run / "checkpoints/last.ckpt"), str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out/model.safetensors").is_file()
+
+
+def test_an_adapter_and_a_critic_with_its_own(crash: Any, world: Any, tmp_path: Path) -> None:
+    more = ("--model.algorithm", "PPO", "--model.algorithm.critic_lr", "0.1", "--model.lora", "LoRA")
+    alone = train(crash, world, tmp_path / "one", 2, *more, sharded=False)
+    run = train(crash, world, tmp_path / "two", 2, *more, *TOGETHER, sharded=True)
+    assert_same(run, alone)
+    assert_same_course(run, alone, 2)

@@ -1,0 +1,267 @@
+"""Adapters served by vLLM: after each sync it is the policy, and the frozen base never changes."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlmt.engines import VLLMEngine
+from rlmt.engines.vllm.lora import adapter_folder, launch_options
+from rlmt.errors import UserError
+from rlmt.models import NF4, LoRA, loading
+from rlmt.models.adapters import adapter_weights, base_tensors, trainable_parameters
+from rlmt.models.quantization import dequantize
+from rlmt.types import AdapterWeights, SampleRequest, Sampling
+
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+
+
+class World:
+    """A policy with an adapter, and an engine that serves it."""
+
+    def __init__(self, policy: PreTrainedModel, helpers: Any, **options: Any) -> None:
+        self.policy, self.helpers, self.version, self.base_reads = policy.train(), helpers, 0, 0
+        self.engine = VLLMEngine(cpu_kv_cache_gib=0.1, max_num_seqs=64, **options)
+        self.engine.start(policy, helpers.tokenizer(), helpers.max_len, policy.dtype)
+        self.optimizer = torch.optim.AdamW(trainable_parameters(policy), lr=0.02)
+
+    def base(self) -> Iterator[tuple[str, Tensor]]:
+        self.base_reads += 1
+        for name, tensor in base_tensors(self.policy).items():
+            yield name, dequantize(tensor)
+
+    def train(self) -> None:
+        ids = torch.randint(0, 300, (1, 40))
+        self.policy(input_ids=ids, labels=ids).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def sync(self) -> None:
+        self.version += 1
+        self.engine.sync(self.base(), self.version, adapter_weights(self.policy))
+
+    def mismatch(self, requests: list[SampleRequest]) -> float:
+        samples = self.engine.generate(requests, Sampling(0.7, 24))
+        assert samples.weight_version == self.version
+        return self.helpers.mismatch(self.policy, requests, samples, 0.7)  # type: ignore[no-any-return]
+
+    def bits(self) -> dict[str, Tensor]:
+        """The frozen base as it lies in memory, and the statistics of 4-bit weights."""
+        state = self.policy.state_dict()
+        return {name: tensor.clone() for name, tensor in state.items() if ".lora_" not in name}
+
+
+def load(helpers: Any, architecture: str, tmp_path: Path, quantization: NF4 | None) -> PreTrainedModel:
+    helpers.policy(architecture).save_pretrained(tmp_path)
+    return loading.load_policy(tmp_path, "float32", quantization=quantization)
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("architecture", "quantization", "options"),
+    [
+        ("llama-tied", None, {"rank": 12, "alpha": 12, "rslora": True}),
+        ("qwen2-untied", NF4(), {"rank": 16, "target_modules": ["q_proj", "v_proj", "down_proj"]}),
+    ],
+    ids=["LoRA", "QLoRA"],
+)
+def test_a_hundred_syncs_leave_the_base_alone_and_the_engine_exact(
+    architecture: str, quantization: NF4 | None, options: dict[str, Any], helpers: Any, tmp_path: Path
+) -> None:
+    policy = load(helpers, architecture, tmp_path, quantization)
+    LoRA(**options).add_to(policy)
+    world = World(policy, helpers)
+    try:
+        bits = world.bits()
+        requests = [SampleRequest(prompt, [i, i + 9]) for i, prompt in enumerate(helpers.prompts(4, 70))]
+        for step in range(100):
+            world.sync()
+            if step % 20 == 0 or step == 99:
+                assert world.mismatch(requests) < 1e-3
+            if step == 0:
+                world.train()
+                assert world.mismatch(requests) > 1e-2  # the engine's prefixes are stale from here on
+                continue
+            world.train()
+        assert world.base_reads == 1
+        assert not list(Path("/dev/shm").glob("rlmt-scratch-adapter-*"))
+        after = world.bits()
+        assert after.keys() == bits.keys()
+        assert all(torch.equal(after[name], tensor) for name, tensor in bits.items())
+    finally:
+        world.engine.close()
+
+
+@needs_vllm
+def test_merged_weights_serve_what_an_adapter_would_and_dora(helpers: Any, tmp_path: Path) -> None:
+    policy = load(helpers, "qwen2-tied", tmp_path, NF4())
+    LoRA(rank=4, dora=True).add_to(policy)
+    with pytest.raises(UserError, match=r"DoRA; use --data.engine.serve merged"):
+        World(policy, helpers)
+    world = World(policy, helpers, serve="merged")
+    try:
+        bits = world.bits()
+        requests = [SampleRequest(prompt, [i]) for i, prompt in enumerate(helpers.prompts(4, 70))]
+        for _ in range(3):
+            world.train()
+            world.sync()
+            assert world.mismatch(requests) < 1e-3
+        assert world.base_reads == 3
+        assert all(torch.equal(world.bits()[name], tensor) for name, tensor in bits.items())
+        with pytest.raises(ValueError, match="not passed to sync"):
+            world.engine.sync(iter(()), 9, adapter_weights(policy))
+    finally:
+        world.engine.close()
+
+
+@needs_vllm
+def test_an_engine_that_rounds_the_base_is_near_the_policy_and_no_nearer(helpers: Any) -> None:
+    """Saves memory for a gap that is logged; the adapter on top is not rounded."""
+    policy = helpers.policy("llama-untied").bfloat16()
+    for p in policy.parameters():
+        p.data /= 4  # of an ordinary size, so that rounding is of an ordinary size
+    LoRA(rank=8).add_to(policy)
+    world = World(policy, helpers, quantization="fp8_per_channel")
+    try:
+        requests = [SampleRequest(prompt, [i, i + 9]) for i, prompt in enumerate(helpers.prompts(4, 70))]
+        gaps = []
+        for _ in range(3):
+            world.sync()
+            gaps.append(world.mismatch(requests))
+            world.train()
+        assert world.mismatch(requests) > 4 * max(gaps)  # stale: the adapter counts for more than the rounding
+        assert world.base_reads == 1 and all(1e-3 < gap < 0.5 for gap in gaps), gaps
+    finally:
+        world.engine.close()
+
+
+@needs_vllm
+def test_layers_that_vllm_does_not_know_are_refused_at_start(helpers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last word is vLLM's own, on the adapter itself."""
+    from rlmt.engines import vllm as module
+
+    policy = helpers.policy("llama-tied")
+    LoRA(rank=2, target_modules=["q_proj"]).add_to(policy)
+    whole = adapter_weights(policy)
+    assert whole is not None
+    renamed = {name.replace("q_proj", "query"): tensor for name, tensor in whole.tensors.items()}
+    monkeypatch.setattr(module, "adapter_weights", lambda policy: AdapterWeights(whole.config, renamed))
+    engine = VLLMEngine(cpu_kv_cache_gib=0.1, max_num_seqs=8)
+    with pytest.raises(
+        UserError, match=r"cannot serve this adapter: .*query.*; use --data.engine.serve merged"
+    ) as told:
+        engine.start(policy, helpers.tokenizer(), helpers.max_len, torch.float32)
+    assert "\n" not in str(told.value)
+    assert engine._llm is None and not list(Path("/dev/shm").glob("rlmt-scratch-adapter-*"))
+
+
+def test_adapters_that_vllm_cannot_serve_are_refused_with_the_cure(helpers: Any) -> None:
+    policy = helpers.policy("llama-tied")
+    good = LoRA(rank=512).config(policy)
+    VLLMEngine().check_adapter(good)
+    bad = [LoRA(dora=True).config(policy), LoRA(rank=513).config(policy), good | {"modules_to_save": ["lm_head"]}]
+    for config, words in zip(bad, ("DoRA", "ranks up to 512, and this one is 513", "more than low-rank"), strict=True):
+        with pytest.raises(UserError, match=f"{words}.*; use --data.engine.serve merged"):
+            VLLMEngine().check_adapter(config)
+        VLLMEngine(serve="merged").check_adapter(config)
+
+
+@needs_vllm
+def test_vllm_makes_room_for_the_next_larger_rank(helpers: Any) -> None:
+    from typing import get_args
+
+    from vllm.config.lora import MaxLoRARanks
+
+    from rlmt.engines.vllm.lora import RANKS
+
+    assert set(RANKS) <= set(get_args(MaxLoRARanks))
+    for rank, wanted in ((1, 8), (8, 8), (9, 16), (300, 320), (512, 512)):
+        assert launch_options({"r": rank})["max_lora_rank"] == wanted
+
+
+def test_the_folder_is_what_peft_loads_and_is_gone_afterwards(helpers: Any) -> None:
+    from peft import PeftModel
+
+    policy = helpers.policy("llama-untied").eval()
+    LoRA(rank=3, alpha=5, dora=True).add_to(policy)
+    for p in trainable_parameters(policy):
+        p.data += 0.05 * torch.randn(p.shape)
+    adapter = adapter_weights(policy)
+    assert adapter is not None
+    with adapter_folder(adapter) as folder:
+        files = {file.name for file in Path(folder).iterdir() if not file.name.startswith(".")}
+        assert files == {"adapter_config.json", "adapter_model.safetensors"}
+        theirs: Any = PeftModel.from_pretrained(helpers.policy("llama-untied").eval(), folder)
+    assert not Path(folder).exists()
+    ids = torch.arange(30)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(input_ids=ids).logits, policy(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+    with pytest.raises(RuntimeError, match="boom"), adapter_folder(adapter) as folder:
+        raise RuntimeError("boom")
+    assert not Path(folder).exists()
+
+
+@needs_vllm
+def test_after_sleeping_on_a_gpu_the_base_comes_again(helpers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands in for vllm.LLM, since sleeping takes a GPU."""
+    calls: list[str] = []
+
+    class Recorder:
+        def __init__(self) -> None:
+            self.llm_engine, self.held = self, set[int]()
+
+        def collective_rpc(self, name: str, kwargs: dict[str, Any]) -> None:
+            calls.append(f"{name} {len(list(kwargs['weights_iterator']))}")
+            self.held.clear()  # as vLLM does
+
+        def list_loras(self) -> set[int]:
+            return set(self.held)
+
+        def add_lora(self, request: Any) -> None:
+            assert Path(request.lora_path, "adapter_model.safetensors").is_file()
+            self.held.add(request.lora_int_id)
+            calls.append(f"add {request.lora_int_id}")
+
+        def remove_lora(self, number: int) -> None:
+            self.held.remove(number)
+            calls.append(f"remove {number}")
+
+        def wake_up(self, tags: list[str]) -> None:
+            calls.append(f"wake {tags[0]}")
+
+        def sleep(self, level: int) -> None:
+            calls.append(f"sleep {level}")
+
+        def reset_prefix_cache(self) -> bool:
+            return True
+
+        def generate(self, *args: Any, lora_request: Any, **kwargs: Any) -> list[Any]:
+            calls.append(f"generate with {lora_request.lora_int_id}")
+            return []
+
+    policy = helpers.policy("llama-tied")
+    LoRA(rank=2).add_to(policy)
+    engine = VLLMEngine()
+    monkeypatch.setattr(engine, "_launch", lambda *args: Recorder())
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    engine.start(policy, helpers.tokenizer(), helpers.max_len, torch.float32)
+    assert calls == ["add 1"]
+    calls.clear()
+    count = len(base_tensors(policy))
+    engine._eager = engine._sleeps = True
+    for version in (1, 2):
+        engine.sync(base_tensors(policy).items(), version, adapter_weights(policy))
+        engine.generate([SampleRequest([1], [])], Sampling(1.0, 1))
+        assert engine.version is None
+    first = [f"reload_weights {count}", "add 2", "generate with 2", "sleep 2"]
+    again = ["wake weights", f"reload_weights {count}", "wake kv_cache", "add 3", "generate with 3", "sleep 2"]
+    assert calls == first + again
+    engine._llm = None
+    engine.close()

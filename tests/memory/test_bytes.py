@@ -1,0 +1,161 @@
+"""Bytes foretold from shapes against the bytes of real models, optimizers and logits."""
+
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, Qwen2Config
+
+from rlmt.memory.activations import BatchShape
+from rlmt.memory.bytes import (
+    kv_bytes,
+    largest_shard,
+    logits_bytes,
+    optimizer_bytes,
+    step_bytes,
+    tensor_bytes,
+    weight_bytes,
+)
+from rlmt.models.logprobs import LOGITS_PER_CHUNK, linear_logprobs
+from rlmt.models.quantization import nf4_bytes, quantized_weights
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 700,
+    "hidden_size": 192,
+    "intermediate_size": 320,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SHAPE, tie_word_embeddings=False),
+    "qwen2, tied": Qwen2Config(**SHAPE, tie_word_embeddings=True),
+}
+
+
+def measured(tensors: list[Tensor]) -> int:
+    """Bytes of all storages."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def held(model: nn.Module) -> int:
+    """Bytes of a real model's parameters, with what 4-bit ones keep beside them, and buffers."""
+    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
+    for parameter in model.parameters():
+        state: Any = getattr(parameter, "quant_state", None)
+        if state is not None:
+            tensors += [state.absmax, state.code]
+            if state.nested:
+                tensors += [state.offset, state.state2.absmax, state.state2.code]
+    return measured(tensors)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("double_quant", [None, False, True])
+def test_weights(name: str, double_quant: bool | None, tmp_path: Path) -> None:
+    config: Any = CONFIGS[name]
+    with torch.device("meta"):
+        shadow = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    options: dict[str, Any] = {}
+    if double_quant is not None:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quant
+        )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, **options)
+    packed = () if double_quant is None else quantized_weights(config)
+    assert weight_bytes(shadow, packed, bool(double_quant)) == pytest.approx(held(model), rel=0.005)
+
+
+def test_nf4_by_hand() -> None:
+    # 4096 × 4096 weights: 2^23 bytes of weights; 2^18 scales in float32; 16 float32 codes.
+    assert nf4_bytes(2**24, False) == 2**23 + 4 * 2**18 + 64
+    # Double: 2^18 scales of a byte, 2^10 scales of scales, 256 codes of theirs and their mean.
+    assert nf4_bytes(2**24, True) == 2**23 + 2**18 + 4 * 2**10 + 64 + 1024 + 4
+
+
+OPTIMIZERS = {
+    "AdamW": partial(torch.optim.AdamW, lr=1e-3),
+    "SGD": partial(torch.optim.SGD, lr=1e-3),
+    "SGD, momentum": partial(torch.optim.SGD, lr=1e-3, momentum=0.9),
+    "AdamW8bit": partial(bitsandbytes.optim.AdamW8bit, lr=1e-3),
+    "PagedAdamW8bit": partial(bitsandbytes.optim.PagedAdamW8bit, lr=1e-3),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizer(name: str) -> None:
+    make = OPTIMIZERS[name]
+    shapes = [(512, 600), (256, 300), (64, 80), (16, 96), (33,)]  # some too small for 8 bits
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = make([{"params": parameters}])
+    optimizer.step()
+    states = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+    foretold = optimizer_bytes(make, [torch.empty(shape, device="meta") for shape in shapes])
+    assert foretold == pytest.approx(measured(states), rel=0.02)
+
+
+def test_optimizer_step() -> None:
+    trained = [torch.empty(100, 100, device="meta")]
+    assert step_bytes(OPTIMIZERS["AdamW"], trained) == tensor_bytes(trained) == 40_000
+    assert step_bytes(partial(torch.optim.AdamW, fused=True), trained) == 0
+    assert step_bytes(partial(torch.optim.AdamW, foreach=False), trained) == 0
+    assert step_bytes(OPTIMIZERS["AdamW8bit"], trained) == 0
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_logits(compute: torch.dtype, allocated_peak: Any) -> None:
+    tokens, vocabulary, width = 600, 2**17, 8
+    hidden = torch.randn(tokens, width, dtype=compute, requires_grad=True)
+    head = torch.randn(vocabulary, width, dtype=compute)
+    targets = torch.zeros(tokens, dtype=torch.long)
+
+    def work() -> None:
+        chunk = LOGITS_PER_CHUNK // vocabulary
+        outputs = linear_logprobs(hidden, head, targets, 1.0, chunk)
+        (outputs.logprobs + outputs.entropy).sum().backward()
+
+    assert logits_bytes(tokens, head, compute) == pytest.approx(allocated_peak(work), rel=0.15)
+    assert logits_bytes(10, head, torch.float32) == 10 * vocabulary * 8
+
+
+def test_keys_and_values_by_hand() -> None:
+    llama = LlamaConfig(num_hidden_layers=32, hidden_size=4096, num_attention_heads=32, num_key_value_heads=8)
+    assert kv_bytes(llama, torch.bfloat16) == 2 * 32 * 8 * 128 * 2 == 128 * 2**10
+
+
+def test_the_fullest_micro_batch() -> None:
+    def size(tokens: BatchShape) -> int:
+        each = tokens.completion - 1 + (0 if tokens.shared else tokens.prompt)
+        return tokens.rows * each + (tokens.prompt if tokens.shared else 0)
+
+    assert largest_shard(16384, 1024, 4096, 512, 8, False) == BatchShape(4, 1024, 3073, False)  # 4 × 4096 tokens
+    assert size(largest_shard(16384, 1024, 4096, 512, 8, False)) == 16384
+    assert largest_shard(2048, 1024, 4096, 512, 8, False) == BatchShape(
+        1, 1024, 4096, False
+    )  # one may exceed the budget
+    assert largest_shard(16384, 100, 100, 8, 4, False) == BatchShape(8, 100, 100, False)  # no more samples in a step
+    assert largest_shard(6000, 4000, 1000, 64, 8, False) == BatchShape(1, 4000, 1000, False)
+    assert largest_shard(16384, 1024, 4096, 512, 8, True) == BatchShape(4, 1024, 3840, True)  # 1024 + 4 × 3840 = 16384
+    assert largest_shard(16384, 1024, 256, 512, 8, True) == BatchShape(8, 1024, 256, True)  # a group is all there is
+
+
+@pytest.mark.parametrize(("vocabulary", "precision"), [(500, "mixed"), (32000, "plain")])
+def test_what_is_put_together_beside_shards(vocabulary: int, precision: str) -> None:
+    """Torch's own account of FSDP2: where blocks are the most of it, and where embeddings are."""
+    script = Path(__file__).with_name("sharded_memory.py")
+    words = [sys.executable, str(script), str(vocabulary), precision]
+    *_, line = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
+    bytes_ = json.loads(line)
+    assert bytes_["found"] > 30e6
+    assert bytes_["expected"] == pytest.approx(bytes_["found"], rel=0.06)
