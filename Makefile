@@ -1,4 +1,5 @@
-# Everything works from a bare checkout: what needs .venv makes it first (scripts/setup.sh; instant once it is there).
+# Every target works in a fresh checkout: targets that need .venv create it first with scripts/setup.sh, which takes a
+# second once .venv exists.
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test check format clean
@@ -6,23 +7,23 @@
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
-setup: ## make or catch up .venv (PYTHON=... and RLMT_DEVICE=cpu|cuda to choose)
+setup: ## create or update .venv (options: PYTHON=... and RLMT_DEVICE=cpu|cuda)
 	@scripts/setup.sh
 
-quickstart: setup ## train a miniature world from scratch, with and without thoughts, and compare (goes on where it stopped)
+quickstart: setup ## train in the miniature world from scratch with and without thoughts, and compare (resumes if interrupted)
 	.venv/bin/rlmt study --config study/mini --config study/quickstart
 
 test: setup ## run the whole test suite
 	.venv/bin/pytest
 
-check: setup ## lint, formatting and types
+check: setup ## check lint, formatting and types
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 
-format: setup ## rewrite the code in the one format
+format: setup ## fix lint and format the code
 	.venv/bin/ruff check --fix
 	.venv/bin/ruff format
 
-clean: ## remove .venv and every cache (runs/ stays)
+clean: ## remove .venv and all caches (keeps runs/)
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist rlmt.egg-info
