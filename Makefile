@@ -1,5 +1,4 @@
-# Every target works in a fresh checkout: targets that need .venv create it first with scripts/setup.sh, which takes a
-# second once .venv exists.
+# Everything works from a bare checkout: what needs .venv makes it first (scripts/setup.sh; instant once it is there).
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test check format clean
@@ -7,23 +6,23 @@
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
-setup: ## create or update .venv (options: PYTHON=... and RLMT_DEVICE=cpu|cuda)
+setup: ## make or catch up .venv (PYTHON=... and RLMT_DEVICE=cpu|cuda to choose)
 	@scripts/setup.sh
 
-quickstart: setup ## train in the miniature world from scratch with and without thoughts, and compare (resumes if interrupted)
+quickstart: setup ## train a miniature world from scratch, with and without thoughts, and compare (goes on where it stopped)
 	.venv/bin/rlmt study --config study/mini --config study/quickstart
 
 test: setup ## run the whole test suite
 	.venv/bin/pytest
 
-check: setup ## check lint, formatting and types
+check: setup ## lint, formatting and types
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 
-format: setup ## fix lint and format the code
+format: setup ## rewrite the code in the one format
 	.venv/bin/ruff check --fix
 	.venv/bin/ruff format
 
-clean: ## remove .venv and all caches (keeps runs/)
+clean: ## remove .venv and every cache (runs/ stays)
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist rlmt.egg-info

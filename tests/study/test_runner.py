@@ -60,7 +60,9 @@ def test_done_jobs_are_not_run_again(tmp_path: Path, recorder: Recorder) -> None
 
 def test_interrupted_job_resumes_at_the_interrupted_command(tmp_path: Path, recorder: Recorder) -> None:
     jobs, digests = plan_jobs(tmp_path, a=["one", "bad", "two"])
-    with pytest.raises(UserError, match=r"1 of 1 jobs did not finish: the reason \(exit 2, .*log.txt\)\. Fix the cause"):
+    with pytest.raises(
+        UserError, match=r"1 of 1 jobs did not finish: the reason \(exit 2, .*log.txt\)\. Fix the cause"
+    ):
         Runner(jobs, digests, 1).run()
     state = JobState.load(jobs[0].folder)
     assert state is not None and state.done == 1
