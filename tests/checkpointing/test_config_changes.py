@@ -10,7 +10,7 @@ from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import ExponentialLR, LinearLR
 
 from rlmt.checkpointing.config_changes import apply_options, config_changes, optimizer_options
-from rlmt.modules.schedules import CosineWithWarmup
+from rlmt.modules.optimizers import CosineWithWarmup
 
 BEFORE: dict[str, Any] = {
     "seed_everything": 0,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from rlmt.models.adapters import trainable_parameters
 from rlmt.models.critic import Critic
 from rlmt.models.logprobs import eval_mode, token_logprobs
 from rlmt.models.micro_batch import MicroBatch, micro_batches, no_op_micro_batch, shares_prompts
+from rlmt.modules.metrics import UpdateMetrics
 from rlmt.types import Experience, RolloutBatch, TokenBatch
 
 
@@ -97,7 +97,7 @@ class PolicyUpdate:
         self.algorithm = algorithm
         self.tokens_per_micro_batch = tokens_per_micro_batch
         self.max_grad_norm = max_grad_norm
-        self._seen = _Averages()
+        self._seen = UpdateMetrics()
 
     def steps(
         self,
@@ -118,7 +118,7 @@ class PolicyUpdate:
             critic: the critic to train beside it, for objectives that want one.
             critic_only: whether the step about to be taken leaves the policy alone; asked before each.
         """
-        self._seen = _Averages()
+        self._seen = UpdateMetrics()
         order = torch.Generator().manual_seed(seed)
         samples = len(experience.rollouts)
         for epoch in range(self.algorithm.update_epochs):
@@ -178,13 +178,13 @@ class PolicyUpdate:
                 if drawn_from and not rollouts.off_policy and temperature == sampled_at:
                     now = outputs.logprobs.detach() if tokens.old_logprobs is None else tokens.old_logprobs
                     metrics |= _mismatch(now, tokens.engine_logprobs)
-                self._seen.add(metrics)
+                self._seen.update(metrics)
             if critic is not None:
                 with critic.active_adapter():
                     values = critic(batch, head_only=trained is None and critic.moves_policy)
                     loss, metrics = self.algorithm.value_loss(tokens, values)
                     backward(loss)
-                self._seen.add(metrics)
+                self._seen.update(metrics)
                 total[1] += loss.detach()
         return total
 
@@ -223,13 +223,13 @@ class PolicyUpdate:
                 problem = f"the {prefix}'s loss is {loss}"
             elif not math.isfinite(norm):
                 problem = f"the norm of the {prefix}'s gradient is {norm}"
-            self._seen.add_step({f"{prefix}/loss": loss, f"{prefix}/grad_norm": norm})
-        self._seen.add_step({"policy/skipped": float(problem is not None)})
+            self._seen.update_step({f"{prefix}/loss": loss, f"{prefix}/grad_norm": norm})
+        self._seen.update_step({"policy/skipped": float(problem is not None)})
         return Step(problem)
 
     def metrics(self) -> dict[str, float]:
         """What was seen in the steps of the last rollout batch, under final names."""
-        return self._seen.result()
+        return self._seen.compute()
 
 
 def has_no_learning_signal(experience: Experience, critic: Critic | None) -> bool:
@@ -284,40 +284,6 @@ def _mismatch(logprobs: Tensor, engine_logprobs: Tensor) -> dict[str, Tensor]:
     return {"engine/mismatch_kl": gap.exp() - 1 - gap, "engine/mismatch_max": gap.abs()}
 
 
-class _Averages:
-    """Values averaged over tokens, samples or pairs of all steps, `_max` ones maximised; per-step values over steps."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._tokens: dict[str, int] = {}
-        self._steps: dict[str, list[float]] = {}
-
-    def add(self, values: dict[str, Tensor]) -> None:
-        """Adds a micro-batch's one-dimensional values; kept on their device, since reading each would wait for it."""
-        for name, value in values.items():
-            if name.endswith("_max"):
-                self._sums[name] = torch.maximum(self._sums.get(name, value.max()), value.max())
-            else:
-                self._sums[name] = self._sums.get(name, torch.zeros((), device=value.device)) + value.sum()
-                self._tokens[name] = self._tokens.get(name, 0) + value.numel()
-
-    def add_step(self, values: dict[str, float]) -> None:
-        """Adds scalars of one optimizer step."""
-        for name, value in values.items():
-            self._steps.setdefault(name, []).append(value)
-
-    def result(self) -> dict[str, float]:
-        """All means and maxima, over the tokens, samples or pairs of all ranks."""
-        ranks = all_gather_object(
-            {name: (float(total), self._tokens.get(name, 0)) for name, total in self._sums.items()}
-        )
-        merged: dict[str, float] = {}
-        for name in dict.fromkeys(name for seen in ranks for name in seen):
-            totals, counts = zip(*(seen[name] for seen in ranks if name in seen), strict=True)
-            merged[name] = max(totals) if name.endswith("_max") else sum(totals) / sum(counts)
-        return merged | {name: sum(values) / len(values) for name, values in self._steps.items()}
-
-
 def _starts(lengths: Tensor) -> Tensor:
     """Where each sample's tokens begin when all lie end to end: [B] int64."""
     return lengths.cumsum(0) - lengths
@@ -326,12 +292,3 @@ def _starts(lengths: Tensor) -> Tensor:
 def _positions(samples: list[int], starts: Tensor, lengths: list[int]) -> Tensor:
     """Positions in the flat token tensors of the given samples, samples in the given order: int64."""
     return torch.cat([torch.arange(int(starts[i]), int(starts[i]) + lengths[i]) for i in samples])
-
-
-def step_timings(batch: RolloutBatch, start: float, scored: float) -> dict[str, float]:
-    """Which weights drew a batch, and the seconds of each phase of the step that ends now."""
-    seconds = batch.seconds | {"reward": scored - start, "update": time.perf_counter() - scored}
-    version = {"engine/weight_version": float(batch.weight_version)}
-    if batch.lag is not None:
-        version["engine/weight_lag"] = float(batch.lag)
-    return version | {f"time/{phase}_s": spent for phase, spent in seconds.items()}
