@@ -59,7 +59,8 @@ def build_models(module: RLMTModule, fitting: bool, budget: int) -> Models:
     if module.lora is not None:
         module.lora.add_to(policy)
     if fitting and module.algorithm.critic is not None:
-        critic = build_critic(module.algorithm.critic, policy, module.lora).train()
+        options = module.algorithm.critic
+        critic = build_critic(policy, options.init, options.shared, module.lora).train()
     policy.train(fitting)
     if fitting and module.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})

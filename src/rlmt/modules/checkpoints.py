@@ -10,8 +10,8 @@ from lightning.pytorch import Trainer
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from rlmt.errors import UserError
-from rlmt.export.checkpoints import ASSETS, save_policy_assets
 from rlmt.formats.thinking import ThinkingFormat
+from rlmt.models.assets import POLICY_ASSETS, save_policy_assets
 
 
 def checkpoint_folders(trainer: Trainer) -> list[Path]:
@@ -25,7 +25,7 @@ def save_assets_beside_checkpoints(
 ) -> None:
     """Writes all of a policy's folder but the weights, from which `rlmt export` makes a whole one."""
     for folder in checkpoint_folders(trainer):
-        save_policy_assets(folder / ASSETS, config, tokenizer, format)
+        save_policy_assets(folder / POLICY_ASSETS, config, tokenizer, format)
 
 
 def rlmt_state(checkpoint: Mapping[str, Any], module: str) -> dict[str, Any]:

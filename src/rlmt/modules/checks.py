@@ -74,7 +74,7 @@ def check_run(module: RLMTModule, stage: str) -> None:
         module.quantization.check()
     if stage == "fit":
         if module.algorithm.critic is not None:
-            check_critic(module.algorithm.critic, module.policy_path, module.tokenizer)
+            check_critic(module.algorithm.critic.init, module.policy_path, module.tokenizer)
         if data is not None:
             module.algorithm.check(data.group_size)
             _check_minibatches(module, data.batch_size)

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from rlmt.engines.offline_rollouts import OfflineRollouts
 from rlmt.errors import UserError
-from rlmt.modules.update import compute_logprobs
+from rlmt.models.logprobs import compute_logprobs
 from rlmt.types import Prompt, RolloutBatch, Sampling
 
 _GROUPS = 32

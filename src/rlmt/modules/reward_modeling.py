@@ -20,14 +20,13 @@ from rlmt.distributed import collectives
 from rlmt.distributed.collectives import all_gather_object
 from rlmt.distributed.fsdp2 import call_as_forward, pad_with_no_ops, shard_models
 from rlmt.errors import UserError
-from rlmt.export.checkpoints import REWARD_ASSETS, save_reward_assets
 from rlmt.models import loading
+from rlmt.models.assets import REWARD_ASSETS, save_reward_assets
 from rlmt.models.micro_batch import batches_by_length
-from rlmt.models.reward_model import load_reward_model, reward_config
+from rlmt.models.reward_model import load_reward_model, reward_config, score_states, states_at_end
 from rlmt.modules.checkpoints import checkpoint_folders
 from rlmt.modules.checks import adapter_config_for, check_options, check_trainer, weights_dtype
 from rlmt.modules.supervised import SupervisedModule, take_step
-from rlmt.rewards.classifier import score_states, states_at_end
 from rlmt.rewards.conversation import ConversationReader
 
 

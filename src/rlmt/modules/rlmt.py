@@ -9,17 +9,17 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.loops.utilities import _block_parallel_sync_behavior
 from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
 from rlmt.algorithms import Algorithm
-from rlmt.checkpointing.config_changes import apply_optimizer_options, optimizer_options
+from rlmt.checkpointing.optimizer_options import apply_optimizer_options, optimizer_options
 from rlmt.checkpointing.random_states import random_states, restore_random_states
 from rlmt.distributed import collectives
 from rlmt.distributed.fsdp2 import full_tensor, shard_models
+from rlmt.distributed.gradients import no_gradient_sync
 from rlmt.errors import UserError
 from rlmt.formats.thinking import FormatName, ThinkingFormat
 from rlmt.models import loading
@@ -31,6 +31,7 @@ from rlmt.models.adapters import (
     use_adapter,
 )
 from rlmt.models.critic import Critic
+from rlmt.models.logprobs import compute_logprobs, compute_values
 from rlmt.models.quantization import NF4, dequantize
 from rlmt.modules.build import build_models, check_has_critic, shardable_models, weights_to_load, weights_to_save
 from rlmt.modules.checkpoints import rlmt_state, save_assets_beside_checkpoints
@@ -46,7 +47,7 @@ from rlmt.modules.dynamic_sampling import refill
 from rlmt.modules.policy import PolicyOwner
 from rlmt.modules.schedules import LRSchedulerCallable, OptimizerCallable, with_schedule
 from rlmt.modules.skipped_steps import SkippedSteps
-from rlmt.modules.update import PolicyUpdate, compute_logprobs, compute_values, has_no_learning_signal, step_timings
+from rlmt.modules.update import PolicyUpdate, has_no_learning_signal, step_timings
 from rlmt.rewards import Reward
 from rlmt.rewards.held_out import HeldOutRewards
 from rlmt.rewards.scoring import MalformedMode, score
@@ -265,7 +266,7 @@ class RLMTModule(LightningModule, PolicyOwner):
 
     def _backward(self, loss: Tensor) -> None:
         """Adds to this rank's gradient; the update sums them over ranks once a step, however often each came here."""
-        with _block_parallel_sync_behavior(self.trainer.strategy):
+        with no_gradient_sync(self.trainer.strategy):
             self.manual_backward(loss)
 
     def _pass_over(self, experience: Experience) -> dict[str, float]:

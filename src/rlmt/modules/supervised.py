@@ -8,15 +8,15 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loops.utilities import _block_parallel_sync_behavior
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
-from rlmt.checkpointing.config_changes import apply_optimizer_options, optimizer_options
+from rlmt.checkpointing.optimizer_options import apply_optimizer_options, optimizer_options
 from rlmt.checkpointing.random_states import random_states, restore_random_states
-from rlmt.distributed.collectives import all_gather_object, clip_gradients, sum_gradients, user_error_on_all_ranks
+from rlmt.distributed.collectives import all_gather_object, user_error_on_all_ranks
+from rlmt.distributed.gradients import clip_gradients, no_gradient_sync, sum_gradients
 from rlmt.errors import UserError
 from rlmt.models.adapters import LoRA
 from rlmt.models.quantization import NF4
@@ -209,7 +209,7 @@ def take_step(module: LightningModule, losses: Iterable[Tensor], max_grad_norm: 
     optimizer.zero_grad()
     total = torch.zeros((), device=module.device)
     for loss in losses:
-        with _block_parallel_sync_behavior(module.trainer.strategy):  # gradients are summed once, below
+        with no_gradient_sync(module.trainer.strategy):  # gradients are summed once, below
             module.manual_backward(loss)
         total += loss.detach()
     trained = [p for group in optimizer.param_groups for p in group["params"]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,12 +12,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlmt.algorithms import Algorithm
-from rlmt.distributed.collectives import all_gather_object, all_gather_tensor, clip_gradients, rank, sum_gradients
+from rlmt.distributed.collectives import all_gather_object, all_gather_tensor, rank
 from rlmt.distributed.fsdp2 import pad_with_no_ops
+from rlmt.distributed.gradients import clip_gradients, sum_gradients
 from rlmt.models.adapters import trainable_parameters
 from rlmt.models.critic import Critic
-from rlmt.models.logprobs import eval_mode, token_logprobs
-from rlmt.models.micro_batch import MicroBatch, micro_batches, no_op_micro_batch, shares_prompts
+from rlmt.models.logprobs import token_logprobs
+from rlmt.models.micro_batch import (
+    MicroBatch,
+    micro_batches,
+    no_op_micro_batch,
+    shares_prompts,
+    token_offsets,
+    token_positions,
+)
 from rlmt.types import Experience, RolloutBatch, TokenBatch
 
 
@@ -26,58 +34,6 @@ class Step:
     """A gradient is in place; `problem` says in words why it must not be used, if it must not."""
 
     problem: str | None
-
-
-@torch.no_grad()
-def compute_logprobs(
-    model: PreTrainedModel,
-    rollouts: RolloutBatch,
-    budget: int,
-    device: torch.device,
-    temperature: float | None = None,
-    samples: Sequence[int] | None = None,
-) -> Tensor:
-    """Log-probs of sampled tokens under a model, without gradients.
-
-    Args:
-        model: a policy.
-        rollouts: the samples.
-        budget: tokens, padding included, in one forward.
-        device: the model's.
-        temperature: None is the sampling temperature.
-        samples: which are wanted; None is all.
-
-    Returns:
-        [T] float32, NaN for tokens of samples that are not wanted.
-    """
-    at = rollouts.sampling.temperature if temperature is None else temperature
-    return _for_all(rollouts, budget, model, device, lambda batch: token_logprobs(model, batch, at).logprobs, samples)
-
-
-@torch.no_grad()
-def compute_values(critic: Critic, rollouts: RolloutBatch, budget: int, device: torch.device) -> Tensor:
-    """The critic's values of all states in which a token was sampled, without gradients: [T] float32."""
-    return _for_all(rollouts, budget, critic.backbone, device, critic)
-
-
-def _for_all(
-    rollouts: RolloutBatch,
-    budget: int,
-    model: PreTrainedModel,
-    device: torch.device,
-    per_token: Callable[[MicroBatch], Tensor],
-    samples: Sequence[int] | None = None,
-) -> Tensor:
-    starts = _starts(torch.tensor(rollouts.lengths))
-    out = torch.full((sum(rollouts.lengths),), math.nan, dtype=torch.float32, device=device)
-    wanted = range(len(rollouts)) if samples is None else samples
-    with eval_mode(model):  # no dropout, and no layer is checkpointed where nothing goes backward
-        batches = micro_batches(rollouts, wanted, budget, shares_prompts(model), device)
-        for batch in pad_with_no_ops(batches, model, no_op_micro_batch(device)):
-            values = per_token(batch)
-            if batch.samples:
-                out[_positions(batch.samples, starts, rollouts.lengths).to(device)] = values
-    return out
 
 
 class PolicyUpdate:
@@ -152,9 +108,9 @@ class PolicyUpdate:
         mask = _taking_part(experience)[part.to(device)]
         shares = self._shares(lengths, mask, rollouts.sampling.max_new_tokens)
         weights = torch.zeros_like(experience.engine_logprobs)
-        starts = _starts(experience.lengths.cpu())
+        starts = token_offsets(experience.lengths.cpu())
         if len(part):  # a rank may have no sample, and a step all the same
-            weights[_positions(part.tolist(), starts, rollouts.lengths).to(device)] = shares
+            weights[token_positions(part.tolist(), starts, rollouts.lengths).to(device)] = shares
         samples, together = part[mask.cpu()].tolist(), 1
         if experience.pairs is not None:
             inside = torch.isin(experience.pairs[:, 0].cpu(), part)
@@ -168,7 +124,7 @@ class PolicyUpdate:
             if not batch.samples:
                 self._keep_step(trained, critic, batch, temperature, backward)
                 continue
-            where = _positions(batch.samples, starts, rollouts.lengths).to(device)
+            where = token_positions(batch.samples, starts, rollouts.lengths).to(device)
             tokens = _tokens(experience, batch, where, weights)
             if trained is not None:
                 outputs = token_logprobs(trained, batch, temperature)
@@ -316,16 +272,6 @@ class _Averages:
             totals, counts = zip(*(seen[name] for seen in ranks if name in seen), strict=True)
             merged[name] = max(totals) if name.endswith("_max") else sum(totals) / sum(counts)
         return merged | {name: sum(values) / len(values) for name, values in self._steps.items()}
-
-
-def _starts(lengths: Tensor) -> Tensor:
-    """Where each sample's tokens begin when all lie end to end: [B] int64."""
-    return lengths.cumsum(0) - lengths
-
-
-def _positions(samples: list[int], starts: Tensor, lengths: list[int]) -> Tensor:
-    """Positions in the flat token tensors of the given samples, samples in the given order: int64."""
-    return torch.cat([torch.arange(int(starts[i]), int(starts[i]) + lengths[i]) for i in samples])
 
 
 def step_timings(batch: RolloutBatch, start: float, scored: float) -> dict[str, float]:
