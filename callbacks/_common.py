@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from tqdm import tqdm
 
+from rlmt.distributed.lightning_internals import train_batches_done
 from rlmt.errors import UserError
 from rlmt.types import Experience
 
@@ -56,10 +57,9 @@ def is_dry_run(trainer: Trainer) -> bool:
 def step_number(trainer: Trainer) -> int:
     """Number of the current rollout step, from 0 over all epochs: the `step` column of metrics.csv.
 
-    `Trainer.global_step` counts optimizer steps, of which one rollout may take several. Lightning has no public name
-    for this count; its own LearningRateMonitor reads the same attribute.
+    `Trainer.global_step` counts optimizer steps, of which one rollout may take several.
     """
-    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+    return train_batches_done(trainer)
 
 
 def say(text: str) -> None:

@@ -10,7 +10,8 @@ from torch.optim import AdamW
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlmt.algorithms import DPO
-from rlmt.modules.update import PolicyUpdate, compute_logprobs
+from rlmt.models.logprobs import compute_logprobs
+from rlmt.modules.update import PolicyUpdate
 from rlmt.types import Experience, FinishReason, Prompt, RolloutBatch, Sampling, Scores, Split, Status
 
 CPU = torch.device("cpu")

@@ -21,10 +21,11 @@ from rlmt.distributed.fsdp2 import compute_device, full_tensor, is_sharded, shar
 from rlmt.errors import AllRanksUserError, UserError  # noqa: E402
 from rlmt.models.adapters import LoRA, trainable_parameters  # noqa: E402
 from rlmt.models.critic import build_critic  # noqa: E402
+from rlmt.models.logprobs import compute_logprobs, compute_values  # noqa: E402
 from rlmt.modules import RLMTModule  # noqa: E402
 from rlmt.modules.dynamic_sampling import select  # noqa: E402
 from rlmt.modules.rlmt import shardable_models  # noqa: E402
-from rlmt.modules.update import PolicyUpdate, compute_logprobs, compute_values  # noqa: E402
+from rlmt.modules.update import PolicyUpdate  # noqa: E402
 from rlmt.rewards import ClassifierReward  # noqa: E402
 from rlmt.types import Experience, Split, Status  # noqa: E402
 
@@ -67,7 +68,7 @@ def update(
     lora = LoRA(rank=4, alpha=8, target_modules=["q_proj", "down_proj"]) if "adapter" in case else None
     critic = None
     if algorithm.critic is not None:
-        critic = build_critic(algorithm.critic, policy)
+        critic = build_critic(policy)
         if lora is not None:
             lora.add_to(critic.backbone)
     if lora is not None:

@@ -8,14 +8,14 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule
-from lightning.pytorch.loops.utilities import _block_parallel_sync_behavior
 from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlmt.checkpointing.config_changes import apply_optimizer_options, optimizer_options
+from rlmt.checkpointing.optimizer_options import apply_optimizer_options, optimizer_options
 from rlmt.checkpointing.random_states import random_states, restore_random_states
+from rlmt.distributed.gradients import no_gradient_sync
 from rlmt.formats.thinking import ThinkingFormat
 from rlmt.models import loading
 from rlmt.models.adapters import LoRA
@@ -137,7 +137,7 @@ class TrainingModule(LightningModule):
 
     def accumulate_gradient(self, loss: Tensor) -> None:
         """Adds the gradient of a micro-batch on this rank; gradients are summed over ranks once per optimizer step."""
-        with _block_parallel_sync_behavior(self.trainer.strategy):
+        with no_gradient_sync(self.trainer.strategy):
             self.manual_backward(loss)
 
     def optimizer_step_and_schedule(self) -> None:

@@ -12,9 +12,9 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from rlmt.algorithms import Algorithm
 from rlmt.errors import UserError
-from rlmt.export.checkpoints import ASSETS, save_policy_assets
 from rlmt.formats.thinking import ThinkingFormat
 from rlmt.models.adapters import CRITIC, adapter_config, check_same_adapter
+from rlmt.models.assets import POLICY_ASSETS, save_policy_assets
 from rlmt.models.quantization import NF4
 
 
@@ -29,7 +29,7 @@ def save_assets_beside_checkpoints(
 ) -> None:
     """Writes config, tokenizer and format of a policy, which `rlmt export` adds the weights to."""
     for folder in checkpoint_folders(trainer):
-        save_policy_assets(folder / ASSETS, config, tokenizer, format)
+        save_policy_assets(folder / POLICY_ASSETS, config, tokenizer, format)
 
 
 def rlmt_state(checkpoint: Mapping[str, Any], module: str) -> dict[str, Any]:

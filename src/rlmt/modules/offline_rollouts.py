@@ -24,7 +24,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from rlmt.algorithms import Algorithm
 from rlmt.engines.offline_rollouts import OfflineRollouts
 from rlmt.errors import UserError
-from rlmt.modules.update import compute_logprobs
+from rlmt.models.logprobs import compute_logprobs
 from rlmt.types import Prompt, RolloutBatch, Sampling
 
 _GROUPS = 32

@@ -19,14 +19,13 @@ from rlmt.data.supervised import RowBatch
 from rlmt.distributed.collectives import all_gather_object, rank_hook
 from rlmt.distributed.fsdp2 import call_as_forward, pad_with_no_ops, shard_models
 from rlmt.errors import UserError
-from rlmt.export.checkpoints import REWARD_ASSETS, save_reward_assets
 from rlmt.models import loading
+from rlmt.models.assets import REWARD_ASSETS, save_reward_assets
 from rlmt.models.micro_batch import batches_by_length
-from rlmt.models.reward_model import load_reward_model, reward_config
+from rlmt.models.reward_model import load_reward_model, reward_config, score_states, states_at_end
 from rlmt.modules.checkpoints import checkpoint_folders
 from rlmt.modules.checks import check_options, check_trainer, weights_dtype
 from rlmt.modules.supervised import SupervisedModule
-from rlmt.rewards.classifier import score_states, states_at_end
 from rlmt.rewards.conversation import ConversationReader
 
 

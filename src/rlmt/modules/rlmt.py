@@ -22,6 +22,7 @@ from rlmt.formats.thinking import FormatName, ThinkingFormat
 from rlmt.models import loading
 from rlmt.models.adapters import adapter_weights, base_tensors, trainable_parameters, use_adapter
 from rlmt.models.critic import Critic, build_critic, check_critic
+from rlmt.models.logprobs import compute_logprobs, compute_values
 from rlmt.models.quantization import dequantize
 from rlmt.modules.base import PolicyMixin, TrainingModule
 from rlmt.modules.checkpoints import check_has_critic, save_assets_beside_checkpoints, weights_to_load
@@ -30,7 +31,7 @@ from rlmt.modules.dynamic_sampling import resample
 from rlmt.modules.metrics import StepTimer, step_metrics
 from rlmt.modules.offline_rollouts import add_reference_logprobs, check_offline_rollouts
 from rlmt.modules.skipped_steps import SkippedSteps
-from rlmt.modules.update import PolicyUpdate, compute_logprobs, compute_values, has_no_learning_signal
+from rlmt.modules.update import PolicyUpdate, has_no_learning_signal
 from rlmt.rewards import ClassifierReward, Reward
 from rlmt.rewards.held_out import HeldOutRewards
 from rlmt.rewards.scoring import MalformedMode, score
@@ -277,7 +278,7 @@ class RLMTModule(PolicyMixin, TrainingModule):
         if stage != "fit":
             return
         if self.algorithm.critic is not None:
-            check_critic(self.algorithm.critic, self.policy_path, self.tokenizer)
+            check_critic(self.algorithm.critic.init, self.policy_path, self.tokenizer)
         self.algorithm.check(data.group_size)
         check_minibatches(self.algorithm.minibatches, data.batch_size, self.trainer.world_size)
         check_held_out(self.held_out.names, bool(data.val_dataloader()))
@@ -305,7 +306,8 @@ class RLMTModule(PolicyMixin, TrainingModule):
         if self.lora is not None:
             self.lora.add_to(policy)
         if self.fitting and self.algorithm.critic is not None:
-            self.critic = build_critic(self.algorithm.critic, policy, self.lora)
+            critic = self.algorithm.critic
+            self.critic = build_critic(policy, critic.init, critic.shared, self.lora)
         self.policy = self.set_training_mode(policy)
         if self.critic is not None:
             self.set_training_mode(self.critic.backbone)

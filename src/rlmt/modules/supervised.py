@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from rlmt.distributed.collectives import all_gather_object, clip_gradients, sum_gradients, user_error_on_all_ranks
+from rlmt.distributed.collectives import all_gather_object, user_error_on_all_ranks
+from rlmt.distributed.gradients import clip_gradients, sum_gradients
 from rlmt.errors import UserError
 from rlmt.modules.base import TrainingModule
 
