@@ -23,12 +23,11 @@ import torch
 from torch import Tensor
 
 from rlmt.algorithms import GRPO
-from rlmt.callbacks.cot_length import length_metrics
-from rlmt.callbacks.reward_curves import reward_metrics
 from rlmt.callbacks.sample_table import render_samples
 from rlmt.engines.rollout_files import read_rollouts, rollout_table, write_rollouts
 from rlmt.formats.thinking import ThinkingFormat
 from rlmt.modules import RLMTModule
+from rlmt.modules.metrics import length_metrics, reward_metrics
 from rlmt.rewards import Reward
 from rlmt.types import Experience, FinishReason, Prompt, RolloutBatch, Sampling, Status
 

@@ -65,7 +65,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="rlmt-soak-") as folder:
         tiny, config = Path(folder, "tiny"), Path(folder, "soak.yaml")
         write_tiny(tiny, sizes=Sizes(hidden=64, layers=2, heads=2, ffn=128, vocab=512, context=1024))
-        names = ("CoTLength", "PolicyHealth", "Throughput")
+        names = ("CoTLength", "PolicyHealth")
         callbacks = "".join(f"{{class_path: rlmt.callbacks.{name}}}, " for name in names)
         config.write_text(
             f"trainer: {{callbacks: [{{class_path: soak.Gauge}}, {callbacks}"

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlmt.algorithms import GRPO
-from rlmt.callbacks import CoTLength, PolicyHealth, RewardCurves, SampleTable, Throughput
+from rlmt.callbacks import CoTLength, PolicyHealth, RewardCurves, SampleTable
 from rlmt.data import RolloutDataModule
 from rlmt.engines import VLLMEngine
 from rlmt.models.micro_batch import batches_by_length, hidden_states, micro_batches
@@ -99,7 +99,7 @@ def generate(trainer: Trainer, batch: RolloutBatch) -> None:
 def forward_backward(module: RLMTModule, batch: RolloutBatch, share_prompts: bool) -> None:
     """Runs forward and backward of the cross-entropy on completion tokens, with or without a shared prefix."""
     policy: Any = module.policy
-    budget = module._update.tokens_per_micro_batch
+    budget = module.tokens_per_micro_batch
     for micro in micro_batches(batch, range(len(batch)), budget, share_prompts, module.device):
         logits = policy.lm_head(hidden_states(policy.model, micro))
         torch.nn.functional.cross_entropy(logits.float(), micro.targets).backward()
@@ -142,7 +142,7 @@ def main() -> None:
     )
     data = RolloutDataModule(args.prompts, VLLMEngine(), batch_size=8, group_size=8, max_new_tokens=256, val_size=0)
     with tempfile.TemporaryDirectory() as folder:
-        observers = [CoTLength(), RewardCurves(), PolicyHealth(), SampleTable(every_n_steps=0), Throughput()]
+        observers = [CoTLength(), RewardCurves(), PolicyHealth(), SampleTable(every_n_steps=0)]
         trainer = Trainer(
             max_steps=args.steps + WARM_UP,
             callbacks=[*observers, floor],

@@ -14,15 +14,17 @@ from lightning.pytorch.utilities import rank_zero_warn
 from rlmt.checkpointing.csv_logger import ResumableCSVLogger
 from rlmt.checkpointing.files import remove_unfinished
 from rlmt.checkpointing.signals import SignalHandler, StoppedBySignal
-from rlmt.checkpointing.snapshot import (
-    Loops,
-    Snapshot,
+from rlmt.checkpointing.snapshot import Snapshot
+from rlmt.distributed import collectives
+from rlmt.distributed.lightning_internals import (
+    LoopStates,
+    add_step_end_hook,
+    dump_checkpoint,
     is_last_step,
     loops_after_step,
     loops_after_train_batch,
     loops_before_validation,
 )
-from rlmt.distributed import collectives
 from rlmt.errors import AllRanksUserError, UserError
 
 from ._common import check_count, step_number
@@ -64,7 +66,7 @@ class PolicyCheckpoint(ModelCheckpoint):
         self.on_full = on_full
         self._stopping = SignalHandler(self._savable)
         self._trainer: Trainer | None = None
-        self._loops: Loops | None = None
+        self._loops: LoopStates | None = None
         self._step = 0
         self._moment: Snapshot | None = None
         self._saved: Snapshot | None = None
@@ -89,14 +91,7 @@ class PolicyCheckpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         self._trainer, self._moment, self._saved = trainer, None, None
         self._steps_saved = trainer.global_step
-        loop, name = trainer.fit_loop.epoch_loop, "on_advance_end"
-        end_of_step = getattr(type(loop), name).__get__(loop)
-
-        def on_advance_end(fetcher: Any) -> None:
-            end_of_step(fetcher)
-            self._on_step_end(trainer)
-
-        setattr(loop, name, on_advance_end)
+        add_step_end_hook(trainer, lambda: self._on_step_end(trainer))
         self._stopping.listen(trainer)
 
     def on_train_batch_end(
@@ -204,7 +199,7 @@ class PolicyCheckpoint(ModelCheckpoint):
 
 def _checkpoint(trainer: Trainer, moment: Snapshot) -> dict[str, Any]:
     """The checkpoint of a moment; callbacks write what goes with it."""
-    checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+    checkpoint = dump_checkpoint(trainer)
     log = next((logger for logger in trainer.loggers if isinstance(logger, ResumableCSVLogger)), None)
     checkpoint["run"] = {"version": log.version if log else None, "step": moment.step}
     return checkpoint

@@ -18,7 +18,16 @@ from rich.text import Text
 from rlmt.engines.rollout_files import read_rollouts, rollout_table, write_rollouts
 from rlmt.types import Experience
 
-from ._common import check_count, experience_of, failing, format_of, is_dry_run, run_folder, say, step_number
+from ._common import (
+    check_count,
+    experience_of,
+    format_of,
+    is_dry_run,
+    report_write_errors,
+    run_folder,
+    say,
+    step_number,
+)
 
 _FILE = re.compile(r"rollouts_(\d+)-(\d+)((?:\.rank\d+)?)\.parquet")
 _CONTROLS = {c: 0x2400 + c for c in range(0x20) if c not in (0x09, 0x0A)} | dict.fromkeys(range(0x7F, 0xA0), 0xFFFD)
@@ -85,7 +94,7 @@ class SampleTable(Callback):
             table = rollout_table(experience, step, format=format_of(pl_module), rank=trainer.global_rank)
             self._waiting.append(table)
             if (step + 1) % self.dump_every_n_steps == 0:
-                with failing("rollouts"):  # on a full disk they wait on
+                with report_write_errors("rollouts"):  # on a full disk they wait on
                     self._flush()
         if self.every_n_steps and step % self.every_n_steps == 0 and trainer.is_global_zero:
             width, colour = shutil.get_terminal_size((120, 24)).columns, sys.stdout.isatty()
@@ -101,7 +110,7 @@ class SampleTable(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Writes what waits."""
-        with failing("rollouts"):
+        with report_write_errors("rollouts"):
             self._flush()
 
     def _forget_after(self, last: int) -> None:

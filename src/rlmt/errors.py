@@ -22,3 +22,9 @@ class AllRanksUserError(UserError):
     def __init__(self, message: str, reported_elsewhere: bool) -> None:
         super().__init__(message)
         self.reported_elsewhere = reported_elsewhere
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an exception's message without its full stop; the exception's type if there is no message."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -171,7 +171,7 @@ def found(data: Experience) -> tuple[list[list[int]], list[float]]:
 )
 def test_pairs_and_what_was_skipped(options: dict[str, Any], pairs: list[list[int]], why: list[float]) -> None:
     data = experience([1.0, 2.0, 3.0, 4.0, 0.0, 1.0], [True] * 4 + [False, True], truncated=(2,))
-    DPO(**({"min_valid": 2} | options)).prepare(data)
+    DPO(**({"min_valid": 2} | options)).select(data)
     assert found(data) == (pairs, why)
     assert data.advantages is None
     assert not any(name in data.metrics for name in OF_PAIRS)
@@ -179,7 +179,7 @@ def test_pairs_and_what_was_skipped(options: dict[str, Any], pairs: list[list[in
 
 def test_a_step_without_pairs_measures_nothing() -> None:
     data = experience([1.0] * 6, [True] * 6)
-    DPO(min_valid=2).prepare(data)
+    DPO(min_valid=2).select(data)
     assert found(data) == ([], [0, 2, 0])
     assert all(math.isnan(data.metrics[name]) for name in OF_PAIRS)
 
@@ -190,7 +190,7 @@ def test_the_seed_breaks_ties_the_same_way_in_every_epoch() -> None:
         data, later = (experience([1.0, 1.0, 0.0, 2.0, 2.0, 1.0], [True] * 6) for _ in range(2))
         later.rollouts.epoch = 1
         for one in (data, later):
-            DPO(min_valid=2, seed=seed).prepare(one)
+            DPO(min_valid=2, seed=seed).select(one)
         assert found(data) == found(later)
         picks.add(str(found(data)[0]))
     assert picks == {str([[a, 2], [b, 5]]) for a in (0, 1) for b in (3, 4)}

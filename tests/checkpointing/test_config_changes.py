@@ -9,8 +9,9 @@ import torch
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import ExponentialLR, LinearLR
 
-from rlmt.checkpointing.config_changes import apply_options, config_changes, optimizer_options
-from rlmt.modules.schedules import CosineWithWarmup
+from rlmt.checkpointing.config_changes import config_changes
+from rlmt.checkpointing.optimizer_options import apply_options, optimizer_options
+from rlmt.modules.optimizers import CosineWithWarmup
 
 BEFORE: dict[str, Any] = {
     "seed_everything": 0,

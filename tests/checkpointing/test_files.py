@@ -94,7 +94,9 @@ def test_no_secret_of_the_environment_is_in_any_file_or_line(
     assert main(command("fit", "--data.prompts", "nowhere.jsonl")) == 2
     with pytest.raises(RuntimeError, match="broke"), monkeypatch.context() as patch:
         patch.setattr("rlmt.engines.TransformersEngine.generate", lambda *args: (_ for _ in ()).throw(OSError("broke")))
-        patch.setattr("rlmt.data.rollout_datamodule.draw", lambda *args: (_ for _ in ()).throw(RuntimeError("broke")))
+        patch.setattr(
+            "rlmt.data.rollout_datamodule.generate", lambda *args: (_ for _ in ()).throw(RuntimeError("broke"))
+        )
         main(command("fit"))
     told = capfd.readouterr()
     assert SECRET not in told.out + told.err and "nowhere.jsonl" in told.err

@@ -99,9 +99,9 @@ def test_8b_config_has_the_papers_settings(launched: list[Any]) -> None:
         "k3",
     )
     assert (grpo.entropy_coef, grpo.update_epochs, grpo.minibatches, grpo.normalize_std) == (0.001, 1, 1, True)
-    optimizer = module._optimizer([torch.nn.Parameter(torch.zeros(1))])
+    optimizer = module.optimizer_factory([torch.nn.Parameter(torch.zeros(1))])
     assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (1e-6, 0.01)
-    assert module._scheduler is None and module._update.max_grad_norm == 1.0
+    assert module.scheduler_factory is None and module.max_grad_norm == 1.0
     assert trainer.max_steps == 120
     assert isinstance(module.reward, ClassifierReward)
 
@@ -147,9 +147,9 @@ def test_dpo_has_the_papers_settings(launched: list[Any]) -> None:
     assert isinstance(dpo, DPO) and vars(dpo) == vars(DPO())  # the class's defaults are also the paper's
     assert (dpo.beta, dpo.pair_loss, dpo.min_valid, dpo.max_tokens) == (0.1, "sigmoid", 4, 8192)
     assert (data.batch_size, data.group_size, trainer.max_steps) == (128, 8, 118)
-    optimizer = module._optimizer([torch.nn.Parameter(torch.zeros(1))])
+    optimizer = module.optimizer_factory([torch.nn.Parameter(torch.zeros(1))])
     assert optimizer.defaults["lr"] == 3e-7
-    schedule = module._scheduler(optimizer)
+    schedule = module.scheduler_factory(optimizer)
     assert isinstance(schedule, CosineWithWarmup) and (schedule.steps, schedule.warmup) == (None, 0.05)
 
 
@@ -169,10 +169,10 @@ def test_sft_config_has_the_papers_settings(name: str, launched: list[Any]) -> N
     assert isinstance(module, SFT) and isinstance(data, SFTDataModule)
     assert module.format.name == name and module.policy is None
     assert (data.batch_size, data.max_length, trainer.max_epochs, module.prompt_weight) == (16, 20000, 2, 0)
-    optimizer = module._optimizer([torch.nn.Parameter(torch.zeros(1))])
+    optimizer = module.optimizer_factory([torch.nn.Parameter(torch.zeros(1))])
     defaults = optimizer.defaults
     assert (defaults["lr"], tuple(defaults["betas"]), defaults["weight_decay"]) == (4e-6, (0.9, 0.95), 1e-4)
-    schedule = module._scheduler(optimizer)
+    schedule = module.scheduler_factory(optimizer)
     assert isinstance(schedule, CosineWithWarmup) and (schedule.steps, schedule.warmup) == (None, 0.1)
 
 
@@ -219,7 +219,7 @@ def test_miniature_configs_instantiate(launched: list[Any]) -> None:
     assert isinstance(launched[1][1], RewardModeling)
     rollouts = []
     for trainer, module, data in launched[2:]:
-        assert module.policy_path == "runs/mini/warm-think" and module._scheduler is None
+        assert module.policy_path == "runs/mini/warm-think" and module.scheduler_factory is None
         assert trainer.max_steps / (module.algorithm.update_epochs * module.algorithm.minibatches) == 40
         rollouts.append(
             (data.batch_size, data.group_size, data.temperature, data.max_new_tokens, module.held_out.names)
@@ -309,11 +309,9 @@ def test_adapters_compose_with_sft_and_reward(adapter: tuple[str, ...], kind: st
     four_bits = "nf4" in adapter
     assert (module.quantization is not None) == four_bits == module.gradient_checkpointing
     assert trainer.precision == ("bf16-mixed" if four_bits else "32-true")
-    defaults = module._optimizer([torch.nn.Parameter(torch.zeros(1))]).defaults
-    assert defaults["lr"] == 1e-5 and tuple(defaults["betas"]) == (
-        0.9,
-        0.95,
-    )  # lora's learning rate, the base config's betas
+    defaults = module.optimizer_factory([torch.nn.Parameter(torch.zeros(1))]).defaults
+    # The learning rate of lora and the betas of the base config.
+    assert defaults["lr"] == 1e-5 and tuple(defaults["betas"]) == (0.9, 0.95)
     assert defaults["weight_decay"] == (1e-4 if kind == "sft" else 1e-3)
 
 

@@ -136,7 +136,7 @@ def test_settings_equal_the_papers(name: str, monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.chdir(tmp_path)
     assert main([*command_of(name), "--trainer.accelerator", "cpu"]) == 0
     ((trainer, module, data),) = runs
-    optimizer = module._optimizer([torch.nn.Parameter(torch.zeros(1))])
+    optimizer = module.optimizer_factory([torch.nn.Parameter(torch.zeros(1))])
     lr = optimizer.defaults["lr"]
     assert (trainer.max_steps, lr, data.batch_size, data.group_size) == SETTINGS[name]
     assert (data.max_prompt_tokens, data.max_new_tokens, data.temperature, data.top_p) == (1024, 4096, 0.7, 1.0)

@@ -37,7 +37,7 @@ def fit(supervised_command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyP
     configure = SupervisedModule.configure_optimizers
 
     def note(module: SupervisedModule) -> Any:
-        seen.append((module, {name: t.clone() for name, t in base_of(module._trained).items()}))
+        seen.append((module, {name: t.clone() for name, t in base_of(module.trained_model).items()}))
         return configure(module)
 
     monkeypatch.setattr(SupervisedModule, "configure_optimizers", note)
@@ -90,7 +90,7 @@ def test_an_adapter_is_trained_and_both_exports_are_the_model(
     kind: str, adapter: str, fit: Callable[..., Any], tiny: Path, tmp_path: Path
 ) -> None:
     module, base, last = fit(kind, *ADAPTERS[adapter], "--trainer.max_epochs", 1)
-    now = base_of(module._trained)
+    now = base_of(module.trained_model)
     assert base and all(torch.equal(now[name], tensor) for name, tensor in base.items())
     assert any("absmax" in name for name in base) == (adapter == "qlora")
 
@@ -107,9 +107,9 @@ def test_an_adapter_is_trained_and_both_exports_are_the_model(
     auto: Any = AutoModelForCausalLM if kind == "sft" else AutoModelForSequenceClassification
     merged, info = auto.from_pretrained(tmp_path / "merged", dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    wanted, start = outputs(module._trained), load_policy(tiny / "policy", "float32")
+    wanted, start = outputs(module.trained_model), load_policy(tiny / "policy", "float32")
     with_adapter = outputs(peft_model(kind, str(tiny / "policy"), tmp_path / "adapter", adapter == "qlora"))
-    moved = module._trained.base_model(IDS).last_hidden_state - start.base_model(IDS).last_hidden_state
+    moved = module.trained_model.base_model(IDS).last_hidden_state - start.base_model(IDS).last_hidden_state
     assert moved.abs().max() > 0.05
     assert (outputs(merged) - wanted).abs().max() < 1e-3
     assert (with_adapter - wanted).abs().max() < 1e-3
@@ -122,7 +122,7 @@ def test_an_adapter_is_trained_and_both_exports_are_the_model(
         exported, trained = ClassifierReward(str(tmp_path / "merged")), ClassifierReward(str(tmp_path / "merged"))
         exported.load()
         trained.check()
-        trained.model = module._trained
+        trained.model = module.trained_model
         assert (scores(exported) - scores(trained)).abs().max() < 1e-3
 
 

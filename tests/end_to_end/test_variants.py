@@ -84,8 +84,8 @@ def test_a_variant_is_one_word(name: str, fit: Fit, tmp_path: Path) -> None:
     from rlmt.modules import RLMTModule
 
     with pytest.MonkeyPatch.context() as patch:
-        take_steps = RLMTModule._take_steps
-        patch.setattr(RLMTModule, "_take_steps", lambda m, e: (seen.append(m.algorithm), take_steps(m, e))[1])
+        take_steps = RLMTModule._update_policy
+        patch.setattr(RLMTModule, "_update_policy", lambda m, e: (seen.append(m.algorithm), take_steps(m, e))[1])
         assert fit(tmp_path / "run", "--model.algorithm", name, "--trainer.max_steps", 1) == 0
     (algorithm,) = seen
     fresh = type(algorithm)()

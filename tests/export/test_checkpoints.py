@@ -9,8 +9,9 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from rlmt.errors import UserError
-from rlmt.export.checkpoints import export, save_policy_assets
+from rlmt.export.checkpoints import export
 from rlmt.formats.thinking import ThinkingFormat
+from rlmt.models.assets import save_policy_assets
 from rlmt.models.loading import load_policy, load_tokenizer
 
 FORMAT = ThinkingFormat(prefill=True)

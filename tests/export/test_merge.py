@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 import rlmt.export.merge
 from rlmt.errors import UserError
-from rlmt.export.checkpoints import export, save_policy_assets
+from rlmt.export.checkpoints import export
 from rlmt.formats.thinking import ThinkingFormat
+from rlmt.models.assets import save_policy_assets
 from rlmt.models.loading import load_policy, load_tokenizer
 from rlmt.models.quantization import quantized_weights, round_trip_nf4
 

@@ -23,7 +23,7 @@ from rlmt.memory.bytes import (
     tensor_bytes,
     weight_bytes,
 )
-from rlmt.models.logprobs import LOGITS_PER_CHUNK, linear_logprobs
+from rlmt.models.output_head import LOGITS_PER_CHUNK, linear_logprobs
 from rlmt.models.quantization import nf4_bytes, quantized_weights
 
 SHAPE: dict[str, Any] = {

@@ -11,12 +11,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from rlmt.algorithms import PPO, CriticOptions
+from rlmt.algorithms import PPO
 from rlmt.errors import UserError
-from rlmt.export.checkpoints import export, save_policy_assets
+from rlmt.export.checkpoints import export
 from rlmt.formats.thinking import ThinkingFormat
 from rlmt.models import loading
 from rlmt.models.adapters import CRITIC, LoRA, trainable_parameters, use_adapter
+from rlmt.models.assets import save_policy_assets
 from rlmt.models.critic import Critic, build_critic, check_critic
 from rlmt.models.logprobs import token_logprobs
 from rlmt.models.micro_batch import MicroBatch
@@ -24,10 +25,6 @@ from rlmt.modules import RLMTModule
 from rlmt.rewards import FormatReward
 
 LORA = LoRA(rank=4, alpha=8, target_modules=["q_proj", "v_proj"])
-
-
-def options(init: str | Path = "policy", shared: bool = False) -> CriticOptions:
-    return CriticOptions(str(init), 1e-5, shared, 0)
 
 
 def batch() -> MicroBatch:
@@ -73,7 +70,7 @@ def reward_model(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_from_the_policy_it_has_a_copy_of_the_backbone_and_no_output_projection(policy: Any) -> None:
-    critic = build_critic(options(), policy)
+    critic = build_critic(policy)
     own = dict(critic.named_parameters())
     backbone = dict(policy.model.named_parameters())
     assert own.keys() == {f"backbone.{name}" for name in backbone} | {"head.weight", "head.bias"}
@@ -84,7 +81,7 @@ def test_from_the_policy_it_has_a_copy_of_the_backbone_and_no_output_projection(
 
 
 def test_from_a_reward_model_its_values_are_that_models_scores(policy: Any, reward_model: Path) -> None:
-    critic = build_critic(options(reward_model), policy)
+    critic = build_critic(policy, str(reward_model))
     classifier: Any = LlamaForSequenceClassification.from_pretrained(reward_model)
     values = critic(batch())
     ends = [(0, 3), (0, 4), (0, 5), (0, 6), (1, 3), (1, 4)]
@@ -95,7 +92,7 @@ def test_from_a_reward_model_its_values_are_that_models_scores(policy: Any, rewa
 
 
 def test_shared_it_owns_a_head_alone_and_moves_the_policy(policy: Any) -> None:
-    critic = build_critic(options(shared=True), policy)
+    critic = build_critic(policy, shared=True)
     assert critic.state_dict().keys() == {"head.weight", "head.bias"}
     assert len(list(critic.parameters())) == len(trainable_parameters(critic)) == 2
     assert critic.moves_policy
@@ -117,7 +114,7 @@ def test_shared_with_adapters_it_has_its_own(policy: Any) -> None:
     mine = {n: p.clone() for n, p in policy.named_parameters() if "lora_" in n}
     with torch.no_grad():
         before = token_logprobs(policy, batch(), 1.0).logprobs
-    critic = build_critic(options(shared=True), policy, LORA)
+    critic = build_critic(policy, shared=True, lora=LORA)
     torch.nn.init.ones_(critic.head.weight)
     assert not critic.moves_policy
     assert {tuple(m._active_adapter) for m in policy.modules() if isinstance(m, BaseTunerLayer)} == {("default",)}
@@ -134,7 +131,7 @@ def test_shared_with_adapters_it_has_its_own(policy: Any) -> None:
 
     optimizer = torch.optim.SGD(trainable_parameters(critic), lr=0.1)
     for _ in range(2):
-        with critic.active():
+        with critic.active_adapter():
             critic(batch()).square().sum().backward()
         optimizer.step()
     assert not torch.allclose(critic(batch()), first)
@@ -166,7 +163,7 @@ def test_the_critics_adapter_goes_neither_to_the_engine_nor_into_an_export(
     LORA.add_to(policy)
     module = RLMTModule("a/policy", FormatReward(), PPO(), lora=LORA)
     module.policy = policy
-    module.critic = build_critic(options(shared=True), policy, LORA)
+    module.critic = build_critic(policy, shared=True, lora=LORA)
     assert {name for name, _ in module.policy_weights()} == plain
     adapter = module.policy_adapter()
     assert adapter is not None and len(adapter.tensors) == 8 and not any(CRITIC in name for name in adapter.tensors)
@@ -175,7 +172,7 @@ def test_the_critics_adapter_goes_neither_to_the_engine_nor_into_an_export(
 
 def test_a_copy_of_a_policy_with_adapters_trains_its_copies_of_them(policy: Any) -> None:
     LORA.add_to(policy)
-    critic = build_critic(options(), policy, LORA)
+    critic = build_critic(policy, lora=LORA)
     assert len(trainable_parameters(critic)) == 2 + 8
     assert not {id(p) for p in trainable_parameters(critic)} & {id(p) for p in policy.parameters()}
 
@@ -184,7 +181,7 @@ def test_a_reward_model_beside_a_policy_with_adapters_gets_adapters_in_all_its_l
     policy: Any, reward_model: Path
 ) -> None:
     LoRA(rank=4).add_to(policy)
-    critic = build_critic(options(reward_model), policy, LoRA(rank=4))
+    critic = build_critic(policy, str(reward_model), lora=LoRA(rank=4))
     trained = [name for name, p in critic.named_parameters() if p.requires_grad]
     assert len(trained) == 2 + 3 * 7 * 2  # A and B of seven projections in each of three layers, and the head
     assert all("lora_" in name or name.startswith("head.") for name in trained)
@@ -194,7 +191,7 @@ def test_a_reward_model_beside_a_policy_with_adapters_gets_adapters_in_all_its_l
 
 
 def test_values_are_float32_under_autocast(policy: Any) -> None:
-    critic = build_critic(options(), policy)
+    critic = build_critic(policy)
     seen: list[torch.dtype] = []
     critic.head.register_forward_hook(lambda _, inputs, output: seen.extend([inputs[0].dtype, output.dtype]))
     torch.nn.init.ones_(critic.head.weight)
@@ -218,25 +215,25 @@ def test_the_policys_weights_are_in_no_state_twice(policy: Any) -> None:
 
 def test_a_reward_model_with_another_tokenizer_is_refused_before_it_is_read(tiny: Path, reward_model: Path) -> None:
     tokenizer = loading.load_tokenizer(tiny / "policy")
-    check_critic(options(), "mine", tokenizer)
-    check_critic(options(reward_model), str(tiny / "policy"), tokenizer)
+    check_critic("policy", "mine", tokenizer)
+    check_critic(str(reward_model), str(tiny / "policy"), tokenizer)
     with pytest.raises(UserError, match=r"--model\.algorithm\.critic_init .*tokenizer of mine"):
-        check_critic(options(tiny / "reward"), "mine", tokenizer)
+        check_critic(str(tiny / "reward"), "mine", tokenizer)
 
 
 def test_what_is_no_reward_model_is_refused(tiny: Path, reward_model: Path, tmp_path: Path) -> None:
     tokenizer = loading.load_tokenizer(tiny / "policy")
     with pytest.raises(UserError, match=r"--model\.algorithm\.critic_init: .*nowhere"):
-        check_critic(options("./nowhere"), "mine", tokenizer)
+        check_critic("./nowhere", "mine", tokenizer)
     with pytest.raises(UserError, match=r"--model\.algorithm\.critic_init: .*outputs"):
-        check_critic(options(tiny / "policy"), "mine", tokenizer)  # a policy: two labels by default
+        check_critic(str(tiny / "policy"), "mine", tokenizer)  # a policy: two labels by default
     small = Path(shutil.copytree(reward_model, tmp_path / "small"))
     config = json.loads((small / "config.json").read_text())
     (small / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
     with pytest.raises(UserError, match=r"--model\.algorithm\.critic_init .*100 tokens"):
-        check_critic(options(small), str(tiny / "policy"), tokenizer)
+        check_critic(str(small), str(tiny / "policy"), tokenizer)
     headless = Path(shutil.copytree(reward_model, tmp_path / "headless"))
     weights = headless / "model.safetensors"
     save_file({k: v for k, v in load_file(weights).items() if not k.startswith("score")}, weights, {"format": "pt"})
     with pytest.raises(UserError, match=r"--model\.algorithm\.critic_init: .*score"):
-        build_critic(options(headless), loading.load_policy(tiny / "policy", "float32"))
+        build_critic(loading.load_policy(tiny / "policy", "float32"), str(headless))

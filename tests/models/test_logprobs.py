@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from rlmt.models.logprobs import linear_logprobs, token_logprobs
+from rlmt.models.logprobs import token_logprobs
 from rlmt.models.micro_batch import micro_batches
+from rlmt.models.output_head import linear_logprobs
 from rlmt.types import RolloutBatch, Sampling
 
 SHAPE = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)

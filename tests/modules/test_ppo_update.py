@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlmt.algorithms import PPO, CriticOptions
+from rlmt.algorithms import PPO
 from rlmt.models.adapters import CRITIC, LoRA, trainable_parameters, use_adapter
 from rlmt.models.critic import Critic, build_critic
-from rlmt.modules.update import PolicyUpdate, compute_values
+from rlmt.models.logprobs import compute_values
+from rlmt.modules.update import PolicyUpdate
 from rlmt.types import Experience, FinishReason, Prompt, RolloutBatch, Sampling, Scores
 
 TEMPERATURE, GAMMA, LAM = 0.7, 0.95, 0.9
@@ -38,7 +39,7 @@ def pair(kind: str) -> tuple[Any, Critic]:
     """A policy and a critic whose values are far from 0."""
     lora = LORA if kind == "shared with adapters" else None
     policy = model(adapters=lora is not None)
-    critic = build_critic(CriticOptions("policy", 1e-5, shared=kind != "own", warmup_steps=0), policy, lora)
+    critic = build_critic(policy, shared=kind != "own", lora=lora)
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             if f".{CRITIC}." in name:

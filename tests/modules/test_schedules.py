@@ -8,7 +8,7 @@ from torch.optim import AdamW
 from transformers import get_cosine_schedule_with_warmup
 
 from rlmt.errors import UserError
-from rlmt.modules.schedules import CosineWithWarmup
+from rlmt.modules.optimizers import CosineWithWarmup
 
 
 def optimizer(*rates: float) -> AdamW:

@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlmt.algorithms import GRPO
+from rlmt.models.logprobs import compute_logprobs
 from rlmt.models.micro_batch import shares_prompts
-from rlmt.modules.update import PolicyUpdate, compute_logprobs
+from rlmt.modules.update import PolicyUpdate
 from rlmt.types import Experience, FinishReason, Prompt, RolloutBatch, Sampling, Scores
 
 TEMPERATURE = 0.7

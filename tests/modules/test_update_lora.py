@@ -8,8 +8,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rlmt.algorithms import GRPO
 from rlmt.models import LoRA
 from rlmt.models.adapters import trainable_parameters, use_adapter
+from rlmt.models.logprobs import compute_logprobs
 from rlmt.models.micro_batch import shares_prompts
-from rlmt.modules.update import PolicyUpdate, compute_logprobs
+from rlmt.modules.update import PolicyUpdate
 from rlmt.types import Experience, FinishReason, Prompt, RolloutBatch, Sampling, Scores
 
 CPU = torch.device("cpu")

@@ -21,10 +21,11 @@ from rlmt.distributed.fsdp2 import compute_device, full_tensor, is_sharded, shar
 from rlmt.errors import AllRanksUserError, UserError  # noqa: E402
 from rlmt.models.adapters import LoRA, trainable_parameters  # noqa: E402
 from rlmt.models.critic import build_critic  # noqa: E402
+from rlmt.models.logprobs import compute_logprobs, compute_values  # noqa: E402
 from rlmt.modules import RLMTModule  # noqa: E402
-from rlmt.modules.build import shardable_models  # noqa: E402
 from rlmt.modules.dynamic_sampling import select  # noqa: E402
-from rlmt.modules.update import PolicyUpdate, compute_logprobs, compute_values  # noqa: E402
+from rlmt.modules.rlmt import shardable_models  # noqa: E402
+from rlmt.modules.update import PolicyUpdate  # noqa: E402
 from rlmt.rewards import ClassifierReward  # noqa: E402
 from rlmt.types import Experience, Split, Status  # noqa: E402
 
@@ -67,7 +68,7 @@ def update(
     lora = LoRA(rank=4, alpha=8, target_modules=["q_proj", "down_proj"]) if "adapter" in case else None
     critic = None
     if algorithm.critic is not None:
-        critic = build_critic(algorithm.critic, policy)
+        critic = build_critic(policy)
         if lora is not None:
             lora.add_to(critic.backbone)
     if lora is not None:
@@ -85,15 +86,13 @@ def update(
         if mesh is not None and each is not None:
             shard_model(each, mesh, mixed=False, offload=offload)
             assert is_sharded(each) and compute_device(each) == CPU
-    if algorithm.pairwise:
-        algorithm.prepare(data)
+    algorithm.select(data)
     samples = None if data.pairs is None else data.pairs.flatten().tolist()
     data.ref_logprobs = compute_logprobs(reference, rollouts, BUDGET, CPU, algorithm.logprob_temperature, samples)
     data.old_logprobs = compute_logprobs(policy, rollouts, BUDGET, CPU)
     if critic is not None:
         data.values = compute_values(critic, rollouts, BUDGET, CPU)
-    if not algorithm.pairwise:
-        algorithm.prepare(data)
+    algorithm.prepare(data)
     updates = PolicyUpdate(algorithm, BUDGET, max_grad_norm=0.5)
     steps: list[dict[str, Tensor]] = []
     for step in updates.steps(policy, data, 0, lambda loss: loss.backward(), critic):

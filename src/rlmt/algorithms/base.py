@@ -37,9 +37,6 @@ class Algorithm(ABC):
     """Most extra draws a step, each of a whole batch, that replace groups whose rewards are all equal."""
     critic: CriticOptions | None = None
     """The critic that is trained beside the policy, or None."""
-    pairwise: bool = False
-    """Whether the loss is over pairs: `prepare` makes them from rewards alone, before any log-probs are taken, and the
-    reference reads paired samples only."""
     logprob_temperature: float | None = None
     """Temperature that log-probs are taken at; None: the sampling temperature."""
 
@@ -50,7 +47,7 @@ class Algorithm(ABC):
 
     @property
     def needs_old_logprobs(self) -> bool:
-        """Whether `prepare` reads the policy's log-probs before the update; several updates want them anyway."""
+        """Whether `prepare` reads the policy's log-probs from before the update; several steps need them anyway."""
         return False
 
     @property
@@ -67,9 +64,18 @@ class Algorithm(ABC):
     def check(self, group_size: int) -> None:
         """Raises UserError where the objective cannot work with this many samples a prompt."""
 
+    def select(self, experience: Experience) -> None:
+        """Sets `experience.pairs` from rewards alone, before log-probs are computed; objectives over pairs only.
+
+        Reference log-probs are then computed for the paired samples only.
+        """
+
     @abstractmethod
     def prepare(self, experience: Experience) -> None:
-        """Sets `experience.advantages` (and `returns`) or `pairs`; `mask` if samples stay out; may add `metrics`."""
+        """Sets `experience.advantages` (and `returns`) from rewards and log-probs; `mask` if samples are left out.
+
+        May add `metrics`. Objectives over pairs have nothing to prepare.
+        """
 
     @abstractmethod
     def token_weights(self, lengths: Tensor, mask: Tensor, max_new_tokens: int) -> Tensor:

@@ -54,7 +54,6 @@ class DPO(Algorithm):
         UserError: an argument is out of its range.
     """
 
-    pairwise = True
     logprob_temperature = 1.0
 
     def __init__(
@@ -94,8 +93,8 @@ class DPO(Algorithm):
                 " (--model.algorithm.min_valid); raise the one (the paper uses 8) or lower the other (to 2 at least)."
             )
 
-    def prepare(self, experience: Experience) -> None:
-        """The pairs, and how many prompts have none."""
+    def select(self, experience: Experience) -> None:
+        """Sets the pairs, and counts prompts without one."""
         rollouts, group = experience.rollouts, experience.group
         prompts = torch.tensor([len(ids) for ids in rollouts.prompt_ids], device=group.device)
         owners = [rollouts.prompts[prompt].index for prompt in group.tolist()]
@@ -118,6 +117,9 @@ class DPO(Algorithm):
         }
         if not len(found.pairs):  # not measured; the step takes no gradient and leaves the policy alone
             experience.metrics |= dict.fromkeys(OF_PAIRS, math.nan)
+
+    def prepare(self, experience: Experience) -> None:
+        """Nothing: the loss requires the pairs and the reference's log-probs alone."""
 
     def token_weights(self, lengths: Tensor, mask: Tensor, max_new_tokens: int) -> Tensor:
         """1 / pairs of the step: each token of a pair carries the weight of its pair."""

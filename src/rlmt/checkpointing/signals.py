@@ -15,6 +15,8 @@ from typing import Any
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Trainer
 
+from rlmt.distributed.lightning_internals import cluster_environment
+
 
 class StoppedBySignal(SystemExit):
     """A signal asked the process to end.
@@ -56,7 +58,7 @@ class SignalHandler:
         if threading.current_thread() is not threading.main_thread():
             return
         numbers = [signal.SIGINT, signal.SIGTERM]
-        environment = trainer._accelerator_connector.cluster_environment
+        environment = cluster_environment(trainer)
         self._requeue_signal = None
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             self._requeue_signal = environment.requeue_signal or signal.SIGUSR1

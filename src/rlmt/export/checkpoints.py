@@ -32,7 +32,6 @@ from transformers import (
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from rlmt.checkpointing.files import read_checkpoint
@@ -40,15 +39,10 @@ from rlmt.errors import UserError
 from rlmt.export.merge import adapted_layers, check_fits, merge, open_base
 from rlmt.formats.thinking import ThinkingFormat
 from rlmt.models.adapters import CRITIC, PEFT_PREFIX, POLICY, is_adapter
+from rlmt.models.assets import POLICY_ASSETS, REWARD_ASSETS, save_policy_assets, save_reward_assets
 from rlmt.models.loading import load_config, load_tokenizer, meta_model
 from rlmt.models.quantization import quantized_weights
 from rlmt.types import AdapterWeights
-
-ASSETS = "policy"
-"""Folder beside a run's checkpoints with all of the policy but its weights."""
-
-REWARD_ASSETS = "reward"
-"""The same of a reward model that is trained."""
 
 _ADAPTER_WEIGHT = re.compile(rf"(.+)\.lora_(A|B|magnitude_vector)\.{POLICY}\.weight")
 
@@ -67,7 +61,7 @@ class _Kind:
     """transformers' class that loads it."""
 
 
-_POLICY = _Kind(ASSETS, "policy.", "policy", AutoModelForCausalLM)
+_POLICY = _Kind(POLICY_ASSETS, "policy.", "policy", AutoModelForCausalLM)
 _REWARD = _Kind(REWARD_ASSETS, "model.", "model", AutoModelForSequenceClassification)
 
 
@@ -99,29 +93,6 @@ class _Checkpoint:
             save_policy_assets(out, config, tokenizer, ThinkingFormat.from_dict(self.about["format"]))
         else:
             save_reward_assets(out, config, tokenizer)
-
-
-def save_policy_assets(
-    folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, format: ThinkingFormat
-) -> None:
-    """Writes all that a policy's folder holds but the weights.
-
-    Args:
-        folder: Where to; made if it is missing.
-        config: The policy's config.
-        tokenizer: Its tokenizer, with the chat template.
-        format: How it thinks; its stop tokens become the generation config's.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    generation = GenerationConfig(  # type: ignore[no-untyped-call]
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=list(format.stop_token_ids(tokenizer)),
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    generation.save_pretrained(folder)
-    format.save(folder)
 
 
 def export(
@@ -264,19 +235,6 @@ def _export_adapter(saved: _Checkpoint, source: str, out: Path, dtype: torch.dty
     if saved.about.get("quantization") is not None:
         notes.append("It was trained on this model in 4 bits (NF4): load that so, or export --what merged.")
     return "\n".join(notes)
-
-
-def save_reward_assets(folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Writes all that a reward model's folder holds but the weights.
-
-    Args:
-        folder: Where to; made if it is missing.
-        config: The classifier's config.
-        tokenizer: Its tokenizer, with the chat template.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def _assemble(saved: _Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:

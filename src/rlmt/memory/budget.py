@@ -141,7 +141,7 @@ def _add_policy(
 
     steps = module.algorithm.minibatches
     tokens = largest_shard(
-        module._update.tokens_per_micro_batch,
+        module.tokens_per_micro_batch,
         data.max_prompt_tokens,
         data.max_new_tokens,
         data.batch_size * data.group_size // (steps * spread.ranks),
@@ -160,7 +160,7 @@ def _add_policy(
         add(Part.always("critic weights", spread.held(weights - own) + own))
         trained += [p for p in critic if p.requires_grad]
     kept = spread.held if lora is None else int  # adapters are whole on every device
-    add(Part.always("optimizer states", kept(optimizer_bytes(module._optimizer, trained))))
+    add(Part.always("optimizer states", kept(optimizer_bytes(module.optimizer_factory, trained))))
     add(Part("gradients", update=kept(tensor_bytes(trained))))
     if spread.sharded:
         add(Part("blocks put together", update=together))
@@ -170,7 +170,9 @@ def _add_policy(
     add(Part(f"activations ({tokens.rows} × {_length(tokens)} tokens)", update=footprint.kept))
     logits = logits_bytes(tokens.rows * tokens.completion, head_of(base), compute)
     add(Part("logits chunk", update=logits))
-    rest = max(footprint.peak, values.peak, kept(step_bytes(module._optimizer, trained))) - footprint.kept - logits
+    rest = (
+        max(footprint.peak, values.peak, kept(step_bytes(module.optimizer_factory, trained))) - footprint.kept - logits
+    )
     largest = max((p.numel() for name, p in base.named_parameters() if ".layers." in name), default=0)
     # A 4-bit layer makes its weight in full when it computes.
     rest += 0 if quantization is None else largest * compute.itemsize

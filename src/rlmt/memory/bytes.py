@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlmt.memory.activations import BatchShape
 from rlmt.models.adapters import is_adapter
-from rlmt.models.logprobs import LOGITS_PER_CHUNK
+from rlmt.models.output_head import LOGITS_PER_CHUNK
 from rlmt.models.quantization import nf4_bytes
 
 _SAMPLE = 2**16

@@ -1,4 +1,4 @@
-"""The critic of PPO: a value for each state in which a token is sampled."""
+"""PPO's critic: a value for each state in which a token is sampled (arXiv 1707.06347)."""
 
 from __future__ import annotations
 
@@ -11,44 +11,43 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlmt.algorithms.base import CriticOptions
 from rlmt.errors import UserError
 from rlmt.models import loading
 from rlmt.models.adapters import CRITIC, LoRA, use_adapter
 from rlmt.models.micro_batch import MicroBatch, hidden_states
-from rlmt.rewards.classifier import ClassifierReward
+from rlmt.models.reward_model import classifier_config, classifier_tokenizer, load_classifier
 
 
 class Critic(nn.Module):
-    """A value head on a backbone of its own or on the policy's.
+    """A value head on a backbone of its own or on the policy's backbone.
 
     Args:
-        backbone: a decoder without output projection.
-        shared: whether it is the policy's; then its weights are none of the critic's, neither in `parameters` nor in
-            `state_dict`, but for the adapter named "critic" where it has one.
+        backbone: A decoder without output projection.
+        shared: Whether the backbone is the policy's. Then `parameters` and `state_dict` leave its weights out, and the
+            critic trains only its head and the adapter named "critic", if the backbone has one.
     """
 
     def __init__(self, backbone: PreTrainedModel, shared: bool = False) -> None:
         super().__init__()
         self.backbone: PreTrainedModel
         if shared:
-            object.__setattr__(self, "backbone", backbone)  # past nn.Module, which would register it as a submodule
+            object.__setattr__(self, "backbone", backbone)  # bypasses nn.Module, which would register a submodule
         else:
             self.backbone = backbone
         self._adapter = [p for name, p in backbone.named_parameters() if shared and f".{CRITIC}." in name]
         self.moves_policy = shared and not self._adapter
-        """Whether its gradient reaches weights that are the policy's."""
+        """True if the critic's gradient reaches weights of the policy."""
         self.head = nn.Linear(cast(Any, backbone.config).get_text_config().hidden_size, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
     def own_parameters(self) -> list[nn.Parameter]:
-        """What is trained of it, the policy's weights left out."""
+        """The trainable parameters of the critic, without the policy's."""
         return [p for p in [*self.parameters(), *self._adapter] if p.requires_grad]
 
     @contextmanager
     def active_adapter(self) -> Iterator[None]:
-        """Runs a shared backbone with the critic's adapter; around a backward, too, since it may run layers again."""
+        """Activates the critic's adapter on a shared backbone; use it around backward too, which may rerun layers."""
         if self._adapter:
             with use_adapter(self.backbone, CRITIC):
                 yield
@@ -56,11 +55,11 @@ class Critic(nn.Module):
             yield
 
     def forward(self, batch: MicroBatch, head_only: bool = False) -> Tensor:
-        """Values of the states in which the micro-batch's completion tokens were sampled.
+        """Computes the values of the states in which the micro-batch's completion tokens were sampled.
 
         Args:
-            batch: b samples with t completion tokens.
-            head_only: keep the gradient out of the backbone.
+            batch: Micro-batch with t completion tokens.
+            head_only: Whether the gradient stops at the head.
 
         Returns:
             [t] float32.
@@ -72,59 +71,65 @@ class Critic(nn.Module):
         return values.squeeze(1)
 
 
-def check_critic(options: CriticOptions, policy: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Looks for mistakes in `critic_init` before any weights are read.
+def check_critic(init: str, policy: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Checks `critic_init` before any weights are read.
 
     Args:
-        options: what the objective wants.
-        policy: folder or hub name of the policy.
-        tokenizer: the policy's.
+        init: Initial weights of the critic: "policy", or the folder or hub name of a reward model.
+        policy: Folder or hub name of the policy.
+        tokenizer: Tokenizer of the policy.
 
     Raises:
-        UserError: `critic_init` is no reward model that reads the policy's tokens.
+        UserError: `init` is not a reward model with the policy's tokens.
     """
-    if options.init == "policy":
+    if init == "policy":
         return
-    with _naming_the_option():
-        ClassifierReward(options.init).check()
-    reads, wanted = loading.load_tokenizer(options.init).get_vocab(), tokenizer.get_vocab()
-    if strange := sorted(token for token, number in wanted.items() if reads.get(token) != number):
+    with _option_in_errors():
+        classifier_config(init)
+        classifier_tokenizer(init)
+    critic_vocab, policy_vocab = loading.load_tokenizer(init).get_vocab(), tokenizer.get_vocab()
+    if different := sorted(token for token, number in policy_vocab.items() if critic_vocab.get(token) != number):
         raise UserError(
-            f"--model.algorithm.critic_init {options.init}: {len(strange)} tokens of the policy's, such as "
-            f"{strange[0]!r}, are other ones in its tokenizer; give a reward model with the tokenizer of {policy}, "
-            "or leave the option out."
+            f"--model.algorithm.critic_init {init}: its tokenizer gives other ids to {len(different)} of the policy's "
+            f"tokens, such as {different[0]!r}; give a reward model with the tokenizer of {policy}, or leave the "
+            "option out."
         )
-    rows = [loading.load_config(source).get_text_config().vocab_size for source in (options.init, policy)]
+    rows = [loading.load_config(source).get_text_config().vocab_size for source in (init, policy)]
     if rows[0] < rows[1]:
         raise UserError(
-            f"--model.algorithm.critic_init {options.init}: its vocabulary has {rows[0]} tokens, that of {policy} "
-            f"{rows[1]}, all of which can be sampled; give another reward model, or leave the option out."
+            f"--model.algorithm.critic_init {init}: its vocabulary has {rows[0]} tokens, but {policy} has {rows[1]}, "
+            "all of which can be sampled; give another reward model, or leave the option out."
         )
 
 
-def build_critic(options: CriticOptions, policy: PreTrainedModel, lora: LoRA | None = None) -> Critic:
-    """Makes the critic; where the policy is trained by an adapter, so is it, by one of its own.
+def build_critic(
+    policy: PreTrainedModel, init: str = "policy", shared: bool = False, lora: LoRA | None = None
+) -> Critic:
+    """Builds the critic; if the policy is trained with an adapter, the critic gets an adapter of its own.
 
     Args:
-        options: what the objective wants.
-        policy: the policy as it starts, its adapter added.
-        lora: what its adapter is made by, or None.
+        policy: The initial policy, with its adapter.
+        init: Initial weights of the critic: "policy", or the folder or hub name of a reward model.
+        shared: Whether the critic uses the policy's backbone; `init` is then not read.
+        lora: Options of the critic's adapter; None trains all parameters.
+
+    Returns:
+        The critic, on the policy's device if it uses the policy's weights, else on the CPU.
 
     Raises:
-        UserError: the reward model to start from cannot be read.
+        UserError: The reward model cannot be loaded.
     """
     decoder: PreTrainedModel = cast(Any, policy).get_decoder()
-    if options.shared:
+    if shared:
         if lora is not None:
             lora.add_to(policy, CRITIC)
         return Critic(decoder, shared=True)
-    if options.init == "policy":
-        return Critic(copy.deepcopy(decoder))  # without the output projection, which a critic has no use for
-    reward = ClassifierReward(options.init, dtype="float32")
-    with _naming_the_option():
-        reward.load()
-    model: Any = reward.model
-    backbone = getattr(model, model.base_model_prefix).requires_grad_(True)
+    if init == "policy":
+        return Critic(copy.deepcopy(decoder))  # the critic does not use the output projection
+    with _option_in_errors():
+        classifier_config(init)
+        model: Any = load_classifier(init, dtype="float32")
+    backbone = getattr(model, model.base_model_prefix)
     if lora is not None:
         lora.add_to(backbone.to(policy.dtype))
     critic = Critic(backbone)
@@ -136,7 +141,8 @@ def build_critic(options: CriticOptions, policy: PreTrainedModel, lora: LoRA | N
 
 
 @contextmanager
-def _naming_the_option() -> Iterator[None]:
+def _option_in_errors() -> Iterator[None]:
+    """Puts the option's name before the messages of UserErrors."""
     try:
         yield
     except UserError as error:

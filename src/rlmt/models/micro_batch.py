@@ -1,8 +1,8 @@
-"""Micro-batches of rollouts: which tokens go through the policy together, and how.
+"""Micro-batches of rollouts: which samples go through the policy in one forward pass.
 
-Samples of one prompt share its forward and backward: the prompt goes through the policy once, and its keys and values
-are handed to all its samples. With 8 samples to a prompt that leaves an eighth of the work on prompts, and the gradient
-is the same. Where layers are checkpointed, keys and values cannot be handed on, and every sample carries its prompt.
+Samples of one prompt share its forward and backward pass: the prompt goes through the policy once, and all its samples
+use its keys and values. With 8 samples per prompt this leaves an eighth of the work on prompts, and the gradient is the
+same. With gradient checkpointing, keys and values cannot be shared, and every sample carries its own prompt.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from rlmt.types import RolloutBatch
 
 @dataclass
 class MicroBatch:
-    """Some samples, padded on the right to one length, and where their completion tokens are predicted."""
+    """Samples padded on the right to one length, and the positions that predict their completion tokens."""
 
     samples: list[int]
-    """b numbers of the samples in the rollout batch; none in one that keeps step, whose token counts nothing."""
+    """b indices of samples in the rollout batch; empty in a no-op micro-batch, whose token does not count."""
     shared_prompt: Tensor | None
-    """[1, n] int64 prompt of all these samples, or None: each row of `input_ids` begins with its own."""
+    """[1, n] int64 prompt of all samples; None if each row of `input_ids` starts with its own prompt."""
     input_ids: Tensor
-    """[b, L] int64: (prompt and) completion but its last token, padded on the right; L may be 0."""
+    """[b, L] int64 (prompt and) completion without its last token, padded on the right; L can be 0."""
     rows: Tensor
     """[t] int64 row of each completion token."""
     columns: Tensor
-    """[t] int64 position in the row's hidden states that predicts it; a shared prompt's last position is position 0."""
+    """[t] int64 position in the row's hidden states that predicts it; position 0 is a shared prompt's last position."""
     targets: Tensor
-    """[t] int64 the completion tokens, samples end to end."""
+    """[t] int64 completion tokens, sample after sample."""
 
 
 def shares_prompts(model: PreTrainedModel) -> bool:
-    """Whether the model can hand a prompt's keys and values to several samples, with gradients if they are on."""
+    """True if several samples can use one prompt's keys and values, with gradients if they are enabled."""
     return not (model.is_gradient_checkpointing and model.training) and not is_sharded(model)
 
 
 def no_op_micro_batch(device: torch.device) -> MicroBatch:
-    """One without samples, for a rank to compute while another one has more of them (`sharding.in_step`)."""
+    """A micro-batch without samples, which keeps FSDP ranks in lockstep (`rlmt.distributed.fsdp2.pad_with_no_ops`)."""
     zero = torch.zeros(1, dtype=torch.long, device=device)
     return MicroBatch([], None, zero[None], zero, zero, zero)
 
@@ -56,15 +56,15 @@ def micro_batches(
     device: torch.device,
     together: int = 1,
 ) -> Iterator[MicroBatch]:
-    """Cuts samples into micro-batches of at most `budget` tokens, padding included; one unit may exceed it.
+    """Splits samples into micro-batches of at most `budget` tokens, padding included; a single unit may exceed it.
 
     Args:
-        rollouts: where the samples are.
-        samples: numbers of the samples to take, units one after the other.
-        budget: tokens a micro-batch, prompts and padding included.
-        share_prompts: whether samples of one prompt go together and share it.
-        device: where the tensors go.
-        together: samples of one prompt that make up a unit, which is never cut: 2 for pairs.
+        rollouts: Rollout batch that holds the samples.
+        samples: Indices of the samples to use, unit after unit.
+        budget: Maximum number of tokens in a micro-batch, prompts and padding included.
+        share_prompts: Whether samples of one prompt are batched together and share its forward pass.
+        device: Device of the tensors.
+        together: Number of samples of one prompt that form a unit, which is never split: 2 for pairs.
     """
     units = [samples[k : k + together] for k in range(0, len(samples), together)]
     if not (share_prompts and rollouts.group_size > 1):
@@ -85,13 +85,16 @@ def micro_batches(
 
 
 def hidden_states(decoder: Any, batch: MicroBatch) -> Tensor:
-    """Last hidden states that predict the completion tokens: [t, H].
+    """Computes the last hidden states that predict the completion tokens.
 
     Args:
-        decoder: the model without its output projection.
-        batch: b samples with t completion tokens.
+        decoder: The model without its output projection.
+        batch: Micro-batch with t completion tokens.
+
+    Returns:
+        [t, H] in the decoder's dtype.
     """
-    # Causal attention never looks right, so the padding there needs no mask.
+    # Padding on the right needs no mask: causal attention does not look right.
     if batch.shared_prompt is None:
         hidden: Tensor = decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         return hidden[batch.rows, batch.columns]
@@ -104,6 +107,25 @@ def hidden_states(decoder: Any, batch: MicroBatch) -> Tensor:
         rest = decoder(input_ids=batch.input_ids, past_key_values=cache, use_cache=True).last_hidden_state
         hidden = torch.cat([hidden, rest], dim=1)
     return hidden[batch.rows, batch.columns]
+
+
+def token_offsets(lengths: Tensor) -> Tensor:
+    """Offset of each sample's first token in a flat token tensor: [B] int64 from [B] lengths."""
+    return lengths.cumsum(0) - lengths
+
+
+def token_positions(samples: list[int], offsets: Tensor, lengths: list[int]) -> Tensor:
+    """Positions of the samples' tokens in a flat token tensor, in the order of `samples`.
+
+    Args:
+        samples: b indices of samples, at least one.
+        offsets: [B] int64 from `token_offsets`, on the CPU.
+        lengths: B completion lengths in tokens.
+
+    Returns:
+        [t] int64 on the CPU.
+    """
+    return torch.cat([torch.arange(int(offsets[i]), int(offsets[i]) + lengths[i]) for i in samples])
 
 
 def _prompt(rollouts: RolloutBatch, sample: int) -> list[int]:
@@ -133,7 +155,7 @@ def _padded(
     completions: list[list[int]],
     device: torch.device,
 ) -> MicroBatch:
-    """Pads `rows`; `first` is where the hidden state that predicts each row's first completion token lies."""
+    """Pads `rows`; `first` holds the position that predicts each row's first completion token."""
     width = max(map(len, rows))
     return MicroBatch(
         samples=samples,
@@ -148,17 +170,18 @@ def _padded(
 
 
 def batches_by_length(lengths: Sequence[int], budget: int, rows: int = 1) -> list[list[int]]:
-    """Groups rows of like length so that each group, padded to its longest, holds at most `budget` tokens.
+    """Groups rows of similar length so that each group, padded to its longest row, has at most `budget` tokens.
 
-    Longest first, so that a budget too large for the memory shows at once. A row longer than the budget goes alone.
+    The longest rows come first, so that a budget that exceeds the memory fails at once. A row longer than the budget
+    forms a group of its own.
 
     Args:
-        lengths: tokens of each row.
-        budget: tokens a group, padding included.
-        rows: rows that each length stands for: they stay together, padded to that length.
+        lengths: Length of each row in tokens.
+        budget: Maximum number of tokens in a group, padding included.
+        rows: Number of rows that each length stands for; they stay together, padded to that length.
 
     Returns:
-        Lists of row numbers; each row is in exactly one.
+        Groups of row indices; each row is in exactly one group.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     batches: list[list[int]] = []

@@ -1,40 +1,199 @@
-"""Where the training of a reward model starts: a causal language model, a classifier, or random weights."""
+"""Sequence classifiers with one output: reward models that score, and models that training makes into one.
+
+Two things differ from calling Hugging Face's `...ForSequenceClassification` on a padded batch, because the plain call
+can be silently wrong. The score is read at each row's last token by its position. Hugging Face takes the rightmost
+token that is not the pad id, which is another token if the pad token also ends a turn. And the score head runs in
+float32, whatever dtype the weights have: around a score of 20 bfloat16 has steps of 0.125, so close responses would
+tie.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
-from rlmt.errors import UserError
+from rlmt.errors import UserError, first_line
 from rlmt.models.loading import load_config, safetensors_source, seeded_init
 from rlmt.models.quantization import NF4
 
+# A trained reward model -----------------------------------------------------------------------------------------------
 
-def reward_config(path: str | Path) -> PretrainedConfig:
-    """A model's config as one of a classifier with one output.
+
+def classifier_config(source: str) -> PretrainedConfig:
+    """Reads the config of a trained reward model and checks that it is a plain decoder classifier with one output.
 
     Args:
-        path: Folder or hub name of a decoder.
+        source: Folder or hub name of the reward model.
+
+    Returns:
+        The config.
 
     Raises:
-        UserError: There is none, it is of a classifier with several outputs, or transformers has no classifier for it.
+        UserError: The folder does not exist, the config is unreadable, has several outputs or a head of its own code,
+            or transformers has no decoder classifier of this type.
+    """
+    config = _read_classifier_config(source)
+    if config.num_labels != 1:
+        raise UserError(
+            f"reward model {source!r} has {config.num_labels} outputs but must have one (num_labels: 1 in its "
+            "config.json): give a scalar reward model, not a chat model or a multi-objective one"
+        )
+    if "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {}):
+        code = ", ".join(config.architectures or ["?"])
+        raise UserError(
+            f"reward model {source!r} has a head of its own code ({code}), which is never run: give a plain "
+            "sequence classifier"
+        )
+    if not _has_decoder_classifier(config):
+        raise UserError(
+            f"reward model {source!r} is of type {config.model_type!r}, which has no decoder classifier in "
+            "transformers: give a Llama, Qwen, Gemma 2 or Mistral reward model"
+        )
+    return config
+
+
+def classifier_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """Reads the tokenizer of a trained reward model.
+
+    Args:
+        source: Folder or hub name of the reward model.
+
+    Raises:
+        UserError: The tokenizer is unreadable or has no chat template.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"reward model {source!r} has no readable tokenizer ({first_line(error)}): put its tokenizer files beside "
+            "its weights"
+        ) from error
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"the tokenizer of reward model {source!r} has no chat template: put the one it was trained with beside it "
+            "as chat_template.jinja"
+        )
+    return tokenizer
+
+
+def load_classifier(source: str, dtype: str = "auto", quantization: NF4 | None = None) -> PreTrainedModel:
+    """Loads a trained reward model in eval mode; check its config first with `classifier_config`.
+
+    Args:
+        source: Folder or hub name of the reward model.
+        dtype: Dtype of the weights; `auto` is the checkpoint's.
+        quantization: Stores the linear layers in 4 bits, but not the score head; None stores them in `dtype`.
+
+    Returns:
+        The classifier, on the CPU; in 4 bits on torch's default device.
+
+    Raises:
+        UserError: The weights are unreadable or lack the score head.
+    """
+    options = {} if quantization is None else quantization.loading_options()
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
+    except OSError as error:
+        raise UserError(f"reward model {source!r}: {first_line(error)}; give safetensors weights") from error
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers only warns, and would score with random weights
+        raise UserError(
+            f"reward model {source!r} lacks the weights {', '.join(missing[:3])} ({len(missing)} missing): "
+            "give a trained sequence classifier"
+        )
+    if quantization is not None:
+        quantization.finish(model)
+    return cast(PreTrainedModel, model.eval())
+
+
+def states_at_end(backbone: Any, rows: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Computes the last hidden state at the last token of each row.
+
+    Args:
+        backbone: The decoder without its head.
+        rows: b rows of token ids, each [n] int64; n differs between rows.
+        device: Device that the decoder computes on.
+
+    Returns:
+        [b, H] in the decoder's dtype.
+    """
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)  # the mask hides the padding
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]
+    ids, mask, last = ids.to(device), mask.long().to(device), (lengths - 1).to(device)
+    hidden: Tensor = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    return hidden[torch.arange(len(rows), device=device), last]
+
+
+def score_states(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """Applies a classifier's score head in float32.
+
+    Args:
+        model: The classifier.
+        states: [b, H] hidden states.
+
+    Returns:
+        [b] float32 scores.
+    """
+    head: Any = model.score
+    with torch.autocast(states.device.type, enabled=False):
+        return F.linear(states.float(), head.weight.float()).squeeze(-1)
+
+
+def _read_classifier_config(source: str) -> PretrainedConfig:
+    if not Path(source).is_dir() and (source.startswith(("runs/", ".", "/", "~")) or source.count("/") > 1):
+        fix = "make it with `rlmt tiny`" if source.startswith("runs/tiny") else "give a folder or a hub name"
+        raise UserError(f"reward model folder {source!r} does not exist: {fix}")
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"reward model {source!r} has no readable configuration ({first_line(error)}): give a folder with a "
+            "config.json or a hub name that can be reached"
+        ) from error
+    return config
+
+
+# A model to train as a reward model -----------------------------------------------------------------------------------
+
+
+def reward_config(path: str | Path) -> PretrainedConfig:
+    """Reads the config of a model to train as a reward model, and sets one output.
+
+    Args:
+        path: Folder or hub name of a causal language model or of a classifier with one output.
+
+    Returns:
+        The config of a classifier with one output.
+
+    Raises:
+        UserError: The config is unreadable, is one of a classifier with several outputs, or transformers has no
+            decoder classifier of this type.
     """
     config = load_config(path)
-    architecture = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
-    if not (isinstance(architecture, type) and issubclass(architecture, GenericForSequenceClassification)):
+    if not _has_decoder_classifier(config):
         raise UserError(
             f"{path}: {config.model_type} has no decoder classifier in transformers; start from a Llama, Qwen, Gemma 2 "
             "or Mistral model"
@@ -55,23 +214,23 @@ def load_reward_model(
     dtype: torch.dtype = torch.float32,
     quantization: NF4 | None = None,
 ) -> PreTrainedModel:
-    """Reads a decoder with a score head; the head is in float32 whatever the decoder is in.
+    """Loads a decoder with a score head to train; the head is float32 whatever dtype the decoder has.
 
-    A head that the folder does not hold is drawn by torch's seed with standard deviation 1 / (H + 1), H the model's
-    width: scores then start close to 0.
+    A missing head is initialised from torch's seed with standard deviation 1 / (H + 1), where H is the hidden size:
+    scores then start close to 0.
 
     Args:
         path: Folder or hub name of a causal language model or of a classifier with one output.
-        from_scratch: Draw all weights; those of the folder are not read.
+        from_scratch: Initialises all weights at random; the folder's weights are not read.
         attn_implementation: transformers' attention kernel; None is its default.
-        dtype: Number format of the decoder.
-        quantization: How to hold the decoder's linear layers in 4 bits, as for `load_policy`.
+        dtype: Dtype of the decoder.
+        quantization: Stores the decoder's linear layers in 4 bits, as in `load_policy`.
 
     Returns:
-        The classifier, in eval mode, on the CPU; in 4 bits on the device that tensors are made on.
+        The classifier, in eval mode, on the CPU; in 4 bits on torch's default device.
 
     Raises:
-        UserError: As `reward_config`, or the weights are missing, unreadable, in 4 or 8 bits or do not cover the model.
+        UserError: As `reward_config`, or the weights are missing, unreadable, in 4 or 8 bits or incomplete.
     """
     config = reward_config(path)
     auto: Any = AutoModelForSequenceClassification
@@ -87,7 +246,7 @@ def load_reward_model(
         if from_scratch:
             model = auto.from_config(config, **options)
         else:
-            with safetensors_source(path) as source, _unreported():
+            with safetensors_source(path) as source, _transformers_errors_only():
                 model, info = auto.from_pretrained(
                     source,
                     config=config,
@@ -108,8 +267,8 @@ def load_reward_model(
 
 
 @contextmanager
-def _unreported() -> Iterator[None]:
-    """Without transformers' table of missing and unused weights, which the caller looks at."""
+def _transformers_errors_only() -> Iterator[None]:
+    """Silences transformers' table of missing and unused weights; the caller checks them."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)
     try:
@@ -119,4 +278,11 @@ def _unreported() -> Iterator[None]:
 
 
 def _is_classifier(config: PretrainedConfig) -> bool:
+    """True if the config's weights were saved from a sequence classifier."""
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+
+
+def _has_decoder_classifier(config: PretrainedConfig) -> bool:
+    """True if transformers' classifier for this type is the generic one on a decoder."""
+    architecture = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
+    return isinstance(architecture, type) and issubclass(architecture, GenericForSequenceClassification)

@@ -2,40 +2,31 @@
 
 What it reads is the conversation of the prompt set plus the response as the assistant's turn, written out by the reward
 model's own chat template and tokenizer. The policy's template, preamble and thinking instruction are no part of it.
-
-Two things differ from calling Hugging Face's `...ForSequenceClassification` on a padded batch, each because the plain
-call can be silently wrong. The score is read at each row's last token by its position, not at the rightmost token that
-is not the pad id, which is another one where the pad token also ends a turn. And the score head runs in float32,
-whatever the weights are stored in: around a score of 20 bfloat16 has steps of 0.125, so close responses would tie.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from transformers import (
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.modeling_layers import GenericForSequenceClassification
+from transformers import PretrainedConfig, PreTrainedModel
 
 from rlmt.distributed.fsdp2 import call_as_forward, compute_device, pad_with_no_ops
 from rlmt.errors import UserError
 from rlmt.models.micro_batch import batches_by_length
 from rlmt.models.quantization import NF4
+from rlmt.models.reward_model import (
+    classifier_config,
+    classifier_tokenizer,
+    load_classifier,
+    score_states,
+    states_at_end,
+)
 from rlmt.rewards.base import Reward
-from rlmt.rewards.conversation import ConversationReader, first_line
+from rlmt.rewards.conversation import ConversationReader
 from rlmt.types import Message, Status
 
 
@@ -93,28 +84,11 @@ class ClassifierReward(Reward):
             UserError: The model is missing, is no classifier with one output, has no chat template, or is asked for
                 longer input than it or `tokens_per_batch` can hold.
         """
-        config = _load_config(self.source)
+        config = classifier_config(self.source)
         if self.quantization is not None:
             self.quantization.check()
-        if config.num_labels != 1:
-            raise UserError(
-                f"reward model {self.source!r} has {config.num_labels} outputs but must have one (num_labels: 1 in its "
-                "config.json): give a scalar reward model, not a chat model or a multi-objective one"
-            )
-        if "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {}):
-            code = ", ".join(config.architectures or ["?"])
-            raise UserError(
-                f"reward model {self.source!r} has a head of its own code ({code}), which is never run: give a plain "
-                "sequence classifier"
-            )
-        architecture = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
-        if not (isinstance(architecture, type) and issubclass(architecture, GenericForSequenceClassification)):
-            raise UserError(
-                f"reward model {self.source!r} is of type {config.model_type!r}, which has no decoder classifier in "
-                "transformers: give a Llama, Qwen, Gemma 2 or Mistral reward model"
-            )
         self.max_length = self._checked_max_length(config)
-        self._reader = ConversationReader(_load_tokenizer(self.source), self.source)
+        self._reader = ConversationReader(classifier_tokenizer(self.source), self.source)
 
     def _checked_max_length(self, config: PretrainedConfig) -> int:
         context = getattr(config.get_text_config(), "max_position_embeddings", None) or self.tokens_per_batch
@@ -133,22 +107,7 @@ class ClassifierReward(Reward):
             UserError: As `check`, or the weights are unreadable or lack the score head.
         """
         self.check()
-        options = {} if self.quantization is None else self.quantization.loading_options()
-        try:
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                self.source, dtype=self.dtype, use_safetensors=True, output_loading_info=True, **options
-            )
-        except OSError as error:
-            raise UserError(f"reward model {self.source!r}: {first_line(error)}; give safetensors weights") from error
-        missing = sorted(info["missing_keys"])
-        if missing:  # transformers only warns, and would score with random weights
-            raise UserError(
-                f"reward model {self.source!r} lacks the weights {', '.join(missing[:3])} ({len(missing)} missing): "
-                "give a trained sequence classifier"
-            )
-        if self.quantization is not None:
-            self.quantization.finish(model)
-        self.model = model.requires_grad_(False).eval()
+        self.model = load_classifier(self.source, self.dtype, self.quantization).requires_grad_(False)
 
     def train(self, mode: bool = True) -> ClassifierReward:
         """Stays in evaluation mode, whatever the parent module asks for."""
@@ -215,52 +174,3 @@ class ClassifierReward(Reward):
 def _scores(model: PreTrainedModel, rows: Sequence[Tensor], device: torch.device) -> Tensor:
     backbone = getattr(model, model.base_model_prefix)
     return score_states(model, states_at_end(backbone, rows, device))
-
-
-def states_at_end(backbone: Any, rows: Sequence[Tensor], device: torch.device) -> Tensor:
-    """[b, H] the last hidden states at the last token of b rows of token ids, each [n]."""
-    lengths = torch.tensor([len(row) for row in rows])
-    ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)  # what pads does not matter: it is masked
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = row
-    mask = torch.arange(ids.shape[1]) < lengths[:, None]
-    ids, mask, last = ids.to(device), mask.long().to(device), (lengths - 1).to(device)
-    hidden: Tensor = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-    return hidden[torch.arange(len(rows), device=device), last]
-
-
-def score_states(model: PreTrainedModel, states: Tensor) -> Tensor:
-    """[b] float32 scores of [b, H] hidden states under a classifier's head, which runs in float32."""
-    head: Any = model.score
-    with torch.autocast(states.device.type, enabled=False):
-        return F.linear(states.float(), head.weight.float()).squeeze(-1)
-
-
-def _load_config(source: str) -> PretrainedConfig:
-    if not Path(source).is_dir() and (source.startswith(("runs/", ".", "/", "~")) or source.count("/") > 1):
-        cure = "make it with `rlmt tiny`" if source.startswith("runs/tiny") else "give a folder or a hub name"
-        raise UserError(f"reward model folder {source!r} does not exist: {cure}")
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"reward model {source!r} has no readable configuration ({first_line(error)}): give a folder with a "
-            "config.json or a hub name that can be reached"
-        ) from error
-    return config
-
-
-def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"reward model {source!r} has no readable tokenizer ({first_line(error)}): put its tokenizer files beside "
-            "its weights"
-        ) from error
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"the tokenizer of reward model {source!r} has no chat template: put the one it was trained with beside it "
-            "as chat_template.jinja"
-        )
-    return tokenizer

@@ -13,7 +13,7 @@ import re
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from rlmt.errors import UserError
+from rlmt.errors import UserError, first_line
 from rlmt.types import Message
 
 TEMPLATE_DATE = "26 Jul 2024"
@@ -94,9 +94,3 @@ class ConversationReader:
             return []
         rows: list[list[int]] = self.tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
         return rows
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an exception's text, without its full stop."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
