@@ -206,8 +206,7 @@ class Outcome:
 
 
 HEADER = (
-    "| run | kills | compared runs | logged values | tensors | samples | differences |\n"
-    "|---|---|---|---|---|---|---|"
+    "| run | kills | compared runs | logged values | tensors | samples | differences |\n|---|---|---|---|---|---|---|"
 )
 
 

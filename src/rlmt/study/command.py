@@ -54,13 +54,7 @@ def study(
         UserError: The configuration of the study is invalid, or jobs failed.
     """
     seeds = seeds or [0]
-    if len(set(seeds)) < len(seeds):
-        raise UserError(f"--seeds {seeds}: a seed occurs twice; pass each seed once.")
-    if jobs < 1:
-        raise UserError(f"--jobs {jobs}: the number of parallel jobs must be positive; pass 1 or more.")
-    for option, entries in {"arms": arms, "metrics": metrics}.items():
-        if not entries:
-            raise UserError(f"--{option}: no entries; define at least one.")
+    _check_options(seeds, jobs, arms, metrics)
     comparisons = comparisons or []
     _check_names("--only", only or [], "arm", arms)
     _check_names("--picture", picture or [], "arm", arms)
@@ -118,6 +112,17 @@ def report(
         console.print(sentence.replace("**", ""), soft_wrap=True, markup=False, highlight=False)
     for path in [*written, *([findings.figure] if findings.figure else [])]:
         console.print(str(path), soft_wrap=True, highlight=False)
+
+
+def _check_options(seeds: list[int], jobs: int, arms: Mapping[str, object], metrics: Mapping[str, object]) -> None:
+    """Raises a UserError for duplicate seeds, a number of jobs below 1, and a study without arms or metrics."""
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds {seeds}: a seed occurs twice; pass each seed once.")
+    if jobs < 1:
+        raise UserError(f"--jobs {jobs}: the number of parallel jobs must be positive; pass 1 or more.")
+    for option, entries in {"arms": arms, "metrics": metrics}.items():
+        if not entries:
+            raise UserError(f"--{option}: no entries; define at least one.")
 
 
 def _check_names(option: str, names: Sequence[str], kind: str, known: Mapping[str, object]) -> None:
