@@ -145,7 +145,7 @@ def test_without_room_for_anything_the_run_goes_on_and_ends_in_one_line(
         patch.setattr("rlmt.engines.rollout_files.pq.write_table", full)
         patch.setattr("rlmt.report.curves.draw_curves", full)
         assert fit("--ckpt_path", "last", on_full="continue") == 2
-    assert error_of(capsys).startswith("rlmt: error: no room is left on the disk")
+    assert error_of(capsys).startswith("rlmt: error: The disk is full")
     assert len(rows(tmp_path / "run")) == 4 and saved(tmp_path / "run") == 0
     assert fit("--ckpt_path", "last") == 0
     assert len(rows(tmp_path / "run")) == 4 and saved(tmp_path / "run") == 3
