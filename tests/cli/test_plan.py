@@ -263,8 +263,8 @@ def test_devices_and_sharding_divide_the_memory(
     base = "plan --config base --config grpo --config llama-3.1-8b --memory 80"
     folders = ["--model.policy", str(shapes / "policy"), "--model.reward.model", str(shapes / "reward")]
 
-    def planned(*words: str) -> dict[str, list[float]]:
-        assert main([*base.split(), *" ".join(words).split(), *folders]) == 0
+    def planned(*options: str) -> dict[str, list[float]]:
+        assert main([*base.split(), *" ".join(options).split(), *folders]) == 0
         return table(capsys.readouterr().out)
 
     one, eight = planned(), planned("--config fsdp --trainer.devices 4 --trainer.num_nodes 2")
@@ -287,8 +287,8 @@ def test_devices_and_sharding_divide_the_memory(
         and lora_sharded["optimizer states"] == lora["optimizer states"]
     )
 
-    def error_of(*words: str) -> str:
-        assert main([*base.split(), *words, *folders]) == 2
+    def error_of(*options: str) -> str:
+        assert main([*base.split(), *options, *folders]) == 2
         return capsys.readouterr().err
 
     assert "--trainer.devices is required" in error_of("--config", "fsdp")

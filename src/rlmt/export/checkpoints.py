@@ -2,7 +2,7 @@
 
 A checkpoint stores the policy's weights under `state_dict["policy.<name>"]`, and under `rlmt` the model that the run
 started from and the thinking format. Everything else that a folder needs (config, tokenizer, chat template) is written
-once a run to `policy/` beside the checkpoints, by `save_policy_assets`. An export therefore needs no initial model, no
+once a run to `policy/` next to the checkpoints, by `save_policy_assets`. An export therefore needs no initial model, no
 network and no GPU. Weights are memory-mapped and exported bit for bit, unless a dtype is requested.
 
 The checkpoint of a LoRA run stores only the adapter. It is exported either as full weights, merged into the model that
@@ -43,10 +43,10 @@ from rlmt.models.quantization import quantized_weights
 from rlmt.types import AdapterWeights
 
 ASSETS = "policy"
-"""Folder beside a run's checkpoints with all files of the policy except its weights."""
+"""Folder next to a run's checkpoints with all files of the policy except its weights."""
 
 REWARD_ASSETS = "reward"
-"""Folder beside a run's checkpoints with all files of a trained reward model except its weights."""
+"""Folder next to a run's checkpoints with all files of a trained reward model except its weights."""
 
 _ADAPTER_WEIGHT = re.compile(rf"(.+)\.lora_(A|B|magnitude_vector)\.{POLICY}\.weight")
 
@@ -56,7 +56,7 @@ class _Kind:
     """Differences between the exports of a policy and of a reward model."""
 
     assets: str
-    """Name of the folder beside the checkpoints."""
+    """Name of the folder next to the checkpoints."""
     prefix: str
     """Prefix of the weights' names in a checkpoint."""
     base: str
@@ -87,7 +87,7 @@ class _Checkpoint:
 
     @property
     def head(self) -> dict[str, Tensor]:
-        """Weights trained in full beside an adapter: a reward model's head; a policy has none."""
+        """Weights trained in full next to an adapter: a reward model's head; a policy has none."""
         return {name: tensor for name, tensor in self.weights.items() if not is_adapter(name)}
 
     def save_assets(self, out: Path, config: PretrainedConfig) -> None:
@@ -172,7 +172,7 @@ def write_export(
         Summary of the exported model.
 
     Raises:
-        UserError: The checkpoint does not exist, is damaged or is none of rlmt, the files beside it are missing or do
+        UserError: The checkpoint does not exist, is damaged or is none of rlmt, the files next to it are missing or do
             not match its weights, the base cannot be read, or `out` is not empty.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -194,9 +194,9 @@ def write_export(
 
 @contextmanager
 def _atomic_folder(out: Path) -> Iterator[Path]:
-    """Yields a folder beside `out` to write to, and renames it to `out` at the end.
+    """Yields a folder next to `out` to write to, and renames it to `out` at the end.
 
-    An interrupted export leaves nothing named `out`; the next export removes what it leaves beside it.
+    An interrupted export leaves nothing named `out`; the next export removes what it leaves next to it.
     """
     if out.is_dir():
         try:
@@ -300,7 +300,7 @@ def _build_model(checkpoint: _Checkpoint, dtype: torch.dtype | None) -> PreTrain
     """A model that uses the checkpoint's tensors without a copy; no weight is initialized.
 
     Raises:
-        UserError: The weights do not match the config beside the checkpoint.
+        UserError: The weights do not match the config next to the checkpoint.
     """
     weights, fix = checkpoint.weights, f"use the folder {checkpoint.kind.assets}/ that the same run wrote."
     if dtype is not None:
@@ -310,7 +310,7 @@ def _build_model(checkpoint: _Checkpoint, dtype: torch.dtype | None) -> PreTrain
     expected = model.state_dict()
     for name, tensor in weights.items():
         if name in expected and tensor.shape != expected[name].shape:
-            shapes = f"{tuple(tensor.shape)}, but the config beside it requires {tuple(expected[name].shape)}"
+            shapes = f"{tuple(tensor.shape)}, but the config next to it requires {tuple(expected[name].shape)}"
             raise UserError(f"{checkpoint.path}: {name} has shape {shapes}; {fix}")
     loaded = model.load_state_dict(weights, strict=False, assign=True)
     # Tied again, tied weights are a single tensor, which is written once.
@@ -319,5 +319,5 @@ def _build_model(checkpoint: _Checkpoint, dtype: torch.dtype | None) -> PreTrain
     if missing:
         raise UserError(f"{checkpoint.path}: {missing[0]} is missing; {fix}")
     if loaded.unexpected_keys:
-        raise UserError(f"{checkpoint.path}: {loaded.unexpected_keys[0]} is unknown to the config beside it; {fix}")
+        raise UserError(f"{checkpoint.path}: {loaded.unexpected_keys[0]} is unknown to the config next to it; {fix}")
     return model
