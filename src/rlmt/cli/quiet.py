@@ -11,10 +11,10 @@ _WARNINGS = (
     ".*does not have many workers.*",  # data loaders only yield text; the engine generates in other processes
     ".*module\\(s\\) in eval mode at the start of training.*",  # the reference and reward models stay in eval mode
     ".*Checkpoint directory .* exists and is not empty.*",  # resuming is the ordinary case
-    ".*set_vital.*",  # a deprecated function of torch that its own data loader calls
-    ".*torch.distributed.reduce_op.*",  # a deprecated name that Lightning looks up
+    ".*set_vital.*",  # deprecated in torch: torchdata's loader calls it
+    ".*torch.distributed.reduce_op.*",  # deprecated in torch; libraries look at it while they inspect the module
     ".*torch.distributed.nn.functional.all_gather is deprecated.*",  # Lightning's all_gather calls it
-    ".*treespec.*",  # a deprecated function of torch that Lightning calls
+    ".*treespec.*",  # deprecated in torch: Lightning's pytree helpers use LeafSpec
     ".*sync_dist=True.*when logging on epoch level.*",  # vLLM's process group of one rank is no distributed run
     "Total length of `list` across ranks is zero.*",  # a run may have no validation prompts
     "Using ModelCheckpoint with manual optimization.*",  # rlmt saves the state after the optimizer step, as intended
