@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rlmt.algorithms import DPO
-from rlmt.algorithms.dpo import OF_PAIRS
+from rlmt.algorithms.dpo import PAIR_METRICS
 from rlmt.errors import UserError
 from rlmt.types import (
     Experience,
@@ -98,7 +98,7 @@ def test_a_margin_beyond_all_measure_stays_finite() -> None:
 def test_metrics() -> None:
     ratios = [*PAIR, [0.2], [0.5, 0.1], [0.7], [0.7]]
     _, metrics = DPO(beta=0.5).loss(*batch(ratios, pairs_in_step=3))
-    assert set(metrics) == set(OF_PAIRS)
+    assert set(metrics) == set(PAIR_METRICS)
     expected = {
         "dpo/accuracy": [1.0, 0.0, 0.5],  # equal rewards are a coin's toss
         "dpo/margin": [LOG3, -0.2, 0.0],
@@ -174,14 +174,14 @@ def test_pairs_and_what_was_skipped(options: dict[str, Any], pairs: list[list[in
     DPO(**({"min_valid": 2} | options)).prepare(data)
     assert found(data) == (pairs, why)
     assert data.advantages is None
-    assert not any(name in data.metrics for name in OF_PAIRS)
+    assert not any(name in data.metrics for name in PAIR_METRICS)
 
 
 def test_a_step_without_pairs_measures_nothing() -> None:
     data = experience([1.0] * 6, [True] * 6)
     DPO(min_valid=2).prepare(data)
     assert found(data) == ([], [0, 2, 0])
-    assert all(math.isnan(data.metrics[name]) for name in OF_PAIRS)
+    assert all(math.isnan(data.metrics[name]) for name in PAIR_METRICS)
 
 
 def test_the_seed_breaks_ties_the_same_way_in_every_epoch() -> None:

@@ -1,8 +1,8 @@
-"""Loading of language models and what is computed with them."""
+"""Language models: loading, adapters, quantization, log-probs, critic and reward model."""
 
 import logging
 
-# On import it says that an optional kernel is not there, to users who may have asked for nothing of it.
+# Its import warns about a missing optional kernel, even if bitsandbytes is not used.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 from rlmt.models.adapters import LoRA  # noqa: E402
