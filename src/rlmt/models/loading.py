@@ -131,9 +131,7 @@ def load_policy(
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         # transformers would initialise these at random and continue.
-        raise UserError(
-            f"{source}: the weights lack {len(missing)} tensors of the model, such as {missing[0]}; copy them again."
-        )
+        raise UserError(f"{source}: the weights lack {len(missing)} tensors, such as {missing[0]}; copy them again.")
     if quantization is not None:
         quantization.finish(model)
     return cast(PreTrainedModel, model.eval())

@@ -258,7 +258,7 @@ def load_reward_model(
             missing = sorted(set(info["missing_keys"]) - ({"score.weight"} if new_head else set()))
             if missing:
                 raise UserError(
-                    f"{path}: the weights lack {len(missing)} tensors of the model, such as {missing[0]}; copy them again."
+                    f"{path}: the weights lack {len(missing)} tensors, such as {missing[0]}; copy them again."
                 )
         if quantization is not None:
             quantization.finish(model)
