@@ -119,7 +119,7 @@ def test_rloo_equals_reinforce_on_the_penalized_reward() -> None:
 
 
 def test_reinforce_plus_plus_whitens_rewards_to_go() -> None:
-    """A_t = r - β Σ_{i ≥ t} log(π_old/π_ref)_i, minus the mean, over the standard deviation of all tokens of the batch."""
+    """A_t = r - β Σ_{i ≥ t} log(π_old/π_ref)_i, whitened over all tokens of the batch."""
     rewards, beta = [1.0, -0.5, 2.0, 0.25], 0.3
     data = experience(rewards)
     REINFORCEPlusPlus(reward_kl_coef=beta).prepare(data)
@@ -146,7 +146,7 @@ def test_reinforce_plus_plus_without_kl_needs_no_reference_and_no_groups() -> No
 
 
 def gspo_objective(logprobs: Tensor, old: Tensor, advantages: list[float], low: float, high: float) -> Tensor:
-    """Eq. 5 and 7: the mean over sequences of min(s·A, clip(s)·A), with s = (π/π_old)^(1/|y|), one sequence at a time."""
+    """Eq. 5 and 7: the mean over sequences of min(s·A, clip(s)·A), with s = (π/π_old)^(1/|y|), by sequence."""
     terms = []
     for new, before, a in zip(logprobs.split(LENGTHS), old.split(LENGTHS), advantages, strict=True):
         s = (new.sum().exp() / before.sum().exp()) ** (1 / len(new))

@@ -50,7 +50,7 @@ def test_each_output_has_its_own_gradient(which: str) -> None:
 
 
 def test_backward_recomputes_the_logits_of_forward_under_autocast() -> None:
-    """A column of ones in the projection does not change log-probs: its input has gradient Σ d logprob / d logit = 0."""
+    """A column of ones in the projection has no effect on log-probs: its input has gradient Σ d logprob/d logit = 0."""
     torch.manual_seed(0)
     hidden = (torch.randn(64, 32) * 4).requires_grad_()
     weight = torch.randn(500, 32)
