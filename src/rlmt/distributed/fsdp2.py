@@ -198,7 +198,7 @@ def call_as_forward(model: nn.Module, function: Callable[..., T], *args: Any) ->
     return result
 
 
-def pad_with_no_ops(parts: Iterable[T], model: nn.Module, idle: T) -> list[T]:
+def pad_with_no_ops(parts: Iterable[T], model: nn.Module, no_op: T) -> list[T]:
     """Pads with no-op parts so that all ranks of a sharded model run the same number of forward passes.
 
     This is a collective operation if the model is sharded.
@@ -206,13 +206,13 @@ def pad_with_no_ops(parts: Iterable[T], model: nn.Module, idle: T) -> list[T]:
     Args:
         parts: This rank's parts; the model runs once for each.
         model: Model, sharded or not.
-        idle: The no-op part.
+        no_op: The no-op part.
 
     Returns:
         The parts, followed by no-op parts if another rank has more.
     """
     own = list(parts)
-    return own + [idle] * (max(all_gather_object(len(own))) - len(own)) if is_sharded(model) else own
+    return own + [no_op] * (max(all_gather_object(len(own))) - len(own)) if is_sharded(model) else own
 
 
 def compute_device(model: nn.Module) -> torch.device:

@@ -227,18 +227,18 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def check_same_adapter(saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+def check_same_adapter(saved: dict[str, Any], current: dict[str, Any]) -> None:
     """Checks that a checkpoint has the adapter options and the base of this run.
 
     Args:
         saved: The checkpoint's `adapter` (from `adapter_config`) and `quantization`; each can be None.
-        wanted: Those of this run.
+        current: Those of this run.
 
     Raises:
         UserError: They differ in an option that changes the policy's function.
     """
     fix = "give the --model.lora and --model.quantization of the run that wrote it."
-    theirs, ours = saved.get("adapter"), wanted["adapter"]
+    theirs, ours = saved.get("adapter"), current["adapter"]
     if theirs is None or ours is None:
         if theirs is not ours:
             contents = ["all weights" if adapter is None else "a LoRA adapter" for adapter in (theirs, ours)]
@@ -247,7 +247,7 @@ def check_same_adapter(saved: dict[str, Any], wanted: dict[str, Any]) -> None:
             )
         return
     pairs = {f"lora {key}": (theirs[key], ours[key]) for key in _FUNCTION_OPTIONS}
-    pairs["quantization"] = (saved.get("quantization"), wanted["quantization"])
+    pairs["quantization"] = (saved.get("quantization"), current["quantization"])
     for option, (theirs, ours) in pairs.items():
         if theirs != ours:
             raise UserError(f"--ckpt_path: the checkpoint has {option} {theirs}, this run {ours}; {fix}")

@@ -133,7 +133,7 @@ def load_policy(
         # transformers would initialise these at random and continue.
         raise UserError(f"{source}: the weights lack {len(missing)} tensors, such as {missing[0]}; copy them again.")
     if quantization is not None:
-        quantization.finish(model)
+        quantization.finish_loading(model)
     return cast(PreTrainedModel, model.eval())
 
 

@@ -43,7 +43,7 @@ class NF4:
         )
         return {"quantization_config": config, "device_map": {"": torch.get_default_device()}}
 
-    def finish(self, model: Any) -> None:
+    def finish_loading(self, model: Any) -> None:
         """Sets the compute dtype of a loaded model on every machine, and removes the quantization from its config."""
         from bitsandbytes.nn.modules import Linear4bit
 

@@ -122,7 +122,7 @@ def load_classifier(source: str, dtype: str = "auto", quantization: NF4 | None =
             "give a trained sequence classifier."
         )
     if quantization is not None:
-        quantization.finish(model)
+        quantization.finish_loading(model)
     return cast(PreTrainedModel, model.eval())
 
 
@@ -261,7 +261,7 @@ def load_reward_model(
                     f"{path}: the weights lack {len(missing)} tensors, such as {missing[0]}; copy them again."
                 )
         if quantization is not None:
-            quantization.finish(model)
+            quantization.finish_loading(model)
         model.score.float()
         if new_head:
             torch.nn.init.normal_(model.score.weight, std=1 / (config.get_text_config().hidden_size + 1))
