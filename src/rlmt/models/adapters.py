@@ -243,7 +243,7 @@ def check_same_adapter(saved: dict[str, Any], current: dict[str, Any]) -> None:
         if theirs is not ours:
             contents = ["all weights" if adapter is None else "a LoRA adapter" for adapter in (theirs, ours)]
             raise UserError(
-                f"--ckpt_path: the checkpoint holds {contents[0]}, but this run trains {contents[1]}; {fix}"
+                f"--ckpt_path: the checkpoint holds {contents[0]}, and this run trains {contents[1]}; {fix}"
             )
         return
     pairs = {f"lora {key}": (theirs[key], ours[key]) for key in _FUNCTION_OPTIONS}
