@@ -13,7 +13,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from tqdm import tqdm
 
-from rlmt.errors import UserError
 from rlmt.types import Experience
 
 
@@ -102,12 +101,6 @@ def failing(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         say(f"{what} cannot be written: {error}")
-
-
-def check_count(owner: str, name: str, value: int, least: int) -> None:
-    """Raises UserError unless the option is an int of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UserError(f"{owner}.{name} is {value!r}: give a whole number of at least {least}")
 
 
 def format_of(pl_module: LightningModule) -> dict[str, Any] | None:

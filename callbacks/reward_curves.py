@@ -11,10 +11,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rlmt.distributed.collectives import all_gather_tensor
 from rlmt.errors import UserError
+from rlmt.ranges import NonNegativeInt, check_ranges
 from rlmt.types import Experience
 
 from ._common import (
-    check_count,
     experience_of,
     failing,
     is_dry_run,
@@ -100,8 +100,8 @@ class RewardCurves(Callback):
         >>> trainer = Trainer(callbacks=[RewardCurves(every_n_steps=20)], logger=False, accelerator="cpu")
     """
 
-    def __init__(self, every_n_steps: int = 50) -> None:
-        check_count("RewardCurves", "every_n_steps", every_n_steps, least=0)
+    def __init__(self, every_n_steps: NonNegativeInt = 50) -> None:
+        check_ranges(RewardCurves, locals())
         self.every_n_steps = every_n_steps
         self._train: dict[str, list[float]] = {name: [] for name in ("step", *DRAWN)}
         self._validation: dict[str, list[float]] = {"step": [], "reward": []}

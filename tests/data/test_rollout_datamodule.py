@@ -211,7 +211,7 @@ def test_own_validation_prompts(tokenizer, prompts, tmp_path):
     ],
 )
 def test_options_out_of_range(prompts, option, value):
-    with pytest.raises(UserError, match=rf"^--data\.{option} is .*: give .*$"):
+    with pytest.raises(UserError, match=rf"^RolloutDataModule\.{option} is {value}: must be .*\.$"):
         make(prompts, **{option: value})
 
 

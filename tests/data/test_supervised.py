@@ -136,9 +136,9 @@ def test_held_out_rows_of_their_own(source, tmp_path, byte_tokenizer):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"batch_size": 0}, "--data.batch_size is 0"),
-        ({"max_length": -1}, "--data.max_length is -1"),
-        ({"val_size": -1}, "--data.val_size is -1"),
+        ({"batch_size": 0}, r"^SFTDataModule\.batch_size is 0: must be an integer"),
+        ({"max_length": -1}, r"^SFTDataModule\.max_length is -1: must be an integer"),
+        ({"val_size": -1}, r"^SFTDataModule\.val_size is -1: must be an integer"),
         ({"val_size": 21}, "asks for 21 of demonstrations, but"),
         ({"val_size": 10, "batch_size": 11}, "only 10 demonstrations are left to train on"),
         ({"max_length": 101}, "exceeds the model's context of 100 tokens"),

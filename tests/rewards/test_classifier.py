@@ -258,7 +258,7 @@ def test_longest_input_defaults_to_the_context_within_the_budget(reward_model: M
     ("options", "message"),
     [
         ({"max_length": 65}, r"max_length is 65 but reward model '.*' reads 1 to 64 tokens"),
-        ({"max_length": 0}, "max_length is 0"),
+        ({"max_length": 0}, r"ClassifierReward\.max_length is 0: must be an integer above 0"),
         ({"max_length": 60, "tokens_per_batch": 50}, "max_length is 60 but tokens_per_batch allows 1 to 50 tokens"),
     ],
 )

@@ -40,8 +40,8 @@ def test_length_window_falls_off_in_a_straight_line() -> None:
     ("window", "message"),
     [
         ((5, 4, 1), "min_chars 5 and max_chars 4 make no window"),
-        ((-1, 4, 1), "min_chars -1"),
-        ((1, 4, 0), "margin is 0: set it to 1 or more characters"),
+        ((-1, 4, 1), r"LengthWindow\.min_chars is -1: must be an integer of at least 0"),
+        ((1, 4, 0), r"LengthWindow\.margin is 0: must be an integer above 0"),
     ],
 )
 def test_length_window_mistakes(window: tuple[int, int, int], message: str) -> None:

@@ -30,6 +30,7 @@ from rlmt.data.tables import Cells, parse_rows, read_table
 from rlmt.errors import UserError
 from rlmt.formats.thinking import ThinkingFormat
 from rlmt.formats.tokenizer import control_strings, encode, one_bos, shield, turn_end
+from rlmt.ranges import PositiveInt
 from rlmt.types import Message
 
 COLUMNS = ("prompt", "thought", "response", "messages", "text")
@@ -246,8 +247,8 @@ class SFTDataModule(SupervisedDataModule[EncodedDemonstration]):
     def __init__(
         self,
         path: str,
-        batch_size: int = 16,
-        max_length: int = 20000,
+        batch_size: PositiveInt = 16,
+        max_length: PositiveInt = 20000,
         system: str | None = None,
         **options: Any,
     ) -> None:

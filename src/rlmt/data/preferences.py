@@ -30,6 +30,7 @@ from rlmt.data.messages import check_turns, text_problem, to_conversation, type_
 from rlmt.data.supervised import EncodedRow, SupervisedDataModule
 from rlmt.data.tables import Cells, parse_rows, read_table
 from rlmt.errors import UserError
+from rlmt.ranges import PositiveInt
 from rlmt.types import Message
 
 _PAIR = ("chosen", "rejected")
@@ -222,7 +223,7 @@ class PreferenceDataModule(SupervisedDataModule[EncodedComparison]):
 
     what = "comparisons"
 
-    def __init__(self, path: str, batch_size: int = 64, max_length: int = 4096, **options: Any) -> None:
+    def __init__(self, path: str, batch_size: PositiveInt = 64, max_length: PositiveInt = 4096, **options: Any) -> None:
         super().__init__(path, batch_size, max_length, **options)
 
     @property

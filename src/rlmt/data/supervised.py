@@ -22,6 +22,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from rlmt.data.sampler import PromptSampler, ResumableOrder, shuffled
 from rlmt.distributed import collectives
 from rlmt.errors import UserError
+from rlmt.ranges import NonNegativeInt, PositiveInt, check_ranges
 
 DEFAULT_VAL_SIZE = 64
 """Rows split off for validation when neither `val_size` nor `val_path` is given."""
@@ -107,18 +108,14 @@ class SupervisedDataModule(ResumableOrder, LightningDataModule, Generic[Row]):
     def __init__(
         self,
         path: str,
-        batch_size: int,
-        max_length: int,
+        batch_size: PositiveInt,
+        max_length: PositiveInt,
         val_path: str | None = None,
-        val_size: int | None = None,
+        val_size: NonNegativeInt | None = None,
         seed: int = 0,
     ) -> None:
+        check_ranges(SupervisedDataModule, locals())
         super().__init__()
-        for name, count in {"batch_size": batch_size, "max_length": max_length}.items():
-            if count < 1:
-                raise UserError(f"--data.{name} is {count}: give at least 1")
-        if val_size is not None and val_size < 0:
-            raise UserError(f"--data.val_size is {val_size}: give a number of {self.what}, or 0 for no validation")
         self.path = path
         self.batch_size = batch_size
         self.max_length = max_length

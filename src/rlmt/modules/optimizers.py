@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import AdamW, Muon, Optimizer
 
 from rlmt.errors import UserError
+from rlmt.ranges import NonNegativeFloat, NonNegativeInt, check_ranges
 
 _IN_LAYER = re.compile(r"\.\d+\.")
 """In the name of a parameter of a numbered layer, such as model.layers.0.mlp.up_proj.weight."""
@@ -37,13 +38,14 @@ class MuonAdamW(Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 3e-3,
-        muon_lr: float = 0.01,
+        lr: NonNegativeFloat = 3e-3,
+        muon_lr: NonNegativeFloat = 0.01,
         betas: tuple[float, float] = (0.9, 0.95),
-        momentum: float = 0.95,
-        ns_steps: int = 5,
-        weight_decay: float = 0.01,
+        momentum: NonNegativeFloat = 0.95,
+        ns_steps: NonNegativeInt = 5,
+        weight_decay: NonNegativeFloat = 0.01,
     ) -> None:
+        check_ranges(MuonAdamW, locals())
         super().__init__(params, {"lr": lr})
         if not all("param_names" in group for group in self.param_groups):
             raise UserError(

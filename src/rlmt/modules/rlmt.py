@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
@@ -20,7 +19,6 @@ from rlmt.checkpointing.config_changes import apply_optimizer_options, optimizer
 from rlmt.checkpointing.random_states import random_states, restore_random_states
 from rlmt.distributed import collectives
 from rlmt.distributed.fsdp2 import full_tensor, shard_models
-from rlmt.errors import UserError
 from rlmt.formats.thinking import FormatName, ThinkingFormat
 from rlmt.models import loading
 from rlmt.models.adapters import (
@@ -39,7 +37,6 @@ from rlmt.modules.checks import (
     adapter_state,
     check_adapter_options,
     check_adapter_state,
-    check_options,
     check_run,
 )
 from rlmt.modules.dynamic_sampling import refill
@@ -47,6 +44,7 @@ from rlmt.modules.policy import PolicyOwner
 from rlmt.modules.schedules import LRSchedulerCallable, OptimizerCallable, with_schedule
 from rlmt.modules.skipped_steps import SkippedSteps
 from rlmt.modules.update import PolicyUpdate, compute_logprobs, compute_values, has_no_learning_signal, step_timings
+from rlmt.ranges import FiniteFloat, PositiveFloat, PositiveInt, check_ranges
 from rlmt.rewards import Reward
 from rlmt.rewards.held_out import HeldOutRewards
 from rlmt.rewards.scoring import MalformedMode, score
@@ -93,24 +91,21 @@ class RLMTModule(LightningModule, PolicyOwner):
         optimizer: OptimizerCallable = AdamW,
         scheduler: LRSchedulerCallable | None = None,
         malformed: MalformedMode | None = "penalty",
-        malformed_reward: float = -10.0,
-        tokens_per_micro_batch: int = 16384,
-        max_grad_norm: float = 1.0,
-        max_skipped: int = 5,
-        max_idle: int = 50,
+        malformed_reward: FiniteFloat = -10.0,
+        tokens_per_micro_batch: PositiveInt = 16384,
+        max_grad_norm: PositiveFloat = 1.0,
+        max_skipped: PositiveInt = 5,
+        max_idle: PositiveInt = 50,
         gradient_checkpointing: bool = False,
         attn_implementation: str | None = None,
         held_out_rewards: list[Reward] | None = None,
         lora: LoRA | None = None,
         quantization: NF4 | None = None,
     ) -> None:
+        check_ranges(RLMTModule, locals())
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False  # frozen models are in no checkpoint; `load_state_dict` checks what has to be
-        sizes: dict[str, float] = {"tokens_per_micro_batch": tokens_per_micro_batch, "max_grad_norm": max_grad_norm}
-        check_options(sizes | {"max_skipped": max_skipped, "max_idle": max_idle})
-        if not math.isfinite(malformed_reward):
-            raise UserError(f"--model.malformed_reward is {malformed_reward}: it must be a finite number.")
         check_adapter_options(lora, quantization)
         self.format = format if isinstance(format, ThinkingFormat) else ThinkingFormat(format)
         self.policy_path = policy.replace("{format}", self.format.name)

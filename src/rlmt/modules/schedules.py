@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from rlmt.errors import UserError
+from rlmt.ranges import PositiveInt, UnitIntervalBelowOne, check_ranges
 
 OptimizerCallable = Callable[[Any], Optimizer]
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
@@ -31,11 +32,10 @@ class CosineWithWarmup(LambdaLR):
         UserError: an argument is out of its range.
     """
 
-    def __init__(self, optimizer: Optimizer, steps: int | None = None, warmup: float = 0.05) -> None:
-        if steps is not None and steps < 1:
-            raise UserError(f"--model.scheduler.steps is {steps}: it must be positive, or null for the whole run.")
-        if not 0 <= warmup < 1:
-            raise UserError(f"--model.scheduler.warmup is {warmup}: it must be at least 0 and below 1.")
+    def __init__(
+        self, optimizer: Optimizer, steps: PositiveInt | None = None, warmup: UnitIntervalBelowOne = 0.05
+    ) -> None:
+        check_ranges(CosineWithWarmup, locals())
         self.steps, self.warmup = steps, warmup
         super().__init__(optimizer, lambda step: self._factor(step))
 

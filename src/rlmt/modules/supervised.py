@@ -25,10 +25,10 @@ from rlmt.modules.checks import (
     adapter_state,
     check_adapter_options,
     check_adapter_state,
-    check_options,
     trainable_names,
 )
 from rlmt.modules.schedules import LRSchedulerCallable, OptimizerCallable, with_schedule
+from rlmt.ranges import PositiveFloat, PositiveInt, check_ranges
 
 
 class SupervisedModule(LightningModule):
@@ -62,16 +62,16 @@ class SupervisedModule(LightningModule):
         from_scratch: bool = False,
         optimizer: OptimizerCallable = AdamW,
         scheduler: LRSchedulerCallable | None = None,
-        tokens_per_micro_batch: int = 16384,
-        max_grad_norm: float = 1.0,
+        tokens_per_micro_batch: PositiveInt = 16384,
+        max_grad_norm: PositiveFloat = 1.0,
         gradient_checkpointing: bool = False,
         attn_implementation: str | None = None,
         lora: LoRA | None = None,
         quantization: NF4 | None = None,
     ) -> None:
+        check_ranges(SupervisedModule, locals())
         super().__init__()
         self.automatic_optimization = False
-        check_options({"tokens_per_micro_batch": tokens_per_micro_batch, "max_grad_norm": max_grad_norm})
         check_adapter_options(lora, quantization, from_scratch)
         self.from_scratch = from_scratch
         self.tokens_per_micro_batch = tokens_per_micro_batch

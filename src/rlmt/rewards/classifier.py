@@ -34,6 +34,7 @@ from rlmt.distributed.fsdp2 import call_as_forward, compute_device, pad_with_no_
 from rlmt.errors import UserError
 from rlmt.models.micro_batch import batches_by_length
 from rlmt.models.quantization import NF4
+from rlmt.ranges import PositiveInt, check_ranges
 from rlmt.rewards.base import Reward
 from rlmt.rewards.conversation import ConversationReader, first_line
 from rlmt.types import Message, Status
@@ -67,12 +68,13 @@ class ClassifierReward(Reward):
         self,
         model: str,
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-        max_length: int | None = None,
+        max_length: PositiveInt | None = None,
         truncation_side: Literal["left", "right"] = "left",
-        tokens_per_batch: int = 16384,
+        tokens_per_batch: PositiveInt = 16384,
         name: str = "reward_model",
         quantization: NF4 | None = None,
     ) -> None:
+        check_ranges(ClassifierReward, locals())
         super().__init__()
         self.source = model
         self.dtype = dtype
@@ -121,7 +123,7 @@ class ClassifierReward(Reward):
         longest = min(context, self.tokens_per_batch)
         if self.max_length is None:
             return longest
-        if not 1 <= self.max_length <= longest:
+        if self.max_length > longest:
             what = f"reward model {self.source!r} reads" if longest == context else "tokens_per_batch allows"
             raise UserError(f"reward max_length is {self.max_length} but {what} 1 to {longest} tokens: set it in there")
         return self.max_length

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlmt.errors import UserError
+from rlmt.ranges import NonNegativeInt, PositiveInt, check_ranges
 from rlmt.rewards.base import Reward
 from rlmt.types import Message, Status
 
@@ -49,7 +50,10 @@ class LengthWindow(Reward):
         name: Under which the scores are logged.
     """
 
-    def __init__(self, min_chars: int, max_chars: int, margin: int, name: str = "length_window") -> None:
+    def __init__(
+        self, min_chars: NonNegativeInt, max_chars: NonNegativeInt, margin: PositiveInt, name: str = "length_window"
+    ) -> None:
+        check_ranges(LengthWindow, locals())
         super().__init__()
         self.min_chars = min_chars
         self.max_chars = max_chars
@@ -57,14 +61,12 @@ class LengthWindow(Reward):
         self.name = name
 
     def check(self) -> None:
-        """Raises UserError for an empty window or a margin that is not positive."""
-        if not 0 <= self.min_chars <= self.max_chars:
+        """Raises UserError for an empty window."""
+        if self.min_chars > self.max_chars:
             raise UserError(
                 f"reward {self.name!r}: min_chars {self.min_chars} and max_chars {self.max_chars} make no window: "
                 "set 0 <= min_chars <= max_chars"
             )
-        if self.margin < 1:
-            raise UserError(f"reward {self.name!r}: margin is {self.margin}: set it to 1 or more characters")
 
     def score(self, prompts: Sequence[list[Message]], responses: Sequence[str], statuses: Sequence[Status]) -> Tensor:
         """See `Reward.score`."""
