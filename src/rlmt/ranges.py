@@ -69,7 +69,7 @@ def _parse(kind: Any, value: Any) -> Any:
     number = value
     if isinstance(value, str):
         with suppress(yaml.YAMLError):
-            number = yaml.safe_load(value)  # knows infinity as `.inf`, as configuration files write it
+            number = yaml.safe_load(value)  # accepts infinity as `.inf`, the spelling in configuration files
     if not _is_within(kind, number):
         raise ValueError(f"is {value}: must be {_DESCRIPTIONS[kind]}.")
     return kind._type(number)

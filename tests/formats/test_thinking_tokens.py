@@ -39,7 +39,7 @@ def fast(**options: Any) -> PreTrainedTokenizerFast:
 
 @cache
 def byte_bpe(tags: str = "split", *, post_bos: bool = False, template: str | None = CHATML) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer; `tags` selects how tags are tokenized: split, merged, added or special."""
+    """A byte-level BPE tokenizer; `tags` is how tags are tokenized: split, merged with neighbours, added or special."""
     model = Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=tags != "merged")
     model.decoder = decoders.ByteLevel()
