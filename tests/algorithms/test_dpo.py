@@ -208,7 +208,7 @@ def test_the_seed_breaks_ties_the_same_way_in_every_epoch() -> None:
     ],
 )
 def test_options_out_of_range_are_named(options: dict[str, Any], named: str) -> None:
-    with pytest.raises(UserError, match=f"--model.algorithm.{named} is"):
+    with pytest.raises(UserError, match=f"DPO.{named} is"):
         DPO(**options)
 
 

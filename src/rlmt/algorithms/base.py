@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from rlmt.errors import UserError
 from rlmt.types import Experience, PolicyOutputs, TokenBatch
 
 
@@ -54,12 +53,6 @@ class Algorithm(ABC):
     def off_policy_correction(self) -> str:
         """What the objective does about samples that other weights drew, in words for the user."""
         return "the objective takes them as they are"
-
-    def _require(self, **rules: tuple[bool, str]) -> None:
-        """Raises UserError for the first option, named as the attribute that holds it, whose rule is broken."""
-        for option, (ok, rule) in rules.items():
-            if not ok:
-                raise UserError(f"--model.algorithm.{option} is {getattr(self, option)}: it {rule}.")
 
     def check(self, group_size: int) -> None:
         """Raises UserError where the objective cannot work with this many samples a prompt."""

@@ -12,6 +12,7 @@ from torch.nn.functional import logsigmoid
 from rlmt.algorithms.base import Algorithm
 from rlmt.algorithms.pairs import best_and_worst, tie_key
 from rlmt.errors import UserError
+from rlmt.options import IntAboveOne, NonNegativeFloat, PositiveFloat, PositiveInt, check_ranges
 from rlmt.types import Experience, PolicyOutputs, TokenBatch
 
 PairLoss = Literal["sigmoid", "ipo", "length_normalized"]
@@ -58,27 +59,20 @@ class DPO(Algorithm):
 
     def __init__(
         self,
-        beta: float = 0.1,
+        beta: PositiveFloat = 0.1,
         loss: PairLoss = "sigmoid",
-        min_valid: int = 4,
-        min_margin: float = 0.0,
-        max_tokens: int | None = 8192,
-        update_epochs: int = 1,
-        minibatches: int = 1,
+        min_valid: IntAboveOne = 4,
+        min_margin: NonNegativeFloat = 0.0,
+        max_tokens: PositiveInt | None = 8192,
+        update_epochs: PositiveInt = 1,
+        minibatches: PositiveInt = 1,
         seed: int = 0,
     ) -> None:
+        check_ranges(DPO, locals())
         self.beta, self.pair_loss = beta, loss
         self.min_valid, self.min_margin, self.max_tokens = min_valid, min_margin, max_tokens
         self.update_epochs, self.minibatches = update_epochs, minibatches
         self.seed = seed
-        self._require(
-            beta=(beta > 0, "must be positive"),
-            min_valid=(min_valid >= 2, "must be at least 2, since a pair is made of two"),
-            min_margin=(min_margin >= 0, "must not be negative"),
-            max_tokens=(max_tokens is None or max_tokens > 0, "must be positive, or null"),
-            update_epochs=(update_epochs >= 1, "must be at least 1"),
-            minibatches=(minibatches >= 1, "must be at least 1"),
-        )
 
     @property
     def needs_reference(self) -> bool:

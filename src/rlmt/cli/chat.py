@@ -22,6 +22,7 @@ from rlmt.engines.transformers import stream
 from rlmt.errors import UserError
 from rlmt.formats.thinking import FILE_NAME, FormatName, ThinkingFormat
 from rlmt.models.loading import load_policy, load_tokenizer, max_positions
+from rlmt.options import NonNegativeFloat, PositiveInt, UnitIntervalAboveZero, check_ranges
 from rlmt.types import Message, Sampling, Split, Status
 
 COMMANDS = """/thought  show the last thought
@@ -100,9 +101,9 @@ def chat(
     prompt: str | None = None,
     format: FormatName | None = None,  # noqa: A002 - the word users write
     system: str | None = None,
-    temperature: float = 0.7,
-    top_p: float = 1.0,
-    max_new_tokens: int = 4096,
+    temperature: NonNegativeFloat = 0.7,
+    top_p: UnitIntervalAboveZero = 1.0,
+    max_new_tokens: PositiveInt = 4096,
     fold: bool = False,
     seed: int = 0,
     device: str | None = None,
@@ -124,8 +125,7 @@ def chat(
     Raises:
         UserError: The model cannot be read, an option is out of range, or (for one answer) the completion is malformed.
     """
-    if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
-        raise UserError("--temperature must not be negative, --top_p within (0, 1], --max_new_tokens at least 1")
+    check_ranges(chat, locals())
     once = prompt if prompt is not None else None if sys.stdin.isatty() else sys.stdin.read()
     if once is not None and not once.strip():
         raise UserError("there is nothing to answer: give a --prompt or pipe some text in")

@@ -72,7 +72,7 @@ def one_line(message: str) -> str:
     reasons: list[str] = []
     for line in message.splitlines():
         text = line.strip().removeprefix("- ").strip()
-        if key := re.match(r'Parser key "(.+?)":\s*(.*)', text):
+        if key := re.match(r'(?:Type .+ callable class: )?Parser key "(.+?)":\s*(.*)', text):
             keys.append(key[1])
             text = key[2]
         if where := re.match(r"Problem with given class_path '(.+?)':\s*(.*)", text):
@@ -83,6 +83,8 @@ def one_line(message: str) -> str:
     reason = "; ".join(dict.fromkeys(reasons)) or " ".join(message.split())
     if unknown := re.match(r"Option '(.+?)' is not accepted", reason):
         return f"{option}.{unknown[1]}: {owner} has no option {unknown[1]!r}; `{option}.help {owner}` lists them."
+    if out_of_range := re.search(r"Not of type \w+: (is .+?: must be .+?\.)(?=\. Got value|; |$)", reason):
+        return f"{option} {out_of_range[1]}"
     if missing := re.match(r"the following arguments are required: (.+)", reason):
         return f"{option}.{missing[1]} is missing; give it, or a --config that has it."
     if reason.startswith("unrecognized arguments: "):

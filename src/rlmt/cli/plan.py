@@ -23,6 +23,7 @@ from rlmt.errors import UserError
 from rlmt.memory.budget import GIB, PHASES, Budget, gib, make_budget
 from rlmt.memory.bytes import Devices
 from rlmt.modules import RLMTModule
+from rlmt.options import PositiveFloat
 
 
 def print_budget(budget: Budget, console: Console | None = None) -> None:
@@ -61,7 +62,9 @@ class PlanCLI(RLMTCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the options of the plan alone."""
         super().add_arguments_to_parser(parser)
-        parser.add_argument("--memory", type=float | None, default=None, help="GiB of the device; that of the one here")
+        parser.add_argument(
+            "--memory", type=PositiveFloat | None, default=None, help="GiB of the device; that of the one here"
+        )
         parser.add_argument("--must_fit", type=bool, default=False, help="fail when the run does not fit")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlmt.engines.base import Engine, max_completion_tokens
 from rlmt.models.logprobs import eval_mode
+from rlmt.options import PositiveInt, check_ranges
 from rlmt.types import AdapterWeights, FinishReason, SampleRequest, Samples, Sampling
 
 
@@ -40,7 +41,8 @@ class TransformersEngine(Engine):
             the cache. A single sample may exceed it.
     """
 
-    def __init__(self, tokens_per_batch: int = 65536) -> None:
+    def __init__(self, tokens_per_batch: PositiveInt = 65536) -> None:
+        check_ranges(TransformersEngine, locals())
         self.tokens_per_batch = tokens_per_batch
         self._policy: PreTrainedModel | None = None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -32,6 +31,7 @@ from rlmt.modules.metrics import StepTimer, step_metrics
 from rlmt.modules.offline_rollouts import add_reference_logprobs, check_offline_rollouts
 from rlmt.modules.skipped_steps import SkippedSteps
 from rlmt.modules.update import PolicyUpdate, has_no_learning_signal
+from rlmt.options import FiniteFloat, PositiveInt, check_ranges
 from rlmt.rewards import ClassifierReward, Reward
 from rlmt.rewards.held_out import HeldOutRewards
 from rlmt.rewards.scoring import MalformedMode, score
@@ -80,18 +80,14 @@ class RLMTModule(PolicyMixin, TrainingModule):
         algorithm: Algorithm,
         format: FormatName | ThinkingFormat = "think",  # noqa: A002 - the option's name
         malformed: MalformedMode | None = "penalty",
-        malformed_reward: float = -10.0,
-        max_skipped: int = 5,
-        max_idle: int = 50,
+        malformed_reward: FiniteFloat = -10.0,
+        max_skipped: PositiveInt = 5,
+        max_idle: PositiveInt = 50,
         held_out_rewards: list[Reward] | None = None,
         **options: Any,
     ) -> None:
+        check_ranges(RLMTModule, locals())
         super().__init__(**options)
-        for name, value in {"max_skipped": max_skipped, "max_idle": max_idle}.items():
-            if value < 1:
-                raise UserError(f"--model.{name} is {value}: it must be positive.")
-        if not math.isfinite(malformed_reward):
-            raise UserError(f"--model.malformed_reward is {malformed_reward}: it must be a finite number.")
         self.format = format if isinstance(format, ThinkingFormat) else ThinkingFormat(format)
         self.policy_path = policy.replace("{format}", self.format.name)
         self.reward = reward

@@ -66,7 +66,6 @@ def test_merged_adapters_are_cut_as_well(results: list[dict[str, Any]]) -> None:
         (2, 1, r"tensor_parallel_size is 2: .*this run has one; set .*--trainer\.devices 2"),
         (3, 4, r"tensor_parallel_size is 3: it has to divide the 4 processes"),
         (4, 2, r"tensor_parallel_size is 4: it has to divide the 2 processes"),
-        (0, 2, r"tensor_parallel_size is 0: give 1"),
     ],
 )
 def test_ranks_that_cannot_be_grouped_are_refused(size: int, ranks: int, says: str) -> None:

@@ -465,8 +465,8 @@ def test_another_number_format_is_told(two: list[Fake], tmp_path: Path, said: li
         ({"urls": []}, "urls has ''"),
         ({"urls": ["node1:8000"]}, "urls has 'node1:8000': give URLs of servers"),
         ({"urls": ["http://a:1", "http://a:1/"]}, "names a server twice"),
-        ({"urls": ["http://a:1"], "max_in_flight": 0}, "max_in_flight is 0: it must be positive"),
-        ({"urls": ["http://a:1"], "timeout": -1}, "timeout is -1: it must be positive"),
+        ({"urls": ["http://a:1"], "max_in_flight": 0}, "max_in_flight is 0: must be an integer above 0"),
+        ({"urls": ["http://a:1"], "timeout": -1}, "timeout is -1: must be a number above 0"),
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], says: str) -> None:

@@ -36,6 +36,7 @@ from rlmt.engines.vllm.tensor_parallel import check_heads, check_ranks, over_glo
 from rlmt.engines.weights import merge_adapters, track_loaded
 from rlmt.errors import UserError
 from rlmt.models.adapters import adapter_weights, base_tensors
+from rlmt.options import FinitePositiveFloat, PositiveInt, UnitIntervalAboveZero, check_ranges
 from rlmt.types import AdapterWeights, FinishReason, SampleRequest, Samples, Sampling
 
 _CPU_BLOCK_SIZE = 32
@@ -69,16 +70,17 @@ class VLLMEngine(Engine):
 
     def __init__(
         self,
-        gpu_memory_utilization: float = 0.45,
-        cpu_kv_cache_gib: float = 1.0,
+        gpu_memory_utilization: UnitIntervalAboveZero = 0.45,
+        cpu_kv_cache_gib: FinitePositiveFloat = 1.0,
         dtype: str | None = None,
-        max_num_seqs: int = 256,
+        max_num_seqs: PositiveInt = 256,
         enforce_eager: bool | None = None,
         sleep: bool = True,
         serve: Literal["adapter", "merged"] = "adapter",
         quantization: Quantization | None = None,
-        tensor_parallel_size: int = 1,
+        tensor_parallel_size: PositiveInt = 1,
     ) -> None:
+        check_ranges(VLLMEngine, locals())
         self.gpu_memory_utilization = gpu_memory_utilization
         self.cpu_kv_cache_gib = cpu_kv_cache_gib
         self.dtype = dtype

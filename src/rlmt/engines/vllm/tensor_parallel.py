@@ -27,8 +27,6 @@ def check_ranks(size: int, ranks: int) -> None:
             f"{_OPTION} is {size}: it cuts vLLM over the processes of a run, and this run has one; set "
             f"--config ddp or fsdp with --trainer.devices {size}, or leave the option out"
         )
-    if size < 1:
-        raise UserError(f"{_OPTION} is {size}: give 1, or a divisor of the number of processes")
     if ranks % size:
         raise UserError(f"{_OPTION} is {size}: it has to divide the {ranks} processes of this run")
 

@@ -38,6 +38,7 @@ from rlmt.engines.weights import merge_adapters
 from rlmt.errors import UserError
 from rlmt.formats.thinking import ThinkingFormat
 from rlmt.models.adapters import base_tensors
+from rlmt.options import PositiveFloat, PositiveInt, check_ranges
 from rlmt.types import AdapterWeights, SampleRequest, Samples, Sampling
 
 
@@ -68,18 +69,16 @@ class VLLMServerEngine(Engine):
         model: str | None = None,
         api_key_variable: str = "VLLM_API_KEY",
         serve: Literal["adapter", "merged"] = "adapter",
-        max_in_flight: int = 256,
-        timeout: float = 1800.0,
+        max_in_flight: PositiveInt = 256,
+        timeout: PositiveFloat = 1800.0,
     ) -> None:
+        check_ranges(VLLMServerEngine, locals())
         self.urls = [url.rstrip("/").removesuffix("/v1") for url in urls]
         for url in self.urls or [""]:
             if not url.startswith(("http://", "https://")):
                 raise UserError(f"--data.engine.urls has {url!r}: give URLs of servers, such as http://127.0.0.1:8000")
         if len(set(self.urls)) < len(self.urls):
             raise UserError(f"--data.engine.urls names a server twice: {', '.join(self.urls)}")
-        for option, value in {"max_in_flight": max_in_flight, "timeout": timeout}.items():
-            if not value > 0:
-                raise UserError(f"--data.engine.{option} is {value}: it must be positive")
         self.shared_folder = shared_folder
         self.model = model
         self.api_key_variable = api_key_variable
