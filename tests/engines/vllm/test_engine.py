@@ -19,7 +19,10 @@ from rlmt.errors import UserError
 from rlmt.types import FinishReason, SampleRequest, Sampling
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-ARCHITECTURES = ["llama-untied", "qwen2-tied", "qwen2-untied", "llama-tied"]
+ARCHITECTURES = [
+    *(pytest.param(architecture, marks=pytest.mark.slow) for architecture in ("llama-untied", "qwen2-tied")),
+    *("qwen2-untied", "llama-tied"),
+]
 only_one = pytest.mark.parametrize("world", ["llama-tied"], indirect=True, scope="module")
 
 

@@ -58,6 +58,15 @@ class World:
         return {name: tensor.clone() for name, tensor in state.items() if ".lora_" not in name}
 
 
+@pytest.fixture
+def memory_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Takes the place of /dev/shm, where other processes may have temporary folders."""
+    folder = tmp_path / "memory"
+    folder.mkdir()
+    monkeypatch.setattr("rlmt.engines.vllm.temporary_folders._MEMORY", folder)
+    return folder
+
+
 def load(helpers: Any, architecture: str, tmp_path: Path, quantization: NF4 | None) -> PreTrainedModel:
     helpers.policy(architecture).save_pretrained(tmp_path)
     return loading.load_policy(tmp_path, "float32", quantization=quantization)
@@ -68,12 +77,20 @@ def load(helpers: Any, architecture: str, tmp_path: Path, quantization: NF4 | No
     ("architecture", "quantization", "options"),
     [
         ("llama-tied", None, {"rank": 12, "alpha": 12, "rslora": True}),
-        ("qwen2-untied", NF4(), {"rank": 16, "target_modules": ["q_proj", "v_proj", "down_proj"]}),
+        pytest.param(
+            *("qwen2-untied", NF4(), {"rank": 16, "target_modules": ["q_proj", "v_proj", "down_proj"]}),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["LoRA", "QLoRA"],
 )
 def test_a_hundred_syncs_leave_the_base_alone_and_the_engine_exact(
-    architecture: str, quantization: NF4 | None, options: dict[str, Any], helpers: Any, tmp_path: Path
+    architecture: str,
+    quantization: NF4 | None,
+    options: dict[str, Any],
+    helpers: Any,
+    tmp_path: Path,
+    memory_folder: Path,
 ) -> None:
     policy = load(helpers, architecture, tmp_path, quantization)
     LoRA(**options).add_to(policy)
@@ -91,7 +108,7 @@ def test_a_hundred_syncs_leave_the_base_alone_and_the_engine_exact(
                 continue
             world.train()
         assert world.base_reads == 1
-        assert not list(Path("/dev/shm").glob("rlmt-scratch-adapter-*"))
+        assert not list(memory_folder.iterdir())
         after = world.bits()
         assert after.keys() == bits.keys()
         assert all(torch.equal(after[name], tensor) for name, tensor in bits.items())
@@ -143,7 +160,9 @@ def test_an_engine_that_rounds_the_base_is_near_the_policy_and_no_nearer(helpers
 
 
 @needs_vllm
-def test_layers_that_vllm_does_not_know_are_refused_at_start(helpers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_that_vllm_does_not_know_are_refused_at_start(
+    helpers: Any, memory_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The last word is vLLM's own, on the adapter itself."""
     from rlmt.engines import vllm as module
 
@@ -159,7 +178,7 @@ def test_layers_that_vllm_does_not_know_are_refused_at_start(helpers: Any, monke
     ) as told:
         engine.start(policy, helpers.tokenizer(), helpers.max_len, torch.float32)
     assert "\n" not in str(told.value)
-    assert engine._llm is None and not list(Path("/dev/shm").glob("rlmt-scratch-adapter-*"))
+    assert engine._llm is None and not list(memory_folder.iterdir())
 
 
 def test_adapters_that_vllm_cannot_serve_are_refused_with_the_cure(helpers: Any) -> None:

@@ -1,8 +1,7 @@
 """One vLLM over two processes, which both have to ask it. tests/test_fsdp.py trains with it."""
 
 import importlib.util
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,18 +20,26 @@ needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    script = Path(__file__).with_name("tp_ranks.py")
-    ranks = [subprocess.Popen([sys.executable, str(script), str(rank), str(folder)]) for rank in range(2)]
-    assert [rank.wait(timeout=500) for rank in ranks] == [0, 0]
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+def run_case(run_on_two_ranks: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """`run_case("merged")`: what a function of tp_ranks.py returns on each of two ranks."""
+
+    def run(case: str) -> list[Any]:
+        folder = tmp_path_factory.mktemp("ranks")
+        run_on_two_ranks(Path(__file__).with_name("tp_ranks.py"), folder, case)
+        return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def results(run_case: Callable[[str], Any]) -> list[dict[str, Any]]:
+    return run_case("all_weights")
 
 
 @needs_vllm
 def test_together_they_are_the_policy_and_each_holds_a_part(results: list[dict[str, Any]]) -> None:
     for rank in results:
-        found = rank["all weights"]
+        found = rank
         assert found["shape"] == (384 // 2, 2 // 2)  # rows are filled up to a multiple of 64
         assert max(found["mismatch"]) < 1e-3 and found["stale"] > 1e-2
         assert found["refused"].startswith("1 of the policy's weights were not passed to sync")
@@ -40,7 +47,7 @@ def test_together_they_are_the_policy_and_each_holds_a_part(results: list[dict[s
 
 @needs_vllm
 def test_a_sample_is_the_same_whichever_rank_asks_for_it(results: list[dict[str, Any]]) -> None:
-    first, second = (rank["all weights"] for rank in results)
+    first, second = results
     assert [len(found["uneven"]) for found in (first, second)] == [6, 4]
     assert [first["one rank asks"], second["one rank asks"]] == [first["uneven"] + second["uneven"], []]
     for found in (first, second):
@@ -49,14 +56,15 @@ def test_a_sample_is_the_same_whichever_rank_asks_for_it(results: list[dict[str,
 
 @needs_vllm
 def test_a_prompt_without_room_is_told_by_all_its_ranks(results: list[dict[str, Any]]) -> None:
-    first, second = (rank["all weights"]["said"] for rank in results)
+    first, second = (rank["said"] for rank in results)
     assert first == second and "256 tokens leaves no room" in first
 
 
 @needs_vllm
-def test_merged_adapters_are_cut_as_well(results: list[dict[str, Any]]) -> None:
-    for rank in results:
-        fresh, stale = rank["merged"][::2], rank["merged"][1::2]
+@pytest.mark.slow
+def test_merged_adapters_are_cut_as_well(run_case: Callable[[str], Any]) -> None:
+    for gaps in run_case("merged"):
+        fresh, stale = gaps[::2], gaps[1::2]
         assert len(fresh) == 2 and max(fresh) < 1e-3 and min(stale) > 1e-2
 
 

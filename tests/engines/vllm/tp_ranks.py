@@ -95,12 +95,7 @@ def gap(engine: VLLMEngine, policy: PreTrainedModel, number: int) -> float:
     return Helpers.mismatch(policy, UNEVEN[number], samples, SAMPLING.temperature)
 
 
-def main(number: int, folder: Path) -> None:
-    torch.set_num_threads(1)  # two processes on what may be two cores
+def main(number: int, folder: Path, case: str) -> None:
     distributed.init_process_group("gloo", f"file://{folder / 'store'}", world_size=2, rank=number)
-    torch.save({"all weights": all_weights(number), "merged": merged(number)}, folder / f"rank{number}.pt")
+    torch.save({"all_weights": all_weights, "merged": merged}[case](number), folder / f"rank{number}.pt")
     distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))

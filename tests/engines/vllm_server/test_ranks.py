@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +44,11 @@ def set_up() -> dict[str, list[Fake]]:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def results(run_on_two_ranks: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("ranks")
     cases = set_up()
     (folder / "cases.json").write_text(json.dumps({case: [fake.url for fake in two] for case, two in cases.items()}))
-    script = Path(__file__).with_name("two_ranks.py")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_API_KEY", KEY)
-        ranks = [subprocess.Popen([sys.executable, str(script), str(rank), str(folder)]) for rank in range(2)]
-        assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+    run_on_two_ranks(Path(__file__).with_name("two_ranks.py"), folder, environment={"VLLM_API_KEY": KEY})
     for two in cases.values():
         for fake in two:
             fake.http.shutdown()

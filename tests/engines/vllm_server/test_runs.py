@@ -175,6 +175,7 @@ def test_after_every_sync_the_servers_are_the_policy(
     assert not list((tmp_path / "both").iterdir())
 
 
+@pytest.mark.slow
 def test_samples_end_where_they_should_whichever_server_draws_them(
     servers: list[RealServer], tiny: Path, helpers: Any, tmp_path: Path
 ) -> None:
@@ -213,6 +214,7 @@ def both_backwards(samples: Samples) -> Samples:
     return Samples([ids[i] for i in order], [logprobs[i] for i in order], [finish[i] for i in order], 0)
 
 
+@pytest.mark.slow
 def test_adapters_go_alone_once_the_base_is_there(
     servers: list[RealServer], tiny: Path, helpers: Any, tmp_path: Path
 ) -> None:
@@ -301,6 +303,7 @@ def metrics(run: Path) -> list[dict[str, str]]:
     return [rows[step] for step in sorted(rows)]
 
 
+@pytest.mark.slow
 def test_a_run_one_step_ahead_of_real_servers_resumes_exactly(
     servers: list[RealServer], tiny: Path, prompts_file: Path, tmp_path: Path
 ) -> None:
@@ -333,6 +336,7 @@ def launch_two(crash: Any, words: list[str], config: str, log: Path) -> Any:
     return crash.launch([*words, *spread], log, ranks=2, VLLM_API_KEY=KEY)
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one_and_go_on_from_each_others_batch(
     crash: Any, servers: list[RealServer], tiny: Path, prompts_file: Path, tmp_path: Path, no_pictures: None
 ) -> None:
@@ -391,6 +395,7 @@ class Gate:
             one.close()
 
 
+@pytest.mark.slow
 def test_two_ranks_go_on_with_one_server_and_stop_together_without(
     crash: Any, servers: list[RealServer], tiny: Path, prompts_file: Path, tmp_path: Path
 ) -> None:

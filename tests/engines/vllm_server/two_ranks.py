@@ -1,7 +1,6 @@
 """One of two ranks, started by test_server_ranks.py: what each rank has of servers that the test keeps."""
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -102,14 +101,9 @@ class Rank:
 
 
 def main(number: int, folder: Path) -> None:
-    torch.set_num_threads(1)  # two processes on what may be two cores
     distributed.init_process_group("gloo", f"file://{folder / 'store'}", world_size=2, rank=number)
     rank = Rank(folder / "weights", init_device_mesh("cpu", (2,)))
     cases: dict[str, list[str]] = json.loads((folder / "cases.json").read_text())
     outcomes = {case: rank.outcome(case, urls) for case, urls in cases.items()}
     (folder / f"rank{number}.json").write_text(json.dumps(outcomes))
     distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
