@@ -1,4 +1,4 @@
-"""Runs a script's `main(rank, *arguments)` in two processes that are forked from one that has imported rlmt.
+"""Runs a script's `main(rank, *arguments)` in processes that are forked from one that has imported rlmt.
 
 The import takes longer than most tests.
 """
@@ -15,13 +15,14 @@ PRELOAD = ["rlmt.cli.lightning_cli", "rlmt.callbacks", "rlmt.modules"]
 """The same modules as in benchmarks/crash.py, since a process has one fork server."""
 
 
-def run_on_two_ranks(script: Path, *arguments: object, environment: Mapping[str, str] | None = None) -> None:
-    """Runs `main` as rank 0 and as rank 1, and waits for both.
+def run_ranks(script: Path, *arguments: object, ranks: int = 2, environment: Mapping[str, str] | None = None) -> None:
+    """Runs `main` once per rank and waits for all.
 
     Args:
         script: Python file that defines `main(rank, *arguments)`.
         *arguments: Further arguments of `main`.
-        environment: Environment variables of both processes, added to those of the fork server.
+        ranks: Number of processes.
+        environment: Environment variables of the processes, added to those of the fork server.
 
     Raises:
         ProcessRaisedException: A rank raised an exception; the message holds its traceback.
@@ -31,7 +32,7 @@ def run_on_two_ranks(script: Path, *arguments: object, environment: Mapping[str,
 
     multiprocessing.set_forkserver_preload(PRELOAD)
     passed = (script, arguments, dict(environment or {}))
-    context = start_processes(run_main, passed, nprocs=2, join=False, start_method="forkserver")
+    context = start_processes(run_main, passed, nprocs=ranks, join=False, start_method="forkserver")
     try:
         while not context.join():
             pass

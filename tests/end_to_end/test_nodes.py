@@ -1,4 +1,4 @@
-"""Two nodes under torchrun on loopback with a vLLM in each process: one run, stopped by a signal to one node."""
+"""Two nodes under torchrun on loopback, an engine in each process: one run, stopped by a signal to one node."""
 
 import importlib.util
 import socket
@@ -17,10 +17,17 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.mark.slow
+VLLM = ("VLLMEngine", "--data.engine.cpu_kv_cache_gib", "0.25")
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+
+
 @pytest.mark.timeout(1200)
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-def test_two_nodes_train_one_policy_and_stop_on_a_signal_to_one(tiny: Path, prompts_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "engine", [("TransformersEngine",), pytest.param(VLLM, marks=[pytest.mark.slow, needs_vllm])], ids=lambda e: e[0]
+)
+def test_two_nodes_train_one_policy_and_stop_on_a_signal_to_one(
+    engine: tuple[str, ...], tiny: Path, prompts_file: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     configs = [word for name in ("base", "grpo", "tiny", "ddp") for word in ("--config", name)]
     options = {
@@ -33,7 +40,6 @@ def test_two_nodes_train_one_policy_and_stop_on_a_signal_to_one(tiny: Path, prom
         "--data.max_prompt_tokens": 256,
         "--data.max_new_tokens": 16,
         "--data.val_size": 0,
-        "--data.engine.cpu_kv_cache_gib": 0.25,
         "--trainer.accelerator": "cpu",
         "--trainer.devices": 1,
         "--trainer.num_nodes": 2,
@@ -42,6 +48,7 @@ def test_two_nodes_train_one_policy_and_stop_on_a_signal_to_one(tiny: Path, prom
         "--trainer.default_root_dir": run,
     }
     fit = ["-m", "rlmt", "fit", *configs, *(str(word) for pair in options.items() for word in pair)]
+    fit += ["--data.engine", *engine]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
     torchrun += ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]
     nodes = [

@@ -18,10 +18,10 @@ CASES_AND_STRATEGIES += [(case, "offloaded") for case in ("token_mean", "critic 
 
 @pytest.fixture(scope="module")
 def results(
-    tiny: Path, run_on_two_ranks: Callable[..., None], tmp_path_factory: pytest.TempPathFactory
+    tiny: Path, run_ranks: Callable[..., None], tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    run_on_two_ranks(Path(__file__).with_name("two_ranks.py"), folder, str(tiny / "reward"))
+    run_ranks(Path(__file__).with_name("two_ranks.py"), folder, str(tiny / "reward"))
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 

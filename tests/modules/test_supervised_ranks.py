@@ -17,7 +17,7 @@ def results(
     tiny: Path,
     demonstrations: Path,
     preferences: Path,
-    run_on_two_ranks: Callable[..., None],
+    run_ranks: Callable[..., None],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
@@ -25,7 +25,7 @@ def results(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     paths = {"policy": str(tiny / "policy"), "sft": str(demonstrations), "reward": str(preferences)}
-    run_on_two_ranks(Path(__file__).with_name("two_supervised_ranks.py"), folder, port, paths)
+    run_ranks(Path(__file__).with_name("two_supervised_ranks.py"), folder, port, paths)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 

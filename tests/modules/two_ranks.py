@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from test_update import experience as three_groups  # run_on_two_ranks adds this folder to sys.path
+from test_update import experience as three_groups  # run_ranks adds this folder to sys.path
 from test_update import model
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh

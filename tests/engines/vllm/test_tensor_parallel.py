@@ -20,12 +20,12 @@ needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 
 
 @pytest.fixture(scope="module")
-def run_case(run_on_two_ranks: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+def run_case(run_ranks: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
     """`run_case("merged")`: what a function of tp_ranks.py returns on each of two ranks."""
 
     def run(case: str) -> list[Any]:
         folder = tmp_path_factory.mktemp("ranks")
-        run_on_two_ranks(Path(__file__).with_name("tp_ranks.py"), folder, case)
+        run_ranks(Path(__file__).with_name("tp_ranks.py"), folder, case)
         return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
     return run

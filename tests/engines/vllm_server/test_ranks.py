@@ -44,11 +44,11 @@ def set_up() -> dict[str, list[Fake]]:
 
 
 @pytest.fixture(scope="module")
-def results(run_on_two_ranks: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Any:
+def results(run_ranks: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("ranks")
     cases = set_up()
     (folder / "cases.json").write_text(json.dumps({case: [fake.url for fake in two] for case, two in cases.items()}))
-    run_on_two_ranks(Path(__file__).with_name("two_ranks.py"), folder, environment={"VLLM_API_KEY": KEY})
+    run_ranks(Path(__file__).with_name("two_ranks.py"), folder, environment={"VLLM_API_KEY": KEY})
     for two in cases.values():
         for fake in two:
             fake.http.shutdown()
