@@ -1,6 +1,6 @@
 """Generates rollouts with official vLLM servers in their own processes, on this machine or on others.
 
-Weights sync goes through a shared folder, from which each server loads when told to. Before anything is sampled, every
+Weights sync goes through a shared folder, from which each server loads on request. Before anything is sampled, every
 reachable server holds the policy's current weights and reports so itself; a server that does not is not used. If a
 server is lost, the others repeat its requests; if it comes back, it is used again at the next rollout. A sample depends
 on prompt, seed and weights alone, so it does not matter which server generates it.
