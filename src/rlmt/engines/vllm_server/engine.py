@@ -112,7 +112,7 @@ class VLLMServerEngine(Engine):
 
     def check_run(
         self,
-        format: ThinkingFormat,  # noqa: A002 - as in the base class
+        format: ThinkingFormat,
         tokenizer: PreTrainedTokenizerBase,
         sampling: Sampling,
         group_size: int,
