@@ -191,10 +191,10 @@ def test_validation_prompts_are_sampled_by_the_validation_engine(run: Run, recor
     ("more", "message"),
     [
         (("--data.engine.path", "none.parquet"), "--data.engine.path: no rollouts at none.parquet"),
-        (("--model.format", "think"), "set --model.format to the recording's"),
+        (("--model.format", "think"), "set --model.format to the format of the recording"),
         (("--data.temperature", 0.9), "set --data.temperature 0.7"),
-        (("--data.group_size", 5), "holds 4 samples a prompt, and --data.group_size asks for 5"),
-        (("--data.max_new_tokens", 3), "--data.max_new_tokens allows 3"),
+        (("--data.group_size", 5), "has 4 samples per prompt, but --data.group_size is 5"),
+        (("--data.max_new_tokens", 3), "--data.max_new_tokens is 3"),
         (("--data.val_size", 4), "set --data.val_size 0, or --data.val_engine VLLMEngine"),
         (("--data.system", "Be brief."), "none of the 24 prompts"),
     ],
