@@ -250,7 +250,7 @@ def ignore_sigterm_and_hang(log):
 
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     watchdog.GRACE = 2
-    with watchdog.limited(0.1, "an engine", "--data.engine_timeout"):
+    with watchdog.time_limit(0.1, "an engine", "--data.engine_timeout"):
         time.sleep(1000)
 """
 
