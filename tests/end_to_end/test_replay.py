@@ -99,7 +99,9 @@ def test_predictions_are_trained_on_and_reference_logprobs_computed_once(
         if not modules:  # a copy of the policy before its first update is the reference
             twin = loading.load_policy(self.policy_path, "float32")
             differences.append(
-                float((reference_cache.first_pass(twin, batch, 8192, self.device) - batch.ref_logprobs).abs().max())
+                float(
+                    (reference_cache.compute_logprobs(twin, batch, 8192, self.device) - batch.ref_logprobs).abs().max()
+                )
             )
         modules.append(self)
         batches.append(batch)
@@ -123,7 +125,7 @@ def test_predictions_are_trained_on_and_reference_logprobs_computed_once(
         raise AssertionError("the reference was computed again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(reference_cache, "first_pass", never)
+        patch.setattr(reference_cache, "compute_logprobs", never)
         again = run("fit", "two", *replay(recorded, *settings))
     assert untimed(again) == untimed(rows) and all(module.reference is None for module in modules)
     for name, tensor in weights("one").items():

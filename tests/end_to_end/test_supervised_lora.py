@@ -63,7 +63,7 @@ def outputs(model: Any) -> Tensor:
 
 def scores(reward: ClassifierReward) -> Tensor:
     prompts = [[{"role": "user", "content": f"Tell me about {word}."}] for word in ("red", "two bees", "a cat")]
-    return reward_modeling.score(prompts, ["Sure: red", "No one", "A cat is a cat."], [Status.OK] * 3)  # type: ignore[arg-type]
+    return reward.score(prompts, ["Sure: red", "No one", "A cat is a cat."], [Status.OK] * 3)  # type: ignore[arg-type]
 
 
 def peft_model(kind: str, base: str, adapter: Path, four_bits: bool) -> Any:
