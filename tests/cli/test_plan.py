@@ -311,7 +311,7 @@ def test_mistakes(command: Any, capsys: pytest.CaptureFixture[str], monkeypatch:
     lora = ("--memory", 24, "--model.lora", "LoRA")
     assert "target_modules names query" in refused(*lora, "--model.lora.target_modules", "[query]")
     dora = (*lora, "--model.lora.dora", "true")
-    assert "vLLM does not know DoRA; use --data.engine.serve merged" in refused(*dora)
+    assert "vLLM does not support DoRA; use --data.engine.serve merged" in refused(*dora)
     assert command(*dora, "--data.engine.serve", "merged") == 0
     config = json.loads(Path("reward/config.json").read_text())
     assert config["architectures"] == ["LlamaForSequenceClassification"]

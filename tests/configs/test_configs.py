@@ -65,8 +65,14 @@ def test_every_shipped_config_is_tested() -> None:
     }
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(
+    ("model", "form"),
+    [
+        pytest.param(model, form, marks=() if "tiny" in model or form == "think" else pytest.mark.slow)
+        for model in MODELS
+        for form in FORMATS
+    ],
+)
 def test_compositions_instantiate(model: str, form: str, launched: list[Any]) -> None:
     assert main(compose("base", "grpo", model, form)) == 0
     ((_, module, data),) = launched

@@ -1,7 +1,7 @@
-"""What FSDP2 itself holds of a model in eight shards, without data; started by test_memory.py."""
+"""A process of test_bytes.py: memory that FSDP2 itself holds of a model sharded over eight ranks, without data."""
 
 import json
-import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +29,8 @@ def model(vocabulary: int) -> Any:
     )
 
 
-def main(vocabulary: int, mixed: bool) -> None:
+def main(rank: int, vocabulary: int, mixed: bool, result: Path) -> None:
+    """Writes bytes beside the shards to a JSON file: as predicted, and as torch's memory tracker counts them."""
     distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)  # type: ignore[no-untyped-call]
     mesh = init_device_mesh("cpu", (8,))
     compute = torch.bfloat16 if mixed else torch.float32
@@ -48,8 +49,4 @@ def main(vocabulary: int, mixed: bool) -> None:
     (seen,) = tracker.get_tracker_snapshot("peak").values()
     kinds = {str(kind).rsplit(".")[-1]: size for kind, size in seen.items()}
     beside = kinds["Total"] - sum(kinds[kind] for kind in ("SHARDED_PARAM", "SHARDED_GRAD", "BUFFER", "ACT"))
-    print(json.dumps({"expected": expected, "found": beside}))
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2] == "mixed")
+    result.write_text(json.dumps({"expected": expected, "found": beside}))

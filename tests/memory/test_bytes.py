@@ -1,8 +1,7 @@
 """Bytes foretold from shapes against the bytes of real models, optimizers and logits."""
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -151,11 +150,12 @@ def test_the_fullest_micro_batch() -> None:
 
 
 @pytest.mark.parametrize(("vocabulary", "precision"), [(500, "mixed"), (32000, "plain")])
-def test_what_is_put_together_beside_shards(vocabulary: int, precision: str) -> None:
+def test_what_is_put_together_beside_shards(
+    vocabulary: int, precision: str, run_ranks: Callable[..., None], tmp_path: Path
+) -> None:
     """Torch's own account of FSDP2: where blocks are the most of it, and where embeddings are."""
-    script = Path(__file__).with_name("sharded_memory.py")
-    words = [sys.executable, str(script), str(vocabulary), precision]
-    *_, line = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
-    bytes_ = json.loads(line)
+    script, result = Path(__file__).with_name("sharded_memory.py"), tmp_path / "bytes.json"
+    run_ranks(script, vocabulary, precision == "mixed", result, ranks=1)
+    bytes_ = json.loads(result.read_text())
     assert bytes_["found"] > 30e6
     assert bytes_["expected"] == pytest.approx(bytes_["found"], rel=0.06)

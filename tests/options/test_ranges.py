@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import rlmt
-from rlmt import ranges
 from rlmt.cli.commands import main
 from rlmt.cli.parsing import Parser
 from rlmt.errors import UserError
+from rlmt.options import ranges
 
 EXAMPLES: dict[Any, tuple[list[Any], list[Any]]] = {
     ranges.PositiveInt: ([1, 7], [0, -1]),

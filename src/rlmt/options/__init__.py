@@ -17,7 +17,6 @@ from rlmt.options.ranges import (
     UnitIntervalBelowOne,
     ZeroOrOne,
     check_ranges,
-    ranges,
 )
 
 __all__ = [
@@ -37,5 +36,4 @@ __all__ = [
     "UnitIntervalBelowOne",
     "ZeroOrOne",
     "check_ranges",
-    "ranges",
 ]
