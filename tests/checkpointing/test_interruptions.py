@@ -145,7 +145,7 @@ def test_rollouts_wait_for_disk_space_and_are_written_after_a_resume(
         patch.setattr("rlmt.engines.rollout_files.pq.write_table", full)
         patch.setattr("rlmt.report.curves.draw_curves", full)
         assert fit("--ckpt_path", "last", on_full="continue") == 2
-    assert error_of(capsys).startswith("rlmt: error: no room is left on the disk")
+    assert error_of(capsys).startswith("rlmt: error: The disk is full")
     assert len(rows(tmp_path / "run")) == 4 and saved_step(tmp_path / "run") == 0
     assert fit("--ckpt_path", "last") == 0
     assert len(rows(tmp_path / "run")) == 4 and saved_step(tmp_path / "run") == 3

@@ -1,4 +1,4 @@
-"""A process of test_bytes.py: memory that FSDP2 itself holds of a model sharded over eight ranks, without data."""
+"""Writes the bytes that FSDP2 holds beside the shards of a model on 8 fake ranks; test_bytes.py starts it."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlmt.distributed.fsdp2 import shard_model
-from rlmt.memory.bytes import gathered_bytes
+from rlmt.memory.bytes import all_gather_bytes
 
 
 def model(vocabulary: int) -> Any:
@@ -35,7 +35,7 @@ def main(rank: int, vocabulary: int, mixed: bool, result: Path) -> None:
     mesh = init_device_mesh("cpu", (8,))
     compute = torch.bfloat16 if mixed else torch.float32
     with torch.device("meta"):
-        expected = gathered_bytes(model(vocabulary), compute)
+        expected = all_gather_bytes(model(vocabulary), compute)
     with FakeTensorMode():
         policy = model(vocabulary)
         policy.train().gradient_checkpointing_enable({"use_reentrant": False})
@@ -46,7 +46,7 @@ def main(rank: int, vocabulary: int, mixed: bool, result: Path) -> None:
             with torch.autocast("cpu", torch.bfloat16, enabled=mixed, cache_enabled=False):
                 total = policy(torch.zeros(1, 2, dtype=torch.long)).logits.sum()
             total.backward()
-    (seen,) = tracker.get_tracker_snapshot("peak").values()
-    kinds = {str(kind).rsplit(".")[-1]: size for kind, size in seen.items()}
-    beside = kinds["Total"] - sum(kinds[kind] for kind in ("SHARDED_PARAM", "SHARDED_GRAD", "BUFFER", "ACT"))
-    result.write_text(json.dumps({"expected": expected, "found": beside}))
+    (peak,) = tracker.get_tracker_snapshot("peak").values()
+    kinds = {str(kind).rsplit(".")[-1]: size for kind, size in peak.items()}
+    unsharded = kinds["Total"] - sum(kinds[kind] for kind in ("SHARDED_PARAM", "SHARDED_GRAD", "BUFFER", "ACT"))
+    result.write_text(json.dumps({"expected": expected, "found": unsharded}))

@@ -106,7 +106,7 @@ def test_an_export_that_was_not_noted_is_written_again(tmp_path: Path, recorder:
 
 def test_a_real_command_that_fails_is_told_by_its_last_line(tmp_path: Path) -> None:
     jobs, digests = planned(tmp_path, a=["--version", "nonsense"])
-    with pytest.raises(UserError, match="There is no command 'nonsense'; choose one of fit"):
+    with pytest.raises(UserError, match="'nonsense' is not a command; choose one of fit"):
         Runner(jobs, digests, 1).run()
     assert "\n$ rlmt --version\n0." in (jobs[0].folder / "log.txt").read_text()
 

@@ -102,8 +102,8 @@ def test_different_dtype_warns(fakes: list[FakeServer], tmp_path: Path, messages
         ({"urls": []}, "urls has ''"),
         ({"urls": ["node1:8000"]}, "urls has 'node1:8000': give URLs of servers"),
         ({"urls": ["http://a:1", "http://a:1/"]}, "lists a server twice"),
-        ({"urls": ["http://a:1"], "max_in_flight": 0}, "max_in_flight is 0: it must be positive"),
-        ({"urls": ["http://a:1"], "timeout": -1}, "timeout is -1: it must be positive"),
+        ({"urls": ["http://a:1"], "max_in_flight": 0}, "max_in_flight is 0: must be an integer above 0"),
+        ({"urls": ["http://a:1"], "timeout": -1}, "timeout is -1: must be a number above 0"),
     ],
 )
 def test_invalid_options_raise(options: dict[str, Any], message: str) -> None:
