@@ -1,7 +1,7 @@
 # Everything works from a bare checkout: what needs .venv makes it first (scripts/setup.sh; instant once it is there).
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check format clean
+.PHONY: help setup quickstart test check docs format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -15,10 +15,13 @@ quickstart: setup ## train a miniature world from scratch, with and without thou
 test: setup ## run the whole test suite
 	.venv/bin/pytest
 
-check: setup ## lint, formatting and types
+check: setup docs ## lint, formatting, types and documentation
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
+
+docs: setup ## build the documentation into build/site, without network access; warnings are errors
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet
 
 format: setup ## rewrite the code in the one format
 	.venv/bin/ruff check --fix
