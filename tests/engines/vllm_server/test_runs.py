@@ -1,4 +1,4 @@
-"""Real vLLM servers, started with the commands of docs/scaling.md; the last two tests kill them."""
+"""Real vLLM servers, started with the commands of docs/rollout-servers.md; the last two tests kill them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ pytestmark = [
     pytest.mark.timeout(1800),  # of six processes that each import vLLM, where the machine is busy with other things
 ]
 
-DOCS = Path(__file__).parents[3] / "docs" / "scaling.md"
+DOCS = Path(__file__).parents[3] / "docs" / "rollout-servers.md"
 KEY = "open-sesame-3141"
 
 
