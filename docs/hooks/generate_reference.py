@@ -198,8 +198,20 @@ def configs() -> str:
     return "\n".join(rows)
 
 
+def rloo() -> str:
+    """The source of RLOO, the shortest of the objectives."""
+    from rlmt.algorithms import RLOO
+
+    return f"```python\n{inspect.getsource(RLOO)}```"
+
+
 def _escape(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;").replace("$", "\\$")
 
 
-GENERATORS: dict[str, Callable[[], str]] = {"commands": commands, "configuration": configuration, "configs": configs}
+GENERATORS: dict[str, Callable[[], str]] = {
+    "commands": commands,
+    "configuration": configuration,
+    "configs": configs,
+    "rloo": rloo,
+}
