@@ -1,7 +1,7 @@
 # Everything works from a bare checkout: what needs .venv makes it first (scripts/setup.sh; instant once it is there).
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-all coverage check format clean
+.PHONY: help setup quickstart test test-all coverage check docs format clean
 
 WORKERS ?= 2
 # The tests of a file run in one worker, where they share its fixtures; tests/conftest.py puts the longest files first.
@@ -25,10 +25,13 @@ test-all: setup ## run all tests, the exhaustive ones included
 coverage: setup ## run the fast tests and list the lines that they do not execute
 	$(PYTEST) -m "not slow" --cov=rlmt --cov-report=term-missing:skip-covered
 
-check: setup ## lint, formatting and types
+check: setup docs ## lint, formatting, types and documentation
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
+
+docs: setup ## build the documentation into build/site, without network access; warnings are errors
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet
 
 format: setup ## rewrite the code in the one format
 	.venv/bin/ruff check --fix

@@ -290,7 +290,7 @@ def test_servers_take_the_place_of_the_engine(
 
 
 def test_the_commands_of_the_documentation_train_with_the_servers_that_it_starts(launched: list[Any]) -> None:
-    text = (CONFIGS.parent / "docs/scaling.md").read_text(encoding="utf-8").replace("\\\n", "")
+    text = (CONFIGS.parent / "docs/rollout-servers.md").read_text(encoding="utf-8").replace("\\\n", "")
     lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
     ports = [words[words.index("--port") + 1] for words in map(shlex.split, lines) if "--port" in words]
     trained = [line for line in lines if line.startswith("rlmt fit") and "--config server" in line]

@@ -1,4 +1,4 @@
-"""VLLMServerEngine on real vLLM servers, in rollouts and in runs; the last two tests kill the servers."""
+"""Real vLLM servers, started with the commands of docs/rollout-servers.md; the last two tests kill them."""
 
 from __future__ import annotations
 
