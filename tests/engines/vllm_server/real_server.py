@@ -1,4 +1,4 @@
-"""Real vLLM servers, started with the commands of docs/scaling.md, and helpers to run the engine on them."""
+"""Real vLLM servers, started with the commands of docs/rollout-servers.md, and helpers to run the engine on them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from rlmt.models import loading
 from rlmt.models.adapters import adapter_weights, base_tensors, trainable_parameters
 from rlmt.types import SampleRequest, Samples
 
-DOCS = Path(__file__).parents[3] / "docs" / "scaling.md"
+DOCS = Path(__file__).parents[3] / "docs" / "rollout-servers.md"
 KEY = "open-sesame-3141"
 
 
