@@ -20,9 +20,9 @@ from rlmt.models.critic import build_critic
 from rlmt.models.logprobs import compute_logprobs, compute_values
 from rlmt.modules import RLMTModule
 from rlmt.modules.dynamic_sampling import select
-from rlmt.modules.rlmt import shardable_models
 from rlmt.modules.update import PolicyUpdate
 from rlmt.rewards import ClassifierReward
+from rlmt.rewards.classifier import shardable_models
 from rlmt.types import Experience, Split, Status
 
 CPU = torch.device("cpu")

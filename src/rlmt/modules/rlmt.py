@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlmt.algorithms import Algorithm
@@ -27,23 +27,16 @@ from rlmt.modules.base import PolicyMixin, TrainingModule
 from rlmt.modules.checkpoints import check_has_critic, save_assets_beside_checkpoints, weights_to_load
 from rlmt.modules.checks import check_held_out, check_minibatches, check_sharded_run, check_trainer, weights_dtype
 from rlmt.modules.dynamic_sampling import resample
-from rlmt.modules.metrics import StepTimer, step_metrics
+from rlmt.modules.metrics import PROGRESS_BAR, StepTimer, step_metrics
 from rlmt.modules.offline_rollouts import add_reference_logprobs, check_offline_rollouts
 from rlmt.modules.skipped_steps import SkippedSteps
 from rlmt.modules.update import PolicyUpdate, has_no_learning_signal
 from rlmt.options import FiniteFloat, PositiveInt, check_ranges
-from rlmt.rewards import ClassifierReward, Reward
+from rlmt.rewards import Reward
+from rlmt.rewards.classifier import shardable_models
 from rlmt.rewards.held_out import HeldOutRewards
 from rlmt.rewards.scoring import MalformedMode, score
 from rlmt.types import AdapterWeights, Experience, PromptBatch, RolloutBatch
-
-PROGRESS_BAR = {
-    "reward/mean": "reward",
-    "length/thought_mean": "thought",
-    "policy/kl": "kl",
-    "dpo/accuracy": "accuracy",
-}
-"""Metrics on the progress bar, and their names there."""
 
 
 class RLMTModule(PolicyMixin, TrainingModule):
@@ -409,9 +402,3 @@ class RLMTModule(PolicyMixin, TrainingModule):
         if self.fitting:
             self._skipped_steps.load_state_dict(saved["no_updates"])
             self.algorithm.load_state_dict(saved["algorithm"])
-
-
-def shardable_models(rewards: nn.Module) -> list[PreTrainedModel]:
-    """The loaded reward models that FSDP2 can shard; it cannot shard weights in 4 bits."""
-    found = [reward for reward in rewards.modules() if isinstance(reward, ClassifierReward)]
-    return [reward.model for reward in found if reward.model is not None and reward.quantization is None]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rlmt.distributed.fsdp2 import call_as_forward, compute_device, pad_with_no_ops
@@ -183,3 +183,9 @@ class ClassifierReward(Reward):
 def _scores(model: PreTrainedModel, rows: Sequence[Tensor], device: torch.device) -> Tensor:
     backbone = getattr(model, model.base_model_prefix)
     return score_states(model, states_at_end(backbone, rows, device))
+
+
+def shardable_models(rewards: nn.Module) -> list[PreTrainedModel]:
+    """The loaded reward models that FSDP2 can shard; it cannot shard weights in 4 bits."""
+    found = [reward for reward in rewards.modules() if isinstance(reward, ClassifierReward)]
+    return [reward.model for reward in found if reward.model is not None and reward.quantization is None]
