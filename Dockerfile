@@ -1,20 +1,20 @@
-# One image for either device, set up by the same script as a checkout:
+# One image for CPU or GPU, set up by the same script as a checkout:
 #
 #   docker build --build-arg DEVICE=cpu  -t rlmt .        (the default)
 #   docker build --build-arg DEVICE=cuda -t rlmt-cuda .   (needs the NVIDIA container toolkit to run: --gpus all)
 #   docker run --rm --shm-size 1g -v "$PWD/runs:/home/rlmt/app/runs" rlmt fit --config configs/base.yaml ...
 #
-# The mounted runs folder must be writable by user 1000 (or pass --user).
+# User 1000 must be able to write to the mounted runs folder (or pass --user).
 ARG DEVICE=cpu
 
-# libnuma1: vLLM's CPU kernels link it. g++: compiles its models where a config sets enforce_eager to false.
+# libnuma1: vLLM's CPU kernels link it. g++: vLLM compiles models with it if a config sets enforce_eager to false.
 FROM python:3.11-slim AS cpu
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ libnuma1 \
     && rm -rf /var/lib/apt/lists/*
 
-# CUDA's runtime libraries come with the wheels; "devel" brings nvcc, with which kernels are compiled on first use.
-# python3.12-dev: Triton compiles against Python.h. Ubuntu's image has a user 1000 already, whose place ours takes.
+# The wheels include CUDA's runtime libraries; the "devel" image adds nvcc, which compiles kernels on first use.
+# python3.12-dev: Triton compiles against Python.h. Ubuntu's image has a user with id 1000, which is replaced.
 FROM nvidia/cuda:13.0.1-devel-ubuntu24.04 AS cuda
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ python3.12 python3.12-dev python3.12-venv \

@@ -1,14 +1,14 @@
-"""Kills a real run with SIGKILL at random instants, resumes it, and compares it bit for bit with the unbroken run.
+"""Kills a real run with SIGKILL at random times, resumes it, and compares it bit for bit with an uninterrupted run.
 
     python benchmarks/crash.py --kills 20 [--algorithm PPO] [--lora | --qlora] [--engine VLLMEngine] [--start exec]
     python benchmarks/crash.py --kills 20 --ranks 2 [--config ddp] …
 
-Every step is checkpointed, so that many kills fall into the writing of one. An instant is drawn evenly from the whole
-time that a run takes, start-up included. Of several ranks all are killed at once, or one alone and the others a little
-later, as a launcher does. A run that ends before its next kill is compared, and another one takes the rest of the
-kills. What is compared, when a broken run has come to its end: every cell of metrics.csv but the times, every sample of
-the rollout files, and in the last checkpoint weights, optimizer, schedule, random states, counters and where the
-prompts stand.
+Every step writes a checkpoint, so many kills interrupt a write. The time of a kill is uniform over the duration of a
+run, including start-up. With several ranks, either all ranks are killed at once, or one rank first and the others a
+little later, as a launcher does. A run that ends before its next kill is compared, and a new run takes the remaining
+kills. The comparison of a completed run covers every cell of metrics.csv except times, every sample of the rollout
+files, and in the last checkpoint the weights, the optimizer, the scheduler, random states, counters and the position in
+the prompts.
 """
 
 from __future__ import annotations
@@ -49,50 +49,50 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
     ),
     "DAPO": ("--model.algorithm", "DAPO", "--model.algorithm.minibatches", "2"),
 }
-"""Two optimizer steps on each rollout batch, so that kills fall between them; in PPO a steered KL coefficient."""
+"""Two optimizer steps per rollout batch, so that some kills fall between them; PPO has an adaptive KL coefficient."""
 KILLED = -signal.SIGKILL
 
 
 class Process(Protocol):
-    """A run that has been started."""
+    """A started run."""
 
     def poll(self) -> int | None:
-        """Exit status, negative for a signal; None while it runs."""
+        """Returns the exit status, negative for a signal; None while the run is active."""
 
     def pids(self) -> list[int]:
-        """Its processes, rank 0 first."""
+        """Returns the ids of its processes, rank 0 first."""
 
 
-class Started(subprocess.Popen[bytes]):
-    """A run as from a shell; Lightning starts its other ranks."""
+class CommandLineRun(subprocess.Popen[bytes]):
+    """A run started as from a shell; Lightning starts the other ranks."""
 
     def pids(self) -> list[int]:
-        """Its processes, rank 0 first."""
+        """Returns the ids of its processes, rank 0 first."""
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children")
         return [self.pid, *map(int, children.read_text().split() if children.exists() else ())]
 
 
-class Forked:
-    """A run in a process forked from one that has imported everything: the same command, seconds earlier."""
+class ForkedRun:
+    """A run in a process forked from one that has imported all modules, which saves seconds per start."""
 
     def __init__(self, words: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["rlmt.cli.lightning_cli", "rlmt.callbacks", "rlmt.modules"])
-        self._process = context.Process(target=run_here, args=(list(words), str(log), dict(environment)))
+        self._process = context.Process(target=run_in_this_process, args=(list(words), str(log), dict(environment)))
         self._process.start()
 
     def poll(self) -> int | None:
-        """Exit status, negative for a signal; None while it runs."""
+        """Returns the exit status, negative for a signal; None while the run is active."""
         return self._process.exitcode
 
     def pids(self) -> list[int]:
-        """The one process."""
+        """Returns the id of the only process."""
         assert self._process.pid is not None
         return [self._process.pid]
 
 
-class Together:
-    """Ranks that were started one by one, as torchrun does."""
+class RankedRun:
+    """A run whose ranks are started one by one, as torchrun does."""
 
     def __init__(self, words: Sequence[str], log: Path, environment: Mapping[str, str], count: int) -> None:
         with socket.socket() as probe:
@@ -101,22 +101,22 @@ class Together:
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "GROUP_RANK": "0"}
         shared |= {"TORCHELASTIC_RUN_ID": "crash", "LOCAL_WORLD_SIZE": str(count)} | dict(environment)
         ranks = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count))
-        self._ranks = [Forked(words, log, shared | rank) for rank in ranks]
+        self._ranks = [ForkedRun(words, log, shared | rank) for rank in ranks]
 
     def poll(self) -> int | None:
-        """Exit status, that of a killed rank where there is one; None while one runs."""
+        """Returns the exit status, that of a killed rank if there is one; None while any rank is active."""
         codes = [rank.poll() for rank in self._ranks]
         return None if None in codes else min(codes, key=lambda code: (code != KILLED, code == 0))
 
     def pids(self) -> list[int]:
-        """Its processes, rank 0 first."""
+        """Returns the ids of its processes, rank 0 first."""
         return [pid for rank in self._ranks for pid in rank.pids()]
 
 
-def run_here(words: list[str], log: str, environment: dict[str, str]) -> None:
-    """Runs the command in this process, its output in a file."""
+def run_in_this_process(words: list[str], log: str, environment: dict[str, str]) -> None:
+    """Runs the command in this process and redirects its output to a file."""
     os.environ.update(environment)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # the process that this one is forked from ignores it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork server ignores SIGINT
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -126,16 +126,16 @@ def run_here(words: list[str], log: str, environment: dict[str, str]) -> None:
 
 
 def launch(words: Sequence[str], log: Path, start: str = "fork", ranks: int = 1, **environment: str) -> Process:
-    """Starts `rlmt …`: `exec` as from a shell, `fork` without importing anew."""
+    """Starts `rlmt …`; `exec` as from a shell, `fork` from a process with all imports."""
     if start == "fork":
-        return Together(words, log, environment, ranks) if ranks > 1 else Forked(words, log, environment)
+        return RankedRun(words, log, environment, ranks) if ranks > 1 else ForkedRun(words, log, environment)
     with log.open("ab") as file:
         command = [sys.executable, "-m", "rlmt", *words]
-        return Started(command, stdout=file, stderr=file, env=os.environ | environment)
+        return CommandLineRun(command, stdout=file, stderr=file, env=os.environ | environment)
 
 
 def wait(process: Process, seconds: float | None = None) -> int | None:
-    """Exit status, or None if it still runs after so many seconds."""
+    """Waits for the run and returns its exit status, or None after the given number of seconds."""
     end = None if seconds is None else time.monotonic() + seconds
     while process.poll() is None and (end is None or time.monotonic() < end):
         time.sleep(0.002)
@@ -144,7 +144,7 @@ def wait(process: Process, seconds: float | None = None) -> int | None:
 
 @dataclass(frozen=True)
 class World:
-    """Which models and prompts the runs are on, and what they have in common."""
+    """Models, prompts and options that all runs share."""
 
     policy: Path
     reward: Path
@@ -154,13 +154,13 @@ class World:
     """Optimizer steps between checkpoints."""
     ranks: int = 1
     configs: tuple[str, ...] = ()
-    """Shipped configs on top, such as the one that spreads a run over ranks."""
+    """Additional shipped configs, such as a strategy for several ranks."""
 
     def command(self, run: Path, resume: bool = False) -> list[str]:
-        """Words of `rlmt fit` into a folder."""
+        """Returns the arguments of `rlmt fit` with a folder for the run."""
         run.parent.mkdir(parents=True, exist_ok=True)
-        often = run.parent / "often.yaml"
-        often.write_text(
+        callbacks = run.parent / "callbacks.yaml"
+        callbacks.write_text(
             "trainer: {callbacks: [{class_path: rlmt.callbacks.RewardCurves, init_args: {every_n_steps: 0}},"
             " {class_path: rlmt.callbacks.PolicyHealth}, {class_path: rlmt.callbacks.SampleTable,"
             " init_args: {dump_every_n_steps: 3, every_n_steps: 0}},"
@@ -186,13 +186,13 @@ class World:
         configs = [word for name in ("base", "grpo", "tiny", *self.configs) for word in ("--config", name)]
         if self.ranks > 1:
             options |= {"--trainer.accelerator": "cpu", "--trainer.devices": self.ranks}
-        words = ["fit", *configs, "--config", str(often), *(str(word) for pair in options.items() for word in pair)]
+        words = ["fit", *configs, "--config", str(callbacks), *(str(word) for pair in options.items() for word in pair)]
         return [*words, *self.options, *(["--ckpt_path", "last"] if resume else [])]
 
 
 @dataclass
 class Outcome:
-    """What came of it."""
+    """Counts of kills, runs and compared values."""
 
     kills: int = 0
     runs: int = 0
@@ -201,114 +201,122 @@ class Outcome:
     samples: int = 0
 
     def row(self, name: str) -> str:
-        """A line of a markdown table."""
+        """Returns the counts as a row of a Markdown table."""
         return f"| {name} | {self.kills} | {self.runs} | {self.cells:,} | {self.tensors:,} | {self.samples:,} | 0 |"
 
 
 HEADER = (
-    "| run | kills | broken runs | logged values | tensors | samples | differences |\n|---|---|---|---|---|---|---|"
+    "| run | kills | interrupted runs | logged values | tensors | samples | differences |\n"
+    "|---|---|---|---|---|---|---|"
 )
 
 
 def crash(world: World, folder: Path, kills: int, seed: int, start: str = "fork") -> Outcome:
-    """Kills runs until there were so many kills, and compares each when it has come to its end.
+    """Kills and resumes runs until the number of kills is reached, and compares each completed run.
 
     Args:
-        world: what to run.
-        folder: where; everything stays there.
-        kills: how many.
-        seed: of the instants.
+        world: Models, prompts and options of the runs.
+        folder: Folder for all runs.
+        kills: Number of kills.
+        seed: Seed of the times of the kills.
         start: `fork` or `exec`, see `launch`.
 
+    Returns:
+        The counts.
+
     Raises:
-        AssertionError: a broken run is not the unbroken one, or a start failed.
+        AssertionError: A resumed run differs from the uninterrupted one, or a start failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    dice, log, whole = random.Random(seed), folder / "log.txt", folder / "whole"
-    finish(launch(world.command(whole), log, start, world.ranks), log)  # once to warm up: the first fills caches
+    rng, log, reference = random.Random(seed), folder / "log.txt", folder / "reference"
+    finish(launch(world.command(reference), log, start, world.ranks), log)  # a warm-up run, which fills caches
     began = time.monotonic()
-    finish(launch(world.command(whole), log, start, world.ranks), log)
-    lasts = time.monotonic() - began
+    finish(launch(world.command(reference), log, start, world.ranks), log)
+    duration = time.monotonic() - began
     outcome = Outcome()
     while outcome.kills < kills:
-        run = folder / f"broken{outcome.runs}"
+        run = folder / f"interrupted{outcome.runs}"
         ended = False
         while not ended:
             process = launch(world.command(run, resume=True), log, start, world.ranks)
-            if outcome.kills < kills and wait(process, dice.uniform(0, lasts)) is None:
-                outcome.kills += kill(process, dice)
+            if outcome.kills < kills and wait(process, rng.uniform(0, duration)) is None:
+                outcome.kills += kill(process, rng)
             else:
                 finish(process, log)
             ended = process.poll() == 0
         outcome.runs += 1
-        compare(whole, run, outcome)
+        compare(reference, run, outcome)
     return outcome
 
 
 def wait_for_steps(process: Process, run: Path, count: int) -> None:
-    """Waits until a run has logged so many steps, or has ended."""
+    """Waits until a run has logged the given number of steps, or has ended."""
     table = run / "version_0" / "metrics.csv"
     while process.poll() is None and not (table.exists() and len(table.read_bytes().splitlines()) > count):
         time.sleep(0.002)
 
 
-def kill(process: Process, dice: random.Random | None = None) -> bool:
-    """Kills all ranks of a run; as the dice fall, one alone first, and the others later, as a launcher does.
+def kill(process: Process, rng: random.Random | None = None) -> bool:
+    """Kills all ranks of a run at once, or at random one rank first and the others later, as a launcher does.
+
+    Args:
+        process: The run.
+        rng: Random number generator; None kills all ranks at once.
 
     Returns:
-        Whether the run was still there to be killed.
+        Whether the run was still active.
     """
     pids = process.pids()
-    if dice is not None and len(pids) > 1 and dice.random() < 0.5:
-        end_all([dice.choice(pids)])
-        wait(process, dice.uniform(0, 3))
-    end_all(pids)
+    if rng is not None and len(pids) > 1 and rng.random() < 0.5:
+        kill_all([rng.choice(pids)])
+        wait(process, rng.uniform(0, 3))
+    kill_all(pids)
     return wait(process) == KILLED
 
 
-def end_all(pids: Sequence[int]) -> None:
-    """Kills those that are still there."""
+def kill_all(pids: Sequence[int]) -> None:
+    """Kills the processes that still exist."""
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
 
 def finish(process: Process, log: Path) -> None:
-    """Waits for a run to end well."""
+    """Waits for a run and checks that its exit status is 0."""
     assert wait(process) == 0, log.read_text()[-4000:]
 
 
-def compare(whole: Path, broken: Path, outcome: Outcome) -> None:
-    """Raises AssertionError where two runs differ; counts what was compared."""
-    folders = [run / f"version_{checkpoint(run)['run']['version']}" for run in (whole, broken)]
+def compare(reference: Path, resumed: Path, outcome: Outcome) -> None:
+    """Raises AssertionError if two runs differ, and counts the compared values."""
+    folders = [run / f"version_{checkpoint(run)['run']['version']}" for run in (reference, resumed)]
     rows, others = map(metrics, folders)
     assert rows == others, first_difference(rows, others)
     outcome.cells += sum(map(len, rows))
-    ours, theirs = (samples(folder / "rollouts") for folder in folders)
-    assert ours == theirs, "samples"
-    outcome.samples += len(ours)
-    states = [flat(comparable(checkpoint(run))) for run in (whole, broken)]
+    samples_a, samples_b = (samples(folder / "rollouts") for folder in folders)
+    assert samples_a == samples_b, f"{resumed}: the samples differ"
+    outcome.samples += len(samples_a)
+    states = [flatten(comparable(checkpoint(run))) for run in (reference, resumed)]
     assert states[0].keys() == states[1].keys(), states[0].keys() ^ states[1].keys()
     for name, value in states[0].items():
-        assert same(value, states[1][name]), f"{broken}: {name}: {value} and {states[1][name]}"
+        assert bit_equal(value, states[1][name]), f"{resumed}: {name} differs: {value} and {states[1][name]}"
     outcome.tensors += sum(hasattr(value, "dtype") for value in states[0].values())
 
 
 def metrics(folder: Path) -> list[dict[str, str]]:
-    """The rows of metrics.csv, as text, without the times."""
+    """Returns the rows of metrics.csv as text, without times."""
     with (folder / "metrics.csv").open(newline="") as file:
         return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in csv.DictReader(file)]
 
 
 def samples(folder: Path) -> list[str]:
-    """All samples of a run, each as text, since a NaN in a table is not equal to itself; each rank's end to end."""
+    """Returns all samples of a run, rank by rank, as text, because NaN does not equal itself."""
     from rlmt.engines.rollout_files import read_rollouts
 
     return [repr(row) for row in sorted(read_rollouts(folder).to_pylist(), key=itemgetter("rank", "step"))]
 
 
 def checkpoint(run: Path) -> dict[str, Any]:
-    """What a run's last checkpoint holds."""
+    """Returns the contents of a run's last checkpoint."""
     import torch
 
     loaded: dict[str, Any] = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
@@ -316,26 +324,26 @@ def checkpoint(run: Path) -> dict[str, Any]:
 
 
 def comparable(loaded: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint without paths and the number of the run's folder: one killed before its first step has another."""
+    """Returns a checkpoint without paths and folder version, which changes if a run is killed before its first step."""
     for name in ("config", "run"):
         del loaded[name]
-    # What the loader and the validation count of their own; the position in the prompts is the data module's.
+    # Counters of the loader and of validation differ; the data module stores the position in the prompts.
     loops = loaded["loops"]["fit_loop"]
     loops["state_dict"].pop("combined_loader")
     loaded["loops"] = {name: state for name, state in loops.items() if "val_loop" not in name}
     return loaded
 
 
-def flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Nested dicts and lists by the path to each leaf."""
+def flatten(value: Any, name: str = "") -> dict[str, Any]:
+    """Flattens nested dicts and lists to a dict of path → leaf."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else None
     if items is None:
         return {name: value}
-    return {k: v for key, inner in items for k, v in flat(inner, f"{name}/{key}").items()}
+    return {k: v for key, inner in items for k, v in flatten(inner, f"{name}/{key}").items()}
 
 
-def same(one: Any, other: Any) -> bool:
-    """Whether two leaves have the same bits; NaN is NaN."""
+def bit_equal(one: Any, other: Any) -> bool:
+    """Whether two leaves have the same bits; NaN equals NaN."""
     import torch
 
     if isinstance(one, torch.Tensor):
@@ -344,7 +352,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def first_difference(rows: list[dict[str, str]], others: list[dict[str, str]]) -> str:
-    """In words, for a report."""
+    """Describes the first row that differs."""
     for row, other in zip(rows, others, strict=False):
         if row != other:
             return f"step {row['step']}: " + str({k: (v, other.get(k)) for k, v in row.items() if v != other.get(k)})
@@ -354,15 +362,17 @@ def first_difference(rows: list[dict[str, str]], others: list[dict[str, str]]) -
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=20, help="number of kills")
     parser.add_argument("--algorithm", choices=list(ALGORITHMS), default="GRPO")
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--qlora", action="store_true")
     parser.add_argument("--engine", default="TransformersEngine")
     parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--config", default="ddp", help="which spreads a run over several ranks")
-    parser.add_argument("--start", choices=("fork", "exec"), default="fork", help="exec imports anew at each start")
-    parser.add_argument("--seed", type=int, default=0, help="of the instants")
+    parser.add_argument("--config", default="ddp", help="config with the strategy for several ranks")
+    parser.add_argument(
+        "--start", choices=("fork", "exec"), default="fork", help="exec starts a new interpreter for each run"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the times of the kills")
     args = parser.parse_args()
     from rlmt.demos.tiny import write_tiny
     from rlmt.demos.tiny_models import Sizes
@@ -375,11 +385,11 @@ def main() -> None:
         adapter = QLORA if args.qlora else LORA if args.lora else ()
         options = (*ALGORITHMS[args.algorithm], *adapter, "--data.engine", args.engine)
         began = time.monotonic()
-        spread = (args.config,) if args.ranks > 1 else ()
-        world = World(tiny / "policy", tiny / "reward", prompts, options, ranks=args.ranks, configs=spread)
+        strategy = (args.config,) if args.ranks > 1 else ()
+        world = World(tiny / "policy", tiny / "reward", prompts, options, ranks=args.ranks, configs=strategy)
         outcome = crash(world, Path(folder, "runs"), args.kills, args.seed, args.start)
         name = args.algorithm + (", QLoRA" if args.qlora else ", LoRA" if args.lora else "")
-        name += f", {args.engine}" + f", {args.ranks} ranks ({args.config})" * bool(spread)
+        name += f", {args.engine}" + f", {args.ranks} ranks ({args.config})" * bool(strategy)
         print(HEADER, outcome.row(name), f"\n{time.monotonic() - began:.0f} s, starts by {args.start}", sep="\n")
 
 

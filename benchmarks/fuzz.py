@@ -1,11 +1,11 @@
-"""Throws arbitrary completions at the whole text path: split, reward text, metrics, parquet, the table of samples.
+"""Tests the whole text path with random completions: split, reward text, metrics, parquet and the sample table.
 
     python benchmarks/fuzz.py [--cases 100000] [--seed 0]
 
-A case is a completion as token ids: of text made of tags, parts of tags, white and invisible characters, controls and
-arbitrary code points, of arbitrary tokens, or of both. Each goes through `RLMTModule.experience` and all that follows
-it in a run. No thought character may be in a scored text, nothing may be raised, and a rollout file must give back just
-what went in. To see that, characters of the thoughts are marked: each case has some that stand nowhere else in it.
+A case is a completion as token ids: text of tags, parts of tags, whitespace, invisible characters, control characters
+and random code points, or random tokens, or both. Each case passes through `RLMTModule.experience` and everything after
+it in a run. A scored text must contain no character of a thought, nothing may raise, and a rollout file must return
+exactly what was written. To find characters of thoughts, each case contains marks: characters that occur once in it.
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ import torch
 from torch import Tensor
 
 from rlmt.algorithms import GRPO
-from rlmt.callbacks.cot_length import length_metrics
-from rlmt.callbacks.reward_curves import reward_metrics
 from rlmt.callbacks.sample_table import render_samples
 from rlmt.engines.rollout_files import read_rollouts, rollout_table, write_rollouts
 from rlmt.formats.thinking import ThinkingFormat
 from rlmt.modules import RLMTModule
+from rlmt.modules.metrics import length_metrics, reward_metrics
 from rlmt.rewards import Reward
 from rlmt.types import Experience, FinishReason, Prompt, RolloutBatch, Sampling, Status
 
@@ -60,11 +59,11 @@ PIECES = (
     ),
 )
 MARKS = 0xF0000
-"""The first of the private characters that mark places in a case."""
+"""First of the private-use code points that mark positions in a case."""
 
 
 class Recorder(Reward):
-    """Scores any text, and keeps what it was shown."""
+    """Scores any text and records the texts that it receives."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,12 +76,12 @@ class Recorder(Reward):
 
 
 class TextPath:
-    """All of the path for one format.
+    """The text path for one format.
 
     Args:
-        policy: folder of a policy, for its tokenizer.
-        format: the format.
-        folder: where rollout files are written.
+        policy: Folder of a policy, for its tokenizer.
+        format: The format.
+        folder: Folder for rollout files.
     """
 
     def __init__(self, policy: Path, format: ThinkingFormat, folder: Path) -> None:
@@ -92,7 +91,7 @@ class TextPath:
         self.statuses: Counter[str] = Counter()
 
     def check(self, completions: list[list[int]]) -> None:
-        """Puts cases through and raises AssertionError where one does not come out as it must."""
+        """Runs cases through the text path; raises AssertionError if a check fails."""
         experience = self.module.experience(rollouts(completions))
         for text, scored, split in zip(experience.texts, experience.scores.texts, experience.splits, strict=True):
             self.statuses[split.status.value] += 1
@@ -108,11 +107,11 @@ class TextPath:
         render_samples(experience, 0, 4, 60, 120, colour=True).encode()
 
     def check_file(self, experience: Experience) -> None:
-        """A rollout file gives back what went in."""
+        """Checks that a rollout file returns what was written."""
         path = self.folder / "rollouts_000000-000000.parquet"
         write_rollouts(rollout_table(experience, 0, self.format.to_dict()), path)
         table = read_rollouts(path)
-        wanted = {
+        expected = {
             "text": experience.texts,
             "thought": [split.thought for split in experience.splits],
             "response": [split.response for split in experience.splits],
@@ -123,12 +122,12 @@ class TextPath:
             "reward": experience.scores.total.tolist(),
             "messages": [p.messages for p in experience.rollouts.prompts for _ in range(2)],
         }
-        for name, values in wanted.items():
+        for name, values in expected.items():
             assert table[name].to_pylist() == values, name
 
 
 def rollouts(completions: list[list[int]]) -> RolloutBatch:
-    """A batch of two samples a prompt."""
+    """Makes a batch with two samples per prompt."""
     prompts = [
         Prompt(k, [{"role": "user", "content": f"\x00 {PIECES[k % len(PIECES)]} x"}])
         for k in range(len(completions) // 2)
@@ -146,7 +145,7 @@ def rollouts(completions: list[list[int]]) -> RolloutBatch:
 
 
 def thought_marks(text: str, format: ThinkingFormat) -> set[str]:
-    """The marks of a text that stand in a thought: before the first close tag, or where no thought may be at all."""
+    """Returns the marks inside a thought: before the first close tag, or anywhere if the format allows no thought."""
     region = text.partition("</think>")[0]
     if not format.thinks:
         region = text if "<think>" in text or "</think>" in text else ""
@@ -154,42 +153,40 @@ def thought_marks(text: str, format: ThinkingFormat) -> set[str]:
 
 
 def marked(pieces: Sequence[str]) -> str:
-    """The pieces as one text, with a mark of its own behind each."""
+    """Joins the pieces to one text, with a unique mark after every second one."""
     return "".join(f"{piece}{chr(MARKS + k)}" if k % 2 else piece for k, piece in enumerate(pieces))
 
 
-def random_case(dice: random.Random, path: TextPath) -> list[int]:
-    """Token ids of one case."""
+def random_case(rng: random.Random, path: TextPath) -> list[int]:
+    """Makes the token ids of one case."""
     size = len(path.tokenizer)
-    pieces = [dice.choice(PIECES) if dice.random() < 0.8 else random_text(dice) for _ in range(dice.randint(0, 12))]
-    if dice.random() < 0.3:  # one that is nearly right
+    pieces = [rng.choice(PIECES) if rng.random() < 0.8 else random_text(rng) for _ in range(rng.randint(0, 12))]
+    if rng.random() < 0.3:  # a nearly well-formed case
         pieces = ["<think>", *pieces[:4], "</think>", "<response>" if path.format.zero else "", *pieces[4:6], "fine"]
     ids: list[int] = path.tokenizer(marked(pieces), add_special_tokens=False)["input_ids"]
-    for _ in range(dice.choice((0, 0, 0, 1, 5))):
-        ids.insert(dice.randint(0, len(ids)), dice.randrange(size))
-    if dice.random() < 0.1:
-        ids = [dice.randrange(size) for _ in range(dice.randint(1, 40))]
+    for _ in range(rng.choice((0, 0, 0, 1, 5))):
+        ids.insert(rng.randint(0, len(ids)), rng.randrange(size))
+    if rng.random() < 0.1:
+        ids = [rng.randrange(size) for _ in range(rng.randint(1, 40))]
     return ids or [path.format.stop_token_ids(path.tokenizer)[0]]
 
 
-def random_text(dice: random.Random) -> str:
-    """Some code points, none of them a surrogate or a mark."""
-    points = (
-        dice.choice((dice.randrange(0x80), dice.randrange(0xD800), dice.randrange(0xE000, MARKS))) for _ in range(4)
-    )
+def random_text(rng: random.Random) -> str:
+    """Makes a text of random code points without surrogates and marks."""
+    points = (rng.choice((rng.randrange(0x80), rng.randrange(0xD800), rng.randrange(0xE000, MARKS))) for _ in range(4))
     return "".join(map(chr, points))
 
 
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=100_000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cases", type=int, default=100_000, help="number of completions")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the cases")
     args = parser.parse_args()
     from rlmt.demos.tiny import write_tiny
     from rlmt.demos.tiny_models import Sizes
 
-    dice, size = random.Random(args.seed), 100
+    rng, size = random.Random(args.seed), 100
     with tempfile.TemporaryDirectory(prefix="rlmt-fuzz-") as folder:
         tiny = Path(folder, "tiny")
         write_tiny(tiny, sizes=Sizes(hidden=64, layers=2, heads=2, ffn=128, vocab=512, context=1024))
@@ -197,9 +194,9 @@ def main() -> None:
         began, done = time.monotonic(), 0
         while done < args.cases:
             path = paths[done // size % len(paths)]
-            path.check([random_case(dice, path) for _ in range(size)])
+            path.check([random_case(rng, path) for _ in range(size)])
             done += size
-        print(f"{done:,} cases in {time.monotonic() - began:.0f} s, seed {args.seed}: every one as it must be")
+        print(f"{done:,} cases in {time.monotonic() - began:.0f} s, seed {args.seed}: all checks passed")
         for path in paths:
             print(f"{path.format.name}{' prefilled' if path.format.prefill else ''}: {dict(path.statuses)}")
 

@@ -1,11 +1,11 @@
-"""Whether a long run stays flat: memory, open files, threads and temporary folders over some hundred tiny steps.
+"""Checks for leaks: memory, open files, threads and temporary folders over a few hundred tiny steps.
 
     python benchmarks/soak.py [--steps 200] [--engine TransformersEngine] [--algorithm PPO] [--lora] [--threshold 0.03]
 
-Trainer and engine are one process, so its resident memory is that of both. Each step draws other prompts and is logged,
-every fifth is checkpointed and validated, and every tenth draws the curves. The figures of step 20, when every cache is
-filled, fonts among them, are compared with those of the last step; the exit status is 1 where memory has grown by more
-than the threshold, or anything else at all.
+The trainer and the engine share one process, whose resident memory covers both. Each step has other prompts and is
+logged, every fifth step writes a checkpoint and validates, and every tenth draws the curves. The values at step 20,
+when all caches are filled (fonts included), are compared with those at the last step. The exit status is 1 if memory
+has grown by more than the threshold, or any other value has grown at all.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 SETTLED = 20
-"""The step whose figures the last one's are held against."""
+"""Step whose values are compared with those of the last step."""
 GAUGES: list[dict[str, float]] = []
 
 
 class Gauge(Callback):
-    """Reads the figures at the end of each step."""
+    """Measures the process at the end of each step."""
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """The step before is logged, saved and validated by now."""
-        GAUGES.append(read())
+        """Appends the values; the previous step is logged, saved and validated by now."""
+        GAUGES.append(measure())
 
 
-def read() -> dict[str, float]:
-    """The present figures."""
+def measure() -> dict[str, float]:
+    """Returns the current values."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     places = [Path(tempfile.gettempdir()), Path("/dev/shm")]
     return {
         "memory, MiB": int(status["VmRSS"].split()[0]) / 1024,
         "open files": len(os.listdir("/proc/self/fd")),
         "threads": int(status["Threads"]),
-        "threads of Python": threading.active_count(),
+        "Python threads": threading.active_count(),
         "temporary folders": sum(len(list(place.glob("rlmt-scratch-*"))) for place in places if place.is_dir()),
     }
 
@@ -53,10 +53,10 @@ def main() -> int:
     parser.add_argument("--engine", default="VLLMEngine")
     parser.add_argument("--algorithm", default="GRPO")
     parser.add_argument("--lora", action="store_true")
-    parser.add_argument("--threshold", type=float, default=0.03, help="growth of memory that is let pass")
+    parser.add_argument("--threshold", type=float, default=0.03, help="allowed growth of memory, as a fraction")
     args = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parent))
-    import soak  # this file, by the name that the configuration gives it
+    import soak  # this file, under the module name that the config uses
 
     from rlmt.cli.commands import main as rlmt
     from rlmt.demos.tiny import write_tiny
@@ -65,7 +65,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="rlmt-soak-") as folder:
         tiny, config = Path(folder, "tiny"), Path(folder, "soak.yaml")
         write_tiny(tiny, sizes=Sizes(hidden=64, layers=2, heads=2, ffn=128, vocab=512, context=1024))
-        names = ("CoTLength", "PolicyHealth", "Throughput")
+        names = ("CoTLength", "PolicyHealth")
         callbacks = "".join(f"{{class_path: rlmt.callbacks.{name}}}, " for name in names)
         config.write_text(
             f"trainer: {{callbacks: [{{class_path: soak.Gauge}}, {callbacks}"
@@ -86,7 +86,7 @@ def main() -> int:
             "--data.max_new_tokens": 32,
             "--data.val_size": 8,
             "--trainer.val_check_interval": 5,
-            "--trainer.max_steps": args.steps + 1,  # the last step is read at the start of one more
+            "--trainer.max_steps": args.steps + 1,  # the last step is measured at the start of one more
             "--trainer.default_root_dir": Path(folder, "run"),
             "--trainer.enable_progress_bar": "false",
             **({"--model.lora": "LoRA"} if args.lora else {}),
@@ -94,7 +94,7 @@ def main() -> int:
         words = [str(word) for pair in options.items() for word in pair]
         configs = [word for name in ("base", "grpo", "tiny", str(config)) for word in ("--config", name)]
         assert rlmt(["fit", *configs, *words]) == 0
-        left = read()["temporary folders"]
+        left = measure()["temporary folders"]
     settled, last = soak.GAUGES[SETTLED], soak.GAUGES[args.steps]
     print(f"| {args.algorithm}{', LoRA' if args.lora else ''}, {args.engine} | step {SETTLED} | step {args.steps} |")
     print("|---|---|---|")

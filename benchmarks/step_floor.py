@@ -1,12 +1,12 @@
-"""How far a training step is from the sum of its parts, each timed alone on the same tokens.
+"""Compares the time of a training step with the sum of its parts, each timed alone on the same tokens.
 
     python benchmarks/step_floor.py --prompts FILE [--tiny runs/tiny] [--steps 8]
 
-The parts: vLLM generating as many tokens for the same prompts, with nothing asked of it but the tokens; one plain
-forward and backward of the policy over the same tokens, each sample with its prompt as in a plain trainer (and once
-more with the samples of a prompt sharing it, as rlmt does); one forward of the reward model over the same texts. What a
-step has beside them: weight sync, log-probs from the engine, decoding and splitting, the reference's forward for the KL
-penalty, entropies, clipping, the optimizer, logging and the dump of all rollouts.
+The parts: vLLM generating as many tokens for the same prompts, without log-probs; one plain forward and backward of the
+policy over the same tokens, each sample with its prompt as in a plain trainer (and once more with the shared-prefix
+forward that rlmt uses); one forward of the reward model over the same texts. A step additionally has: weight sync,
+log-probs from the engine, decoding and splitting, the reference's forward for the KL penalty, entropies, clipping, the
+optimizer, logging and writing all rollouts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlmt.algorithms import GRPO
-from rlmt.callbacks import CoTLength, PolicyHealth, RewardCurves, SampleTable, Throughput
+from rlmt.callbacks import CoTLength, PolicyHealth, RewardCurves, SampleTable
 from rlmt.data import RolloutDataModule
 from rlmt.engines import VLLMEngine
 from rlmt.models.micro_batch import batches_by_length, hidden_states, micro_batches
@@ -35,24 +35,24 @@ from rlmt.rewards import ClassifierReward
 from rlmt.types import Experience, RolloutBatch
 
 WARM_UP = 2
-"""Steps left out of the figures: the first ones start the engine and fill caches."""
+"""Steps excluded from the results: the first ones start the engine and fill caches."""
 
 
-class Floor(Callback):
-    """After each step times its parts alone; the clock of the step itself stands meanwhile."""
+class StepFloor(Callback):
+    """Times the parts of each step after it; the time of the step excludes these measurements."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
         self._began = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the clock."""
+        """Starts the timer."""
         self._began = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Times the parts of the step just done."""
+        """Times the parts of the completed step."""
         step = time.perf_counter() - self._began
         assert isinstance(pl_module, RLMTModule) and isinstance(batch, RolloutBatch)
         experience: Experience = outputs["experience"]
@@ -60,7 +60,7 @@ class Floor(Callback):
             {
                 "generate": self._timed(lambda: generate(trainer, batch)),
                 "forward + backward": self._timed(lambda: forward_backward(pl_module, batch, False)),
-                "the same, prompts shared": self._timed(lambda: forward_backward(pl_module, batch, True)),
+                "forward + backward, shared prefix": self._timed(lambda: forward_backward(pl_module, batch, True)),
                 "reward forward": self._timed(reward_forward(pl_module, experience)),
                 "step": step,
                 "tokens": float(sum(batch.lengths)),
@@ -79,12 +79,12 @@ class Floor(Callback):
 
 
 def generate(trainer: Trainer, batch: RolloutBatch) -> None:
-    """As many tokens for the same prompts from vLLM itself, without log-probs, stops or seeds."""
+    """Generates as many tokens for the same prompts with vLLM alone, without log-probs, stop tokens or seeds."""
     from vllm import SamplingParams
 
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     engine = data.engine
-    if engine.version is None:  # it sleeps between rollouts
+    if engine.version is None:  # the engine sleeps between rollouts
         engine.sync(trainer.lightning_module.policy_weights(), batch.weight_version)  # type: ignore[operator]
     engine._llm.reset_prefix_cache()
     prompts = [{"prompt_token_ids": batch.prompt_ids[i // batch.group_size]} for i in range(len(batch))]
@@ -97,9 +97,9 @@ def generate(trainer: Trainer, batch: RolloutBatch) -> None:
 
 
 def forward_backward(module: RLMTModule, batch: RolloutBatch, share_prompts: bool) -> None:
-    """Cross-entropy of the completion tokens; each sample with its prompt, or samples of a prompt sharing it."""
+    """Runs forward and backward of the cross-entropy on completion tokens, with or without a shared prefix."""
     policy: Any = module.policy
-    budget = module._update.tokens_per_micro_batch
+    budget = module.tokens_per_micro_batch
     for micro in micro_batches(batch, range(len(batch)), budget, share_prompts, module.device):
         logits = policy.lm_head(hidden_states(policy.model, micro))
         torch.nn.functional.cross_entropy(logits.float(), micro.targets).backward()
@@ -107,7 +107,7 @@ def forward_backward(module: RLMTModule, batch: RolloutBatch, share_prompts: boo
 
 
 def reward_forward(module: RLMTModule, experience: Experience) -> Callable[[], None]:
-    """The classifier's forward over the scored texts, which are tokenised here, before the clock runs."""
+    """Returns the classifier's forward over the scored texts; tokenization is done here, outside the timed call."""
     reward: Any = module.reward
     batch = experience.rollouts
     texts = [
@@ -123,15 +123,15 @@ def reward_forward(module: RLMTModule, experience: Experience) -> Callable[[], N
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", required=True)
+    parser.add_argument("--prompts", required=True, help="prompt file or data set")
     parser.add_argument("--tiny", type=Path, default=Path("runs/tiny"), help="folder made by `rlmt tiny`")
-    parser.add_argument("--policy", help="a policy to start from in place of the random one")
+    parser.add_argument("--policy", help="initial policy instead of the random one")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--format", default="no_think")
     parser.add_argument("--kl_coef", type=float, default=0.001)
     args = parser.parse_args()
     seed_everything(0)
-    floor = Floor()
+    floor = StepFloor()
     module = RLMTModule(
         policy=args.policy or str(args.tiny / "policy"),
         reward=ClassifierReward(str(args.tiny / "reward")),
@@ -142,7 +142,7 @@ def main() -> None:
     )
     data = RolloutDataModule(args.prompts, VLLMEngine(), batch_size=8, group_size=8, max_new_tokens=256, val_size=0)
     with tempfile.TemporaryDirectory() as folder:
-        observers = [CoTLength(), RewardCurves(), PolicyHealth(), SampleTable(every_n_steps=0), Throughput()]
+        observers = [CoTLength(), RewardCurves(), PolicyHealth(), SampleTable(every_n_steps=0)]
         trainer = Trainer(
             max_steps=args.steps + WARM_UP,
             callbacks=[*observers, floor],
@@ -156,12 +156,12 @@ def main() -> None:
     rows = floor.rows[WARM_UP:]
     parts = [name for name in rows[0] if name not in ("step", "tokens") and not name.startswith("time/")]
     table = Table(title=f"median of {len(rows)} steps, {statistics.median(r['tokens'] for r in rows):,.0f} tokens each")
-    table.add_column("what")
+    table.add_column("part")
     table.add_column("seconds", justify="right")
     for name in (*parts, *(name for name in rows[0] if name.startswith("time/")), "step"):
         table.add_row(name, f"{statistics.median(row[name] for row in rows):.3f}")
-    for left_out, name in ((parts[2], "step / its parts"), (parts[1], "step / its parts, prompts shared")):
-        ratios = [row["step"] / sum(row[part] for part in parts if part != left_out) for row in rows]
+    for excluded, name in ((parts[2], "step / its parts"), (parts[1], "step / its parts, shared prefix")):
+        ratios = [row["step"] / sum(row[part] for part in parts if part != excluded) for row in rows]
         table.add_row(name, f"{statistics.median(ratios):.2f}")
     Console().print(table)
 

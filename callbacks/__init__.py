@@ -1,4 +1,4 @@
-"""Callbacks: they observe and log, and never change a gradient."""
+"""Callbacks: they observe, draw, warn and save; they never change a gradient, and log no metric."""
 
 from .calibration import Calibration
 from .cot_length import CoTLength
@@ -7,7 +7,6 @@ from .policy_health import PolicyHealth
 from .reward_curves import RewardCurves
 from .rollout_writer import RolloutWriter
 from .sample_table import SampleTable
-from .throughput import Throughput
 
 __all__ = [
     "Calibration",
@@ -17,5 +16,4 @@ __all__ = [
     "RewardCurves",
     "RolloutWriter",
     "SampleTable",
-    "Throughput",
 ]

@@ -1,44 +1,48 @@
-"""What all callbacks share: where a run's files go, which step it is, and one way to log and to print."""
+"""What all callbacks share: where a run's files go, which step it is, reading what a step returned, and printing."""
 
 from __future__ import annotations
 
 import sys
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from tqdm import tqdm
 
 from rlmt.distributed.lightning_internals import train_batches_done
-from rlmt.errors import UserError
+from rlmt.options import NonNegativeInt, check_ranges
 from rlmt.types import Experience
 
 
 def experience_of(outputs: Any) -> Experience:
-    """The `Experience` in what a step of `RLMTModule` returned.
+    """The `Experience` that a step of `RLMTModule` returned.
 
     Raises:
-        TypeError: The module's step returned something else, so this callback does not belong in its trainer.
+        TypeError: The module's step returned something else, so the callback does not belong in its trainer.
     """
     experience = outputs.get("experience") if isinstance(outputs, Mapping) else None
     if not isinstance(experience, Experience):
-        raise TypeError('rlmt callbacks want a module whose steps return {"experience": Experience, ...}')
+        raise TypeError('rlmt callbacks require a module whose steps return {"experience": Experience}')
     return experience
 
 
-def metrics_of(outputs: Any) -> dict[str, float]:
-    """The scalars in what a training step of `RLMTModule` returned, under their final names."""
-    return {name: float(value) for name, value in outputs.get("metrics", {}).items()}
+def step_metrics(trainer: Trainer, outputs: Any) -> dict[str, float]:
+    """The metrics that `RLMTModule` logged in the training step that returned `outputs`, reduced over ranks.
+
+    `trainer.callback_metrics` alone would also have metrics of earlier steps, which this step did not log.
+    """
+    logged = trainer.callback_metrics
+    return {name: float(logged[name]) for name in outputs["metrics"]}
 
 
 def run_folder(trainer: Trainer) -> Path:
     """The folder of metrics.csv, or else the first logger's, or else `default_root_dir`.
 
-    Every rank has to call it, because rank 0's answer is broadcast: so call it in `setup`, not when handling an error.
+    All ranks have to call it, because rank 0's answer is broadcast: so in `setup`, not when an error is handled.
     """
     csv = next((logger for logger in trainer.loggers if isinstance(logger, CSVLogger)), None)
     folder = trainer.log_dir if csv is None else trainer.strategy.broadcast(csv.log_dir)
@@ -46,47 +50,16 @@ def run_folder(trainer: Trainer) -> Path:
 
 
 def is_dry_run(trainer: Trainer) -> bool:
-    """Whether this is a `fast_dev_run`, which has no loggers and should leave no files behind."""
+    """Whether this is a `fast_dev_run`, which has no loggers and writes no files."""
     return bool(getattr(trainer, "fast_dev_run", False))
 
 
 def step_number(trainer: Trainer) -> int:
-    """The current rollout step, counted from 0 over all epochs: the `step` column of metrics.csv.
+    """Number of the current rollout step, from 0 over all epochs: the `step` column of metrics.csv.
 
-    `Trainer.global_step` counts optimizer steps instead, of which one rollout may take several.
+    `Trainer.global_step` counts optimizer steps, of which one rollout may take several.
     """
     return train_batches_done(trainer)
-
-
-def over_ranks(trainer: Trainer, pl_module: LightningModule, metrics: Mapping[str, float]) -> dict[str, float]:
-    """Merges each rank's metrics in one collective; every rank calls it with the same names.
-
-    Names ending in `_max` take the largest value, `perf/tokens_per_s` the sum, all others the mean over the ranks whose
-    value is not NaN.
-    """
-    if trainer.world_size == 1 or not metrics:
-        return dict(metrics)
-    local = torch.tensor(list(metrics.values()), dtype=torch.float32, device=pl_module.device)
-    ranks = trainer.strategy.all_gather(local).reshape(trainer.world_size, -1)
-    merged: dict[str, float] = {}
-    for name, values in zip(metrics, ranks.unbind(dim=1), strict=True):
-        if name.endswith("_max"):
-            merged[name] = float(values.max())
-        elif name == "perf/tokens_per_s":
-            merged[name] = float(values.sum())
-        else:
-            merged[name] = float(values.nanmean())
-    return merged
-
-
-def log_step(
-    pl_module: LightningModule, metrics: Mapping[str, float], batch_size: int, bar: Mapping[str, float] | None = None
-) -> None:
-    """Logs a step's metrics to every logger, and those in `bar` to the progress bar alone, under short names."""
-    for name, value in metrics.items():
-        pl_module.log(name, value, on_step=True, on_epoch=False, batch_size=batch_size)
-    for name, value in (bar or {}).items():
-        pl_module.log(name, value, on_step=True, on_epoch=False, batch_size=batch_size, prog_bar=True, logger=False)
 
 
 def say(text: str) -> None:
@@ -96,21 +69,80 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def failing(what: str) -> Iterator[None]:
-    """Around what is written while a run fails: a disk that is full must not hide why, nor keep others from saving."""
+def report_write_errors(what: str) -> Iterator[None]:
+    """Prints errors of writing: a full disk must not hide why a run failed, nor keep other callbacks from saving."""
     try:
         yield
     except OSError as error:
         say(f"{what} cannot be written: {error}")
 
 
-def check_count(owner: str, name: str, value: int, least: int) -> None:
-    """Raises UserError unless the option is an int of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UserError(f"{owner}.{name} is {value!r}: give a whole number of at least {least}")
-
-
 def format_of(pl_module: LightningModule) -> dict[str, Any] | None:
-    """The module's thinking format as a dict, to travel with the files; None for a module without one."""
+    """The module's thinking format as a dict, to be saved with the files; None for a module without one."""
     thinking: Any = getattr(pl_module, "format", None)
     return None if thinking is None else dict(thinking.to_dict())
+
+
+class PictureCallback(Callback):
+    """Base of callbacks that draw one picture of a run, from points that they collect.
+
+    The picture is drawn every `every_n_steps` steps, at the end, and when a run is interrupted or fails. Its path is
+    printed at the end.
+
+    Args:
+        every_n_steps: Steps between drawings during training; 0 draws at the end only.
+
+    Raises:
+        UserError: `every_n_steps` is negative.
+    """
+
+    file_name: str
+    """Name of the picture in the run's folder."""
+    title: str
+    """What the picture shows, printed before its path."""
+
+    def __init__(self, every_n_steps: NonNegativeInt = 50) -> None:
+        check_ranges(type(self), locals())
+        self.every_n_steps = every_n_steps
+        self._folder: Path | None = None
+        self._drawn: Path | None = None
+
+    @abstractmethod
+    def draw(self, path: Path) -> Path | None:
+        """Draws the points collected so far; None if there are none."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Finds the run's folder; a `fast_dev_run` draws nothing."""
+        fitting = stage == "fit" and not is_dry_run(trainer)
+        self._folder = run_folder(trainer) if fitting else None
+
+    def draw_if_due(self, trainer: Trainer) -> None:
+        """Draws every `every_n_steps` steps; to be called at the end of a step."""
+        if self.every_n_steps and (step_number(trainer) + 1) % self.every_n_steps == 0:
+            self._draw(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draws the whole run."""
+        self._drawn = self._draw(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Prints the picture's path, after the progress bar."""
+        if stage == "fit":
+            self._print_path()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Draws an interrupted or failed run."""
+        self._drawn = self._draw(trainer)
+        self._print_path()  # Lightning does not call teardown after an exception
+
+    def _print_path(self) -> None:
+        if self._drawn is not None:
+            say(f"{self.title}: {self._drawn}")
+            self._drawn = None
+
+    def _draw(self, trainer: Trainer) -> Path | None:
+        if self._folder is None or not trainer.is_global_zero:
+            return None
+        with report_write_errors(self.title):
+            return self.draw(self._folder / self.file_name)
+        return None

@@ -2,75 +2,73 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
-from rlmt.distributed.collectives import all_gather_tensor
-from rlmt.types import Experience
+from rlmt.options import NonNegativeInt
 
-from ._common import experience_of, log_step, over_ranks
+from ._common import PictureCallback, experience_of, step_number
 
-
-def length_metrics(experience: Experience) -> dict[str, float]:
-    """Mean and 95th percentile of thought and response lengths in tokens, and the fraction of truncated samples.
-
-    Every sample of every rank counts, malformed ones too: a thought that never closes is all thought and no response.
-    The percentile interpolates linearly between samples. All ranks have to call it together.
-    """
-    metrics: dict[str, float] = {}
-    for part, tokens in (("thought", experience.thought_tokens), ("response", experience.response_tokens)):
-        tokens = all_gather_tensor(tokens.cpu().double())
-        metrics[f"length/{part}_mean"] = float(tokens.mean())
-        metrics[f"length/{part}_p95"] = float(torch.quantile(tokens, 0.95))
-    metrics["length/truncated"] = float(all_gather_tensor(experience.truncated.double()).mean())
-    return metrics
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+"""Quantiles of the lengths of a step that are drawn."""
 
 
-class CoTLength(Callback):
-    """Logs how long thoughts and responses are, in sampled tokens.
+class CoTLength(PictureCallback):
+    """Draws how the lengths of thoughts and responses are distributed over a run, into `cot_length.png`.
 
-    Training steps log `length/{thought,response}_{mean,p95}` and `length/truncated`; the progress bar shows the mean
-    thought as `thought`. Validation logs `val/thought_tokens` and `val/response_tokens`, testing the same under
-    `test/`: means over the whole set.
+    Lengths are in sampled tokens. Each step gives a median and two bands, of the middle 50 % and 90 % of its samples
+    (of rank 0); the points are saved in checkpoints, so that a resumed run draws the whole run. Means and 95th
+    percentiles are logged by the module, as `length/{thought,response}_{mean,p95}` and `length/truncated`, and as
+    `val/thought_tokens` and `val/response_tokens` for held-out prompts.
+
+    Args:
+        every_n_steps: Steps between drawings during training; 0 draws at the end only.
+
+    Raises:
+        UserError: `every_n_steps` is negative.
 
     Example:
         >>> from lightning.pytorch import Trainer
         >>> from rlmt.callbacks import CoTLength
-        >>> trainer = Trainer(callbacks=[CoTLength()], logger=False, accelerator="cpu")
+        >>> trainer = Trainer(callbacks=[CoTLength(every_n_steps=20)], logger=False, accelerator="cpu")
     """
+
+    file_name = "cot_length.png"
+    title = "lengths of thoughts and responses"
+
+    def __init__(self, every_n_steps: NonNegativeInt = 50) -> None:
+        super().__init__(every_n_steps)
+        self._steps: list[int] = []
+        self._lengths: dict[str, list[list[float]]] = {"thought": [], "response": []}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The points collected so far."""
+        return {"steps": self._steps, "lengths": self._lengths}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores the points up to the checkpoint."""
+        self._steps = list(state_dict["steps"])
+        self._lengths = {part: [list(values) for values in state_dict["lengths"][part]] for part in self._lengths}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Logs the step's lengths."""
+        """Collects the quantiles of the step's lengths."""
         experience = experience_of(outputs)
-        metrics = over_ranks(trainer, pl_module, length_metrics(experience))
-        # Whole tokens: the bar would show 1234.5 as 1.23e+3.
-        log_step(pl_module, metrics, len(experience.rollouts), bar={"thought": round(metrics["length/thought_mean"])})
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Adds the batch to the mean lengths over the whole set."""
-        self._log_epoch(pl_module, "test" if trainer.testing else "val", experience_of(outputs))
-
-    on_test_batch_end = on_validation_batch_end
-
-    def _log_epoch(self, pl_module: LightningModule, stage: str, experience: Experience) -> None:
+        quantiles = torch.tensor(QUANTILES, dtype=torch.float64)
         for part, tokens in (("thought", experience.thought_tokens), ("response", experience.response_tokens)):
-            pl_module.log(
-                f"{stage}/{part}_tokens",
-                tokens.float().mean(),
-                on_step=False,
-                on_epoch=True,
-                batch_size=len(experience.rollouts),
-                sync_dist=True,
-            )
+            self._lengths[part].append(torch.quantile(tokens.cpu().double(), quantiles).tolist())
+        self._steps.append(step_number(trainer))
+        self.draw_if_due(trainer)
+
+    def draw(self, path: Path) -> Path | None:
+        """Draws the lengths of the run so far."""
+        if not self._steps:
+            return None
+        # Imported here because matplotlib takes a second to load and most commands never draw.
+        from rlmt.report.lengths import draw_lengths
+
+        return draw_lengths(path, self._steps, self._lengths)

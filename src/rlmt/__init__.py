@@ -3,4 +3,4 @@
 Importing this package imports nothing heavy; `rlmt.types` is the place to start reading.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -171,11 +171,11 @@ def found(data: Experience) -> tuple[list[list[int]], list[float]]:
         ({"max_tokens": None}, [[2, 0], [3, 5]], [0, 0, 0]),
     ],
 )
-def test_prepare_selects_pairs_and_counts_skipped_prompts(
+def test_select_finds_pairs_and_counts_skipped_prompts(
     options: dict[str, Any], pairs: list[list[int]], why: list[float]
 ) -> None:
     data = experience([1.0, 2.0, 3.0, 4.0, 0.0, 1.0], [True] * 4 + [False, True], truncated=(2,))
-    DPO(**({"min_valid": 2} | options)).prepare(data)
+    DPO(**({"min_valid": 2} | options)).select(data)
     assert found(data) == (pairs, why)
     assert data.advantages is None
     assert not any(name in data.metrics for name in PAIR_METRICS)
@@ -183,7 +183,7 @@ def test_prepare_selects_pairs_and_counts_skipped_prompts(
 
 def test_metrics_of_a_step_without_pairs_are_nan() -> None:
     data = experience([1.0] * 6, [True] * 6)
-    DPO(min_valid=2).prepare(data)
+    DPO(min_valid=2).select(data)
     assert found(data) == ([], [0, 2, 0])
     assert all(math.isnan(data.metrics[name]) for name in PAIR_METRICS)
 
@@ -194,7 +194,7 @@ def test_seed_breaks_ties_the_same_way_in_every_epoch() -> None:
         data, later = (experience([1.0, 1.0, 0.0, 2.0, 2.0, 1.0], [True] * 6) for _ in range(2))
         later.rollouts.epoch = 1
         for one in (data, later):
-            DPO(min_valid=2, seed=seed).prepare(one)
+            DPO(min_valid=2, seed=seed).select(one)
         assert found(data) == found(later)
         picks.add(str(found(data)[0]))
     assert picks == {str([[a, 2], [b, 5]]) for a in (0, 1) for b in (3, 4)}
@@ -212,7 +212,7 @@ def test_seed_breaks_ties_the_same_way_in_every_epoch() -> None:
     ],
 )
 def test_options_out_of_range_raise_with_their_name(options: dict[str, Any], named: str) -> None:
-    with pytest.raises(UserError, match=f"--model.algorithm.{named} is"):
+    with pytest.raises(UserError, match=f"DPO.{named} is"):
         DPO(**options)
 
 

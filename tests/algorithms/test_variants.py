@@ -259,7 +259,7 @@ def test_truncated_samples_can_be_masked(variant: Any) -> None:
     ],
 )
 def test_options_out_of_range_raise_with_their_name(variant: Any, options: dict[str, Any], named: str) -> None:
-    with pytest.raises(UserError, match=rf"^--model\.algorithm\.{named} is "):
+    with pytest.raises(UserError, match=rf"^{variant.__name__}\.{named} is "):
         variant(**options)
 
 

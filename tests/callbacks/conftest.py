@@ -13,6 +13,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
+from rlmt.modules.base import TrainingModule
+from rlmt.modules.metrics import PROGRESS_BAR, step_metrics
 from rlmt.types import Experience, FinishReason, Prompt, RolloutBatch, Sampling, Scores, Split, Status
 
 THOUGHT = [10, 20, 30, 40, 50, 60]
@@ -65,7 +67,9 @@ class FakeFormat:
 
 
 class FakeModule(LightningModule):
-    """Two optimizer steps a rollout, so that `global_step` runs ahead of the rollout steps."""
+    """Logs as RLMTModule does. Two optimizer steps per rollout, so that `global_step` is ahead of the rollout steps."""
+
+    log_step = TrainingModule.log_step
 
     def __init__(self, malformed: bool = False, metrics: dict[str, float] | None = None) -> None:
         super().__init__()
@@ -81,8 +85,10 @@ class FakeModule(LightningModule):
         self.before_step(step)
         for _ in range(2):
             self.optimizers().step()
-        metrics = {"policy/kl": 0.001 * (step + 1), "policy/entropy": 2.0, "time/rollout_s": 0.25}
-        return {"experience": make_experience(step, self.malformed), "metrics": metrics | self.metrics}
+        experience = make_experience(step, self.malformed)
+        metrics = step_metrics(experience, experience) | {"policy/kl": 0.001 * (step + 1), "policy/entropy": 2.0}
+        self.log_step(metrics | self.metrics, len(experience.rollouts), PROGRESS_BAR)
+        return {"experience": experience, "metrics": metrics | self.metrics}
 
     def validation_step(self, batch: torch.Tensor, batch_idx: int) -> dict[str, Any]:
         self.log("val/reward_mean", 0.5, batch_size=6)

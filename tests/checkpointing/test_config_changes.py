@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import ExponentialLR, LinearLR
 
 from rlmt.checkpointing.config_changes import config_changes
 from rlmt.checkpointing.optimizer_options import apply_options, optimizer_options
-from rlmt.modules.schedules import CosineWithWarmup
+from rlmt.modules.optimizers import CosineWithWarmup
 
 BEFORE: dict[str, Any] = {
     "seed_everything": 0,

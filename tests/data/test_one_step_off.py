@@ -18,7 +18,7 @@ from rlmt.data import PromptSampler, RolloutDataModule, one_step_off
 from rlmt.engines.base import Engine
 from rlmt.errors import UserError
 from rlmt.formats.thinking import ThinkingFormat
-from rlmt.types import FinishReason, RolloutBatch, SampleRequest, Samples, Sampling
+from rlmt.types import FinishReason, PromptBatch, RolloutBatch, SampleRequest, Samples, Sampling
 
 
 class Slow(Engine):
@@ -86,12 +86,13 @@ class Module(LightningModule):
     def policy_adapter(self) -> None:
         return None
 
-    def training_step(self, batch: RolloutBatch) -> None:
+    def training_step(self, prompts: PromptBatch) -> None:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        batch = data.generate(prompts)
         self.seen.append(batch)
         data.engine.training.set()
         if self.policy_version == self.more:
-            self.seen.append(data.draw_more())
+            self.seen.append(data.generate(data.next_prompts()))
             data.engine.training.set()
         self.manual_backward((self.weight * sum(map(sum, batch.completion_ids))).sum())
         optimizer: Any = self.optimizers()
@@ -99,8 +100,9 @@ class Module(LightningModule):
         optimizer.zero_grad()
         self.updates += 1
 
-    def validation_step(self, batch: RolloutBatch) -> None:
-        self.held_out.append(batch)
+    def validation_step(self, prompts: PromptBatch) -> None:
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.held_out.append(data.generate(prompts))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=1e-4)
@@ -270,7 +272,7 @@ def test_shares_of_all_ranks_make_the_batch_of_one(size: int) -> None:
     shares = [one_step_off._share(whole, rank, size) for rank in range(size)]
     assert [share["prompts"] for share in shares] == [whole["prompts"][rank::size] for rank in range(size)]
     assert set(shares[-1]["ids"].tolist()) == {2 * i + k for i in range(size - 1, 6, size) for k in range(2)}
-    joined = one_step_off._joined(shares)
+    joined = one_step_off._join(shares)
     for name in ("ids", "logprobs"):
         assert torch.equal(joined.pop(name), whole.pop(name))
     assert joined == whole
@@ -335,12 +337,12 @@ def test_samples_of_other_weights_than_asked_for_are_refused(byte_tokenizer: Any
 
 
 def test_which_lags_and_engines_go_together(byte_tokenizer: Any, prompts: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--data.rollout_lag is 2: give 0, or 1"):
+    with pytest.raises(UserError, match="rollout_lag is 2: must be an integer of at least 0 and at most 1"):
         make(prompts, lag=2)
 
     class InProcess(Slow):
         concurrent = False
 
-    with pytest.raises(UserError, match="rollout_lag 1: InProcess cannot draw while .*--data.engine VLLMServerEngine"):
+    with pytest.raises(UserError, match="rollout_lag is 1, but InProcess cannot .*--data.engine VLLMServerEngine"):
         trainer(tmp_path, max_steps=1).fit(Module(byte_tokenizer), datamodule=make(prompts, engine=InProcess()))
     trainer(tmp_path, max_steps=1).fit(Module(byte_tokenizer), datamodule=make(prompts, lag=0, engine=InProcess()))

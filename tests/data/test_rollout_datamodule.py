@@ -97,26 +97,27 @@ class FakeModule(LightningModule):
         self.seen[stage].append(record)
         self.last = batch
 
-    def training_step(self, batch):
+    def training_step(self, prompts):
+        batch = self.trainer.datamodule.generate(prompts)
         if len(self.seen["train"]) == self.die_after:
             raise Killed
         self.note("train", batch)
         for _ in range(self.more[self.policy_version % len(self.more)]):
-            self.note("more", self.trainer.datamodule.draw_more())
+            self.note("more", self.trainer.datamodule.generate(self.trainer.datamodule.next_prompts()))
         optimizer = self.optimizers()
         optimizer.zero_grad()
         self.manual_backward((self.weight * sum(map(sum, batch.completion_ids))).sum())
         optimizer.step()
         self.updates += 1
 
-    def validation_step(self, batch):
-        self.note("val", batch)
+    def validation_step(self, prompts):
+        self.note("val", self.trainer.datamodule.generate(prompts))
 
-    def test_step(self, batch):
-        self.note("test", batch)
+    def test_step(self, prompts):
+        self.note("test", self.trainer.datamodule.generate(prompts))
 
-    def predict_step(self, batch):
-        self.note("predict", batch)
+    def predict_step(self, prompts):
+        self.note("predict", self.trainer.datamodule.generate(prompts))
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=1e-4)
@@ -211,7 +212,7 @@ def test_own_validation_prompts(tokenizer, prompts, tmp_path):
     ],
 )
 def test_options_out_of_range(prompts, option, value):
-    with pytest.raises(UserError, match=rf"^--data\.{option} is .*: give .*$"):
+    with pytest.raises(UserError, match=rf"^RolloutDataModule\.{option} is {value}: must be .*\.$"):
         make(prompts, **{option: value})
 
 
@@ -221,9 +222,9 @@ def test_options_out_of_range(prompts, option, value):
         ({"max_new_tokens": 81}, 1, "fit", r"max_prompt_tokens 20 \+ --data.max_new_tokens 81 .*context of 100 tokens"),
         ({"max_prompt_tokens": 8}, 1, "fit", "all 22 prompts are longer than --data.max_prompt_tokens 8"),
         ({"batch_size": 21}, 1, "fit", "batch_size is 21, but only 20 training prompts"),
-        ({"batch_size": 6}, 4, "fit", "batch_size 6 does not divide by 4 devices"),
+        ({"batch_size": 6}, 4, "fit", "batch_size is 6, which is not divisible by 4 devices"),
         ({"val_size": 3}, 2, "fit", "val_size is 3, which does not divide by 2 devices"),
-        ({"val_size": 23}, 1, "fit", "val_size asks for 23 validation prompts, but .* has 22"),
+        ({"val_size": 23}, 1, "fit", "val_size is 23, but .* has 22 prompts"),
         ({"val_size": 22}, 1, "fit", "only 0 training prompts"),
         ({"val_size": 0}, 1, "test", "nothing to test on"),
         ({"val_size": 0}, 1, "validate", "nothing to validate on"),
@@ -401,7 +402,7 @@ def test_predict_goes_through_all_prompts_in_order(tokenizer, prompts, tmp_path)
 def test_stale_or_incomplete_samples_stop_the_run(tokenizer, prompts, tmp_path):
     engine = FakeEngine()
     engine.lag = 1
-    with pytest.raises(RuntimeError, match="stale rollout: drawn with weights -1, not with 0"):
+    with pytest.raises(RuntimeError, match="stale rollout: generated with weights -1, not with 0"):
         trainer(tmp_path, max_steps=1).fit(FakeModule(tokenizer), datamodule=make(prompts, engine=engine))
     assert engine.calls[-1] == "close"
 
@@ -413,13 +414,6 @@ def test_stale_or_incomplete_samples_stop_the_run(tokenizer, prompts, tmp_path):
         trainer(tmp_path, max_steps=1, num_sanity_val_steps=0).fit(
             FakeModule(tokenizer), datamodule=make(prompts, engine=Short())
         )
-
-
-def test_other_batches_pass_untouched(tokenizer, prompts):
-    data = attached(make(prompts), FakeModule(tokenizer))
-    batch = {"input_ids": torch.ones(2)}
-    assert data.on_before_batch_transfer(batch, 0) is batch
-    assert data.transfer_batch_to_device(batch, torch.device("meta"), 0)["input_ids"].is_meta
 
 
 def test_loaders_of_two_ranks_share_every_batch(tokenizer, prompts):

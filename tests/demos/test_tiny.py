@@ -1,3 +1,5 @@
+"""`rlmt tiny`: reproducible files, tokenizers, the policy's format and the reward model's score."""
+
 import hashlib
 import json
 import os
@@ -30,7 +32,7 @@ def _digests(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_same_seed_gives_the_same_bits_in_another_process(tmp_path):
+def test_same_seed_writes_identical_files_in_another_process(tmp_path):
     code = (
         "import sys; from pathlib import Path; from rlmt.demos.tiny import write_tiny; "
         "from rlmt.demos.tiny_models import Sizes;"
@@ -48,11 +50,11 @@ def test_same_seed_gives_the_same_bits_in_another_process(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_policy_tokenizer(family, tmp_path):
+def test_policy_tokenizer_round_trips(family, tmp_path):
     write_tiny(tmp_path, family=family, sizes=SMALL)
     tokenizer = load_tokenizer(tmp_path / "policy")
     assert load_policy(tmp_path / "policy").config.model_type == family
-    # transformers gives every Qwen2 tokenizer Unicode's composed form (NFC), whatever its tokenizer.json says.
+    # transformers adds NFC normalization to every Qwen2 tokenizer, whatever its tokenizer.json contains.
     expected = unicodedata.normalize("NFC", HARD) if family == "qwen2" else HARD
     assert tokenizer.decode(tokenizer.encode(HARD, add_special_tokens=False)) == expected
     for tag in TAGS:
@@ -68,8 +70,8 @@ def test_policy_tokenizer(family, tmp_path):
     assert tokenizer.encode("plain text")[0] == tokenizer.bos_token_id
 
 
-def test_policy_knows_the_format_and_half_thinks(tiny):
-    """Sampled as in training; the bounds are wide, since the fixture's policy is smaller than the default one."""
+def test_policy_thinks_in_half_of_its_samples(tiny):
+    """Sampled as in training; the bounds are wide because the fixture's policy is smaller than the default one."""
     tokenizer, policy = load_tokenizer(tiny / "policy"), load_policy(tiny / "policy")
     prompts = [
         SampleRequest(ThinkingFormat().render([{"role": "user", "content": text}], tokenizer), list(range(32)))
@@ -82,8 +84,8 @@ def test_policy_knows_the_format_and_half_thinks(tiny):
     samples = engine.generate(prompts, Sampling(temperature=0.7, max_new_tokens=64, stop_token_ids=stops))
     shares = {}
     for name in ("think", "no_think"):
-        form = ThinkingFormat(name)
-        shares[name] = sum(form.split(form.decode(ids, tokenizer)).ok for ids in samples.completion_ids) / 64
+        format = ThinkingFormat(name)
+        shares[name] = sum(format.split(format.decode(ids, tokenizer)).ok for ids in samples.completion_ids) / 64
     assert 0.15 < shares["think"] < 0.85
     assert 0.15 < shares["no_think"] < 0.85
 
@@ -100,9 +102,9 @@ def _scorer(tiny: Path):
     return score
 
 
-def test_reward_varies_and_better_tokens_raise_it(tiny):
-    """Held-out random responses score about N(0, 1); the score is close to an average over tokens, so half a response
-    of good tokens lifts it by several standard deviations."""
+def test_reward_varies_and_rises_with_better_tokens(tiny):
+    """Scores of new random responses are about N(0, 1). The score is nearly an average over tokens, so high-scoring
+    tokens in half of a response raise it by several standard deviations."""
     tokenizer, score, rng = load_tokenizer(tiny / "policy"), _scorer(tiny), random.Random(9)
     prompts = [prompt.messages[0]["content"] for prompt in load_prompts(str(tiny / "prompts.jsonl"))]
     ordinary = [i for i in range(len(tokenizer)) if i not in tokenizer.all_special_ids]
@@ -118,7 +120,7 @@ def test_reward_varies_and_better_tokens_raise_it(tiny):
     assert lifted.mean() - scores.mean() > 2.5
 
 
-def test_reward_tokenizer_shares_nothing_with_the_policys(tiny):
+def test_reward_tokenizer_differs_from_the_policys(tiny):
     policy, reward = load_tokenizer(tiny / "policy"), load_tokenizer(tiny / "reward")
     assert len(policy) != len(reward)
     assert not set(policy.all_special_tokens) & set(reward.all_special_tokens)
@@ -130,17 +132,17 @@ def test_reward_tokenizer_shares_nothing_with_the_policys(tiny):
     ]
 
 
-def test_own_prompts(tiny):
+def test_built_in_prompts_are_distinct(tiny):
     prompts = load_prompts(str(tiny / "prompts.jsonl"))
     assert len({prompt.messages[0]["content"] for prompt in prompts}) == len(prompts) == 384
 
 
-def test_corpus_instead_of_own_prompts(tmp_path, prompts_file):
+def test_corpus_replaces_built_in_prompts(tmp_path, prompts_file):
     write_tiny(tmp_path / "out", corpus=str(prompts_file), sizes=SMALL)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["policy", "reward", "tiny.json"]
 
 
-def test_overwrites_only_its_own(tmp_path):
+def test_only_own_files_are_overwritten(tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
     write_tiny(tmp_path, sizes=SMALL)
     first = _digests(tmp_path)
@@ -149,6 +151,6 @@ def test_overwrites_only_its_own(tmp_path):
     assert _digests(tmp_path) == first
 
     (tmp_path / "other" / "policy").mkdir(parents=True)
-    with pytest.raises(UserError, match="was not made by `rlmt tiny`"):
+    with pytest.raises(UserError, match="`rlmt tiny` did not write this"):
         make_tiny(tmp_path / "other")
     assert list((tmp_path / "other").rglob("*")) == [tmp_path / "other" / "policy"]

@@ -149,7 +149,7 @@ def test_unknown_target_modules_raise() -> None:
         {"target_modules": []},
     ]
     for options in bad:
-        with pytest.raises(UserError, match=f"lora.{next(iter(options))} is"):
+        with pytest.raises(UserError, match=f"(LoRA|lora).{next(iter(options))} is"):
             LoRA(**options)
 
 

@@ -71,7 +71,7 @@ def test_a_run_without_engines_asks_for_less() -> None:
     check_trainer(trainer(DDPStrategy(), module=bare))
     with pytest.raises(UserError, match=r"--model\.quantization: .*--config ddp"):
         check_trainer(trainer(FSDP2(), module=bare))
-    bare.quantization, bare._optimizer = None, AdamW8bit
+    bare.quantization, bare.optimizer_factory = None, AdamW8bit
     check_trainer(trainer(DDPStrategy(), module=bare))
     with pytest.raises(UserError, match=r"optimizer AdamW8bit"):
         check_trainer(trainer(FSDP2(), module=bare))

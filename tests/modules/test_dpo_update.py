@@ -76,7 +76,7 @@ def gradients(policy: LlamaForCausalLM) -> dict[str, Tensor]:
 def prepared(algorithm: DPO, reference: LlamaForCausalLM, budget: int, temperature: float = 0.7) -> Experience:
     """As the module does it: pairs first, then the reference's log-probs of paired samples alone."""
     data = experience(temperature)
-    algorithm.prepare(data)
+    algorithm.select(data)
     assert data.pairs is not None
     wanted = data.pairs.flatten().tolist()
     data.ref_logprobs = compute_logprobs(reference, data.rollouts, budget, CPU, algorithm.logprob_temperature, wanted)
@@ -178,7 +178,7 @@ def test_a_step_without_pairs_does_not_move_the_policy() -> None:
     take_step(data)  # AdamW has momentum now, and decays weights
     before = {name: value.clone() for name, value in policy.state_dict().items()}
     data.scores.total.zero_()
-    algorithm.prepare(data)
+    algorithm.select(data)
     assert data.pairs is not None and data.pairs.shape == (0, 2)
     assert compute_logprobs(policy, data.rollouts, 100, CPU, samples=[]).isnan().all()
     assert take_step(data) == {"policy/loss": 0.0, "policy/grad_norm": 0.0, "policy/skipped": 0.0}

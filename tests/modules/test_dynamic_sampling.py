@@ -1,4 +1,4 @@
-"""Merging, selecting and refilling, sample by sample."""
+"""Merging, selecting and resampling of groups, sample by sample."""
 
 from dataclasses import fields
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlmt.modules.dynamic_sampling import groups_with_signal, merge, refill, select
+from rlmt.modules.dynamic_sampling import groups_with_signal, merge, resample, select
 from rlmt.types import Experience, FinishReason, Prompt, RolloutBatch, Sampling, Scores, Split, Status
 
 SIZE = 2
@@ -93,30 +93,30 @@ def test_every_field_of_the_records_is_merged() -> None:
     assert {field.name for field in fields(Scores)} == {"total", "parts", "texts"}
 
 
-def test_refill_draws_until_the_batch_is_full() -> None:
+def test_resample_generates_until_the_batch_is_full() -> None:
     more = [batch(10, [[1, 1], [0, 1], [2, 2]]), batch(20, [[0, 1], [1, 0], [0, 0]]), batch(30, [[0, 1]] * 3)]
     calls = iter(more)
     first = batch(0, [[5, 5], [1, 2], [3, 3]])
-    drawn, kept = refill(first, 9, lambda: next(calls))
+    drawn, kept = resample(first, 9, lambda: next(calls))
     assert [p.index for p in drawn.rollouts.prompts] == [0, 1, 2, 10, 11, 12, 20, 21, 22]
     assert [p.index for p in kept.rollouts.prompts] == [1, 11, 20]  # 21 is not needed
     assert kept.metrics == {"reward/refills": 2.0, "reward/dropped_groups": 5.0, "reward/surplus_groups": 1.0}
     assert next(calls) is more[2]
 
 
-def test_refill_stops_at_the_bound() -> None:
-    drawn, kept = refill(batch(0, [[5, 5], [1, 2]]), 2, lambda: batch(10, [[0, 0], [0, 0]]))
+def test_resample_stops_at_max_refills() -> None:
+    drawn, kept = resample(batch(0, [[5, 5], [1, 2]]), 2, lambda: batch(10, [[0, 0], [0, 0]]))
     assert len(drawn.rollouts.prompts) == 6 and [p.index for p in kept.rollouts.prompts] == [1]
     assert kept.metrics == {"reward/refills": 2.0, "reward/dropped_groups": 5.0, "reward/surplus_groups": 0.0}
 
 
 @pytest.mark.parametrize("value", [0.1, -7.7, 1e6 + 0.1])
 def test_nothing_with_spread(value: float) -> None:
-    _, kept = refill(batch(0, [[value] * 2] * 2), 1, lambda: batch(10, [[value] * 2] * 2))
+    _, kept = resample(batch(0, [[value] * 2] * 2), 1, lambda: batch(10, [[value] * 2] * 2))
     assert len(kept.rollouts) == 0 and kept.metrics["reward/dropped_groups"] == 4
 
 
-def test_a_full_batch_is_not_refilled() -> None:
+def test_resample_leaves_a_full_batch_alone() -> None:
     first = batch(0, [[1, 2], [2, 1]])
-    drawn, kept = refill(first, 4, lambda: pytest.fail("drew more"))
+    drawn, kept = resample(first, 4, lambda: pytest.fail("drew more"))
     assert drawn is first and rows(kept) == rows(first) and set(kept.metrics.values()) == {0.0}

@@ -21,7 +21,6 @@ from rlmt.formats.thinking import ThinkingFormat
 from rlmt.models import loading
 from rlmt.modules import SFT, CosineWithWarmup
 from rlmt.modules.optimizers import MuonAdamW
-from rlmt.modules.supervised import make_optimizer
 from rlmt.types import SampleRequest, Sampling
 
 LENGTHS = [[(3, 9)], [(5, 1), (14, 20)], [(1, 4)], [(30, 2)], [(2, 40)]]
@@ -98,14 +97,14 @@ def test_assistant_only_is_transformers_own_loss(policy: LlamaForCausalLM) -> No
 
 
 def test_the_schedule_spans_the_epochs_of_the_run() -> None:
-    parameters = torch.nn.Linear(2, 2)
-    trainer: Any = SimpleNamespace(estimated_stepping_batches=10)
-    made = make_optimizer(
-        trainer,
-        parameters,
-        lambda groups: torch.optim.SGD(groups, lr=1.0),
-        lambda optimizer: CosineWithWarmup(optimizer, warmup=0.2),
+    sft = SFT(
+        "unused",
+        optimizer=lambda groups: torch.optim.SGD(groups, lr=1.0),
+        scheduler=lambda optimizer: CosineWithWarmup(optimizer, warmup=0.2),
     )
+    sft.policy = torch.nn.Linear(2, 2)  # type: ignore[assignment]
+    sft.trainer = SimpleNamespace(estimated_stepping_batches=10)  # type: ignore[assignment]
+    made = sft.configure_optimizers()
     optimizer, schedule = made["optimizer"], made["lr_scheduler"]
     rates = []
     for _ in range(10):

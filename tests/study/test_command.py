@@ -1,4 +1,4 @@
-"""A study as a user runs it: two real runs side by side, a report, and nothing done twice."""
+"""`rlmt study` through the command line: two real runs, their report, and no job run twice."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 from rlmt.cli.commands import main
 
 
-def config(path: Path, out: Path, tiny: Path, **changes: Any) -> list[str]:
+def study_arguments(path: Path, out: Path, tiny: Path, **changes: Any) -> list[str]:
     run = (
         f"fit --config base --config grpo --config tiny --config $format --seed_everything $seed "
         f"--model.policy {tiny}/policy --model.reward.model {tiny}/reward --data.prompts {tiny}/prompts.jsonl "
@@ -34,12 +34,12 @@ def config(path: Path, out: Path, tiny: Path, **changes: Any) -> list[str]:
     return ["study", "--config", str(path)]
 
 
-def test_two_runs_a_report_and_nothing_twice(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_runs_are_reported_and_not_repeated(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    args = config(tmp_path / "study.yaml", out, tiny)
+    args = study_arguments(tmp_path / "study.yaml", out, tiny)
     assert main(args) == 0
-    said = capsys.readouterr().out
-    assert "RLMT − RLHF, reward: " in said and "(one seed: no interval)" in said
+    output = capsys.readouterr().out
+    assert "RLMT − RLHF, reward: " in output and "(one seed: no interval)" in output
     summary = json.loads((out / "summary.json").read_text())
     assert set(summary) == {"rlmt", "rlhf"} and set(summary["rlmt"]) == {"reward", "thought_tokens", "malformed"}
     assert summary["rlhf"]["thought_tokens"] == 0 < summary["rlmt"]["thought_tokens"]
@@ -56,23 +56,23 @@ def test_two_runs_a_report_and_nothing_twice(tmp_path: Path, tiny: Path, capsys:
 
 
 @pytest.mark.parametrize(
-    ("args", "changes", "says"),
+    ("args", "changes", "message"),
     [
-        (["--only", "[nobody]"], {}, "--only: there is no arm 'nobody'; choose of rlmt, rlhf"),
-        (["--seeds", "[1,1]"], {}, "--seeds [1, 1]: one of them is there twice"),
-        (["--jobs", "0"], {}, "--jobs is 0: give at least 1"),
-        ([], {"comparisons": [{"more": "rlmt", "than": "x"}]}, "--comparisons: there is no arm 'x'"),
-        ([], {"comparisons": [{"more": "rlmt", "than": "rlhf", "by": "x"}]}, "there is no metric 'x'"),
-        ([], {"picture": ["x"]}, "--picture: there is no arm 'x'"),
-        ([], {"metrics": {}}, "--metrics: name one at least"),
-        ([], {"arms": {}}, "--arms: name one at least"),
+        (["--only", "[nobody]"], {}, "--only: unknown arm 'nobody'; choose from rlmt, rlhf."),
+        (["--seeds", "[1,1]"], {}, "--seeds [1, 1]: a seed occurs twice; pass each seed once."),
+        (["--jobs", "0"], {}, "--jobs 0: the number of parallel jobs must be positive; pass 1 or more."),
+        ([], {"comparisons": [{"more": "rlmt", "than": "x"}]}, "--comparisons: unknown arm 'x'"),
+        ([], {"comparisons": [{"more": "rlmt", "than": "rlhf", "by": "x"}]}, "--comparisons: unknown metric 'x'"),
+        ([], {"picture": ["x"]}, "--picture: unknown arm 'x'"),
+        ([], {"metrics": {}}, "--metrics: no entries; define at least one."),
+        ([], {"arms": {}}, "--arms: no entries; define at least one."),
         (["--config", "nowhere"], {}, "--config nowhere: no such file"),
     ],
 )
-def test_mistakes_cost_one_line(
-    args: list[str], changes: dict[str, Any], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_configuration_errors_are_reported_in_one_line(
+    args: list[str], changes: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*config(tmp_path / "study.yaml", tmp_path / "out", tmp_path, **changes), *args]) == 2
+    assert main([*study_arguments(tmp_path / "study.yaml", tmp_path / "out", tmp_path, **changes), *args]) == 2
     error = capsys.readouterr().err
-    assert says in error and len(error.splitlines()) == 1
+    assert message in error and len(error.splitlines()) == 1
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""The report says what was found, whichever way it went."""
+"""Report of a study: sentences for every outcome, and the written files."""
 
 import csv
 import json
@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from rlmt.study.figure import draw_study
-from rlmt.study.report import Comparison, Findings, sentences, write_report
+from rlmt.study.report import Comparison, Findings, comparison_sentences, write_report
 from rlmt.study.results import Estimate
 
 HIGH, LOW, MIXED = Estimate((5.0, 6.0, 5.5)), Estimate((1.0, 2.0, 1.4)), Estimate((0.0, 9.0, 5.0))
 
 
-def findings(comparison: Comparison, picture: Path | None = None, **arms: Estimate) -> Findings:
+def findings(comparison: Comparison, figure: Path | None = None, **arms: Estimate) -> Findings:
     return Findings(
         title="A <study>",
         command="rlmt study --config mine.yaml",
@@ -23,7 +23,7 @@ def findings(comparison: Comparison, picture: Path | None = None, **arms: Estima
         table={arm: {"rubric": estimate} for arm, estimate in arms.items()},
         minutes=dict.fromkeys(arms, Estimate((1.0, 1.0, 1.0))),
         comparisons=[comparison],
-        picture=picture,
+        figure=figure,
     )
 
 
@@ -31,33 +31,33 @@ def findings(comparison: Comparison, picture: Path | None = None, **arms: Estima
     ("more", "than", "expect", "verdict"),
     [
         (HIGH, LOW, "above", ": above 0, as expected."),
-        (LOW, HIGH, "above", "the other way round from what was expected**"),
-        (MIXED, LOW, "above", "no difference shown where one was expected**"),
-        (HIGH, LOW, "not_above", "**above 0, where none was expected**"),
+        (LOW, HIGH, "above", "below 0: the opposite of the expected difference**"),
+        (MIXED, LOW, "above", "no difference shown, but one was expected**"),
+        (HIGH, LOW, "not_above", "**above 0, but no difference was expected**"),
         (MIXED, LOW, "not_above", "no difference, as expected of a control"),
-        (LOW, HIGH, "not_above", "and so not above, as expected of a control"),
+        (LOW, HIGH, "not_above", "below 0, not above, as expected of a control"),
     ],
 )
-def test_every_outcome_is_said_plainly(more: Estimate, than: Estimate, expect: str, verdict: str) -> None:
-    (said,) = sentences(findings(Comparison("a", "b", expect=expect), a=more, b=than))  # type: ignore[arg-type]
-    assert said.startswith("A − B, rubric: ") and verdict in said
-    assert f"{more.minus(than).mean:+.2f}" in said and "by seed" in said
+def test_sentence_states_every_outcome(more: Estimate, than: Estimate, expect: str, verdict: str) -> None:
+    (sentence,) = comparison_sentences(findings(Comparison("a", "b", expect=expect), a=more, b=than))  # type: ignore[arg-type]
+    assert sentence.startswith("A − B, rubric: ") and verdict in sentence
+    assert f"{more.minus(than).mean:+.2f}" in sentence and "by seed" in sentence
 
 
-def test_one_seed_claims_no_interval() -> None:
-    (said,) = sentences(findings(Comparison("a", "b"), a=Estimate((2.0,)), b=Estimate((1.5,))))
-    assert said == "A − B, rubric: +0.50 (one seed: no interval)."
+def test_one_seed_has_no_interval() -> None:
+    (sentence,) = comparison_sentences(findings(Comparison("a", "b"), a=Estimate((2.0,)), b=Estimate((1.5,))))
+    assert sentence == "A − B, rubric: +0.50 (one seed: no interval)."
 
 
-def test_questions_about_arms_that_were_left_out_are_left_out() -> None:
-    assert sentences(findings(Comparison("a", "elsewhere"), a=HIGH)) == []
+def test_comparison_with_an_unreported_arm_is_omitted() -> None:
+    assert comparison_sentences(findings(Comparison("a", "elsewhere"), a=HIGH)) == []
 
 
-def test_files(tmp_path: Path) -> None:
+def test_report_files_agree(tmp_path: Path) -> None:
     rows = [{"step": float(n), "reward/mean": n / 9, "val/reward_mean": n / 8, "val/rubric": 3.0} for n in range(10)]
-    picture = draw_study(tmp_path / "curves.png", "A <study>", {"A": [rows, rows], "B": [rows]})
-    assert picture.read_bytes()[:4] == b"\x89PNG"
-    write_report(findings(Comparison("a", "b"), picture, a=HIGH, b=LOW), tmp_path)
+    figure = draw_study(tmp_path / "curves.png", "A <study>", {"A": [rows, rows], "B": [rows]})
+    assert figure.read_bytes()[:4] == b"\x89PNG"
+    write_report(findings(Comparison("a", "b"), figure, a=HIGH, b=LOW), tmp_path)
     assert json.loads((tmp_path / "summary.json").read_text()) == {"a": {"rubric": 5.5}, "b": {"rubric": 4.4 / 3}}
     table = list(csv.reader((tmp_path / "results.csv").open()))
     assert table == [

@@ -1,4 +1,4 @@
-"""Jobs as processes: what is done is kept, what failed is told, what changed is made anew."""
+"""Jobs as subprocesses: done jobs are kept, failures are reported, changed jobs start again."""
 
 import json
 import os
@@ -13,19 +13,19 @@ import pytest
 
 from rlmt.errors import UserError
 from rlmt.study import runner
-from rlmt.study.runner import Runner, State, is_done
-from rlmt.study.stages import Job, Plan, Stage, keys
+from rlmt.study.runner import JobState, Runner, is_done
+from rlmt.study.stages import Job, Plan, Stage, job_digests
 
 
 class Recorder:
-    """Takes the place of processes: notes commands with the time, and fails those that say so."""
+    """Replaces subprocesses: records each command with its times, and fails commands that contain `bad`."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[float, float, tuple[str, ...]]] = []
 
     def execute(self, runner: Runner, command: tuple[str, ...], log: Path, bar: Any) -> int:
         start = time.monotonic()
-        log.open("a").write("Epoch 0:  10%| | 1/10 [00:00<00:01]\rreason why\n")
+        log.open("a").write("Epoch 0:  10%| | 1/10 [00:00<00:01]\rthe reason\n")
         time.sleep(0.1)
         self.calls.append((start, time.monotonic(), command))
         return 2 if "bad" in command else 0
@@ -37,87 +37,89 @@ class Recorder:
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    found = Recorder()
-    monkeypatch.setattr(Runner, "_execute", lambda runner, *args: found.execute(runner, *args))
-    return found
+    recorder = Recorder()
+    monkeypatch.setattr(Runner, "_execute", lambda runner, *args: recorder.execute(runner, *args))
+    return recorder
 
 
-def planned(out: Path, **stages: list[str]) -> tuple[list[Job], dict[Path, str]]:
+def plan_jobs(out: Path, **stages: list[str]) -> tuple[list[Job], dict[Path, str]]:
     plan = Plan({name: Stage(run=run) for name, run in stages.items()}, [0], out, {})
-    return plan.jobs, keys(plan.jobs, out)
+    return plan.jobs, job_digests(plan.jobs, out)
 
 
-def test_what_is_done_is_not_run_again(tmp_path: Path, recorder: Recorder) -> None:
-    jobs, digests = planned(tmp_path, a=["one", "two"], b=["three $a"])
+def test_done_jobs_are_not_run_again(tmp_path: Path, recorder: Recorder) -> None:
+    jobs, digests = plan_jobs(tmp_path, a=["one", "two"], b=["three $a"])
     Runner(jobs, digests, 1).run()
     assert recorder.commands == ["one", "two", f"three {tmp_path}/seed-0/a"]
     assert all(is_done(job, digests[job.folder]) for job in jobs)
-    state = State.load(jobs[0].folder)
+    state = JobState.load(jobs[0].folder)
     assert state is not None and state.commands == ["rlmt one", "rlmt two"] and set(state.seconds) == {"0", "1"}
     Runner(jobs, digests, 1).run()
     assert len(recorder.calls) == 3
 
 
-def test_an_interrupted_job_goes_on_with_the_command_that_was_cut(tmp_path: Path, recorder: Recorder) -> None:
-    jobs, digests = planned(tmp_path, a=["one", "bad", "two"])
-    with pytest.raises(UserError, match=r"1 of 1 jobs did not finish: reason why \(exit 2, .*log.txt\); mend it"):
+def test_interrupted_job_resumes_at_the_interrupted_command(tmp_path: Path, recorder: Recorder) -> None:
+    jobs, digests = plan_jobs(tmp_path, a=["one", "bad", "two"])
+    with pytest.raises(
+        UserError, match=r"1 of 1 jobs did not finish: the reason \(exit 2, .*log.txt\)\. Fix the cause"
+    ):
         Runner(jobs, digests, 1).run()
-    state = State.load(jobs[0].folder)
+    state = JobState.load(jobs[0].folder)
     assert state is not None and state.done == 1
-    mended = [Job(**{**vars(jobs[0]), "commands": (("one",), ("good",), ("two",))})]
-    Runner(mended, digests, 1).run()  # as if the mistake lay outside the commands
+    fixed = [Job(**{**vars(jobs[0]), "commands": (("one",), ("good",), ("two",))})]
+    Runner(fixed, digests, 1).run()  # as if the cause lay outside the commands
     assert recorder.commands == ["one", "bad", "good", "two"]
 
 
-def test_a_failure_stops_what_needs_it_and_nothing_else(tmp_path: Path, recorder: Recorder) -> None:
-    jobs, digests = planned(tmp_path, a=["bad"], b=["x $a"], c=["y $b"], d=["other"])
-    with pytest.raises(UserError, match="3 of 4 jobs did not finish: reason why"):
+def test_failure_skips_dependent_jobs_only(tmp_path: Path, recorder: Recorder) -> None:
+    jobs, digests = plan_jobs(tmp_path, a=["bad"], b=["x $a"], c=["y $b"], d=["other"])
+    with pytest.raises(UserError, match="3 of 4 jobs did not finish: the reason"):
         Runner(jobs, digests, 1).run()
     assert recorder.commands == ["bad", "other"]
 
 
-def test_changed_settings_make_a_job_anew(
+def test_changed_settings_start_a_job_again(
     tmp_path: Path, recorder: Recorder, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Runner(*planned(tmp_path, a=["one"], b=["two $a"]), 1).run()
+    Runner(*plan_jobs(tmp_path, a=["one"], b=["two $a"]), 1).run()
     (tmp_path / "seed-0/a/leftover").touch()
-    Runner(*planned(tmp_path, a=["one --more"], b=["two $a"]), 1).run()
+    Runner(*plan_jobs(tmp_path, a=["one --more"], b=["two $a"]), 1).run()
     assert not (tmp_path / "seed-0/a/leftover").exists()
-    assert len(recorder.calls) == 4 and "settings have changed; it is made anew" in capsys.readouterr().out
+    assert len(recorder.calls) == 4 and "the settings have changed; the folder is deleted" in capsys.readouterr().out
 
 
-def test_jobs_run_side_by_side_but_not_before_what_they_need(tmp_path: Path, recorder: Recorder) -> None:
-    jobs, digests = planned(tmp_path, a=["one"], b=["two"], c=["three $a $b"])
+def test_independent_jobs_run_in_parallel_after_their_dependencies(tmp_path: Path, recorder: Recorder) -> None:
+    jobs, digests = plan_jobs(tmp_path, a=["one"], b=["two"], c=["three $a $b"])
     Runner(jobs, digests, 2).run()
     (one, two, three) = recorder.calls
     assert one[0] < two[1] and two[0] < one[1]  # they overlap
     assert three[0] >= max(one[1], two[1])
 
 
-def test_an_export_that_was_not_noted_is_written_again(tmp_path: Path, recorder: Recorder) -> None:
-    jobs, digests = planned(tmp_path, a=["one", "export $dir/last.ckpt $dir/model"])
+def test_export_without_a_saved_state_is_written_again(tmp_path: Path, recorder: Recorder) -> None:
+    jobs, digests = plan_jobs(tmp_path, a=["one", "export $dir/last.ckpt $dir/model"])
     folder = jobs[0].folder
     (folder / "model").mkdir(parents=True)
     (folder / "model/config.json").touch()
-    State(digests[folder], done=1).save(folder)
+    JobState(digests[folder], done=1).save(folder)
     Runner(jobs, digests, 1).run()
-    assert not (folder / "model").exists()  # removed for the command that would write it
+    assert not (folder / "model").exists()  # removed, so that the command can write it
 
 
-def test_a_real_command_that_fails_is_told_by_its_last_line(tmp_path: Path) -> None:
-    jobs, digests = planned(tmp_path, a=["--version", "nonsense"])
-    with pytest.raises(UserError, match="There is no command 'nonsense'; choose one of fit"):
+def test_failed_command_is_reported_by_its_last_line(tmp_path: Path) -> None:
+    jobs, digests = plan_jobs(tmp_path, a=["--version", "nonsense"])
+    with pytest.raises(UserError, match="'nonsense' is not a command; choose one of fit"):
         Runner(jobs, digests, 1).run()
     assert "\n$ rlmt --version\n0." in (jobs[0].folder / "log.txt").read_text()
 
 
-def test_a_bar_in_the_log_is_found() -> None:
+def test_progress_bar_in_the_log_is_parsed() -> None:
     text = b"Epoch 0:   1%| | 9/700 [00:02<03:00]\rEpoch 0:   1%| | 10/700 [00:02<03:00, 3.5it/s]"
-    assert runner._BAR.findall(text)[-1] == (b"10", b"700")
+    assert runner._TQDM_POSITION.findall(text)[-1] == (b"10", b"700")
 
 
-def test_ending_the_study_ends_its_jobs(tmp_path: Path) -> None:
-    """A real study whose job would take minutes; SIGTERM must not leave it behind."""
+def test_terminated_study_terminates_its_jobs(tmp_path: Path) -> None:
+    """SIGTERM to a study with a job of several minutes leaves no process behind."""
     config = tmp_path / "study.yaml"
     stages = {"slow": {"run": ["tiny $dir/world"]}}
     arms = {"only": {"stage": "slow", "label": "Slow"}}
@@ -140,5 +142,5 @@ def test_ending_the_study_ends_its_jobs(tmp_path: Path) -> None:
 
 
 def _children(pid: int) -> list[int]:
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
-    return [int(line) for line in found.stdout.split()]
+    listing = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
+    return [int(line) for line in listing.stdout.split()]

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from rlmt.errors import UserError
 from rlmt.types import Experience, PolicyOutputs, TokenBatch
 
 
@@ -37,9 +36,6 @@ class Algorithm(ABC):
     """Maximum number of extra rollout batches per step, which replace groups of equal rewards; 0 is off."""
     critic: CriticOptions | None = None
     """Options of the critic; None for an algorithm without one."""
-    pairwise: bool = False
-    """Whether the loss is over pairs. `prepare` then builds them from rewards only, before any log-probs are computed,
-    and the reference computes log-probs of paired samples only."""
     logprob_temperature: float | None = None
     """Temperature of the log-probs; None is the sampling temperature."""
 
@@ -58,18 +54,21 @@ class Algorithm(ABC):
         """How the algorithm corrects for off-policy samples, as text for the user."""
         return "the objective takes them as they are"
 
-    def _require(self, **rules: tuple[bool, str]) -> None:
-        """Raises UserError for the first option with a broken rule; options are named like their attributes."""
-        for option, (ok, rule) in rules.items():
-            if not ok:
-                raise UserError(f"--model.algorithm.{option} is {getattr(self, option)}: it {rule}.")
-
     def check(self, group_size: int) -> None:
         """Raises UserError if the algorithm does not work with this number of samples per prompt."""
 
+    def select(self, experience: Experience) -> None:
+        """Sets `experience.pairs` from rewards alone, before log-probs are computed; objectives over pairs only.
+
+        Reference log-probs are then computed for the paired samples only.
+        """
+
     @abstractmethod
     def prepare(self, experience: Experience) -> None:
-        """Sets `experience.advantages` (and `returns`) or `pairs`, `mask` to exclude samples, and adds `metrics`."""
+        """Sets `experience.advantages` (and `returns`) from rewards and log-probs, and `mask` to exclude samples.
+
+        It may add `metrics`. Algorithms over pairs have nothing to prepare.
+        """
 
     @abstractmethod
     def token_weights(self, lengths: Tensor, mask: Tensor, max_new_tokens: int) -> Tensor:

@@ -11,6 +11,7 @@ from rlmt.algorithms.advantages import overlong_penalty as length_penalty
 from rlmt.algorithms.advantages import sum_by_sample
 from rlmt.algorithms.policy_gradient import PolicyGradient
 from rlmt.errors import UserError
+from rlmt.options import NonNegativeFloat, NonNegativeInt, UnitIntervalAboveZero, check_ranges
 from rlmt.types import Experience
 
 
@@ -35,22 +36,17 @@ class CriticFree(PolicyGradient):
 
     def __init__(
         self,
-        reward_kl_coef: float = 0.0,
-        overlong_penalty: float = 0.0,
-        overlong_buffer: float = 0.2,
-        dynamic_sampling: int = 0,
+        reward_kl_coef: NonNegativeFloat = 0.0,
+        overlong_penalty: NonNegativeFloat = 0.0,
+        overlong_buffer: UnitIntervalAboveZero = 0.2,
+        dynamic_sampling: NonNegativeInt = 0,
         **options: Any,
     ) -> None:
+        check_ranges(CriticFree, locals())
         super().__init__(**options)
         self.reward_kl_coef = reward_kl_coef
         self.overlong_penalty, self.overlong_buffer = overlong_penalty, overlong_buffer
         self.dynamic_sampling = dynamic_sampling
-        self._require(
-            reward_kl_coef=(reward_kl_coef >= 0, "must not be negative"),
-            overlong_penalty=(overlong_penalty >= 0, "must not be negative"),
-            overlong_buffer=(0 < overlong_buffer <= 1, "must be above 0 and at most 1, a share of max_new_tokens"),
-            dynamic_sampling=(dynamic_sampling >= 0, "must not be negative"),
-        )
 
     @property
     def needs_reference(self) -> bool:

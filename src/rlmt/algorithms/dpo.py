@@ -12,6 +12,7 @@ from torch.nn.functional import logsigmoid
 from rlmt.algorithms.base import Algorithm
 from rlmt.algorithms.pairs import best_and_worst, tie_key
 from rlmt.errors import UserError
+from rlmt.options import IntAboveOne, NonNegativeFloat, PositiveFloat, PositiveInt, check_ranges
 from rlmt.types import Experience, PolicyOutputs, TokenBatch
 
 PairLoss = Literal["sigmoid", "ipo", "length_normalized"]
@@ -54,32 +55,24 @@ class DPO(Algorithm):
         UserError: An option is out of range.
     """
 
-    pairwise = True
     logprob_temperature = 1.0
 
     def __init__(
         self,
-        beta: float = 0.1,
+        beta: PositiveFloat = 0.1,
         loss: PairLoss = "sigmoid",
-        min_valid: int = 4,
-        min_margin: float = 0.0,
-        max_tokens: int | None = 8192,
-        update_epochs: int = 1,
-        minibatches: int = 1,
+        min_valid: IntAboveOne = 4,
+        min_margin: NonNegativeFloat = 0.0,
+        max_tokens: PositiveInt | None = 8192,
+        update_epochs: PositiveInt = 1,
+        minibatches: PositiveInt = 1,
         seed: int = 0,
     ) -> None:
+        check_ranges(DPO, locals())
         self.beta, self.pair_loss = beta, loss
         self.min_valid, self.min_margin, self.max_tokens = min_valid, min_margin, max_tokens
         self.update_epochs, self.minibatches = update_epochs, minibatches
         self.seed = seed
-        self._require(
-            beta=(beta > 0, "must be positive"),
-            min_valid=(min_valid >= 2, "must be at least 2, because a pair has two samples"),
-            min_margin=(min_margin >= 0, "must not be negative"),
-            max_tokens=(max_tokens is None or max_tokens > 0, "must be positive, or null"),
-            update_epochs=(update_epochs >= 1, "must be at least 1"),
-            minibatches=(minibatches >= 1, "must be at least 1"),
-        )
 
     @property
     def needs_reference(self) -> bool:
@@ -94,7 +87,7 @@ class DPO(Algorithm):
                 " (--model.algorithm.min_valid); raise group_size (the paper uses 8) or lower min_valid (at least 2)."
             )
 
-    def prepare(self, experience: Experience) -> None:
+    def select(self, experience: Experience) -> None:
         """Selects the pairs and counts the prompts without one."""
         rollouts, group = experience.rollouts, experience.group
         prompts = torch.tensor([len(ids) for ids in rollouts.prompt_ids], device=group.device)
@@ -118,6 +111,9 @@ class DPO(Algorithm):
         }
         if not len(found.pairs):  # without pairs the step has no loss and is skipped
             experience.metrics |= dict.fromkeys(PAIR_METRICS, math.nan)
+
+    def prepare(self, experience: Experience) -> None:
+        """Nothing: the loss requires the pairs and the reference's log-probs alone."""
 
     def token_weights(self, lengths: Tensor, mask: Tensor, max_new_tokens: int) -> Tensor:
         """Computes 1 / (number of pairs of the step) for each token: the weight of its pair."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from rlmt.algorithms import policy_loss
 from rlmt.algorithms.base import Algorithm
 from rlmt.algorithms.policy_loss import Aggregation, KLEstimator
+from rlmt.options import FloatAboveOne, NonNegativeFloat, OpenUnitInterval, PositiveFloat, PositiveInt, check_ranges
 from rlmt.types import PolicyOutputs, TokenBatch
 
 OFF_POLICY_CAP = 2.0
@@ -42,33 +43,24 @@ class PolicyGradient(Algorithm):
     def __init__(
         self,
         loss_aggregation: Aggregation = "token_mean",
-        clip_low: float = 0.2,
-        clip_high: float = 0.2,
-        dual_clip: float | None = 3.0,
-        kl_coef: float = 0.001,
+        clip_low: OpenUnitInterval = 0.2,
+        clip_high: PositiveFloat = 0.2,
+        dual_clip: FloatAboveOne | None = 3.0,
+        kl_coef: NonNegativeFloat = 0.001,
         kl_estimator: KLEstimator = "k3",
-        entropy_coef: float = 0.001,
-        update_epochs: int = 1,
-        minibatches: int = 1,
+        entropy_coef: NonNegativeFloat = 0.001,
+        update_epochs: PositiveInt = 1,
+        minibatches: PositiveInt = 1,
         mask_truncated: bool = False,
-        importance_cap: float | None = None,
+        importance_cap: PositiveFloat | None = None,
     ) -> None:
+        check_ranges(PolicyGradient, locals())
         self.loss_aggregation = loss_aggregation
         self.clip_low, self.clip_high, self.dual_clip = clip_low, clip_high, dual_clip
         self.kl_coef, self.kl_estimator, self.entropy_coef = kl_coef, kl_estimator, entropy_coef
         self.update_epochs, self.minibatches = update_epochs, minibatches
         self.mask_truncated = mask_truncated
         self.importance_cap = importance_cap
-        self._require(
-            clip_low=(0 < clip_low < 1, "must be between 0 and 1"),
-            clip_high=(clip_high > 0, "must be positive"),
-            dual_clip=(dual_clip is None or dual_clip > 1, "must be above 1, or null"),
-            kl_coef=(kl_coef >= 0, "must not be negative"),
-            entropy_coef=(entropy_coef >= 0, "must not be negative"),
-            update_epochs=(update_epochs >= 1, "must be at least 1"),
-            minibatches=(minibatches >= 1, "must be at least 1"),
-            importance_cap=(importance_cap is None or importance_cap > 0, "must be positive, or null"),
-        )
 
     @property
     def needs_reference(self) -> bool:

@@ -19,6 +19,14 @@ from rlmt.algorithms.kl_controller import AdaptiveKL
 from rlmt.algorithms.policy_gradient import PolicyGradient
 from rlmt.distributed.collectives import all_gather_object
 from rlmt.errors import UserError
+from rlmt.options import (
+    ClosedUnitInterval,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    UnitIntervalAboveZero,
+    check_ranges,
+)
 from rlmt.types import Experience, TokenBatch
 
 
@@ -55,33 +63,25 @@ class PPO(PolicyGradient):
 
     def __init__(
         self,
-        gamma: float = 1.0,
-        lam: float = 1.0,
+        gamma: UnitIntervalAboveZero = 1.0,
+        lam: ClosedUnitInterval = 1.0,
         kl_placement: Literal["loss", "reward"] = "loss",
-        target_kl: float | None = None,
-        kl_horizon: int = 10_000,
+        target_kl: PositiveFloat | None = None,
+        kl_horizon: PositiveInt = 10_000,
         whiten_advantages: bool = True,
-        value_clip: float | None = 0.5,
+        value_clip: PositiveFloat | None = 0.5,
         critic_init: str = "policy",
-        critic_lr: float = 1e-5,
+        critic_lr: PositiveFloat = 1e-5,
         critic_shared: bool = False,
-        critic_warmup_steps: int = 0,
+        critic_warmup_steps: NonNegativeInt = 0,
         **options: Any,
     ) -> None:
+        check_ranges(PPO, locals())
         super().__init__(**options)
         self.gamma, self.lam = gamma, lam
         self.kl_placement, self.target_kl, self.kl_horizon = kl_placement, target_kl, kl_horizon
         self.whiten_advantages, self.value_clip = whiten_advantages, value_clip
         self.critic_lr, self.critic_warmup_steps = critic_lr, critic_warmup_steps
-        self._require(
-            gamma=(0 < gamma <= 1, "must be above 0 and at most 1"),
-            lam=(0 <= lam <= 1, "must be between 0 and 1"),
-            target_kl=(target_kl is None or target_kl > 0, "must be positive, or null"),
-            kl_horizon=(kl_horizon >= 1, "must be at least 1"),
-            value_clip=(value_clip is None or value_clip > 0, "must be positive, or null"),
-            critic_lr=(critic_lr > 0, "must be positive"),
-            critic_warmup_steps=(critic_warmup_steps >= 0, "must not be negative"),
-        )
         if target_kl is not None and self.kl_coef == 0:
             raise UserError("--model.algorithm.target_kl adapts kl_coef, which is 0: set kl_coef above 0.")
         if critic_shared and critic_init != "policy":

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rlmt.algorithms.advantages import leave_one_out_advantages
 from rlmt.algorithms.critic_free import CriticFree
+from rlmt.options import NonNegativeFloat
 from rlmt.types import Experience
 
 
@@ -22,7 +23,7 @@ class RLOO(CriticFree):
         **options: Options of `CriticFree` that the paper does not fix.
     """
 
-    def __init__(self, reward_kl_coef: float = 0.001, **options: Any) -> None:
+    def __init__(self, reward_kl_coef: NonNegativeFloat = 0.001, **options: Any) -> None:
         super().__init__(
             reward_kl_coef=reward_kl_coef,
             kl_coef=0.0,

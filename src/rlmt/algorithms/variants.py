@@ -14,6 +14,14 @@ from torch import Tensor
 from rlmt.algorithms.advantages import sum_before, whitened
 from rlmt.algorithms.critic_free import CriticFree
 from rlmt.algorithms.grpo import GRPO
+from rlmt.options import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    OpenUnitInterval,
+    PositiveFloat,
+    UnitIntervalAboveZero,
+    check_ranges,
+)
 from rlmt.types import Experience, TokenBatch
 
 
@@ -44,7 +52,11 @@ class DAPO(GRPO):
     """
 
     def __init__(
-        self, dynamic_sampling: int = 4, overlong_penalty: float = 1.0, overlong_buffer: float = 0.2, **options: Any
+        self,
+        dynamic_sampling: NonNegativeInt = 4,
+        overlong_penalty: NonNegativeFloat = 1.0,
+        overlong_buffer: UnitIntervalAboveZero = 0.2,
+        **options: Any,
     ) -> None:
         super().__init__(
             dynamic_sampling=dynamic_sampling,
@@ -73,12 +85,11 @@ class GSPO(GRPO):
         UserError: An option is out of range.
     """
 
-    def __init__(self, sequence_clip_low: float = 3e-4, sequence_clip_high: float = 4e-4, **options: Any) -> None:
+    def __init__(
+        self, sequence_clip_low: OpenUnitInterval = 3e-4, sequence_clip_high: PositiveFloat = 4e-4, **options: Any
+    ) -> None:
+        check_ranges(GSPO, locals())
         self.sequence_clip_low, self.sequence_clip_high = sequence_clip_low, sequence_clip_high
-        self._require(
-            sequence_clip_low=(0 < sequence_clip_low < 1, "must be between 0 and 1"),
-            sequence_clip_high=(sequence_clip_high > 0, "must be positive"),
-        )
         super().__init__(
             loss_aggregation="sequence_mean",
             clip_low=sequence_clip_low,
@@ -105,7 +116,7 @@ class REINFORCEPlusPlus(CriticFree):
         **options: Options of `CriticFree` that the paper does not fix.
     """
 
-    def __init__(self, reward_kl_coef: float = 0.001, **options: Any) -> None:
+    def __init__(self, reward_kl_coef: NonNegativeFloat = 0.001, **options: Any) -> None:
         super().__init__(reward_kl_coef=reward_kl_coef, kl_coef=0.0, dual_clip=None, entropy_coef=0.0, **options)
 
     def check(self, group_size: int) -> None:

@@ -1,4 +1,4 @@
-"""From prompts to rollouts: what the data module asks of the policy, and one checked call of the engine."""
+"""From prompts to rollouts: what generation requires of the policy's module, and one checked call of the engine."""
 
 from __future__ import annotations
 
@@ -21,44 +21,44 @@ from rlmt.types import AdapterWeights, Prompt, PromptBatch, RolloutBatch, Sample
 
 
 class PolicySource(Protocol):
-    """What the data module reads from the LightningModule that it is run with."""
+    """What generation reads from the LightningModule that trains the policy."""
 
     @property
     def format(self) -> ThinkingFormat:
-        """How prompts are rendered and samples stop."""
+        """How prompts are rendered and where samples stop."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The policy's tokenizer; there before any weights are loaded."""
+        """The policy's tokenizer; available before weights are loaded."""
 
     @property
     def max_positions(self) -> int:
-        """The policy's context length in tokens; there before any weights are loaded."""
+        """The policy's context length in tokens; available before weights are loaded."""
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Number format of the policy's forward."""
+        """Dtype of the policy's forward pass."""
 
     @property
     def policy(self) -> PreTrainedModel | None:
-        """The policy; None until the module is configured, set by the first batch."""
+        """The policy; None until `configure_model`."""
 
     @property
     def policy_version(self) -> int:
-        """Counts the policy's updates."""
+        """Number of updates of the policy."""
 
     def policy_weights(self) -> Iterator[tuple[str, Tensor]]:
         """All weights under their Hugging Face names, with an adapter the frozen base's; collective where sharded."""
 
     def policy_adapter(self) -> AdapterWeights | None:
-        """The adapter that makes the policy of the frozen base, or None."""
+        """The adapter of the policy, or None."""
 
 
 class LoadedPrompts(PromptBatch):
-    """A PromptBatch that Lightning's precision plugins leave alone.
+    """A PromptBatch that Lightning passes on unchanged.
 
-    They walk through the fields of every dataclass in a batch, looking for tensors to cast, and fail on frozen ones
-    (`bf16-true` does). This one shows them no fields.
+    Lightning walks through the fields of every dataclass in a batch, to cast and move tensors, and fails on frozen
+    ones. This class shows it no fields.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]] = {}
@@ -68,24 +68,24 @@ class LoadedPrompts(PromptBatch):
 
 
 def recorded_prompts(prompts: list[Prompt], source: PolicySource, engine: Engine, name: str) -> list[Prompt]:
-    """The prompts that the engine can sample from: all of them, unless it replays.
+    """The prompts that the engine can generate for: all of them, unless it replays recorded samples.
 
     Args:
-        prompts: of one set.
-        source: the module that holds the policy.
-        engine: after its checks.
-        name: what to call the set.
+        prompts: Prompts of one set.
+        source: The module that trains the policy.
+        engine: The engine, after its checks.
+        name: Name of the set, for messages.
 
     Raises:
-        UserError: there is none.
+        UserError: None of the prompts was recorded.
     """
     if not engine.replays:
         return prompts
     known = [p for p in prompts if engine.knows(source.format.render(p.messages, source.tokenizer))]
     if prompts and not known:
         raise UserError(
-            f"none of the {len(prompts):,} prompts of {name} was recorded: give --data.prompts and --data.system of "
-            "the run that recorded, or another --data.engine"
+            f"--data.engine.path has none of the {len(prompts):,} prompts of {name}: set --data.prompts and "
+            "--data.system as in the run that recorded, or use another --data.engine."
         )
     if len(known) < len(prompts):
         missing = len(prompts) - len(known)
@@ -94,28 +94,28 @@ def recorded_prompts(prompts: list[Prompt], source: PolicySource, engine: Engine
 
 
 def generate(
-    batch: PromptBatch, source: PolicySource, engine: Engine, sampling: Sampling, group_size: int, seed: int
+    prompts: PromptBatch, source: PolicySource, engine: Engine, sampling: Sampling, group_size: int, seed: int
 ) -> RolloutBatch:
-    """Samples every prompt with the policy's present weights, syncing the engine first if the policy moved.
+    """Generates rollouts with the current weights of the policy, and syncs the engine first if the policy was updated.
 
     An engine that replays is not synced, and its samples are marked as off-policy.
 
     Args:
-        batch: P prompts.
-        source: the module that holds the policy.
-        engine: a started engine.
-        sampling: how to sample.
-        group_size: G samples a prompt.
-        seed: seed of the run; with epoch, prompt and sample number it makes each sample's seed.
+        prompts: P prompts.
+        source: The module that trains the policy.
+        engine: A started engine.
+        sampling: Sampling parameters.
+        group_size: G samples per prompt.
+        seed: Seed of the run; with epoch, prompt and sample number it makes the seed of each sample.
 
     Returns:
-        P·G samples on the CPU, with the seconds that `sync` and `rollout` took.
+        P·G samples on the CPU, with the seconds of `sync` and `rollout`.
 
     Raises:
-        RuntimeError: the engine broke its contract, e.g. sampled with other weights than the policy's.
-        UserError: it could not sample; on every rank where it could not on one.
+        RuntimeError: The engine violated its contract, e.g. sampled with other weights than the policy's.
+        UserError: The engine cannot generate; raised on every rank if it fails on one.
     """
-    requests = sample_requests(batch, source, group_size, seed)
+    requests = sample_requests(prompts, source, group_size, seed)
     version = source.policy_version
     began = perf_counter()
     if not engine.replays:
@@ -123,26 +123,25 @@ def generate(
     synced = perf_counter()
     samples = collectives.run_on_all_ranks(lambda: engine.generate(requests, sampling))
     seconds = {"rollout": perf_counter() - synced, "sync": synced - began}
-    rollouts = to_rollout_batch(
-        batch, requests, samples, sampling, samples.weight_version if engine.replays else version, seconds
-    )
+    expected = samples.weight_version if engine.replays else version
+    rollouts = to_rollout_batch(prompts, requests, samples, sampling, expected, seconds)
     return replace(rollouts, off_policy=True) if engine.replays else replace(rollouts, lag=0)
 
 
-def sample_requests(batch: PromptBatch, source: PolicySource, group_size: int, seed: int) -> list[SampleRequest]:
-    """What to ask an engine for: each prompt as tokens, with a seed for each of its `group_size` samples."""
+def sample_requests(prompts: PromptBatch, source: PolicySource, group_size: int, seed: int) -> list[SampleRequest]:
+    """Renders each prompt as tokens, with a seed for each of its `group_size` samples."""
     return [
         SampleRequest(
             prompt_ids=source.format.render(prompt.messages, source.tokenizer),
-            seeds=[sample_seed(seed, batch.epoch, prompt.index, sample) for sample in range(group_size)],
-            epoch=batch.epoch,
+            seeds=[sample_seed(seed, prompts.epoch, prompt.index, sample) for sample in range(group_size)],
+            epoch=prompts.epoch,
         )
-        for prompt in batch.prompts
+        for prompt in prompts.prompts
     ]
 
 
 def sync_weights(engine: Engine, source: PolicySource) -> None:
-    """Gives the engine the policy's present weights, if it holds others; every rank has to call it."""
+    """Gives the engine the current weights of the policy if it has others. All ranks have to call it."""
     if engine.version == source.policy_version:
         engine.renew()
     else:
@@ -150,30 +149,30 @@ def sync_weights(engine: Engine, source: PolicySource) -> None:
 
 
 def to_rollout_batch(
-    batch: PromptBatch,
+    prompts: PromptBatch,
     requests: list[SampleRequest],
     samples: Samples,
     sampling: Sampling,
     version: int,
     seconds: dict[str, float],
 ) -> RolloutBatch:
-    """Prompts and samples together, once they are known to belong together.
+    """Joins prompts and samples, after a check that they belong together.
 
     Args:
-        batch: P prompts.
-        requests: made of them.
-        samples: what an engine returned for those.
-        sampling: how they were drawn.
-        version: of the weights that have to have drawn them.
-        seconds: that `rollout` and `sync` took.
+        prompts: P prompts.
+        requests: Requests for the prompts.
+        samples: What the engine returned for the requests.
+        sampling: Sampling parameters.
+        version: Expected version of the weights that generated the samples.
+        seconds: Seconds of `rollout` and `sync`.
 
     Raises:
-        RuntimeError: the engine broke its contract.
+        RuntimeError: The engine violated its contract.
     """
     group_size = len(requests[0].seeds)
     _check(samples, len(requests) * group_size, version)
     return RolloutBatch(
-        prompts=batch.prompts,
+        prompts=prompts.prompts,
         group_size=group_size,
         prompt_ids=[request.prompt_ids for request in requests],
         completion_ids=samples.completion_ids,
@@ -181,7 +180,7 @@ def to_rollout_batch(
         finish=samples.finish,
         sampling=sampling,
         weight_version=samples.weight_version,
-        epoch=batch.epoch,
+        epoch=prompts.epoch,
         ref_logprobs=None if samples.ref_logprobs is None else _flat(samples.ref_logprobs),
         seconds=seconds,
     )
@@ -192,12 +191,12 @@ def _flat(rows: list[list[float]]) -> Tensor:
 
 
 def _check(samples: Samples, count: int, version: int) -> None:
-    """Raises RuntimeError unless there is a sample for every seed, drawn with the weights of this version."""
+    """Raises RuntimeError unless there is a sample for every seed, generated with the weights of this version."""
     if samples.weight_version != version:
-        raise RuntimeError(f"stale rollout: drawn with weights {samples.weight_version}, not with {version}")
+        raise RuntimeError(f"stale rollout: generated with weights {samples.weight_version}, not with {version}")
     sizes = len(samples.completion_ids), len(samples.logprobs), len(samples.finish)
     if sizes != (count, count, count):
-        raise RuntimeError(f"the engine returned {sizes} completions, log-probs and reasons for {count} seeds")
+        raise RuntimeError(f"the engine returned {sizes} completions, log-probs and finish reasons for {count} seeds")
     for ids, logprobs in zip(samples.completion_ids, samples.logprobs, strict=True):
         if not ids or len(ids) != len(logprobs):
             raise RuntimeError(f"the engine returned {len(ids)} tokens with {len(logprobs)} log-probs for a sample")

@@ -1,12 +1,12 @@
-"""One-step-off rollouts: the engine draws the next batch while this one is trained on.
+"""One-step-off rollouts: the engine generates the next batch while this one is trained on.
 
-Right before a batch is trained on, the engine gets the policy's present weights and is sent for the next batch, so each
-batch but a run's first was drawn with the weights from before the one update in between, never older ones. A checkpoint
-holds the batch that is under way, once it is there, with the shares of all ranks; so a resumed run trains on the very
+Before a batch is trained on, the engine gets the current weights of the policy and starts on the next batch. So each
+batch but a run's first was generated with the weights from before one update, never older ones. A checkpoint holds the
+batch that is being generated, once it is complete, with the shares of all ranks; a resumed run trains on the very
 samples that the unbroken run would have trained on.
 
-In the thread that draws, ranks do not speak to each other; they do where a batch is waited for, and before the next one
-is sent for, so that weights change under nobody's samples.
+Ranks do not communicate in the thread that generates. They do where a batch is waited for, and before the next one is
+started, so that no engine gets new weights while another rank still generates.
 """
 
 from __future__ import annotations
@@ -30,51 +30,51 @@ from rlmt.types import FinishReason, PromptBatch, RolloutBatch, Samples, Samplin
 
 
 @dataclass
-class _Flight:
-    """A batch under way."""
+class _Pending:
+    """A batch that is being generated."""
 
     key: tuple[int, list[int]]
-    """Which prompts, see `_key`."""
+    """Epoch and prompts, see `_key`."""
     version: int
-    """The policy's when it was sent for."""
+    """Version of the policy that generates it."""
     samples: Future[Samples]
 
 
-class _Landing(RankState):
-    """The state of a batch under way. It is written as tensors and plain data, and waited for only then.
+class _PendingState(RankState):
+    """State of a pending batch. It waits for the batch and converts it to tensors and plain data when it is pickled.
 
-    A run notes its state at the end of every step, and writes few of them; one that is told to end must not wait for a
-    batch that its checkpoint does not hold.
+    A run takes a snapshot of its state after every step and writes few of them; a run that is told to stop must not
+    wait for a batch that its checkpoint does not hold.
 
     Args:
-        flight: the batch; None where there is none.
+        pending: The batch; None if there is none.
     """
 
-    def __init__(self, flight: _Flight | None) -> None:
-        self._flight = flight
+    def __init__(self, pending: _Pending | None) -> None:
+        self._pending = pending
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Landing:
+    def __deepcopy__(self, memo: dict[int, Any]) -> _PendingState:
         return self
 
     def __reduce__(self) -> Any:
-        """Pickles as a dictionary, which is empty where there is no batch or it failed."""
+        """Pickles as a dictionary, which is empty if there is no batch or its generation failed."""
         return OrderedDict(self._plain()).__reduce__()
 
     def of_all_ranks(self) -> Any:
-        """The batch of all ranks; empty where the share of one is missing."""
+        """The batch of all ranks; empty if the share of one is missing."""
         if collectives.world_size() == 1:
             return self
         shares = collectives.all_gather_object(self._plain())
-        return _joined(shares) if all(shares) else {}
+        return _join(shares) if all(shares) else {}
 
     def _plain(self) -> dict[str, Any]:
-        flight = self._flight
-        if flight is None or flight.samples.exception() is not None:
+        pending = self._pending
+        if pending is None or pending.samples.exception() is not None:
             return {}
-        samples = flight.samples.result()
+        samples = pending.samples.result()
         return {
-            "epoch": flight.key[0],
-            "prompts": flight.key[1],
+            "epoch": pending.key[0],
+            "prompts": pending.key[1],
             "lengths": [len(ids) for ids in samples.completion_ids],
             "ids": torch.tensor([i for ids in samples.completion_ids for i in ids], dtype=torch.int32),
             "logprobs": torch.tensor([x for row in samples.logprobs for x in row], dtype=torch.float32),
@@ -83,19 +83,19 @@ class _Landing(RankState):
         }
 
 
-def _joined(shares: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The state of one process's batch of those of all ranks: rank r of N has every Nth prompt from r on."""
+def _join(shares: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The state of the whole batch from the shares of all ranks: rank r of N has every Nth prompt from r on."""
     groups = [group for row in zip(*map(_groups, shares), strict=True) for group in row]
     return _with_groups(shares[0], groups)
 
 
 def _share(state: dict[str, Any], rank: int, size: int) -> dict[str, Any]:
-    """A rank's part of a state."""
+    """The share of one rank in the state of a batch."""
     return _with_groups(state, _groups(state)[rank::size])
 
 
 _Group = tuple[int, list[tuple[int, Tensor, Tensor, str]]]
-"""Number of a prompt, and its samples: length, tokens, log-probs, and why it ended."""
+"""Number of a prompt, and its samples: length, tokens, log-probs and finish reason."""
 
 
 def _groups(state: dict[str, Any]) -> list[_Group]:
@@ -120,16 +120,16 @@ def _with_groups(state: dict[str, Any], groups: Sequence[_Group]) -> dict[str, A
 
 
 class OneStepOff:
-    """The one batch that is drawn ahead."""
+    """Generates one batch ahead, in a thread."""
 
     def __init__(self) -> None:
         self._thread: ThreadPoolExecutor | None = None
-        self._flight: _Flight | None = None
+        self._pending: _Pending | None = None
         self._waited = 0.0
 
-    def draw(
+    def generate(
         self,
-        batch: PromptBatch,
+        prompts: PromptBatch,
         following: PromptBatch,
         source: PolicySource,
         engine: Engine,
@@ -137,81 +137,78 @@ class OneStepOff:
         group_size: int,
         seed: int,
     ) -> RolloutBatch:
-        """Waits for the rollouts of a batch and sends for those of the following one, with the present weights.
+        """Waits for the rollouts of a batch, and starts the following batch with the current weights.
 
-        Every rank has to call it.
-
-        The first batch of a run, for which nothing was sent, is drawn here, with the present weights as well.
+        All ranks have to call it. A run's first batch is generated here, with the current weights as well.
 
         Args:
-            batch: P prompts.
-            following: the prompts of the next call.
-            source: the module that holds the policy.
-            engine: a started engine that is `concurrent`.
-            sampling: how to sample.
-            group_size: G samples a prompt.
-            seed: as for `rlmt.data.generation.draw`.
+            prompts: P prompts.
+            following: The prompts of the next call.
+            source: The module that trains the policy.
+            engine: A started engine that is `concurrent`.
+            sampling: Sampling parameters.
+            group_size: G samples per prompt.
+            seed: Seed of the run.
 
         Returns:
-            P·G samples on the CPU; `lag` tells how many updates of the policy their weights are behind, `off_policy`
-            whether any; `rollout` seconds are those that training waited.
+            P·G samples on the CPU; `lag` is the number of policy updates since their weights, `off_policy` whether
+            there was one; the seconds of `rollout` are those that training waited.
 
         Raises:
-            RuntimeError: the engine broke its contract.
-            UserError: it could not sample; on every rank where it could not on one.
+            RuntimeError: The engine violated its contract.
+            UserError: The engine cannot generate; raised on every rank if it fails on one.
         """
-        requests = sample_requests(batch, source, group_size, seed)
-        self.settle()
-        flight = collectives.run_on_all_ranks(lambda: self._landed(batch))
-        if not all(collectives.all_gather_object(flight is not None)):
-            flight = None  # a step has samples of the same weights on all ranks
+        requests = sample_requests(prompts, source, group_size, seed)
+        self.wait()
+        pending = collectives.run_on_all_ranks(lambda: self._result(prompts))
+        if not all(collectives.all_gather_object(pending is not None)):
+            pending = None  # the samples of a step have the same weights on all ranks
         began = perf_counter()
         sync_weights(engine, source)
         synced = perf_counter()
         version = source.policy_version
-        samples, drawn_with = flight or (
-            collectives.run_on_all_ranks(lambda: engine.generate(requests, sampling)),
-            version,
-        )
+        if pending is None:
+            pending = collectives.run_on_all_ranks(lambda: engine.generate(requests, sampling)), version
+        samples, generated_with = pending
         waited, self._waited = self._waited + perf_counter() - synced, 0.0
         ahead = sample_requests(following, source, group_size, seed)
-        self._send(following, version, partial(engine.generate, ahead, sampling))
+        self._start(following, version, partial(engine.generate, ahead, sampling))
         seconds = {"rollout": waited, "sync": synced - began}
-        rollouts = to_rollout_batch(batch, requests, samples, sampling, drawn_with, seconds)
-        return replace(rollouts, lag=version - drawn_with, off_policy=version != drawn_with)
+        rollouts = to_rollout_batch(prompts, requests, samples, sampling, generated_with, seconds)
+        return replace(rollouts, lag=version - generated_with, off_policy=version != generated_with)
 
-    def _landed(self, batch: PromptBatch) -> tuple[Samples, int] | None:
-        """The samples that were sent for, and the version of their weights; None if they are not of these prompts."""
-        flight, self._flight = self._flight, None
-        if flight is None:
+    def _result(self, prompts: PromptBatch) -> tuple[Samples, int] | None:
+        """The pending samples and the version of their weights; None if they are of other prompts."""
+        pending, self._pending = self._pending, None
+        if pending is None:
             return None
-        samples = flight.samples.result()
-        return (samples, flight.version) if flight.key == _key(batch) else None
+        samples = pending.samples.result()
+        return (samples, pending.version) if pending.key == _key(prompts) else None
 
-    def _send(self, batch: PromptBatch, version: int, draw: Callable[[], Samples]) -> None:
+    def _start(self, prompts: PromptBatch, version: int, work: Callable[[], Samples]) -> None:
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "rollouts")
-        self._flight = _Flight(_key(batch), version, self._thread.submit(draw))
+        self._pending = _Pending(_key(prompts), version, self._thread.submit(work))
 
-    def settle(self) -> None:
-        """Waits until the engine has drawn what it was sent for on every rank, so that it can be used otherwise."""
+    def wait(self) -> None:
+        """Waits until no rank generates, so that the engine can be used otherwise. All ranks have to call it."""
         began = perf_counter()
-        if self._flight is not None:
-            self._flight.samples.exception()
+        if self._pending is not None:
+            self._pending.samples.exception()
         collectives.all_gather_object(None)
         self._waited += perf_counter() - began
 
     def state_dict(self) -> Any:
-        """The batch under way, for a checkpoint; see `_Landing`."""
-        return _Landing(self._flight)
+        """The pending batch, for a checkpoint."""
+        return _PendingState(self._pending)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Puts this rank's share of a saved batch back where it was.
+        """Restores this rank's share of a saved batch.
 
         Args:
-            state: what a checkpoint holds.
+            state: State in a checkpoint.
         """
-        self._flight = None
+        self._pending = None
         if not state or len(state["prompts"]) % collectives.world_size():
             return
         state = _share(state, collectives.rank(), collectives.world_size())
@@ -224,16 +221,16 @@ class OneStepOff:
                 weight_version=state["weight_version"],
             )
         )
-        self._flight = _Flight((state["epoch"], list(state["prompts"])), state["weight_version"], samples)
+        self._pending = _Pending((state["epoch"], list(state["prompts"])), state["weight_version"], samples)
 
     def close(self) -> None:
-        """Waits for the thread to end, which an engine that was closed does not delay."""
-        self._flight = None
+        """Waits for the thread to end; an engine that was closed ends it at once."""
+        self._pending = None
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
             self._thread = None
 
 
-def _key(batch: PromptBatch) -> tuple[int, list[int]]:
-    """Which prompts of which pass a batch has."""
-    return batch.epoch, [prompt.index for prompt in batch.prompts]
+def _key(prompts: PromptBatch) -> tuple[int, list[int]]:
+    """Epoch and row numbers of a batch."""
+    return prompts.epoch, [prompt.index for prompt in prompts.prompts]

@@ -1,8 +1,8 @@
-"""RolloutDataModule: prompts in, rollouts out, drawn with the weights that the policy has at that moment.
+"""RolloutDataModule: loads prompts, and generates rollouts for them with the current weights of the policy.
 
-The loaders yield prompts only. Sampling happens in `on_before_batch_transfer`, when Lightning asks for the very batch
-that it is about to train on, so no rollout ever waits while the policy moves on. Nothing is prefetched: a text row
-costs nothing to load, and a rollout drawn early would be stale; `rollout_lag` allows that on purpose, by one step.
+The loaders yield prompts only. The module calls `generate` for the batch that it is about to train on, so rollouts are
+on-policy. Nothing is prefetched: a row of text costs nothing to load, and a rollout generated early would be stale;
+`rollout_lag` allows that on purpose, by one step.
 """
 
 from __future__ import annotations
@@ -21,81 +21,74 @@ from rlmt.data.one_step_off import OneStepOff
 from rlmt.data.prompts import PromptDataset, load_prompt_sets
 from rlmt.data.sampler import PromptSampler, ResumableOrder
 from rlmt.distributed import collectives
-from rlmt.engines.base import Engine
+from rlmt.engines import Engine, ReplayEngine
+from rlmt.engines.offline_rollouts import OfflineRollouts
 from rlmt.errors import UserError
+from rlmt.options import (
+    FinitePositiveFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    UnitIntervalAboveZero,
+    ZeroOrOne,
+    check_ranges,
+)
 from rlmt.types import Prompt, PromptBatch, RolloutBatch, Sampling
 
 
 class RolloutDataModule(ResumableOrder, LightningDataModule):
-    """Loads prompts and has the engine draw samples from the policy for them.
+    """Loads prompts, and has the engine generate samples from the policy for them.
 
-    Training batches hold `group_size` samples a prompt; validation and test batches hold one, drawn with seeds that are
-    the same every time, so that curves compare; predict goes once through all prompts, `group_size` samples each.
-    Several ranks share the prompts of a batch, and the held-out ones, evenly.
+    Training batches have `group_size` samples per prompt. Validation and test batches have one, with the same seeds
+    every time, so that curves are comparable. Predict passes once over all prompts, with `group_size` samples each.
+    Several ranks share the prompts of a batch, and the held-out prompts, evenly.
 
     Args:
-        prompts: file (.parquet, .jsonl, .json, .csv) or hub data set, see `rlmt.data.prompts`.
-        engine: what draws the samples.
-        batch_size: prompts a training step over all ranks together.
-        group_size: samples a prompt.
-        temperature: sampling temperature, > 0.
-        top_p: nucleus mass in (0, 1]; below 1 the engine's log-probs are renormalised and no longer the trainer's.
-        max_prompt_tokens: longer rendered prompts are dropped, and counted aloud.
-        max_new_tokens: completion length limit.
-        column: column that holds the prompts; None takes `prompt`, else `messages`.
-        system: system prompt for rows that have none.
-        val_prompts: file or hub data set to validate on; None splits validation prompts off `prompts`.
-        val_size: number of validation prompts, 0 for none; None takes 64 of `prompts`, or all of `val_prompts`.
-        seed: orders the prompts and seeds the samples.
-        val_engine: what draws the samples of validation and test; None takes `engine`, unless that one replays.
-        engine_timeout: seconds that one rollout, with the engine's start at the first, may take; after that the run
-            saves what it can and ends with status 75. None waits for ever.
-        rollout_lag: 1 has the engine draw the next batch while this one is trained on, with weights from before this
-            update; the objective corrects for it. Needs an engine beside the trainer. 0 is exactly on-policy.
+        prompts: File (.parquet, .jsonl, .json, .csv) or hub data set, see `rlmt.data.prompts`.
+        engine: Generates the samples.
+        batch_size: Prompts per training step, over all ranks.
+        group_size: Samples per prompt.
+        temperature: Sampling temperature, > 0.
+        top_p: Nucleus mass in (0, 1]; below 1 the engine's log-probs are renormalized and differ from the trainer's.
+        max_prompt_tokens: Prompts that are longer once rendered are dropped; their number is logged.
+        max_new_tokens: Maximum length of a completion in tokens.
+        column: Column of the prompts; null takes `prompt`, else `messages`.
+        system: System prompt for rows without one.
+        val_prompts: File or hub data set of validation prompts; null splits them off `prompts`.
+        val_size: Number of validation prompts, 0 for none; null takes 64 of `prompts`, or all of `val_prompts`.
+        seed: Seed of the order of prompts and of the samples.
+        val_engine: Generates the samples of validation and test; null takes `engine`, unless that one replays.
+        engine_timeout: Maximum seconds of one rollout, including the start of the engine for the first; after that the
+            run saves a checkpoint if it can and exits with status 75. Null sets no limit.
+        rollout_lag: 1 generates the next batch while this one is trained on, with weights from before this update (one
+            step off-policy); the objective corrects for it. Requires an engine that runs beside the trainer. 0 is
+            exactly on-policy.
 
     Raises:
-        UserError: an argument is out of range.
+        UserError: An option is out of range.
     """
 
     def __init__(
         self,
         prompts: str,
         engine: Engine,
-        batch_size: int = 64,
-        group_size: int = 8,
-        temperature: float = 0.7,
-        top_p: float = 1.0,
-        max_prompt_tokens: int = 1024,
-        max_new_tokens: int = 4096,
+        batch_size: PositiveInt = 64,
+        group_size: PositiveInt = 8,
+        temperature: FinitePositiveFloat = 0.7,
+        top_p: UnitIntervalAboveZero = 1.0,
+        max_prompt_tokens: PositiveInt = 1024,
+        max_new_tokens: PositiveInt = 4096,
         column: str | None = None,
         system: str | None = None,
         val_prompts: str | None = None,
-        val_size: int | None = None,
+        val_size: NonNegativeInt | None = None,
         seed: int = 0,
         val_engine: Engine | None = None,
-        engine_timeout: float | None = 7200.0,
-        rollout_lag: int = 0,
+        engine_timeout: PositiveFloat | None = 7200.0,
+        rollout_lag: ZeroOrOne = 0,
     ) -> None:
+        check_ranges(RolloutDataModule, locals())
         super().__init__()
-        counts = {
-            "batch_size": batch_size,
-            "group_size": group_size,
-            "max_prompt_tokens": max_prompt_tokens,
-            "max_new_tokens": max_new_tokens,
-        }
-        for name, count in counts.items():
-            if count < 1:
-                raise UserError(f"--data.{name} is {count}: give at least 1")
-        if not 0 < temperature < float("inf"):
-            raise UserError(f"--data.temperature is {temperature}: give a number above 0")
-        if not 0 < top_p <= 1:
-            raise UserError(f"--data.top_p is {top_p}: give a number above 0, at most 1")
-        if val_size is not None and val_size < 0:
-            raise UserError(f"--data.val_size is {val_size}: give a number of prompts, or 0 for no validation")
-        if engine_timeout is not None and not engine_timeout > 0:
-            raise UserError(f"--data.engine_timeout is {engine_timeout}: give seconds above 0, or null for no limit")
-        if rollout_lag not in (0, 1):
-            raise UserError(f"--data.rollout_lag is {rollout_lag}: give 0, or 1 to draw one step ahead")
         self.prompts = prompts
         self.engine = engine
         self.batch_size = batch_size
@@ -112,23 +105,23 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
         self.val_engine = val_engine
         self.engine_timeout = engine_timeout
         self.rollout_lag = rollout_lag
-        self._ahead = OneStepOff()
+        self._one_step_off = OneStepOff()
         self._all: list[Prompt] | None = None
         self._train: list[Prompt] = []
         self._val: list[Prompt] = []
         self._started: list[Engine] = []
 
-    # ---------------------------------------------------------------- prompts
+    # Prompts ----------------------------------------------------------------------------------------------------------
 
     @collectives.rank_hook
     def setup(self, stage: str) -> None:
-        """Checks the engine and the options, then loads, drops and splits the prompts (once).
+        """Checks the engine and the options, then loads, filters and splits the prompts (once).
 
         Args:
             stage: fit, validate, test or predict.
 
         Raises:
-            UserError: anything is wrong with the engine, the options or the prompts.
+            UserError: The engine, the options or the prompts have an error.
         """
         held_out = stage in ("validate", "test")
         engine = self._held_out_engine if held_out else self.engine
@@ -137,7 +130,7 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
         if self._max_model_len > source.max_positions:
             raise UserError(
                 f"--data.max_prompt_tokens {self.max_prompt_tokens:,} + --data.max_new_tokens {self.max_new_tokens:,} "
-                f"exceed the model's context of {source.max_positions:,} tokens: lower one of them"
+                f"exceed the model's context of {source.max_positions:,} tokens: lower one of them."
             )
         source.format.check(source.tokenizer, source.tokenizer.name_or_path)
         samples = 1 if held_out else self.group_size
@@ -149,8 +142,8 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
         if stage == "fit":
             if self.rollout_lag and not engine.concurrent:
                 raise UserError(
-                    f"--data.rollout_lag 1: {type(engine).__name__} cannot draw while the policy is trained; set "
-                    "--data.engine VLLMServerEngine, or 0"
+                    f"--data.rollout_lag is 1, but {type(engine).__name__} cannot generate while the policy is "
+                    "trained: set --data.engine VLLMServerEngine, or the lag to 0."
                 )
             if self._val:
                 self._held_out_engine.check()
@@ -161,22 +154,22 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
         elif stage == "predict":
             self._all = recorded_prompts(self._all or [], source, self.engine, self.prompts)
         elif not self._val:
-            raise UserError(f"nothing to {stage} on: set --data.val_size above 0 or --data.val_prompts")
-        if len(self._val) % self._world_size:  # one of them would count twice
+            raise UserError(f"There are no prompts to {stage} on: set --data.val_size above 0 or --data.val_prompts.")
+        if len(self._val) % self._world_size:  # a prompt would count twice
             raise UserError(
-                f"--data.val_size is {len(self._val)}, which does not divide by {self._world_size} devices: set it to "
-                "a multiple"
+                f"--data.val_size is {len(self._val)}, which is not divisible by {self._world_size} devices: set it to "
+                "a multiple."
             )
 
     def _check_batch_size(self) -> None:
         if self.batch_size > len(self._train):
             raise UserError(
-                f"--data.batch_size is {self.batch_size:,}, but only {len(self._train):,} training prompts are left of "
-                f"{self.prompts}: lower it or --data.val_size"
+                f"--data.batch_size is {self.batch_size:,}, but {self.prompts} has only {len(self._train):,} training "
+                "prompts: lower it or --data.val_size."
             )
 
     def train_dataloader(self) -> StatefulDataLoader:
-        """Batches of `batch_size` / ranks prompts, reshuffled every epoch, resumable in the middle of one."""
+        """Batches of `batch_size` / ranks prompts, reshuffled every epoch, resumable within an epoch."""
         assert self._sampler is not None
         sampler = self._sampler
         return StatefulDataLoader(
@@ -185,32 +178,33 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
             sampler=sampler,
             collate_fn=lambda prompts: LoadedPrompts(prompts, epoch=sampler.epoch),
             drop_last=True,
-            # Starting an epoch draws a number, which must not be the run's: a resumed run starts one more.
+            # Starting an epoch takes a random number; a resumed run starts one epoch more, so it is not the global
+            # generator's.
             generator=torch.Generator(),
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """As any order's; with `rollout_lag` the batch under way belongs to it."""
+        """State of the order of prompts, with `rollout_lag` also the batch that is being generated."""
         state = super().state_dict()
-        return state | {"ahead": self._ahead.state_dict()} if state and self.rollout_lag else state
+        return state | {"ahead": self._one_step_off.state_dict()} if state and self.rollout_lag else state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Undoes `state_dict`."""
+        """Restores the state."""
         super().load_state_dict(state_dict)
         if self._sampler is not None:
-            self._ahead.load_state_dict(state_dict.get("ahead", {}) if self.rollout_lag else {})
+            self._one_step_off.load_state_dict(state_dict.get("ahead", {}) if self.rollout_lag else {})
 
     def val_dataloader(self) -> DataLoader[Prompt] | list[DataLoader[Prompt]]:
-        """The held-out prompts, as many samples a batch as in training; no loader if there are none."""
+        """The held-out prompts, with as many samples per batch as in training; no loader if there are none."""
         if not self._val:
             return []
         dataset = PromptDataset(self._val)
-        # Of this type even on one rank, so that Lightning leaves it as it is.
+        # A DistributedSampler even on one rank, so that Lightning does not replace it.
         sampler: DistributedSampler[Prompt] = DistributedSampler(
             dataset, num_replicas=self._world_size, rank=self._rank, shuffle=False
         )
         batch_size = max(1, self.batch_size * self.group_size // self._world_size)
-        own = torch.Generator()  # as in training: a run resumed behind a validation starts the loader once more
+        own = torch.Generator()  # as in training: a run resumed after a validation starts the loader once more
         return DataLoader(dataset, batch_size=batch_size, sampler=sampler, collate_fn=_collate_held_out, generator=own)
 
     def test_dataloader(self) -> DataLoader[Prompt] | list[DataLoader[Prompt]]:
@@ -218,9 +212,10 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
         return self.val_dataloader()
 
     def predict_dataloader(self) -> DataLoader[Prompt]:
-        """All prompts that are short enough, in the order of their rows, shared out among ranks.
+        """All prompts that are short enough, in the order of their rows, distributed over ranks.
 
-        Where they do not divide by the ranks, the first ones come once more at the end, so that all have equally many.
+        If their number is not divisible by the ranks, the first ones are repeated at the end, so that all ranks have
+        equally many.
         """
         dataset = PromptDataset(self._all or [])
         sampler: DistributedSampler[Prompt] = DistributedSampler(
@@ -229,78 +224,76 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
         batch_size = max(1, self.batch_size // self._world_size)
         return DataLoader(dataset, batch_size=batch_size, sampler=sampler, collate_fn=_collate_held_out)
 
-    # ---------------------------------------------------------------- rollouts
+    # Rollouts ---------------------------------------------------------------------------------------------------------
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Turns prompts into rollouts with the policy's present weights; other batches pass.
+    def generate(self, prompts: PromptBatch) -> RolloutBatch:
+        """Generates rollouts with the current weights of the policy. All ranks have to call it.
 
         Args:
-            batch: a PromptBatch.
-            dataloader_idx: not used.
+            prompts: P prompts: a batch of this module's loaders, or of `next_prompts`.
 
         Returns:
-            RolloutBatch on the CPU, its `seconds` filled in.
+            The rollouts, tensors on the module's device.
 
         Raises:
-            RuntimeError: the engine broke its contract, e.g. sampled with other weights than the policy's.
+            RuntimeError: The engine violated its contract, e.g. sampled with other weights than the policy's.
+            UserError: The engine cannot generate.
         """
-        if not isinstance(batch, PromptBatch):
-            return batch
         assert self.trainer is not None
-        source = self._source
+        source, device = self._source, self.trainer.lightning_module.device
         held_out = not (self.trainer.training or self.trainer.predicting)
         engine, group_size = (self._held_out_engine, 1) if held_out else (self.engine, self.group_size)
-        with time_limit(self.engine_timeout, type(engine).__name__, "--data.engine_timeout"):
+        settings = (source, engine, self._sampling(source), group_size, self.seed)
+        time_limited = time_limit(self.engine_timeout, type(engine).__name__, "--data.engine_timeout")
+        # Engines choose their dtype themselves: a step's autocast is the trainer's.
+        with time_limited, torch.autocast(device.type, enabled=False):
             if engine not in self._started:
                 assert source.policy is not None
                 self._started.append(engine)
                 engine.start(source.policy, source.tokenizer, self._max_model_len, source.compute_dtype)
-            settings = (source, engine, self._sampling(source), group_size, self.seed)
             if self.rollout_lag and self.trainer.training:
                 assert self._sampler is not None
-                return self._ahead.draw(batch, self._load_rows(*self._sampler.peek(len(batch.prompts))), *settings)
-            if engine is self.engine:
-                self._ahead.settle()
-            return generate(batch, *settings)
+                following = self._load_rows(*self._sampler.peek(len(prompts.prompts)))
+                rollouts = self._one_step_off.generate(prompts, following, *settings)
+            else:
+                if engine is self.engine:
+                    self._one_step_off.wait()
+                rollouts = generate(prompts, *settings)
+        return replace(rollouts, engine_logprobs=rollouts.engine_logprobs.to(device))
 
-    def draw_more(self) -> RolloutBatch:
-        """Rollouts for what would have been the next training batch, drawn now; the loader goes on behind it.
+    def next_prompts(self) -> PromptBatch:
+        """Takes the next training batch of prompts out of turn; the loader continues after it.
 
-        Whole batches keep what makes resuming exact: all that the order depends on is the number of prompts drawn, and
-        no batch holds prompts of two passes.
-
-        Returns:
-            As `on_before_batch_transfer`.
+        Whole batches keep resuming exact: the order depends on the number of prompts taken alone, and no batch holds
+        prompts of two epochs.
         """
         sampler = self._sampler
         assert sampler is not None
         positions = sampler.take(self.batch_size // self._world_size)
-        batch: RolloutBatch = self.on_before_batch_transfer(self._load_rows(positions, sampler.epoch), 0)
-        return batch
+        return self._load_rows(positions, sampler.epoch)
 
     def _load_rows(self, positions: list[int], epoch: int) -> LoadedPrompts:
         assert self._sampler is not None
         return LoadedPrompts([self._sampler.dataset[i] for i in positions], epoch=epoch)
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Moves the tensors of a RolloutBatch; Lightning's own way would copy every list and fail on frozen records."""
-        if isinstance(batch, RolloutBatch):
-            return replace(batch, engine_logprobs=batch.engine_logprobs.to(device))
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+    @property
+    def offline_rollouts(self) -> OfflineRollouts | None:
+        """The recorded samples of a `ReplayEngine`; None for other engines. Available after `setup`."""
+        return self.engine.recording if isinstance(self.engine, ReplayEngine) else None
 
     def teardown(self, stage: str) -> None:
         """Closes the engines.
 
         Args:
-            stage: not used.
+            stage: Not used.
         """
         self._close_engines()
 
     def on_exception(self, exception: BaseException) -> None:
-        """Closes the engines, since Lightning calls no teardown after an exception.
+        """Closes the engines, since Lightning does not call `teardown` after an exception.
 
         Args:
-            exception: what ended the run.
+            exception: The exception that ended the run.
         """
         self._close_engines()
 
@@ -308,10 +301,10 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
         for engine in (self.engine, self.val_engine):
             if engine is not None:
                 engine.close()
-        self._ahead.close()
+        self._one_step_off.close()
         self._started = []
 
-    # ---------------------------------------------------------------- trainer
+    # Trainer ----------------------------------------------------------------------------------------------------------
 
     @property
     def _source(self) -> PolicySource:
@@ -327,8 +320,8 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
         engine = self.val_engine or self.engine
         if engine.replays:
             raise UserError(
-                f"recorded samples say nothing of the policy as it is, so {type(engine).__name__} draws none for "
-                "held-out prompts: set --data.val_size 0, or --data.val_engine VLLMEngine"
+                f"--data.engine is {type(engine).__name__}, whose recorded samples do not measure the current policy: "
+                "set --data.val_size 0, or --data.val_engine VLLMEngine."
             )
         return engine
 
@@ -348,5 +341,5 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
 
 
 def _collate_held_out(prompts: list[Prompt]) -> LoadedPrompts:
-    """Epoch 0 always: the same seeds at every validation."""
+    """Always epoch 0: the same seeds at every validation."""
     return LoadedPrompts(prompts, epoch=0)

@@ -1,1 +1,1 @@
-"""Small worlds made on the spot: `tiny` (random models) and `mini` (a world in which thinking pays)."""
+"""Generated demo data: `tiny` (small random models) and `mini` (a task on which thinking improves the reward)."""

@@ -1,17 +1,18 @@
-"""Makes a tiny world to try everything on: a random policy, a random reward model and prompts, offline and in seconds.
+"""The `rlmt tiny` command: writes a small policy, a small reward model and prompts, offline and in seconds.
 
-`rlmt tiny` writes genuine Hugging Face folders, read by the same code as an 8B model. Two random networks would make a
-dull world, for a random policy writes one close tag in a vocabulary's worth of tokens, and a random classifier gives
-every text about the same score. So both get one thing taught or made by hand:
+The folders have the Hugging Face format and are loaded by the same code as an 8B model. Randomly initialized weights
+alone give runs without a learning signal: a random policy writes a close tag once in about as many tokens as its
+vocabulary has, and a random classifier gives all texts about the same score. So both models are modified
+(`tiny_models`):
 
-- The policy sees the format for a few seconds (`tiny_models`): random words, with a thought before them in some chats.
-  It knows how to write a thought and when to stop, and half of the time it thinks: `think` and `no_think` fare
-  alike, and reinforcement learning has something to find and to improve.
-- The reward classifier averages a random number per token (see `tiny_models`), set to mean 0 and standard
-  deviation 1 over random texts. Better tokens make better scores, smoothly, which GRPO learns in a few
-  steps; it is no measure of good English.
+- The policy is trained on the format for a few seconds: random words, in some chats with a thought before them. It can
+  then write a thought and stop, and it thinks in half of its samples. `think` and `no_think` therefore start with equal
+  chances, and reinforcement learning has something to improve.
+- The score of the reward classifier is an average of one random number per token, with mean 0 and standard deviation 1
+  over random texts. The score is a smooth function of the tokens, which GRPO learns in a few steps. It does not measure
+  good English.
 
-Same seed, same files, bit for bit. Left out: anything downloaded; what such a policy writes is noise.
+The same seed writes the same files, bit for bit. Nothing is downloaded, and the policy writes random words.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from rlmt.demos.tiny_models import Sizes, averaging_reward, warm_policy
+from rlmt.demos.tiny_models import Sizes, averaging_reward_model, warm_started_policy
 from rlmt.errors import UserError
 from rlmt.types import Message
 
 TAGS = ("<think>", "</think>", "<response>", "</response>")
-"""Single tokens of the policy's vocabulary, not special ones: they are part of the text."""
+"""Tags that are single tokens of the policy's vocabulary. They are not special tokens, so decoding keeps them."""
 
 _POLICY_SPECIAL = ("<|bos|>", "<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>")
 _POLICY_TEMPLATE = (
@@ -47,8 +48,10 @@ _REWARD_TEMPLATE = (
     "{% elif m['role'] == 'user' %}[INST]{{ m['content'] }}[/INST]"
     "{% else %}{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
 )
-_TOKENIZER_CHARS = 1_000_000
+_MAX_TOKENIZER_CHARS = 1_000_000
+"""Number of characters of the corpus that the tokenizers are trained on."""
 _MARKER = "tiny.json"
+"""File that marks a folder as written by `rlmt tiny`."""
 
 _TASKS = (
     "Explain {} to a child.",
@@ -82,19 +85,19 @@ def make_tiny(
     family: Literal["llama", "qwen2"] = "llama",
     seed: int = 0,
 ) -> None:
-    """Makes a tiny random policy, a tiny reward model and prompts, to try every command on without any download.
+    """Writes a small random policy, a small reward model and prompts, to try every command without a download.
 
     Args:
-        out: Folder to write; one that an earlier `rlmt tiny` made is made anew.
+        out: Output folder. The files of an earlier `rlmt tiny` in it are replaced.
         corpus: Prompt file or data set to train the tokenizers on; without it prompts.jsonl is written and used.
         family: Architecture of the policy.
-        seed: Same seed, same files.
+        seed: The same seed writes the same files.
 
     Raises:
-        UserError: As `write_tiny`.
+        UserError: See `write_tiny`.
     """
-    for name, what in write_tiny(out, corpus, family, seed).items():
-        print(f"{out / name}: {what}")
+    for name, description in write_tiny(out, corpus, family, seed).items():
+        print(f"{out / name}: {description}")
 
 
 def write_tiny(
@@ -104,80 +107,81 @@ def write_tiny(
     seed: int = 0,
     sizes: Sizes | None = None,
 ) -> dict[str, str]:
-    """Writes OUT/policy, OUT/reward, OUT/tiny.json and, when no corpus is given, OUT/prompts.jsonl.
+    """Writes OUT/policy, OUT/reward, OUT/tiny.json and, without a corpus, OUT/prompts.jsonl.
 
     Args:
-        out: Folder to write.
-        corpus: What `rlmt.data.prompts.load_prompts` reads, or None for the own prompts.
+        out: Output folder.
+        corpus: Prompt file or data set for `rlmt.data.prompts.load_prompts`; None writes and uses built-in prompts.
         family: Architecture of the policy.
         seed: Seed of all weights.
-        sizes: How big the policy is.
+        sizes: Size of the policy; None uses the defaults.
 
     Returns:
-        What was written → a word on its size.
+        Name of each written file or folder → a description of its size.
 
     Raises:
-        UserError: If `out` holds a policy, reward model or prompts that were not made by this function, or the corpus
+        UserError: The folder holds a policy, reward model or prompts that `rlmt tiny` did not write, or the corpus
             cannot be read.
     """
     sizes = sizes or Sizes()
-    chats = _default_chats() if corpus is None else _read_chats(corpus)
-    _make_room(out, replace_prompts=corpus is None)
-    made: dict[str, str] = {}
+    chats = _built_in_chats() if corpus is None else _load_chats(corpus)
+    _prepare_folder(out, replace_prompts=corpus is None)
+    written: dict[str, str] = {}
     if corpus is None:
         rows = "".join(json.dumps({"messages": chat}) + "\n" for chat in chats)
         (out / "prompts.jsonl").write_text(rows, encoding="utf-8")
-        made["prompts.jsonl"] = f"{len(chats)} prompts"
-    texts = _some_text(chats)
+        written["prompts.jsonl"] = f"{len(chats)} prompts"
+    texts = _tokenizer_texts(chats)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = _policy_tokenizer(texts, sizes)
-        policy = warm_policy(tokenizer, family, sizes, chats, random.Random(seed))
-        made["policy"] = _save(out / "policy", policy, tokenizer)
+        policy = warm_started_policy(tokenizer, family, sizes, chats, random.Random(seed))
+        written["policy"] = _save(out / "policy", policy, tokenizer)
         reward_tokenizer = _reward_tokenizer(texts)
-        reward = averaging_reward(reward_tokenizer, tokenizer, chats, random.Random(seed))
-        made["reward"] = _save(out / "reward", reward, reward_tokenizer)
+        reward = averaging_reward_model(reward_tokenizer, tokenizer, chats, random.Random(seed))
+        written["reward"] = _save(out / "reward", reward, reward_tokenizer)
     marker = {"corpus": corpus, "family": family, "seed": seed, "sizes": asdict(sizes)}
     (out / _MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
-    return made
+    return written
 
 
-def _default_chats() -> list[list[Message]]:
-    """384 one-turn conversations: every task on every topic."""
+def _built_in_chats() -> list[list[Message]]:
+    """384 single-turn conversations: every task on every topic."""
     return [[{"role": "user", "content": task.format(topic)}] for topic, task in product(_TOPICS, _TASKS)]
 
 
-def _read_chats(corpus: str) -> list[list[Message]]:
+def _load_chats(corpus: str) -> list[list[Message]]:
+    """Conversations of a prompt file or data set."""
     from rlmt.data.prompts import load_prompts
 
     chats = [prompt.messages for prompt in load_prompts(corpus)]
     if not chats:
-        raise UserError(f"--corpus {corpus}: holds no prompts to train tokenizers on")
+        raise UserError(f"--corpus {corpus}: no prompts were found; pass a file or data set with prompts.")
     return chats
 
 
-def _some_text(chats: Sequence[Sequence[Message]]) -> list[str]:
-    """The first conversations' texts, enough for tokenizers of this size."""
+def _tokenizer_texts(chats: Sequence[Sequence[Message]]) -> list[str]:
+    """Texts of the first conversations, up to `_MAX_TOKENIZER_CHARS` characters."""
     texts: list[str] = []
     chars = 0
     for text in (message["content"] for chat in chats for message in chat):
-        texts.append(text[: _TOKENIZER_CHARS - chars])
+        texts.append(text[: _MAX_TOKENIZER_CHARS - chars])
         chars += len(texts[-1])
-        if chars >= _TOKENIZER_CHARS:
+        if chars >= _MAX_TOKENIZER_CHARS:
             break
     return texts
 
 
-def _make_room(out: Path, replace_prompts: bool) -> None:
-    """Removes what an earlier run made, and nothing else."""
-    ours = ["policy", "reward", *(["prompts.jsonl"] if replace_prompts else [])]
+def _prepare_folder(out: Path, replace_prompts: bool) -> None:
+    """Creates the folder and deletes only what an earlier call wrote to it."""
+    own = ["policy", "reward", *(["prompts.jsonl"] if replace_prompts else [])]
     if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file; name a folder to write to")
-    found = [name for name in ours if (out / name).exists()]
+        raise UserError(f"{out}: this is a file; pass a folder.")
+    found = [name for name in own if (out / name).exists()]
     if found and not (out / _MARKER).is_file():
-        raise UserError(f"{out / found[0]}: was not made by `rlmt tiny`; name another folder or move it away")
+        raise UserError(f"{out / found[0]}: `rlmt tiny` did not write this; pass another folder or move it away.")
     out.mkdir(parents=True, exist_ok=True)
-    # The marker goes first, so that a run killed halfway can be repeated.
+    # The marker is written first, so that the command can be repeated after it was killed.
     (out / _MARKER).touch()
     for folder in ("policy", "reward"):
         shutil.rmtree(out / folder, ignore_errors=True)
@@ -186,18 +190,18 @@ def _make_room(out: Path, replace_prompts: bool) -> None:
 def _wrap(
     tokenizer: Tokenizer, special: Sequence[str], bos: str, eos: str, pad: str, template: str, unk: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """Makes a transformers tokenizer that puts one `bos` before plain text, as Llama's does."""
+    """Wraps a tokenizer for transformers; like Llama's, it adds one `bos` before plain text."""
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
     )
-    named = {bos, eos, pad, unk}
+    roles = {bos, eos, pad, unk}
     wrapped: PreTrainedTokenizerBase = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         bos_token=bos,
         eos_token=eos,
         pad_token=pad,
         unk_token=unk,
-        extra_special_tokens=[token for token in special if token not in named],
+        extra_special_tokens=[token for token in special if token not in roles],
         clean_up_tokenization_spaces=False,
     )
     wrapped.chat_template = template
@@ -205,7 +209,7 @@ def _wrap(
 
 
 def _policy_tokenizer(texts: Iterable[str], sizes: Sizes) -> PreTrainedTokenizerBase:
-    """Byte-level BPE: all 256 bytes are in it, so any text comes back as it was (Qwen2's class composes accents)."""
+    """Byte-level BPE with all 256 bytes, so every text round-trips (except that Qwen2's class normalizes to NFC)."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -222,9 +226,10 @@ def _policy_tokenizer(texts: Iterable[str], sizes: Sizes) -> PreTrainedTokenizer
 
 
 def _reward_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerBase:
-    """SentencePiece-like BPE over ASCII with `<unk>` for the rest: unlike the policy's in all that can be mixed up.
+    """SentencePiece-like BPE over ASCII, with `<unk>` for other characters.
 
-    Only BPE will do: the trainers of WordPiece and Unigram number their tokens differently each time.
+    It differs from the policy's tokenizer in every property, so that using the wrong one is noticed. BPE is required:
+    the trainers of WordPiece and Unigram number their tokens differently each time.
     """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -241,6 +246,7 @@ def _reward_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerBase:
 
 
 def _save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Saves a model and its tokenizer, and returns a description of their size."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return f"{type(model).__name__}, {model.num_parameters():,} parameters, {len(tokenizer)} tokens"

@@ -1,4 +1,4 @@
-"""The two random models of `rlmt tiny`: a policy that has seen the thinking format and a reward that can be climbed."""
+"""The models of `rlmt tiny`: a policy trained on the thinking format only, a reward model with a smooth score."""
 
 from __future__ import annotations
 
@@ -21,44 +21,44 @@ from rlmt.formats.thinking import ThinkingFormat
 from rlmt.types import Message
 
 WARM_UP_STEPS = 80
-"""Optimizer steps that teach the policy the format, 16 made-up chats each: 15 s on two cores at the default size."""
+"""Optimizer steps on the format, with 16 random chats each; 15 s on two cores at the default size."""
 THINKING_SHARE = 0.35
-"""Of the made-up chats that hold a thought; sampling below temperature 1 makes it about a half."""
+"""Fraction of the random chats with a thought; sampling below temperature 1 raises it to about one half."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How big the policy is; the defaults give about 6M parameters."""
+    """Size of the policy; the defaults give about 6M parameters."""
 
     hidden: int = 256
-    """Width, a multiple of `heads`."""
+    """Hidden size, a multiple of `heads`."""
     layers: int = 6
-    """Decoder layers."""
+    """Number of decoder layers."""
     heads: int = 4
-    """Attention heads."""
+    """Number of attention heads."""
     ffn: int = 704
-    """Width inside the MLP."""
+    """Intermediate size of the MLP."""
     vocab: int = 2048
-    """Vocabulary size, special tokens and tags included; smaller where the corpus has no more pairs to merge."""
+    """Vocabulary size, including special tokens and tags; smaller if the corpus has too few pairs to merge."""
     context: int = 2048
-    """Most tokens of prompt and completion together."""
+    """Maximum number of tokens of a prompt and its completion."""
 
 
-def warm_policy(
+def warm_started_policy(
     tokenizer: PreTrainedTokenizerBase,
     family: Literal["llama", "qwen2"],
     sizes: Sizes,
     chats: list[list[Message]],
     rng: random.Random,
 ) -> PreTrainedModel:
-    """A random causal language model in float32 that has seen the format, and nothing else, for a few steps.
+    """Makes a random causal language model in float32, trained for a few steps on the format alone.
 
     Args:
-        tokenizer: Its tokenizer, which has the tags as single tokens.
+        tokenizer: Its tokenizer, with the tags as single tokens.
         family: Architecture.
-        sizes: How big it is.
+        sizes: Size of the model.
         chats: Conversations to take prompts and words from.
-        rng: Makes up the chats; torch's own generator draws the weights.
+        rng: Generator of the chats; torch's default generator initializes the weights.
 
     Returns:
         The model in eval mode.
@@ -85,8 +85,8 @@ def warm_policy(
 
 
 def _warm_up(model: Any, tokenizer: PreTrainedTokenizerBase, chats: list[list[Message]], rng: random.Random) -> None:
-    """Trains on made-up chats: a prompt's first words, then words drawn at random, some of them within a thought."""
-    rate = 0.256 / model.config.hidden_size  # narrower models take, and need, larger steps
+    """Trains on random chats: the first words of a prompt, then random words, some of them in a thought."""
+    rate = 0.256 / model.config.hidden_size  # smaller models allow and need a larger learning rate
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
     texts = [tokenizer.encode(chat[-1]["content"], add_special_tokens=False) for chat in chats]
     readable = {
@@ -97,7 +97,7 @@ def _warm_up(model: Any, tokenizer: PreTrainedTokenizerBase, chats: list[list[Me
     for step in range(WARM_UP_STEPS):
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1, (step + 1) / 10) * (1 - step / WARM_UP_STEPS) ** 0.5
-        pairs = [_made_up_chat(tokenizer, rng.choice(texts), words, rng) for _ in range(16)]
+        pairs = [_random_chat(tokenizer, rng.choice(texts), words, rng) for _ in range(16)]
         width = max(len(prompt) + len(completion) for prompt, completion in pairs)
         padding = [width - len(prompt) - len(completion) for prompt, completion in pairs]
         ids = torch.tensor([[*p, *c, *[0] * n] for (p, c), n in zip(pairs, padding, strict=True)])
@@ -109,35 +109,35 @@ def _warm_up(model: Any, tokenizer: PreTrainedTokenizerBase, chats: list[list[Me
         optimizer.step()
 
 
-def _made_up_chat(
+def _random_chat(
     tokenizer: PreTrainedTokenizerBase, text: list[int], words: list[int], rng: random.Random
 ) -> tuple[list[int], list[int]]:
     """Token ids of a prompt and of a completion of random words, with or without a thought."""
     user = {"role": "user", "content": str(tokenizer.decode(text[:16]))}
     prompt: Any = tokenizer.apply_chat_template([user], add_generation_prompt=True, return_dict=False)
 
-    def draw(least: int, most: int) -> str:
+    def random_words(least: int, most: int) -> str:
         return str(tokenizer.decode(rng.choices(words, k=rng.randint(least, most))))
 
-    form = ThinkingFormat("think" if rng.random() < THINKING_SHARE else "no_think")
-    completion = tokenizer.encode(form.target(draw(2, 10), draw(3, 12)), add_special_tokens=False)
+    format = ThinkingFormat("think" if rng.random() < THINKING_SHARE else "no_think")
+    completion = tokenizer.encode(format.target(random_words(2, 10), random_words(3, 12)), add_special_tokens=False)
     assert isinstance(tokenizer.eos_token_id, int)
     return prompt, [*completion, tokenizer.eos_token_id]
 
 
-def averaging_reward(
+def averaging_reward_model(
     tokenizer: PreTrainedTokenizerBase,
     policy_tokenizer: PreTrainedTokenizerBase,
     chats: list[list[Message]],
     rng: random.Random,
 ) -> PreTrainedModel:
-    """A random one-layer classifier with one label, made to average over tokens and calibrated.
+    """Makes a random one-layer classifier with one label whose score is a calibrated average over tokens.
 
     Args:
         tokenizer: Its tokenizer.
-        policy_tokenizer: The policy's, to make up responses such as a random policy writes.
+        policy_tokenizer: The policy's tokenizer, to generate responses like those of a random policy.
         chats: Conversations to calibrate on.
-        rng: Picks conversations and responses; torch's own generator draws the weights.
+        rng: Generator of conversations and responses; torch's default generator initializes the weights.
 
     Returns:
         The model in eval mode.
@@ -164,11 +164,12 @@ def averaging_reward(
 
 @torch.no_grad()
 def _make_averaging(model: Any) -> None:
-    """Makes the last hidden state an average of one random vector per token type.
+    """Rescales the weights so that the last hidden state is an average of one random vector per token type.
 
-    Query and key weights stay at their small start, so the last token attends to all tokens about equally; embeddings,
-    values and outputs are large, so what it gathers counts as much as what it is. A text of n random tokens moves by
-    1/sqrt(n) and a text of good ones by 1, until the final norm levels off: there is room to climb, not without end.
+    Query and key weights keep their small initial values, so the last token attends to all tokens about equally.
+    Embeddings, values and outputs are large, so the attention output counts as much as the last token's embedding.
+    A text of n random tokens changes the average by 1/sqrt(n) and a text of high-scoring tokens by 1. The final norm
+    saturates, so the score can rise, but not without bound.
     """
     attention = model.model.layers[0].self_attn
     for weight in (attention.v_proj.weight, attention.o_proj.weight):
@@ -185,10 +186,10 @@ def _calibrate(
     chats: list[list[Message]],
     rng: random.Random,
 ) -> None:
-    """Gives scores of random responses mean 0 and standard deviation 1.
+    """Scales the score head so that scores of random responses have mean 0 and standard deviation 1.
 
-    A Llama score head has no bias, so the mean is taken out of the head's direction: score = w · h, and a w at right
-    angles to the mean of h over the texts has mean score 0. Its length is then set by the standard deviation.
+    A Llama score head has no bias, so the mean is removed from its direction: score = w · h, and a w orthogonal to the
+    mean of h over the texts has mean score 0. The norm of w then sets the standard deviation.
     """
     hidden = []
     for chat in rng.sample(chats, min(32, len(chats))):
@@ -206,5 +207,5 @@ def _calibrate(
 
 
 def _shortened(chat: Sequence[Message]) -> list[dict[str, str]]:
-    """The conversation with at most 300 characters a turn, to keep measuring fast."""
+    """The last three turns with at most 300 characters each, which keeps the calibration fast."""
     return [{"role": message["role"], "content": message["content"][:300]} for message in chat[-3:]]

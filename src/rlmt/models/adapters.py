@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlmt.errors import UserError
+from rlmt.options import FinitePositiveFloat, PositiveInt, UnitIntervalBelowOne, check_ranges
 from rlmt.types import AdapterWeights
 
 POLICY = "default"
@@ -55,19 +56,14 @@ class LoRA:
 
     def __init__(
         self,
-        rank: int = 16,
-        alpha: float = 32,
-        dropout: float = 0.0,
+        rank: PositiveInt = 16,
+        alpha: FinitePositiveFloat = 32,
+        dropout: UnitIntervalBelowOne = 0.0,
         target_modules: Literal["all-linear"] | list[str] = "all-linear",
         dora: bool = False,
         rslora: bool = False,
     ) -> None:
-        if rank < 1:
-            raise UserError(f"lora.rank is {rank}: it must be at least 1.")
-        if not 0 < alpha < float("inf"):
-            raise UserError(f"lora.alpha is {alpha}: it must be positive.")
-        if not 0 <= dropout < 1:
-            raise UserError(f"lora.dropout is {dropout}: it must be at least 0 and below 1.")
+        check_ranges(LoRA, locals())
         if not target_modules or (isinstance(target_modules, str) and target_modules != "all-linear"):
             raise UserError(f"lora.target_modules is {target_modules!r}: give all-linear or a list of layers.")
         self.rank, self.alpha, self.dropout = rank, alpha, dropout

@@ -1,4 +1,4 @@
-"""Dynamic sampling (DAPO, arXiv 2503.14476, sec. 3.2): groups that teach nothing give way to fresh prompts."""
+"""Dynamic sampling (DAPO, arXiv 2503.14476, sec. 3.2): replaces groups of equal rewards by groups of fresh prompts."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ from rlmt.distributed.collectives import all_gather_object
 from rlmt.types import Experience, RolloutBatch, Scores
 
 
-def refill(first: Experience, most: int, draw: Callable[[], Experience]) -> tuple[Experience, Experience]:
-    """Draws whole batches of fresh prompts until as many groups as in `first` have rewards that differ.
+def resample(first: Experience, max_refills: int, generate: Callable[[], Experience]) -> tuple[Experience, Experience]:
+    """Generates batches for fresh prompts until as many groups as in `first` have rewards that differ.
 
     Args:
-        first: the step's own batch, scored.
-        most: how many batches may be drawn on top of it.
-        draw: draws and scores the next batch with the present weights.
+        first: The step's own batch, scored.
+        max_refills: Maximum number of batches to generate in addition.
+        generate: Generates and scores the next batch with the current weights.
 
     Returns:
-        All that was drawn; and the groups to train on, in the order drawn, as many as in `first` or fewer, even none.
-        Both have the seconds that all of it took, and the latter's metrics count `reward/refills` draws,
-        `reward/dropped_groups` of equal rewards and `reward/surplus_groups` that were good but not needed.
+        All samples that were generated; and the groups to train on, in the order of generation, as many as in `first`
+        or fewer, even none. Both have the seconds of all generation. The metrics of the latter count `reward/refills`
+        batches, `reward/dropped_groups` of equal rewards and `reward/surplus_groups` with differing rewards that were
+        not needed.
     """
     wanted = len(first.rollouts.prompts)
-    parts, good = [first], len(groups_with_signal(first))
-    while any(all_gather_object(good < wanted)) and len(parts) <= most:  # ranks draw as often as each other
-        parts.append(draw())
-        good += len(groups_with_signal(parts[-1]))
-    drawn = merge(parts)
-    kept = select(drawn, groups_with_signal(drawn)[:wanted])
+    parts, found = [first], len(groups_with_signal(first))
+    while any(all_gather_object(found < wanted)) and len(parts) <= max_refills:  # every rank generates equally often
+        parts.append(generate())
+        found += len(groups_with_signal(parts[-1]))
+    generated = merge(parts)
+    kept = select(generated, groups_with_signal(generated)[:wanted])
     kept.metrics = {
         "reward/refills": float(len(parts) - 1),
-        "reward/dropped_groups": float(len(drawn.rollouts.prompts) - good),
-        "reward/surplus_groups": float(max(0, good - wanted)),
+        "reward/dropped_groups": float(len(generated.rollouts.prompts) - found),
+        "reward/surplus_groups": float(max(0, found - wanted)),
     }
-    return drawn, kept
+    return generated, kept
 
 
 def groups_with_signal(experience: Experience) -> list[int]:
@@ -46,10 +47,10 @@ def groups_with_signal(experience: Experience) -> list[int]:
 
 
 def merge(parts: Sequence[Experience]) -> Experience:
-    """Scored batches of one policy as one, groups numbered on; what `Algorithm.prepare` reads and writes is not there.
+    """Concatenates scored batches of one policy. What `Algorithm.prepare` reads and writes is left out.
 
     Args:
-        parts: of one group size and sampling, with the same rewards.
+        parts: Batches of one group size and sampling, scored by the same rewards.
     """
     if len(parts) == 1:
         return parts[0]
@@ -72,11 +73,11 @@ def merge(parts: Sequence[Experience]) -> Experience:
 
 
 def select(experience: Experience, groups: Sequence[int]) -> Experience:
-    """Some groups of a scored batch, in the given order; what `Algorithm.prepare` reads and writes is not there.
+    """Selects groups of a scored batch, in the given order. What `Algorithm.prepare` reads and writes is left out.
 
     Args:
-        experience: a scored batch.
-        groups: numbers of the groups to keep; may be none.
+        experience: A scored batch.
+        groups: Numbers of the groups to keep; may be empty.
     """
     size, device = experience.rollouts.group_size, experience.lengths.device
     samples = [group * size + k for group in groups for k in range(size)]
@@ -84,7 +85,9 @@ def select(experience: Experience, groups: Sequence[int]) -> Experience:
     starts = experience.lengths.cumsum(0) - experience.lengths
     lengths = experience.lengths[rows]
     ends = lengths.cumsum(0)
-    shift = (starts[rows] - (ends - lengths)).repeat_interleave(lengths)  # from where a token comes to where it goes
+    shift = (starts[rows] - (ends - lengths)).repeat_interleave(
+        lengths
+    )  # from the old position of a token to the new one
     tokens = torch.arange(len(shift), device=device) + shift
     rollouts = _select_rollouts(experience.rollouts, groups, samples, tokens)
     scores = experience.scores

@@ -1,4 +1,4 @@
-"""Training of a reward model on preferences (Bradley and Terry, 1952; InstructGPT, arXiv 2203.02155)."""
+"""Reward-model training on preferences (Bradley and Terry, 1952; InstructGPT, arXiv 2203.02155)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig, P
 
 from rlmt.data.preferences import EncodedComparison
 from rlmt.data.supervised import RowBatch
-from rlmt.distributed import collectives
-from rlmt.distributed.collectives import all_gather_object
+from rlmt.distributed.collectives import all_gather_object, rank_hook
 from rlmt.distributed.fsdp2 import call_as_forward, pad_with_no_ops, shard_models
 from rlmt.errors import UserError
 from rlmt.models import loading
@@ -25,27 +24,28 @@ from rlmt.models.assets import REWARD_ASSETS, save_reward_assets
 from rlmt.models.micro_batch import batches_by_length
 from rlmt.models.reward_model import load_reward_model, reward_config, score_states, states_at_end
 from rlmt.modules.checkpoints import checkpoint_folders
-from rlmt.modules.checks import adapter_config_for, check_options, check_trainer, weights_dtype
-from rlmt.modules.supervised import SupervisedModule, take_step
+from rlmt.modules.checks import check_trainer, weights_dtype
+from rlmt.modules.supervised import SupervisedModule
+from rlmt.options import FiniteNonNegativeFloat, check_ranges
 from rlmt.rewards.conversation import ConversationReader
 
 
 @dataclass
 class PairLoss:
-    """One micro-batch's share of a step's loss."""
+    """The share of one micro-batch in the loss of a step."""
 
     loss: Tensor
     """Scalar: all terms, with gradient."""
     rankings: Tensor
-    """[p] float32 the Bradley-Terry term of each pair, detached."""
+    """[p] float32 Bradley-Terry term of each pair, detached."""
     differences: Tensor
-    """[p] float32 score of the better minus score of the worse response of each pair, detached."""
+    """[p] float32 score of the chosen minus score of the rejected response of each pair, detached."""
     subsets: list[str | None]
-    """Which part of the data each pair belongs to."""
+    """Subset of the data that each pair belongs to."""
 
 
 class RewardModeling(SupervisedModule):
-    """Trains a sequence classifier with one output so that the better response of each pair scores higher.
+    """Trains a sequence classifier with one output to score the chosen response of each pair higher.
 
     With scores r and pairs (c, j) of a chosen and a rejected response the loss is the mean over all pairs of an
     optimizer step of
@@ -56,109 +56,113 @@ class RewardModeling(SupervisedModule):
     error over responses and attributes of a linear regression on the same hidden state, if the data rates responses. It
     does not depend on how the step is cut into micro-batches or spread over ranks.
 
-    What is scored is what `ClassifierReward` scores: the conversation written out by its `ConversationReader`, the
-    hidden state of the last token, the head in float32. `rlmt export` writes the folder that it loads.
+    It scores what `ClassifierReward` scores: the conversation rendered by its `ConversationReader`, the hidden state of
+    the last token, the head in float32. `rlmt export` writes the folder that `ClassifierReward` loads.
 
     Args:
-        model: folder or hub name of what to start from: a causal language model, which is given a new head, or a
-            classifier with one output; with a chat template in its tokenizer.
-        centering: weight of the squared sum of a pair's scores, which keeps their mean at 0.
-        attribute_weight: weight of the regression on ratings; not read where the data has none.
-        **options: those of `SupervisedModule`.
+        model: Folder or hub name of the initial model: a causal language model, which gets a new head, or a classifier
+            with one output. Its tokenizer must have a chat template.
+        centering: Weight of the squared sum of a pair's scores, which keeps their mean at 0.
+        attribute_weight: Weight of the regression on ratings; unused if the data has none.
+        **options: Those of `SupervisedModule`.
 
     Raises:
-        UserError: an option is out of range, or later, while setting up, does not fit the model or the data.
+        UserError: An option is out of range, or, during setup, does not fit the model or the data.
     """
 
     data_module = "PreferenceDataModule"
     kind = "RewardModeling"
+    saved = ("model.", "attribute_head.")
 
     def __init__(
         self,
         model: str,
-        centering: float = 0.0,
-        attribute_weight: float = 1.0,
+        centering: FiniteNonNegativeFloat = 0.0,
+        attribute_weight: FiniteNonNegativeFloat = 1.0,
         **options: Any,
     ) -> None:
+        check_ranges(RewardModeling, locals())
         super().__init__(**options)
-        check_options({}, {"centering": centering, "attribute_weight": attribute_weight})
         self.model_path = model
         self.centering = centering
         self.attribute_weight = attribute_weight
         self.model: PreTrainedModel | None = None
         self.attribute_head: nn.Linear | None = None
         self._subsets: list[str] = []
-        self._loss = MeanMetric(sync_on_compute=False)  # each rank sees the pairs of all
+        self._loss = MeanMetric(sync_on_compute=False)  # every rank updates it with the pairs of all ranks
         self._accuracy = BinaryAccuracy(sync_on_compute=False)
         self._by_subset = nn.ModuleList()
 
     @cached_property
     def model_config(self) -> PretrainedConfig:
-        """The classifier's configuration, read without weights."""
+        """Config of the classifier."""
         return reward_config(self.model_path)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The reward model's tokenizer."""
+        """Tokenizer of the reward model."""
         return loading.load_tokenizer(self.model_path)
 
     @cached_property
     def reader(self) -> ConversationReader:
-        """How conversations are written out.
+        """Renders conversations.
 
         Raises:
-            UserError: the tokenizer has no chat template.
+            UserError: The tokenizer has no chat template.
         """
         if not self.tokenizer.chat_template:
             raise UserError(
-                f"{self.model_path}: the tokenizer has no chat template, which a reward model reads conversations "
-                "with; put one beside it as chat_template.jinja"
+                f"{self.model_path}: the tokenizer has no chat template, which renders conversations for a reward "
+                "model: put one beside it as chat_template.jinja."
             )
         return ConversationReader(self.tokenizer, self.model_path)
 
     @property
     def max_positions(self) -> int:
-        """Longest conversation that the model can take, in tokens."""
+        """Context length of the model in tokens."""
         return loading.max_positions(self.model_config)
 
-    @collectives.rank_hook
+    @rank_hook
     def setup(self, stage: str) -> None:
-        """Looks for mistakes that can be seen before any weights are read, and makes a metric for each subset."""
+        """Checks the configuration before any weights are loaded, and creates a metric for each subset."""
         check_trainer(self.trainer)
-        self._check_adapter()
+        self.check_adapter()
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         self._subsets = data.subsets
         self._by_subset = nn.ModuleList(BinaryAccuracy(sync_on_compute=False) for _ in self._subsets)
 
-    @collectives.rank_hook
+    @rank_hook
     def configure_model(self) -> None:
-        """Loads the model, or draws it; adds a head for attributes if the data has them."""
+        """Loads the model or initializes it, adds a head for ratings if the data has them, and shards under FSDP2."""
         if self.model is not None:
             return
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        self.model = self._ready(self._load())
-        cast(Any, self.model).score.requires_grad_(True)  # an adapter leaves the head alone, and it is often a new one
-        if data.attributes:
-            # The mean rating is soon learnt by the bias; a zero start leaves torch's random state alone.
-            self.attribute_head = nn.Linear(self.model_config.get_text_config().hidden_size, data.attributes)
-            nn.init.zeros_(self.attribute_head.weight)
-            nn.init.zeros_(self.attribute_head.bias)
-        # Beside an adapter heads are whole on every rank, as it is.
-        shard_models(self.trainer, self.model, self.attribute_head if self.lora is None else None)
-
-    def _load(self) -> PreTrainedModel:
         dtype = getattr(torch, weights_dtype(self.trainer, self.lora))
         model = load_reward_model(
             self.model_path, self.from_scratch, self.attn_implementation, dtype, self.quantization
         )
         model.config.pad_token_id = self.tokenizer.pad_token_id
-        return model
+        if self.lora is not None:
+            self.lora.add_to(model)
+        self.model = self.set_training_mode(model)
+        cast(Any, self.model).score.requires_grad_(True)  # LoRA freezes the head, which is often a new one
+        if data.attributes:
+            # The bias soon learns the mean rating; a zero init leaves torch's random state alone.
+            self.attribute_head = nn.Linear(self.model_config.get_text_config().hidden_size, data.attributes)
+            nn.init.zeros_(self.attribute_head.weight)
+            nn.init.zeros_(self.attribute_head.bias)
+        # Beside an adapter, heads are unsharded like the adapter.
+        shard_models(self.trainer, self.model, self.attribute_head if self.lora is None else None)
 
-    def _planned_adapter(self) -> Any:
-        return adapter_config_for(self.model_config, self.lora, AutoModelForSequenceClassification)
+    def planned_adapter_config(self) -> dict[str, Any] | None:
+        """See `TrainingModule.planned_adapter_config`."""
+        if self.lora is None:
+            return None
+        return self.lora.config(loading.meta_model(self.model_config, AutoModelForSequenceClassification))
 
     @property
-    def _trained(self) -> PreTrainedModel:
+    def trained_model(self) -> PreTrainedModel:
+        """The classifier, once it is loaded."""
         assert self.model is not None, "configure_model has not run"
         return self.model
 
@@ -166,15 +170,15 @@ class RewardModeling(SupervisedModule):
 
     def training_step(self, batch: RowBatch[EncodedComparison], batch_idx: int) -> None:
         """Takes one optimizer step on a batch of comparisons."""
-        seen: list[PairLoss] = []
+        parts: list[PairLoss] = []
 
         def losses() -> Iterator[Tensor]:
             for part in self.losses(batch.rows):
-                seen.append(part)
+                parts.append(part)
                 yield part.loss
 
-        loss, norm = take_step(self, losses(), self.max_grad_norm)
-        rankings, differences, _ = _pairs_of_all_ranks(seen)
+        loss, norm = self.take_step(losses())
+        rankings, differences, _ = _pairs_of_all_ranks(parts)
         metrics = {
             "rm/loss": loss,
             "rm/ranking_loss": float(rankings.mean()),
@@ -182,15 +186,14 @@ class RewardModeling(SupervisedModule):
             "rm/difference": float(differences.mean()),
             "rm/grad_norm": norm,
         }
-        self.log_dict(metrics, batch_size=len(batch.rows))
-        self.log("acc", metrics["rm/accuracy"], prog_bar=True, logger=False, batch_size=len(batch.rows))
+        self.log_step(metrics, len(batch.rows), {"rm/accuracy": "acc"})
 
     def losses(self, rows: list[EncodedComparison], regress: bool = True) -> Iterator[PairLoss]:
-        """The shares of this rank's micro-batches in the loss of all rows of all ranks together.
+        """The micro-batches of this rank: their shares in the loss over the rows of all ranks.
 
         Args:
-            rows: this rank's.
-            regress: with the regression on ratings, if there are any.
+            rows: Rows of this rank.
+            regress: Whether to include the regression on ratings, if there are any.
         """
         pair_count = sum(all_gather_object(sum(len(row.pairs) for row in rows)))
         rating_count = sum(all_gather_object(sum(len(ratings) for row in rows for ratings in row.attributes)))
@@ -201,11 +204,11 @@ class RewardModeling(SupervisedModule):
             yield self._loss_of([rows[i] for i in part], pair_count, rating_count if regress else 0)
 
     def _loss_of(self, rows: list[EncodedComparison], pair_count: int, rating_count: int) -> PairLoss:
-        """Without rows it runs what another rank runs at this time, and counts nothing."""
+        """Loss of one micro-batch; without rows a no-op that keeps FSDP ranks in lockstep."""
         assert self.model is not None
         sequences = [s for row in rows for s in row.sequences]
-        idle = [torch.zeros(1, dtype=torch.int32)]
-        scores, states = call_as_forward(self.model, _scores_and_states, sequences or idle, self.device)
+        no_op = [torch.zeros(1, dtype=torch.int32)]
+        scores, states = call_as_forward(self.model, _scores_and_states, sequences or no_op, self.device)
         pairs: list[tuple[int, int]] = []
         start = 0
         for row in rows:
@@ -220,8 +223,8 @@ class RewardModeling(SupervisedModule):
         if self.attribute_head is not None and rating_count:
             ratings = torch.tensor([rating for row in rows for rating in row.attributes], device=self.device)
             with torch.autocast(self.device.type, enabled=False):
-                found = self.attribute_head(states[: len(sequences)].float())
-            errors = found - ratings.view_as(found)
+                predicted = self.attribute_head(states[: len(sequences)].float())
+            errors = predicted - ratings.view_as(predicted)
             loss = loss + self.attribute_weight * errors.square().sum() / rating_count
         subsets = [row.subset for row in rows for _ in row.pairs]
         return PairLoss(loss, rankings.detach(), (better - worse).detach(), subsets)
@@ -232,7 +235,7 @@ class RewardModeling(SupervisedModule):
         """Adds to loss and accuracies over all held-out pairs.
 
         Returns:
-            `differences`: [p] score of the better minus score of the worse response of each pair of all ranks.
+            `differences`: [p] score of the chosen minus score of the rejected response of each pair of all ranks.
         """
         return self._evaluate(batch, "val")
 
@@ -257,27 +260,28 @@ class RewardModeling(SupervisedModule):
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
     @property
-    def _misfit(self) -> str:
+    def mismatch(self) -> str:
+        """See `SupervisedModule.mismatch`."""
         return (
-            f"the reward model {self.model_path} with the attributes of these data; give --model.model and --data.path "
-            "as they were"
+            f"the reward model {self.model_path} with the attributes of these data: give --model.model and --data.path "
+            "as in the run that wrote it"
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what export needs."""
-        checkpoint["rlmt"] = {**self._record(), "model": loading.absolute_path(self.model_path)}
+        """Adds what `rlmt export` requires."""
+        checkpoint["rlmt"] = {**self.checkpoint_state(), "model": loading.absolute_path(self.model_path)}
         for folder in checkpoint_folders(self.trainer):
-            save_reward_assets(folder / REWARD_ASSETS, self._trained.config, self.tokenizer)
+            save_reward_assets(folder / REWARD_ASSETS, self.trained_model.config, self.tokenizer)
 
 
 def _scores_and_states(model: PreTrainedModel, rows: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Scores of b conversations, and the hidden states that they are read off: [b] and [b, H]."""
+    """Scores of b conversations, and the hidden states of their last tokens: [b] and [b, H]."""
     states = states_at_end(getattr(model, model.base_model_prefix), rows, device)
     return score_states(model, states).clone(), states  # FSDP2 warns of a view
 
 
 def _pairs_of_all_ranks(parts: list[PairLoss]) -> tuple[Tensor, Tensor, list[str | None]]:
-    """Rankings, differences and subsets of the pairs in all ranks' micro-batches, on the CPU."""
+    """Rankings, differences and subsets of the pairs of all ranks, on the CPU."""
     mine = [(part.rankings.cpu(), part.differences.cpu(), part.subsets) for part in parts]
     rankings, differences, subsets = zip(*(part for rank in all_gather_object(mine) for part in rank), strict=True)
     return torch.cat(rankings), torch.cat(differences), [subset for part in subsets for subset in part]

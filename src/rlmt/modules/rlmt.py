@@ -1,388 +1,404 @@
-"""The RL module: policy, reference and reward models around one objective."""
+"""The RL module: policy, reference and reward models around one objective. `training_step` is the algorithm."""
 
 from __future__ import annotations
 
-import math
+import copy
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
 from rlmt.algorithms import Algorithm
-from rlmt.checkpointing.optimizer_options import apply_optimizer_options, optimizer_options
-from rlmt.checkpointing.random_states import random_states, restore_random_states
+from rlmt.data import RolloutDataModule
 from rlmt.distributed import collectives
+from rlmt.distributed.collectives import all_gather_object, rank_hook
 from rlmt.distributed.fsdp2 import full_tensor, shard_models
-from rlmt.distributed.gradients import no_gradient_sync
 from rlmt.errors import UserError
 from rlmt.formats.thinking import FormatName, ThinkingFormat
 from rlmt.models import loading
-from rlmt.models.adapters import (
-    LoRA,
-    adapter_weights,
-    base_tensors,
-    trainable_parameters,
-    use_adapter,
-)
-from rlmt.models.critic import Critic
+from rlmt.models.adapters import adapter_weights, base_tensors, trainable_parameters, use_adapter
+from rlmt.models.critic import Critic, build_critic, check_critic
 from rlmt.models.logprobs import compute_logprobs, compute_values
-from rlmt.models.quantization import NF4, dequantize
-from rlmt.modules.build import build_models, check_has_critic, shardable_models, weights_to_load, weights_to_save
-from rlmt.modules.checkpoints import rlmt_state, save_assets_beside_checkpoints
-from rlmt.modules.checks import (
-    adapter_config_for,
-    adapter_state,
-    check_adapter_options,
-    check_adapter_state,
-    check_options,
-    check_run,
-)
-from rlmt.modules.dynamic_sampling import refill
-from rlmt.modules.policy import PolicyOwner
-from rlmt.modules.schedules import LRSchedulerCallable, OptimizerCallable, with_schedule
+from rlmt.models.quantization import dequantize
+from rlmt.modules.base import PolicyMixin, TrainingModule
+from rlmt.modules.checkpoints import check_has_critic, save_assets_beside_checkpoints, weights_to_load
+from rlmt.modules.checks import check_held_out, check_minibatches, check_sharded_run, check_trainer, weights_dtype
+from rlmt.modules.dynamic_sampling import resample
+from rlmt.modules.metrics import PROGRESS_BAR, StepTimer, step_metrics
+from rlmt.modules.offline_rollouts import add_reference_logprobs, check_offline_rollouts
 from rlmt.modules.skipped_steps import SkippedSteps
-from rlmt.modules.update import PolicyUpdate, has_no_learning_signal, step_timings
+from rlmt.modules.update import PolicyUpdate, has_no_learning_signal
+from rlmt.options import FiniteFloat, PositiveInt, check_ranges
 from rlmt.rewards import Reward
+from rlmt.rewards.classifier import shardable_models
 from rlmt.rewards.held_out import HeldOutRewards
 from rlmt.rewards.scoring import MalformedMode, score
-from rlmt.types import AdapterWeights, Experience, RolloutBatch
+from rlmt.types import AdapterWeights, Experience, PromptBatch, RolloutBatch
 
 
-class RLMTModule(LightningModule, PolicyOwner):
+class RLMTModule(PolicyMixin, TrainingModule):
     """Trains a policy on rollouts against a reward that never sees its thoughts.
 
     Args:
-        policy: folder or hub name of the policy to start from; `{format}` in it stands for the format's name.
-        reward: what scores the responses.
-        algorithm: the objective, GRPO for one.
-        format: how thoughts are written: think, no_think, zero_think, zero_no_think, or a ThinkingFormat with options.
-        optimizer: made from the trainable parameters.
-        scheduler: made from the optimizer and stepped after each of its steps; null keeps the learning rate constant.
-        malformed: what becomes of a completion that is not well formed: `penalty` gives it `malformed_reward`, `null`
-            scores the text "[NULL]" in its place (the paper's strict mode), `score_all` scores all of it, thought
-            included (the paper's non-strict mode).
-        malformed_reward: reward of a malformed completion under `penalty`; never above the worst well-formed one.
-        tokens_per_micro_batch: tokens, prompt and padding included, that one forward and backward holds.
-        max_grad_norm: the gradient is clipped to this norm.
-        max_skipped: steps in a row that a non-finite loss or gradient may cost before the run stops.
-        max_idle: rollout batches in a row that may teach nothing, as where all samples are malformed or the rewards of
-            each prompt's samples are equal, before the run stops. They change nothing.
-        gradient_checkpointing: trade time for memory in the policy's backward.
-        attn_implementation: transformers' name of an attention, such as flash_attention_2; null lets it choose.
-        held_out_rewards: rewards that are not trained on; each scores the responses to validation and test prompts, and
+        policy: Folder or hub name of the initial policy; `{format}` in it stands for the format's name.
+        reward: Scores the responses.
+        algorithm: The objective, such as GRPO.
+        format: How thoughts are written: think, no_think, zero_think, zero_no_think, or a ThinkingFormat with options.
+        malformed: How a malformed completion is scored: `penalty` gives it `malformed_reward`, `null` scores the text
+            "[NULL]" in its place (the paper's strict mode), `score_all` scores all of it, thought included (the paper's
+            non-strict mode).
+        malformed_reward: Reward of a malformed completion under `penalty`; at most the lowest well-formed one.
+        max_skipped: Maximum number of consecutive optimizer steps skipped for a non-finite loss or gradient before the
+            run stops.
+        max_idle: Maximum number of consecutive rollout batches without a learning signal before the run stops: all
+            samples are malformed, or the rewards of each prompt's samples are equal. Such a batch changes nothing.
+        held_out_rewards: Rewards that are not trained on; each scores the responses to validation and test prompts, and
             is logged as `val/<name>`.
-        lora: trains an adapter on the frozen policy, which without it is the reference; null trains all parameters. The
-            frozen weights are held in the number format that the forward computes in.
-        quantization: holds the frozen policy in 4 bits (QLoRA); wants `lora`.
+        **options: Those of `TrainingModule`. The reference of a LoRA run is the policy without its adapter.
 
     Raises:
-        UserError: an option is out of range, or later, while setting up, does not fit the models or the data.
+        UserError: An option is out of range, or, during setup, does not fit the models or the data.
     """
+
+    kind = "RLMTModule"
+    saved = ("policy.", "critic.")
 
     def __init__(
         self,
         policy: str,
         reward: Reward,
         algorithm: Algorithm,
-        format: FormatName | ThinkingFormat = "think",  # noqa: A002 - the word users write
-        optimizer: OptimizerCallable = AdamW,
-        scheduler: LRSchedulerCallable | None = None,
+        format: FormatName | ThinkingFormat = "think",  # noqa: A002 - the option's name
         malformed: MalformedMode | None = "penalty",
-        malformed_reward: float = -10.0,
-        tokens_per_micro_batch: int = 16384,
-        max_grad_norm: float = 1.0,
-        max_skipped: int = 5,
-        max_idle: int = 50,
-        gradient_checkpointing: bool = False,
-        attn_implementation: str | None = None,
+        malformed_reward: FiniteFloat = -10.0,
+        max_skipped: PositiveInt = 5,
+        max_idle: PositiveInt = 50,
         held_out_rewards: list[Reward] | None = None,
-        lora: LoRA | None = None,
-        quantization: NF4 | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        self.strict_loading = False  # frozen models are in no checkpoint; `load_state_dict` checks what has to be
-        sizes: dict[str, float] = {"tokens_per_micro_batch": tokens_per_micro_batch, "max_grad_norm": max_grad_norm}
-        check_options(sizes | {"max_skipped": max_skipped, "max_idle": max_idle})
-        if not math.isfinite(malformed_reward):
-            raise UserError(f"--model.malformed_reward is {malformed_reward}: it must be a finite number.")
-        check_adapter_options(lora, quantization)
+        check_ranges(RLMTModule, locals())
+        super().__init__(**options)
         self.format = format if isinstance(format, ThinkingFormat) else ThinkingFormat(format)
         self.policy_path = policy.replace("{format}", self.format.name)
         self.reward = reward
         self.held_out = HeldOutRewards(held_out_rewards or ())
         self.algorithm = algorithm
-        self.malformed: MalformedMode = malformed or "null"  # YAML reads the bare word null as nothing
+        self.malformed: MalformedMode = malformed or "null"  # YAML reads the bare word null as None
         self.malformed_reward = malformed_reward
-        self.gradient_checkpointing = gradient_checkpointing
-        self.attn_implementation = attn_implementation
-        self.lora, self.quantization = lora, quantization
         self.policy_version = 0
-        self._optimizer, self._scheduler = optimizer, scheduler
-        self._update = PolicyUpdate(algorithm, tokens_per_micro_batch, max_grad_norm)
-        self._no_updates = SkippedSteps(max_skipped, max_idle)
         self.policy: PreTrainedModel | None = None
         self.reference: PreTrainedModel | None = None
         self.critic: Critic | None = None
+        self._update = PolicyUpdate(algorithm, self.tokens_per_micro_batch, self.max_grad_norm)
+        self._skipped_steps = SkippedSteps(max_skipped, max_idle)
+        self._timer = StepTimer()
 
-    # What the data module needs of the policy -------------------------------------------------------------------------
+    # One step ---------------------------------------------------------------------------------------------------------
+
+    def training_step(self, prompts: PromptBatch, batch_idx: int) -> dict[str, Any]:
+        """One step of the algorithm on a batch of prompts.
+
+        Returns:
+            `experience`, all samples that were generated, and the `metrics` of this rank, for callbacks.
+        """
+        began = time.perf_counter()
+        experience = generated = self.score(self.data.generate(prompts))
+        if self.algorithm.dynamic_sampling:
+            generated, experience = resample(generated, self.algorithm.dynamic_sampling, self._generate_more)
+        scored = time.perf_counter()
+        if any(all_gather_object(len(experience.rollouts))):
+            self.algorithm.select(experience)
+            self._add_logprobs(experience)
+            self.algorithm.prepare(experience)
+            metrics = self._update_policy(experience)
+        else:
+            metrics = self._skip_batch(generated)
+        metrics |= step_metrics(generated, experience) | self._timer.step(began, scored, generated)
+        self.log_step(metrics, len(generated.rollouts), PROGRESS_BAR)
+        return {"experience": generated, "metrics": metrics}
 
     @property
-    def compute_dtype(self) -> torch.dtype:
-        """The number format that the policy's forward runs in, for the engine to sample in the same."""
-        return torch.bfloat16 if self.trainer.precision == "bf16-mixed" else torch.float32
+    def data(self) -> RolloutDataModule:
+        """The data module, which owns the prompts and the engine.
 
-    def policy_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The policy's weights, with an adapter its frozen base's, under their Hugging Face names and in full."""
-        for name, tensor in base_tensors(self._policy).items():
-            yield name, full_tensor(dequantize(tensor))
+        Raises:
+            UserError: The trainer was given another one, or none.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, RolloutDataModule):
+            raise UserError(f"--data is {type(data).__name__}, but --model RLMTModule trains on RolloutDataModule.")
+        return data
 
-    def policy_adapter(self) -> AdapterWeights | None:
-        """The adapter that makes the policy of its frozen base; None where all parameters are trained."""
-        return adapter_weights(self._policy)
+    def score(self, rollouts: RolloutBatch) -> Experience:
+        """Splits completions into thought and response, and scores the responses."""
+        texts = [self.format.decode(ids, self.tokenizer) for ids in rollouts.completion_ids]
+        splits = [self.format.split(text) for text in texts]
+        conversations = [prompt.messages for prompt in rollouts.prompts for _ in range(rollouts.group_size)]
+        scores = score(self.reward, conversations, splits, texts, self.malformed, self.malformed_reward)
+        scores.total = scores.total.to(self.device)
+        thought_tokens = [self.format.thought_tokens(ids, self.tokenizer) for ids in rollouts.completion_ids]
+        return Experience(
+            rollouts=rollouts,
+            texts=texts,
+            splits=splits,
+            thought_tokens=torch.tensor(thought_tokens, device=self.device),
+            scores=scores,
+            group=torch.arange(len(rollouts.prompts), device=self.device).repeat_interleave(rollouts.group_size),
+            lengths=torch.tensor(rollouts.lengths, device=self.device),
+            engine_logprobs=rollouts.engine_logprobs.to(self.device),
+        )
 
-    # Setting up -------------------------------------------------------------------------------------------------------
+    def _generate_more(self) -> Experience:
+        """Rollouts for the next batch of prompts, scored, for dynamic sampling."""
+        return self.score(self.data.generate(self.data.next_prompts()))
 
-    @collectives.rank_hook
+    def _add_logprobs(self, experience: Experience) -> None:
+        """Adds the log-probs and values from before the update that the objective requires."""
+        rollouts, budget = experience.rollouts, self.tokens_per_micro_batch
+        if self.algorithm.needs_reference:
+            experience.ref_logprobs = self._reference_logprobs(experience)
+        several_steps = self.algorithm.update_epochs * self.algorithm.minibatches > 1
+        if self.algorithm.needs_old_logprobs or (several_steps and experience.pairs is None):
+            experience.old_logprobs = compute_logprobs(self.trained_model, rollouts, budget, self.device)
+        if self.critic is not None:
+            experience.values = compute_values(self.critic, rollouts, budget, self.device)
+
+    def _reference_logprobs(self, experience: Experience) -> Tensor:
+        rollouts = experience.rollouts
+        if rollouts.ref_logprobs is not None:
+            return rollouts.ref_logprobs.to(self.device)
+        model = self.trained_model if self.reference is None else self.reference
+        samples = None if experience.pairs is None else experience.pairs.flatten().tolist()
+        temperature = self.algorithm.logprob_temperature
+        with use_adapter(model, None):
+            return compute_logprobs(model, rollouts, self.tokens_per_micro_batch, self.device, temperature, samples)
+
+    def _update_policy(self, experience: Experience) -> dict[str, float]:
+        """Takes the objective's optimizer steps, or none on a batch without a learning signal."""
+        if all(all_gather_object(has_no_learning_signal(experience, self.critic))):
+            return self._skip_batch(experience)
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        steps = self._update.steps(
+            self.trained_model,
+            experience,
+            self.policy_version,
+            self.accumulate_gradient,
+            self.critic,
+            self._critic_only,
+        )
+        for step in steps:
+            if step.problem is None:
+                updates_policy = not self._critic_only()
+                self.optimizer_step_and_schedule()
+                self.policy_version += updates_policy
+                self._skipped_steps.reset()
+            elif reason := self._skipped_steps.skip_step(step.problem, self.policy_version):
+                raise collectives.user_error_on_all_ranks(reason)
+            optimizer.zero_grad()
+        return self._update.metrics()
+
+    def _critic_only(self) -> bool:
+        """Whether the critic still warms up, so that the next optimizer step leaves the policy unchanged."""
+        options = self.algorithm.critic
+        return options is not None and self.global_step < options.warmup_steps
+
+    def _skip_batch(self, experience: Experience) -> dict[str, float]:
+        if reason := self._skipped_steps.skip_batch(experience, self.policy_version):
+            raise collectives.user_error_on_all_ranks(reason)
+        return {"policy/skipped": 1.0}
+
+    # Held-out prompts -------------------------------------------------------------------------------------------------
+
+    def validation_step(self, prompts: PromptBatch, batch_idx: int) -> dict[str, Experience]:
+        """Generates and scores rollouts for validation prompts."""
+        return self._evaluate(prompts, "val")
+
+    def test_step(self, prompts: PromptBatch, batch_idx: int) -> dict[str, Experience]:
+        """Generates and scores rollouts for test prompts."""
+        return self._evaluate(prompts, "test")
+
+    def predict_step(self, prompts: PromptBatch, batch_idx: int) -> dict[str, Experience]:
+        """Generates and scores rollouts, for a callback to write."""
+        return {"experience": self.score(self.data.generate(prompts))}
+
+    def _evaluate(self, prompts: PromptBatch, stage: str) -> dict[str, Experience]:
+        experience = self.score(self.data.generate(prompts))
+        size, scores = len(experience.rollouts), experience.scores
+        malformed = sum(not split.ok for split in experience.splits) / len(experience.splits)
+        self.log(f"{stage}/reward_mean", scores.total.mean(), batch_size=size, sync_dist=True, prog_bar=True)
+        self.log(f"{stage}/malformed", malformed, batch_size=size, sync_dist=True)
+        for part, tokens in (("thought", experience.thought_tokens), ("response", experience.response_tokens)):
+            self.log(f"{stage}/{part}_tokens", tokens.float().mean(), batch_size=size, sync_dist=True)
+        for name, values in scores.parts.items():
+            scored = values[values.isfinite()]
+            if len(scores.parts) > 1 and any(all_gather_object(len(scored))):
+                mean = scored.sum() / max(1, len(scored))
+                self.log(f"{stage}/{name}", mean, batch_size=len(scored), sync_dist=True)
+        for name, held_out in self.held_out.means(experience, self.malformed, self.malformed_reward).items():
+            self.log(f"{stage}/{name}", held_out, batch_size=size, sync_dist=True)
+        return {"experience": experience}
+
+    # Setup ------------------------------------------------------------------------------------------------------------
+
+    @rank_hook
     def setup(self, stage: str) -> None:
-        """Looks for mistakes that can be seen before any weights are read."""
-        check_run(self, stage)
+        """Checks the configuration before any weights are loaded.
 
-    @collectives.rank_hook
+        Raises:
+            UserError: Trainer, policy, rewards, adapter, objective and data do not fit each other.
+        """
+        data, engines = self.data, [engine for engine in (self.data.engine, self.data.val_engine) if engine is not None]
+        check_trainer(self.trainer)
+        check_sharded_run(self.trainer, self.algorithm.critic, engines)
+        self.format.check(self.tokenizer, self.policy_path)
+        loading.check_head(self.policy_config, self.policy_path)
+        self.reward.check()
+        self.held_out.check(self.reward)
+        self.check_adapter()
+        adapter = self.planned_adapter_config()
+        for engine in engines:
+            engine.check_policy(self.policy_config)
+            if adapter is not None:
+                engine.check_adapter(adapter)
+        if stage != "fit":
+            return
+        if self.algorithm.critic is not None:
+            check_critic(self.algorithm.critic.init, self.policy_path, self.tokenizer)
+        self.algorithm.check(data.group_size)
+        check_minibatches(self.algorithm.minibatches, data.batch_size, self.trainer.world_size)
+        check_held_out(self.held_out.names, bool(data.val_dataloader()))
+        if data.offline_rollouts is not None:
+            check_offline_rollouts(data.offline_rollouts, self.policy_config, self.algorithm)
+
+    @rank_hook
     def configure_model(self) -> None:
-        """Loads the models, and the rewards."""
+        """Loads policy, reference, critic and reward models, and shards them under FSDP2.
+
+        With LoRA the policy without its adapter is the reference. For offline rollouts the reference log-probs are
+        computed here, and no reference model stays in memory. Lightning restores a checkpoint after this hook, so a
+        resumed run computes them with the initial policy, too.
+        """
         if self.policy is not None:
             return
-        built = build_models(self, self._fitting, self._update.tokens_per_micro_batch)
-        self.policy, self.reference, self.critic = built
+        dtype = weights_dtype(self.trainer, self.lora)
+        policy = loading.load_policy(self.policy_path, dtype, self.attn_implementation, self.quantization)
+        if self.fitting and self.algorithm.needs_reference:
+            if (rollouts := self.data.offline_rollouts) is not None:
+                budget = self.tokens_per_micro_batch
+                add_reference_logprobs(rollouts, policy, self.algorithm, self.trainer, self.data.temperature, budget)
+            elif self.lora is None:
+                self.reference = copy.deepcopy(policy).requires_grad_(False).train(False)
+        if self.lora is not None:
+            self.lora.add_to(policy)
+        if self.fitting and self.algorithm.critic is not None:
+            critic = self.algorithm.critic
+            self.critic = build_critic(policy, critic.init, critic.shared, self.lora)
+        self.policy = self.set_training_mode(policy)
+        if self.critic is not None:
+            self.set_training_mode(self.critic.backbone)
+        shard_models(self.trainer, self.policy, self.reference, self.critic)
         self.reward.load()
         if self.trainer.state.fn != "predict":
             self.held_out.load()
         shard_models(self.trainer, *shardable_models(self.reward), *shardable_models(self.held_out), autocast=False)
 
-    def configure_optimizers(self) -> Any:
-        """The optimizer over what can be trained, and the scheduler if there is one."""
-        groups: list[dict[str, Any]] = [{"params": trainable_parameters(self._policy)}]
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The policy's parameters, and the critic's with a learning rate of their own."""
+        groups: list[dict[str, Any]] = [{"params": trainable_parameters(self.trained_model)}]
         if self.critic is not None and self.algorithm.critic is not None:
             groups.append({"params": trainable_parameters(self.critic), "lr": self.algorithm.critic.lr})
-        optimizer = self._optimizer(groups)
-        if self._scheduler is None:
-            self._configured = optimizer_options(optimizer, None)
-            return optimizer
-        made = with_schedule(optimizer, self._scheduler, self.trainer.max_steps)
-        self._configured = optimizer_options(optimizer, made["lr_scheduler"])
-        return made
-
-    def on_train_start(self) -> None:
-        """Options of the optimizer and the scheduler are those of this start, whatever a checkpoint had."""
-        apply_optimizer_options(self, self._configured)
+        return groups
 
     @property
-    def _fitting(self) -> bool:
-        return self.trainer.state.fn == "fit"
+    def optimizer_steps(self) -> int:
+        """`--trainer.max_steps`: how many steps a rollout takes is the objective's choice."""
+        return self.trainer.max_steps
 
-    # One step ---------------------------------------------------------------------------------------------------------
+    def on_train_start(self) -> None:
+        """Starts the clock of the first step."""
+        super().on_train_start()
+        self._timer.start()
 
-    def training_step(self, batch: RolloutBatch, batch_idx: int) -> dict[str, Any]:
-        """Scores one rollout batch and takes the objective's optimizer steps on it.
+    def on_validation_start(self) -> None:
+        """Stops the clock."""
+        self._timer.pause()
 
-        Returns:
-            `experience`, of all samples that were drawn, and `metrics`: floats under their final names.
-        """
-        start = time.perf_counter()
-        drawn = experience = self.experience(batch)
-        if self.algorithm.dynamic_sampling:
-            before = sum(batch.seconds.values())
-            drawn, experience = refill(drawn, self.algorithm.dynamic_sampling, self._draw_more)
-            batch = experience.rollouts
-            start += sum(batch.seconds.values()) - before  # drawing more is not scoring
-        scored = time.perf_counter()
-        if not any(collectives.all_gather_object(len(batch))):
-            metrics = self._pass_over(drawn) | step_timings(batch, start, scored)
-            return {"experience": drawn, "metrics": metrics | experience.metrics}
-        updates = self.algorithm.update_epochs * self.algorithm.minibatches
-        budget = self._update.tokens_per_micro_batch
-        if self.algorithm.pairwise:
-            self.algorithm.prepare(experience)
-        if self.algorithm.needs_reference:
-            experience.ref_logprobs = self._reference_logprobs(experience)
-        if (updates > 1 and not self.algorithm.pairwise) or self.algorithm.needs_old_logprobs:
-            experience.old_logprobs = compute_logprobs(self._policy, batch, budget, self.device)
-        if self.critic is not None:
-            experience.values = compute_values(self.critic, batch, budget, self.device)
-        if not self.algorithm.pairwise:
-            self.algorithm.prepare(experience)
-        if all(collectives.all_gather_object(has_no_learning_signal(experience, self.critic))):
-            metrics = self._pass_over(experience)
-        else:
-            metrics = self._take_steps(experience)
-        metrics |= step_timings(batch, start, scored)
-        return {"experience": drawn, "metrics": metrics | experience.metrics}
+    def on_validation_end(self) -> None:
+        """Resumes the clock."""
+        self._timer.resume()
 
-    def _draw_more(self) -> Experience:
-        """Draws and scores the next batch of prompts in the middle of a step."""
-        data = cast(Any, self.trainer).datamodule
-        return self.experience(data.transfer_batch_to_device(data.draw_more(), self.device, 0))
+    # The policy, for the data module ----------------------------------------------------------------------------------
 
-    def _reference_logprobs(self, experience: Experience) -> Tensor:
-        batch = experience.rollouts
-        if batch.ref_logprobs is not None:
-            return batch.ref_logprobs.to(self.device)
-        model = self._policy if self.reference is None else self.reference
-        budget, temperature = self._update.tokens_per_micro_batch, self.algorithm.logprob_temperature
-        samples = None if experience.pairs is None else experience.pairs.flatten().tolist()
-        with use_adapter(model, None):
-            return compute_logprobs(model, batch, budget, self.device, temperature, samples)
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of the policy's forward pass, for the engine to compute in the same."""
+        return torch.bfloat16 if self.trainer.precision == "bf16-mixed" else torch.float32
 
-    def _critic_only(self) -> bool:
-        """Whether the policy waits for the critic to warm up."""
-        options = self.algorithm.critic
-        return options is not None and self.global_step < options.warmup_steps
+    def policy_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The unsharded weights under their Hugging Face names; with an adapter those of the frozen base."""
+        for name, tensor in base_tensors(self.trained_model).items():
+            yield name, full_tensor(dequantize(tensor))
 
-    def _take_steps(self, experience: Experience) -> dict[str, float]:
-        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
-        assert not isinstance(optimizer, list)
-        steps = self._update.steps(
-            self._policy, experience, self.policy_version, self._backward, self.critic, self._critic_only
-        )
-        for step in steps:
-            if step.problem is None:
-                moved = not self._critic_only()
-                optimizer.step()
-                if isinstance(scheduler, LRScheduler):
-                    scheduler.step()
-                self.policy_version += moved
-                self._no_updates.update()
-            elif stop := self._no_updates.skip(step.problem, self.policy_version):
-                raise collectives.user_error_on_all_ranks(stop)
-            optimizer.zero_grad()
-        return self._update.metrics()
-
-    def _backward(self, loss: Tensor) -> None:
-        """Adds to this rank's gradient; the update sums them over ranks once a step, however often each came here."""
-        with no_gradient_sync(self.trainer.strategy):
-            self.manual_backward(loss)
-
-    def _pass_over(self, experience: Experience) -> dict[str, float]:
-        """What a step logs that leaves out a batch, since it teaches nothing."""
-        if stop := self._no_updates.pass_over(experience, self.policy_version):
-            raise collectives.user_error_on_all_ranks(stop)
-        return {"policy/skipped": 1.0}
-
-    def experience(self, batch: RolloutBatch) -> Experience:
-        """Takes rollouts apart and scores their responses."""
-        texts = [self.format.decode(ids, self.tokenizer) for ids in batch.completion_ids]
-        splits = [self.format.split(text) for text in texts]
-        conversations = [p.messages for p in batch.prompts for _ in range(batch.group_size)]
-        scores = score(self.reward, conversations, splits, texts, self.malformed, self.malformed_reward)
-        scores.total = scores.total.to(self.device)
-        thought_tokens = [self.format.thought_tokens(ids, self.tokenizer) for ids in batch.completion_ids]
-        return Experience(
-            rollouts=batch,
-            texts=texts,
-            splits=splits,
-            thought_tokens=torch.tensor(thought_tokens, device=self.device),
-            scores=scores,
-            group=torch.arange(len(batch.prompts), device=self.device).repeat_interleave(batch.group_size),
-            lengths=torch.tensor(batch.lengths, device=self.device),
-            engine_logprobs=batch.engine_logprobs.to(self.device),
-        )
-
-    # Held-out prompts -------------------------------------------------------------------------------------------------
-
-    def validation_step(self, batch: RolloutBatch, batch_idx: int) -> dict[str, Experience]:
-        """Scores rollouts for held-out prompts."""
-        return self._evaluate(batch, "val")
-
-    def test_step(self, batch: RolloutBatch, batch_idx: int) -> dict[str, Experience]:
-        """Scores rollouts for held-out prompts."""
-        return self._evaluate(batch, "test")
-
-    def predict_step(self, batch: RolloutBatch, batch_idx: int) -> dict[str, Experience]:
-        """Scores rollouts, for a callback to write."""
-        return {"experience": self.experience(batch)}
-
-    def _evaluate(self, batch: RolloutBatch, stage: str) -> dict[str, Experience]:
-        experience = self.experience(batch)
-        total = experience.scores.total
-        self.log(f"{stage}/reward_mean", total.mean(), batch_size=len(batch), sync_dist=True, prog_bar=True)
-        broken = sum(not split.ok for split in experience.splits) / len(experience.splits)
-        self.log(f"{stage}/malformed", broken, batch_size=len(batch), sync_dist=True)
-        for name, part in experience.scores.parts.items():
-            known = part[part.isfinite()]
-            if len(experience.scores.parts) > 1 and any(collectives.all_gather_object(len(known))):
-                mean = known.sum() / max(1, len(known))
-                self.log(f"{stage}/{name}", mean, batch_size=len(known), sync_dist=True)
-        for name, held_out in self.held_out.means(experience, self.malformed, self.malformed_reward).items():
-            self.log(f"{stage}/{name}", held_out, batch_size=len(batch), sync_dist=True)
-        return {"experience": experience}
+    def policy_adapter(self) -> AdapterWeights | None:
+        """The adapter of the policy; None where all parameters are trained."""
+        return adapter_weights(self.trained_model)
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """What is trained of the policy and the critic, with LoRA the adapters: all else is read again."""
-        return weights_to_save(self, super().state_dict(*args, **kwargs))
-
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Loads a policy, and to go on training its critic; a missing or unknown weight is an error.
+        """Loads the policy, and the critic to resume training; a missing or unknown weight is an error.
 
         Raises:
-            UserError: the weights are not those of this policy and critic.
+            UserError: The weights are not those of this policy and critic.
         """
-        wanted = weights_to_load(self, state_dict, self._fitting)
-        return super().load_state_dict(wanted, strict=False, assign=assign)
+        if self.fitting:
+            check_has_critic(state_dict, self.algorithm)
+        weights = weights_to_load(state_dict, self.state_dict().keys(), self.policy_path, self.fitting)
+        return super().load_state_dict(weights, strict=False, assign=assign)
 
     def resume_state(self) -> dict[str, Any]:
-        """What changes while training beside weights, optimizer and scheduler, as plain data; of this rank."""
+        """Policy version, state of the objective and counts of skipped steps, besides the random states."""
         return {
             "version": self.policy_version,
             "algorithm": self.algorithm.state_dict(),
-            "random": [random_states()],
-            "no_updates": self._no_updates.state_dict(),
+            "no_updates": self._skipped_steps.state_dict(),
+            **super().resume_state(),
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the format and what export needs."""
-        checkpoint["rlmt"] = {
-            "policy": loading.absolute_path(self.policy_path),
-            **adapter_state(self._policy, self.quantization),
-            "format": self.format.to_dict(),
-            **self.resume_state(),
-        }
-        save_assets_beside_checkpoints(self.trainer, self._policy.config, self.tokenizer, self.format)
+        """Adds the format and what `rlmt export` requires."""
+        policy = {"policy": loading.absolute_path(self.policy_path), "format": self.format.to_dict()}
+        checkpoint["rlmt"] = policy | self.checkpoint_state()
+        save_assets_beside_checkpoints(self.trainer, self.trained_model.config, self.tokenizer, self.format)
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any], fitting: bool) -> None:
-        """Refuses a checkpoint of something else, of another format, adapter or kind of objective; reads no weights.
+        """Checks a checkpoint's module, adapter, format and critic. Loads no weights.
 
         Args:
-            checkpoint: as loaded.
-            fitting: whether training is to go on from it.
+            checkpoint: The loaded checkpoint.
+            fitting: Whether training is resumed from it.
 
         Raises:
-            UserError: it is one.
+            UserError: One of them is not this run's.
         """
-        saved = rlmt_state(checkpoint, "RLMTModule")
-        self.check_format(ThinkingFormat.from_dict(saved["format"]), "--ckpt_path")
-        check_adapter_state(saved, adapter_config_for(self.policy_config, self.lora), self.quantization)
+        super().check_checkpoint(checkpoint, fitting)
+        self.check_format(ThinkingFormat.from_dict(checkpoint["rlmt"]["format"]), "--ckpt_path")
         if fitting:
-            check_has_critic(self, checkpoint["state_dict"])
+            check_has_critic(checkpoint["state_dict"], self.algorithm)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Goes on from a checkpoint.
+        """Restores the state of a checkpoint.
 
         Raises:
-            UserError: as `check_checkpoint`.
+            UserError: As `check_checkpoint`.
         """
-        self.check_checkpoint(checkpoint, self._fitting)
+        super().on_load_checkpoint(checkpoint)
         saved = checkpoint["rlmt"]
         self.policy_version = saved["version"]
-        if self._fitting:
-            self._no_updates.load_state_dict(saved["no_updates"])
+        if self.fitting:
+            self._skipped_steps.load_state_dict(saved["no_updates"])
             self.algorithm.load_state_dict(saved["algorithm"])
-            restore_random_states(saved["random"])

@@ -1,4 +1,4 @@
-"""Steps that leave the policy as it is: counted, told, and in the end a reason to stop the run."""
+"""Counts skipped optimizer steps and batches without a learning signal, and ends a run with too many in a row."""
 
 from __future__ import annotations
 
@@ -14,57 +14,60 @@ from rlmt.types import Experience
 
 @dataclass
 class SkippedSteps:
-    """Counts them in a row. A gradient that is not finite seldom mends itself; samples that teach nothing often do."""
+    """Counts consecutive steps that leave the policy unchanged, of two kinds.
+
+    A non-finite gradient seldom recovers by itself; batches without a learning signal often do. So each has its limit.
+    """
 
     max_skipped: int
-    """Optimizer steps in a row that a non-finite loss or gradient may cost."""
+    """Maximum number of consecutive optimizer steps skipped for a non-finite loss or gradient."""
     max_idle: int
-    """Rollout batches in a row that may teach nothing."""
+    """Maximum number of consecutive rollout batches without a learning signal."""
     skipped: int = 0
     idle: int = 0
 
-    def update(self) -> None:
-        """The policy moved."""
+    def reset(self) -> None:
+        """Counts an optimizer step that was taken."""
         self.skipped = self.idle = 0
 
-    def skip(self, problem: str, version: int) -> str | None:
-        """An optimizer step was skipped.
+    def skip_step(self, problem: str, version: int) -> str | None:
+        """Counts an optimizer step that was skipped, and warns.
 
         Args:
-            problem: why, in words.
-            version: of the policy.
+            problem: Why it was skipped.
+            version: Version of the policy.
 
         Returns:
-            Why the run has to stop, if it has to.
+            The message to end the run with, if the limit is reached.
         """
         self.skipped += 1
-        rank_zero_warn(f"Optimizer step skipped at version {version} of the policy: {problem}.")
+        rank_zero_warn(f"Optimizer step skipped at policy version {version}: {problem}.")
         if self.skipped < self.max_skipped:
             return None
         return (
-            f"Stopped after {self.skipped} skipped optimizer steps in a row (--model.max_skipped): {problem}; lower "
-            "the learning rate or look at the reward curve, and continue from the last checkpoint."
+            f"Stopped after {self.skipped} consecutive skipped optimizer steps (--model.max_skipped): {problem}. Lower "
+            "the learning rate or check the reward curve, and resume from the last checkpoint."
         )
 
-    def pass_over(self, experience: Experience, version: int) -> str | None:
-        """A rollout batch taught nothing.
+    def skip_batch(self, experience: Experience, version: int) -> str | None:
+        """Counts a rollout batch without a learning signal, and warns.
 
         Args:
-            experience: all that was drawn.
-            version: of the policy.
+            experience: All samples that were generated.
+            version: Version of the policy.
 
         Returns:
-            Why the run has to stop, if it has to.
+            The message to end the run with, if the limit is reached.
         """
         self.idle += 1
-        why = no_signal_reason(experience)
-        rank_zero_warn(f"A rollout batch teaches nothing at version {version} of the policy: {why}.")
+        reason = no_signal_reason(experience)
+        rank_zero_warn(f"Rollout batch without a learning signal at policy version {version}: {reason}.")
         if self.idle < self.max_idle:
             return None
         return (
-            f"Stopped after {self.idle} rollout batches in a row that taught nothing (--model.max_idle): {why}; look "
-            "at the samples and their rewards (rollouts/ beside metrics.csv), at --model.format and "
-            "--data.max_new_tokens. More samples a prompt (--data.group_size) tell more apart."
+            f"Stopped after {self.idle} consecutive rollout batches without a learning signal (--model.max_idle): "
+            f"{reason}. Check the samples and their rewards (rollouts/ beside metrics.csv), --model.format and "
+            "--data.max_new_tokens, or generate more samples per prompt (--data.group_size)."
         )
 
     def state_dict(self) -> dict[str, int]:
@@ -72,12 +75,12 @@ class SkippedSteps:
         return {"skipped": self.skipped, "idle": self.idle}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Goes on from `state_dict`."""
+        """Restores both counts."""
         self.skipped, self.idle = state["skipped"], state["idle"]
 
 
 def no_signal_reason(experience: Experience) -> str:
-    """What all samples of a batch that teaches nothing have in common, in words; every rank has to ask."""
+    """Why a batch has no learning signal, for a message. All ranks have to call it."""
     statuses: Counter[str] = Counter()
     for counted in all_gather_object(Counter(split.status.value for split in experience.splits if not split.ok)):
         statuses.update(counted)
@@ -86,5 +89,5 @@ def no_signal_reason(experience: Experience) -> str:
     if experience.pairs is not None:
         return "no prompt has a pair"
     if experience.mask is not None and not any(all_gather_object(bool(experience.mask.any()))):
-        return "no sample takes part in the loss, since all are cut off (--model.algorithm.mask_truncated)"
-    return "no prompt has samples of different rewards"
+        return "all samples are truncated and left out of the loss (--model.algorithm.mask_truncated)"
+    return "no prompt has samples with different rewards"

@@ -1,1 +1,1 @@
-"""Pictures of a run. matplotlib takes a second to import, so callers import these modules when they draw."""
+"""Figures of a run. matplotlib takes a second to import, so callers import these modules only when they draw."""

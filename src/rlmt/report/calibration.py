@@ -1,4 +1,4 @@
-"""Whether a reward model is right as often as it says: σ(difference of scores) against how often the higher wins."""
+"""Calibration of a reward model: predicted preference σ(score difference) against observed accuracy."""
 
 from __future__ import annotations
 
@@ -7,38 +7,38 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
-from rlmt.report.curves import BLUE, GREY
+from rlmt.report.style import BLUE, GREY, GRID_GREY, TITLE_COLOUR, new_figure, save_png
 
 
 @dataclass(frozen=True)
 class Bin:
-    """Pairs whose scores lie about equally far apart."""
+    """Pairs with similar absolute score differences."""
 
     predicted: float
-    """Mean probability that the model gives to its own choice, 0.5 to 1."""
+    """Mean probability that the model assigns to the response that it prefers, 0.5 to 1."""
     observed: float
-    """How often its choice is the right one."""
+    """Fraction of pairs for which the preferred response is the better one."""
     count: int
-    """Pairs."""
+    """Number of pairs."""
 
 
 def calibration_bins(differences: NDArray[np.float64], bins: int = 10) -> list[Bin]:
-    """Sorts pairs by how sure the model is, and compares that with how often it is right.
+    """Sorts pairs by predicted probability into bins, and computes the accuracy in each.
 
-    A pair and its mirror image say the same, so a pair stands for the side that the model prefers: it predicts
-    σ(|difference|) that this side is the better one. Bins hold equally many pairs, up to one.
+    Swapping the responses of a pair does not change its information, so each pair is counted once, from the side that
+    the model prefers: it predicts with probability σ(|difference|) that this side is the better one. The sizes of the
+    bins differ by at most one pair.
 
     Args:
-        differences: [n] score of the better minus score of the worse response of each pair; 0 counts as half right.
-        bins: most bins.
+        differences: [n] Score of the better minus score of the worse response of each pair. A difference of 0 counts as
+            half correct.
+        bins: Maximum number of bins.
 
     Returns:
-        Bins from the least sure to the surest, none of them empty.
+        Non-empty bins in ascending order of predicted probability.
     """
     order = np.argsort(np.abs(differences), kind="stable")
     return [
@@ -53,29 +53,28 @@ def calibration_bins(differences: NDArray[np.float64], bins: int = 10) -> list[B
 
 
 def calibration_error(bins: list[Bin]) -> float:
-    """Expected calibration error: the mean over pairs of |predicted - observed| of their bin."""
+    """Expected calibration error: the mean of |predicted - observed| over bins, weighted by their number of pairs."""
     return sum(b.count * abs(b.predicted - b.observed) for b in bins) / sum(b.count for b in bins)
 
 
 def draw_calibration(path: Path, bins: list[Bin]) -> Path:
-    """Draws observed against predicted accuracy into a PNG, with 95 % intervals by Wilson's score.
+    """Writes a PNG with observed against predicted accuracy, and 95 % Wilson score intervals.
 
     Args:
-        path: Where to; replaced in one go.
-        bins: At least one.
+        path: Output file, written atomically.
+        bins: At least one bin.
 
     Returns:
         The path.
     """
-    figure = Figure(figsize=(5.4, 5.2), dpi=150, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(5.4, 5.2)
     axes = figure.add_subplot()
-    axes.plot([0.5, 1], [0.5, 1], ls="--", lw=1, color=GREY, label="as often right as it says")
+    axes.plot([0.5, 1], [0.5, 1], ls="--", lw=1, color=GREY, label="perfect calibration")
     predicted, observed = [b.predicted for b in bins], [b.observed for b in bins]
-    intervals = np.array([_wilson(b.observed, b.count) for b in bins])
-    spread = np.abs(intervals.T - np.array(observed))
+    intervals = np.array([_wilson_interval(b.observed, b.count) for b in bins])
+    errors = np.abs(intervals.T - np.array(observed))
     axes.errorbar(
-        predicted, observed, yerr=spread, fmt="o-", ms=5, lw=1.4, elinewidth=1, capsize=2, color=BLUE, label="pairs"
+        predicted, observed, yerr=errors, fmt="o-", ms=5, lw=1.4, elinewidth=1, capsize=2, color=BLUE, label="pairs"
     )
     low = min(0.5, *(interval[0] for interval in intervals))
     axes.set_xlim(0.49, 1.01)
@@ -84,21 +83,17 @@ def draw_calibration(path: Path, bins: list[Bin]) -> Path:
         axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_xlabel("predicted: σ(|difference of scores|)", color=GREY)
     axes.set_ylabel("observed: preferred response is the better one", color=GREY)
-    axes.grid(color="#e4e4e4", linewidth=0.8)
+    axes.grid(color=GRID_GREY, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.legend(loc="lower right", frameon=False, fontsize=9)
     count = sum(b.count for b in bins)
     title = f"Calibration on {count:,} pairs, error {calibration_error(bins):.3f}"
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color="#222222")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    figure.savefig(unfinished, format="png")
-    unfinished.replace(path)
-    return path
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=TITLE_COLOUR)
+    return save_png(figure, path)
 
 
-def _wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % interval of a share seen in `count` cases (Wilson, 1927)."""
+def _wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % confidence interval of a proportion over `count` observations (Wilson, 1927)."""
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
     return middle - half, middle + half

@@ -1,1 +1,1 @@
-"""Studies: many runs from one file, with seeds, compared in a report. `rlmt.study.command` is where to begin."""
+"""Studies: many runs from one file, over several seeds, compared in one report. Start at `rlmt.study.command`."""

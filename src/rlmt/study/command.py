@@ -1,4 +1,7 @@
-"""`rlmt study`: runs what is not done yet, then reports. It has no training loop: its jobs are `rlmt` commands."""
+"""The `rlmt study` command: runs the jobs that are not done yet, then writes a report.
+
+A study has no training loop of its own: its jobs are `rlmt` commands.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,10 @@ from types import FrameType
 from rich.console import Console
 
 from rlmt.errors import UserError
-from rlmt.study.report import Comparison, Findings, print_table, sentences, write_report
+from rlmt.study.report import Comparison, Findings, comparison_sentences, terminal_table, write_report
 from rlmt.study.results import Estimate, Row, last_values, read_rows
-from rlmt.study.runner import Runner, State
-from rlmt.study.stages import Arm, Plan, Stage, keys
+from rlmt.study.runner import JobState, Runner
+from rlmt.study.stages import Arm, Plan, Stage, job_digests
 
 
 def study(
@@ -31,64 +34,66 @@ def study(
     jobs: int = 1,
     command: str = "rlmt study",
 ) -> None:
-    """Runs a study: the jobs that are not done yet, and a report over all.
+    """Runs the jobs of a study that are not done yet, and writes a report on all of them.
 
     Args:
-        stages: Name → what is run for each seed and each combination of axes.
-        arms: Name → a row of the tables.
-        metrics: Name → the name it is logged under; the first is the one that arms are judged by.
-        out: Folder to write to; jobs that are done there are not run again.
-        title: Heading of the report.
-        seeds: Fixed before a run, all of them reported; null takes 0.
+        stages: Name → commands, run for each seed and each combination of axis values.
+        arms: Name → a row of the result tables.
+        metrics: Name → the name under which it is logged. The first one is the main metric.
+        out: Output folder. Jobs that are already done in it are not run again.
+        title: Title of the report.
+        seeds: Seeds, fixed before the study; all of them are reported. null uses seed 0.
         texts: Name → text that several commands share.
-        comparisons: Questions that the report answers.
-        picture: Arms whose curves are drawn; null draws none.
-        only: Arms to run and report; null takes all.
-        jobs: Most jobs at a time, each on its share of the cores.
-        command: How to make the report again, to be written into it.
+        comparisons: Differences between arms that the report states.
+        picture: Arms in the figure; null writes no figure.
+        only: Arms to run and report; null uses all of them.
+        jobs: Maximum number of parallel jobs. The CPU cores are divided among them.
+        command: Command line that reproduces the report; it is printed in the report.
 
     Raises:
-        UserError: The study is not well put, or jobs failed.
+        UserError: The configuration of the study is invalid, or jobs failed.
     """
     seeds = seeds or [0]
     if len(set(seeds)) < len(seeds):
-        raise UserError(f"--seeds {seeds}: one of them is there twice")
+        raise UserError(f"--seeds {seeds}: a seed occurs twice; pass each seed once.")
     if jobs < 1:
-        raise UserError(f"--jobs is {jobs}: give at least 1")
-    for option, given in {"arms": arms, "metrics": metrics}.items():
-        if not given:
-            raise UserError(f"--{option}: name one at least")
-    asked = comparisons or []
+        raise UserError(f"--jobs {jobs}: the number of parallel jobs must be positive; pass 1 or more.")
+    for option, entries in {"arms": arms, "metrics": metrics}.items():
+        if not entries:
+            raise UserError(f"--{option}: no entries; define at least one.")
+    comparisons = comparisons or []
     _check_names("--only", only or [], "arm", arms)
     _check_names("--picture", picture or [], "arm", arms)
-    _check_names("--comparisons", [name for it in asked for name in (it.more, it.than)], "arm", arms)
-    _check_names("--comparisons", [it.by for it in asked if it.by is not None], "metric", metrics)
-    chosen = {name: arm for name, arm in arms.items() if only is None or name in only}
+    _check_names("--comparisons", [name for it in comparisons for name in (it.more, it.than)], "arm", arms)
+    _check_names("--comparisons", [it.by for it in comparisons if it.by is not None], "metric", metrics)
+    selected = {name: arm for name, arm in arms.items() if only is None or name in only}
     plan = Plan(stages, seeds, out, texts or {})
-    needed = plan.needed(list(chosen.values()))
-    signal.signal(signal.SIGTERM, _interrupt)
-    Runner(needed, keys(needed, out), jobs).run()
+    needed = plan.jobs_for(list(selected.values()))
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+    Runner(needed, job_digests(needed, out), jobs).run()
 
-    about = Findings(
+    unfilled = Findings(
         title=title,
         command=command,
         seeds=seeds,
-        labels={name: arm.label for name, arm in chosen.items()},
+        labels={name: arm.label for name, arm in selected.items()},
         metrics=list(metrics),
-        comparisons=asked,
+        comparisons=comparisons,
     )
-    report(plan, chosen, metrics, about, picture or [])
+    report(plan, selected, metrics, unfilled, picture or [])
 
 
-def report(plan: Plan, arms: dict[str, Arm], metrics: dict[str, str], about: Findings, picture: Sequence[str]) -> None:
-    """Reads what the jobs logged, writes the report and prints its table and sentences.
+def report(
+    plan: Plan, arms: dict[str, Arm], metrics: dict[str, str], unfilled: Findings, figure: Sequence[str]
+) -> None:
+    """Reads the logged metrics, writes the report and prints its table and sentences.
 
     Args:
-        plan: The jobs, all done.
-        arms: Those to report.
-        metrics: Name → the name it was logged under.
-        about: All of the findings but what was found.
-        picture: Arms to draw.
+        plan: The jobs, all of them done.
+        arms: Name → arm to report.
+        metrics: Name → the name under which it was logged.
+        unfilled: The findings without the results.
+        figure: Names of the arms in the figure.
 
     Raises:
         UserError: A metric was not logged.
@@ -97,44 +102,44 @@ def report(plan: Plan, arms: dict[str, Arm], metrics: dict[str, str], about: Fin
     rows = {name: [read_rows(folder) for folder in found] for name, found in folders.items()}
     table = {}
     for name in arms:
-        last = [
-            last_values(*of_seed)
-            for of_seed in zip(rows[name], [metrics] * len(plan.seeds), folders[name], strict=True)
-        ]
+        last = [last_values(logged, metrics, folder) for logged, folder in zip(rows[name], folders[name], strict=True)]
         table[name] = {metric: Estimate(tuple(values[metric] for values in last)) for metric in metrics}
-    drawn = {arms[name].label: rows[name] for name in picture if name in arms}
-    found = replace(
-        about,
+    curves = {arms[name].label: rows[name] for name in figure if name in arms}
+    findings = replace(
+        unfilled,
         table=table,
         minutes={name: _minutes(found) for name, found in folders.items()},
-        picture=_draw(plan.out, about.title, drawn) if drawn else None,
+        figure=_draw(plan.out, unfilled.title, curves) if curves else None,
     )
-    written = write_report(found, plan.out)
+    written = write_report(findings, plan.out)
     console = Console()
-    console.print(print_table(found))
-    for sentence in sentences(found):
+    console.print(terminal_table(findings))
+    for sentence in comparison_sentences(findings):
         console.print(sentence.replace("**", ""), soft_wrap=True, markup=False, highlight=False)
-    for path in [*written, *([found.picture] if found.picture else [])]:
+    for path in [*written, *([findings.figure] if findings.figure else [])]:
         console.print(str(path), soft_wrap=True, highlight=False)
 
 
 def _check_names(option: str, names: Sequence[str], kind: str, known: Mapping[str, object]) -> None:
+    """Raises a UserError for the first unknown name."""
     for name in names:
         if name not in known:
-            raise UserError(f"{option}: there is no {kind} {name!r}; choose of {', '.join(known)}")
+            raise UserError(f"{option}: unknown {kind} {name!r}; choose from {', '.join(known)}.")
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Lets SIGTERM end the jobs, too."""
+def _exit_on_signal(number: int, frame: FrameType | None) -> None:
+    """Turns SIGTERM into SystemExit, so that the runner terminates its jobs."""
     raise SystemExit(128 + number)
 
 
 def _minutes(folders: Sequence[Path]) -> Estimate:
-    states = [State.load(folder) for folder in folders]
+    """Run time of the jobs in minutes, one value per seed."""
+    states = [JobState.load(folder) for folder in folders]
     return Estimate(tuple(sum(state.seconds.values()) / 60 for state in states if state is not None))
 
 
 def _draw(out: Path, title: str, curves: dict[str, list[list[Row]]]) -> Path:
+    """Writes the figure of the study."""
     # Imported here because matplotlib takes a second to load.
     from rlmt.study.figure import draw_study
 

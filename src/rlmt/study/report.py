@@ -1,4 +1,4 @@
-"""The report of a study: tables, plain sentences, the picture, as Markdown and as one HTML file."""
+"""The report of a study: tables, sentences and the figure, as Markdown and as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ img {{ max-width: 100% }} code {{ background: #f3f3f3; padding: 0 .2rem }} pre c
 
 @dataclass
 class Comparison:
-    """A question to the results.
+    """A difference between two arms that the report states.
 
     Args:
-        more: the arm that should have more.
-        than: the arm that should have less.
-        by: the metric; None takes the study's first.
-        expect: `above`: the difference should be above 0; `not_above`: it should not, as in a control.
+        more: The arm that should have the higher value.
+        than: The arm that should have the lower value.
+        by: The metric; None uses the first metric of the study.
+        expect: `above`: the difference should be above 0. `not_above`: it should not, as in a control.
     """
 
     more: str
@@ -47,38 +47,38 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Findings:
-    """All that a report tells."""
+    """Everything that a report shows."""
 
     title: str
     command: str
-    """How to make it again."""
+    """Command line that reproduces the report."""
     seeds: Sequence[int]
     labels: Mapping[str, str]
-    """Arm → what people call it."""
+    """Arm → its label in tables and sentences."""
     metrics: Sequence[str]
     comparisons: Sequence[Comparison]
     table: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
     """Arm → metric → values over seeds."""
     minutes: Mapping[str, Estimate] = field(default_factory=dict)
-    """Arm → minutes that its last stage took."""
-    picture: Path | None = None
+    """Arm → run time of its last stage in minutes."""
+    figure: Path | None = None
 
 
 def write_report(findings: Findings, out: Path) -> list[Path]:
     """Writes report.md, report.html, summary.json and results.csv.
 
     Args:
-        findings: what to tell.
-        out: folder of the study.
+        findings: Contents of the report.
+        out: Folder of the study.
 
     Returns:
-        What was written.
+        The written files.
     """
     text = _markdown(findings)
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
-    if findings.picture is not None:
-        encoded = base64.b64encode(findings.picture.read_bytes()).decode()
-        body = body.replace(f'src="{findings.picture.name}"', f'src="data:image/png;base64,{encoded}"')
+    if findings.figure is not None:
+        encoded = base64.b64encode(findings.figure.read_bytes()).decode()
+        body = body.replace(f'src="{findings.figure.name}"', f'src="data:image/png;base64,{encoded}"')
     summary = {arm: {metric: estimate.mean for metric, estimate in row.items()} for arm, row in findings.table.items()}
     files = {
         "report.md": text,
@@ -96,87 +96,90 @@ def write_report(findings: Findings, out: Path) -> list[Path]:
     return [out / name for name in (*files, "results.csv")]
 
 
-def print_table(findings: Findings) -> Table:
-    """The table for a terminal."""
+def terminal_table(findings: Findings) -> Table:
+    """Table of the results for the terminal."""
     table = Table(title=f"{findings.title}: {_seeds(findings)}")
     table.add_column("")
     for metric in findings.metrics:
         table.add_column(metric.replace("_", " "), justify="right")
     for arm, row in findings.table.items():
-        table.add_row(
-            findings.labels[arm], *(row[metric].write(_digits(metric, findings)) for metric in findings.metrics)
-        )
+        cells = [row[metric].format(_digits(metric, findings)) for metric in findings.metrics]
+        table.add_row(findings.labels[arm], *cells)
     return table
 
 
-def sentences(findings: Findings) -> list[str]:
-    """What the comparisons came to, in plain words."""
-    return [_sentence(question, findings) for question in findings.comparisons if _known(question, findings)]
+def comparison_sentences(findings: Findings) -> list[str]:
+    """One Markdown sentence for each comparison between two reported arms."""
+    return [
+        _sentence(comparison, findings)
+        for comparison in findings.comparisons
+        if comparison.more in findings.table and comparison.than in findings.table
+    ]
 
 
-def _known(question: Comparison, findings: Findings) -> bool:
-    return question.more in findings.table and question.than in findings.table
-
-
-def _sentence(question: Comparison, findings: Findings) -> str:
-    metric = question.by or findings.metrics[0]
-    more, than = findings.table[question.more][metric], findings.table[question.than][metric]
+def _sentence(comparison: Comparison, findings: Findings) -> str:
+    """The difference, its interval and whether it is the expected one."""
+    metric = comparison.by or findings.metrics[0]
+    more, than = findings.table[comparison.more][metric], findings.table[comparison.than][metric]
     difference = more.minus(than)
     digits = _digits(metric, findings)
-    said = f"{findings.labels[question.more]} − {findings.labels[question.than]}, {metric.replace('_', ' ')}: "
+    subject = f"{findings.labels[comparison.more]} − {findings.labels[comparison.than]}, {metric.replace('_', ' ')}: "
     by_seed = ", ".join(f"{value:+.{digits}f}" for value in difference.values)
     if difference.interval is None:
-        return f"{said}{difference.mean:+.{digits}f} (one seed: no interval)."
+        return f"{subject}{difference.mean:+.{digits}f} (one seed: no interval)."
     low, high = difference.interval
-    found = "above" if low > 0 else "below" if high < 0 else "level"
+    sign = "above" if low > 0 else "below" if high < 0 else "level"
     verdict = {
         ("above", "above"): "above 0, as expected",
-        ("above", "level"): "**the interval holds 0: no difference shown where one was expected**",
-        ("above", "below"): "**below 0: the other way round from what was expected**",
-        ("not_above", "above"): "**above 0, where none was expected**",
+        ("above", "level"): "**the interval contains 0: no difference shown, but one was expected**",
+        ("above", "below"): "**below 0: the opposite of the expected difference**",
+        ("not_above", "above"): "**above 0, but no difference was expected**",
         ("not_above", "level"): "no difference, as expected of a control",
-        ("not_above", "below"): "below 0, and so not above, as expected of a control",
-    }[question.expect, found]
+        ("not_above", "below"): "below 0, not above, as expected of a control",
+    }[comparison.expect, sign]
     ratio = f", ×{more.mean / than.mean:.2f}" if than.mean > 0 and more.mean > 0 else ""
     return (
-        f"{said}{difference.mean:+.{digits}f}{ratio}, 95 % interval {low:.{digits}f} to {high:.{digits}f} "
+        f"{subject}{difference.mean:+.{digits}f}{ratio}, 95 % interval {low:.{digits}f} to {high:.{digits}f} "
         f"(by seed {by_seed}): {verdict}."
     )
 
 
 def _markdown(findings: Findings) -> str:
+    """The report as Markdown."""
     lines = [f"# {findings.title}", "", f"{_seeds(findings)}; made by", "", "```sh", findings.command, "```", ""]
-    lines += ["## Results", "", _rule(["", *findings.metrics, "minutes"])]
+    lines += ["## Results", "", _table_row(["", *findings.metrics, "minutes"], header=True)]
     for arm, row in findings.table.items():
-        cells = [row[metric].write(_digits(metric, findings)) for metric in findings.metrics]
-        lines.append(_rule([findings.labels[arm], *cells, findings.minutes[arm].write()], head=False))
+        cells = [row[metric].format(_digits(metric, findings)) for metric in findings.metrics]
+        lines.append(_table_row([findings.labels[arm], *cells, findings.minutes[arm].format()]))
     if len(findings.seeds) > 1:
         lines += ["", "Means over seeds, ± half of Student's 95 % interval of the mean."]
-    lines += ["", "Minutes are of an arm's last stage alone.", "", "## Differences", ""]
-    lines += [f"- {sentence}" for sentence in sentences(findings)]
+    lines += ["", "Minutes are those of an arm's last stage alone.", "", "## Differences", ""]
+    lines += [f"- {sentence}" for sentence in comparison_sentences(findings)]
     if len(findings.seeds) > 1:
         first = findings.metrics[0]
         lines += ["", f"## {first.replace('_', ' ').capitalize()} by seed", ""]
-        lines.append(_rule(["seed", *(findings.labels[arm] for arm in findings.table)]))
+        lines.append(_table_row(["seed", *(findings.labels[arm] for arm in findings.table)], header=True))
         for number, seed in enumerate(findings.seeds):
             values = [f"{row[first].values[number]:.{_digits(first, findings)}f}" for row in findings.table.values()]
-            lines.append(_rule([str(seed), *values], head=False))
-    if findings.picture is not None:
-        lines += ["", "## Curves", "", f"![Curves of {findings.title}]({findings.picture.name})"]
+            lines.append(_table_row([str(seed), *values]))
+    if findings.figure is not None:
+        lines += ["", "## Curves", "", f"![Curves of {findings.title}]({findings.figure.name})"]
     return "\n".join(lines) + "\n"
 
 
-def _rule(cells: Sequence[str], head: bool = True) -> str:
+def _table_row(cells: Sequence[str], header: bool = False) -> str:
+    """One row of a Markdown table; a header row is followed by its separator."""
     row = f"| {' | '.join(cell.replace('_', ' ') for cell in cells)} |"
-    return f"{row}\n|{'---|' * len(cells)}" if head else row
+    return f"{row}\n|{'---|' * len(cells)}" if header else row
 
 
 def _seeds(findings: Findings) -> str:
+    """`seed 1` or `2 seeds (1, 2)`."""
     seeds = ", ".join(map(str, findings.seeds))
     return f"{len(findings.seeds)} seeds ({seeds})" if len(findings.seeds) > 1 else f"seed {seeds}"
 
 
 def _digits(metric: str, findings: Findings) -> int:
-    """Decimals that show differences: the fewer, the larger the values."""
+    """Number of decimals: the larger the values, the fewer."""
     largest = max(abs(value) for row in findings.table.values() for value in row[metric].values)
     return 1 if largest >= 10 else 2 if largest >= 0.5 else 3

@@ -1,4 +1,4 @@
-"""What runs logged, and what it says over seeds: means, and differences paired by seed, with 95 % intervals."""
+"""Logged metrics of a job, and their means and paired differences over seeds with 95 % confidence intervals."""
 
 from __future__ import annotations
 
@@ -14,67 +14,75 @@ from scipy.stats import t as student
 from rlmt.errors import UserError
 
 Row = dict[str, float]
-"""Metric → value, of one line of metrics.csv; only what was logged there."""
+"""Metric → value of one line of metrics.csv, without empty cells."""
 
 CONFIDENCE = 0.95
 
 
 def read_rows(folder: Path) -> list[Row]:
-    """All lines that a job's runs logged, in order; what a resumed run logged again counts once, as the last said it.
+    """Reads all lines that the runs of a job logged, in order.
+
+    A resumed run logs some steps again; only the lines of the last run that logged a step are returned.
 
     Args:
-        folder: a job's folder, with a `version_N/metrics.csv` for each time it was started.
+        folder: Folder of the job, with one `version_N/metrics.csv` for each start.
+
+    Returns:
+        The lines.
 
     Raises:
-        UserError: there is none.
+        UserError: The folder holds no metrics.csv.
     """
     files = sorted(folder.glob("version_*/metrics.csv"), key=lambda path: int(path.parent.name.rpartition("_")[2]))
     if not files:
-        raise UserError(f"{folder}: holds no version_*/metrics.csv, so there is nothing to report of it")
+        raise UserError(f"{folder}: no version_*/metrics.csv was found; an arm's stage must run `fit` or `validate`.")
     rows: list[Row] = []
     for path in files:
         with path.open(encoding="utf-8", newline="") as file:
-            fresh = [{name: float(cell) for name, cell in line.items() if cell} for line in csv.DictReader(file)]
-        first = min((row["step"] for row in fresh if "step" in row), default=math.inf)
-        rows = [row for row in rows if row.get("step", -1) < first] + fresh
+            new = [{name: float(cell) for name, cell in line.items() if cell} for line in csv.DictReader(file)]
+        first = min((row["step"] for row in new if "step" in row), default=math.inf)
+        rows = [row for row in rows if row.get("step", -1) < first] + new
     return rows
 
 
-def last_values(rows: Sequence[Row], metrics: dict[str, str], where: Path) -> dict[str, float]:
-    """The last value of each metric.
+def last_values(rows: Sequence[Row], metrics: dict[str, str], folder: Path) -> dict[str, float]:
+    """Returns the last logged value of each metric.
 
     Args:
-        rows: what was logged.
-        metrics: name → the name that it was logged under.
-        where: the job's folder, for messages.
+        rows: The logged lines.
+        metrics: Name → the name under which it was logged.
+        folder: Folder of the job, for error messages.
+
+    Returns:
+        Name → value.
 
     Raises:
-        UserError: a metric was never logged.
+        UserError: A metric was never logged.
     """
     found = {}
     for name, logged in metrics.items():
         values = [row[logged] for row in rows if logged in row]
         if not values:
-            raise UserError(f"{where}: no {logged} was logged, which the study's metric {name!r} asks for")
+            raise UserError(f"--metrics.{name}: {logged} was never logged in {folder}; name a logged metric.")
         found[name] = values[-1]
     return found
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds."""
+    """A mean over seeds with its confidence interval."""
 
     values: tuple[float, ...]
-    """One a seed."""
+    """One value per seed."""
 
     @property
     def mean(self) -> float:
-        """Their mean."""
+        """Mean over seeds."""
         return statistics.fmean(self.values)
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Student's 95 % interval of the mean; None for a single seed."""
+        """95 % confidence interval of the mean by Student's t; None for a single seed."""
         n = len(self.values)
         if n < 2:
             return None
@@ -82,10 +90,10 @@ class Estimate:
         return self.mean - half, self.mean + half
 
     def minus(self, other: Estimate) -> Estimate:
-        """The differences, seed by seed."""
+        """Differences paired by seed."""
         return Estimate(tuple(a - b for a, b in zip(self.values, other.values, strict=True)))
 
-    def write(self, digits: int = 1) -> str:
-        """`80.8 ± 1.9`, the mean and half of its interval; the mean alone where there is none."""
+    def format(self, digits: int = 1) -> str:
+        """`80.8 ± 1.9`, the mean and half of the interval's width; the mean alone for a single seed."""
         mean = f"{self.mean:.{digits}f}"
         return mean if self.interval is None else f"{mean} ± {self.interval[1] - self.mean:.{digits}f}"

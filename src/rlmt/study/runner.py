@@ -1,4 +1,4 @@
-"""Runs jobs as processes of their own, some at a time, and keeps what is done."""
+"""Runs the jobs of a study in subprocesses, several at a time, and saves which commands are done."""
 
 from __future__ import annotations
 
@@ -21,187 +21,198 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rlmt.errors import UserError
 from rlmt.study.stages import Job
 
-STATE = "job.json"
-"""In a job's folder: what it is, and how far it got."""
-LOG = "log.txt"
-_BAR = re.compile(rb"(\d+)/(\d+) \[")
-"""How far a progress bar of tqdm is."""
-_TQDM = ("--trainer.callbacks+", "lightning.pytorch.callbacks.TQDMProgressBar")
-"""The bar that writes to a file, too."""
-_ERROR = "rlmt: error: "
-_TAIL = 4096
+STATE_FILE = "job.json"
+"""File in the job's folder with its `JobState`."""
+LOG_FILE = "log.txt"
+_TQDM_POSITION = re.compile(rb"(\d+)/(\d+) \[")
+"""Position and total of a tqdm progress bar."""
+_TQDM_OPTIONS = ("--trainer.callbacks+", "lightning.pytorch.callbacks.TQDMProgressBar")
+"""Unlike the rich progress bar, tqdm's also writes to a file."""
+_ERROR_PREFIX = "rlmt: error: "
+_TAIL_BYTES = 4096
 
 
 @dataclass
-class State:
-    """How far a job got, as saved in its folder."""
+class JobState:
+    """Progress of a job, as saved in its folder."""
 
     key: str
-    """Digest of what it depends on."""
+    """Digest of everything that the job depends on."""
     done: int = 0
-    """How many of its commands are done."""
+    """Number of commands that are done."""
     commands: list[str] = field(default_factory=list)
-    """Its command lines."""
+    """The command lines of the job."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Command's number → seconds it took, over all attempts."""
+    """Index of the command → run time in seconds, summed over all attempts."""
 
     @classmethod
-    def load(cls, folder: Path) -> State | None:
-        """What a folder says of itself; None where nothing ran yet."""
+    def load(cls, folder: Path) -> JobState | None:
+        """Reads the state from a job's folder; None if no job was started there."""
         try:
-            return cls(**json.loads((folder / STATE).read_text(encoding="utf-8")))
+            return cls(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
 
     def save(self, folder: Path) -> None:
-        """Replaces the file in one go."""
-        unfinished = folder / f".{STATE}.tmp"
-        unfinished.write_text(json.dumps(self.__dict__, indent=2) + "\n", encoding="utf-8")
-        unfinished.replace(folder / STATE)
+        """Writes the state atomically."""
+        temporary = folder / f".{STATE_FILE}.tmp"
+        temporary.write_text(json.dumps(self.__dict__, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(folder / STATE_FILE)
 
 
 def is_done(job: Job, key: str) -> bool:
-    """Whether a job ran to its end as it stands now."""
-    state = State.load(job.folder)
+    """Whether all commands of a job are done with its present settings."""
+    state = JobState.load(job.folder)
     return state is not None and state.key == key and state.done == len(job.commands)
 
 
-class _Failed(Exception):
-    """A command ended with an error."""
+class _JobFailed(Exception):
+    """A command of the job failed; the message is empty if a job that it depends on failed."""
 
 
 class Runner:
-    """Runs what is not done yet of some jobs.
+    """Runs those of some jobs that are not done yet.
 
-    A job that failed keeps from running only those that need it; what is done stays done, and an unfinished `fit` goes
-    on from its last checkpoint the next time.
+    The jobs that depend on a failed one are skipped; all others still run. Jobs that are done are not run again, and
+    the next run resumes an unfinished `fit` from its last checkpoint.
 
     Args:
-        jobs: in order, with all that they need.
-        keys: each job's digest; a folder with another one is made anew, which is said aloud.
-        parallel: most jobs at a time.
+        jobs: The jobs in order, with every job that they depend on.
+        keys: Folder of each job → its digest. A folder with another digest is deleted, with a message, and made again.
+        parallel: Maximum number of parallel jobs.
     """
 
     def __init__(self, jobs: Sequence[Job], keys: Mapping[Path, str], parallel: int) -> None:
         self.jobs, self.keys, self.parallel = list(jobs), keys, parallel
-        self._left = {job.folder: job for job in jobs if not is_done(job, keys[job.folder])}
+        self._pending = {job.folder: job for job in jobs if not is_done(job, keys[job.folder])}
         self._failed: dict[Path, str] = {}
         self._processes: set[subprocess.Popen[bytes]] = set()
-        self._ending = False
+        self._stopping = False
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
-        self._bars = Progress(*columns, TimeElapsedColumn())
+        self._progress = Progress(*columns, TimeElapsedColumn())
 
     def run(self) -> None:
-        """Runs them, with a progress bar for each that runs and one for all.
+        """Runs the jobs, with one progress bar for the study and one for each running job.
 
         Raises:
-            UserError: jobs failed, with the reason of the first.
+            UserError: Jobs failed; the message has the reason of the first.
         """
-        graph = TopologicalSorter({folder: set(job.needs) & set(self._left) for folder, job in self._left.items()})
+        graph = TopologicalSorter(
+            {folder: set(job.needs) & set(self._pending) for folder, job in self._pending.items()}
+        )
         graph.prepare()
-        order = list(self._left)
+        order = list(self._pending)
         running: dict[Future[None], Job] = {}
         waiting: list[Path] = []
-        with self._bars, ThreadPoolExecutor(self.parallel) as pool:
+        with self._progress, ThreadPoolExecutor(self.parallel) as pool:
             done = len(self.jobs) - len(order)
-            whole = self._bars.add_task("study", total=len(self.jobs), completed=done, note="")
+            study = self._progress.add_task("study", total=len(self.jobs), completed=done, note="")
             try:
                 while graph.is_active():
                     waiting = sorted([*waiting, *graph.get_ready()], key=order.index)  # seed by seed, as planned
                     while waiting and len(running) < self.parallel:
-                        job = self._left[waiting.pop(0)]
-                        running[pool.submit(self._run, job)] = job
+                        job = self._pending[waiting.pop(0)]
+                        running[pool.submit(self._run_job, job)] = job
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         job = running.pop(future)
-                        self._note(job, future)
+                        self._record_failure(job, future)
                         graph.done(job.folder)
                         done += 1
-                        self._bars.update(whole, completed=done, note=f"{done} of {len(self.jobs)} jobs")
+                        self._progress.update(study, completed=done, note=f"{done} of {len(self.jobs)} jobs")
             except BaseException:
-                self._ending = True
+                self._stopping = True
                 for process in list(self._processes):
                     process.terminate()
                 raise
         if self._failed:
             reason = next(text for text in self._failed.values() if text)
             count = f"{len(self._failed)} of {len(self.jobs)} jobs did not finish"
-            raise UserError(f"{count}: {reason}; mend it and run the study again")
+            raise UserError(f"{count}: {reason}. Fix the cause and run the same study again.")
 
-    def _note(self, job: Job, future: Future[None]) -> None:
+    def _record_failure(self, job: Job, future: Future[None]) -> None:
+        """Stores and prints why a job failed, if it did."""
         try:
             future.result()
-        except _Failed as error:
+        except _JobFailed as error:
             self._failed[job.folder] = str(error)
             if str(error):
-                self._bars.console.print(f"{job.name} failed: {error}", soft_wrap=True, markup=False)
+                self._progress.console.print(f"{job.name} failed: {error}", soft_wrap=True, markup=False)
 
-    def _run(self, job: Job) -> None:
-        """Runs one job's commands, from the one that was not done; in a thread of its own."""
-        if self._ending or any(need in self._failed for need in job.needs):
-            raise _Failed  # the one that it needs tells why
+    def _run_job(self, job: Job) -> None:
+        """Runs the commands of one job that are not done yet; called in a thread of its own."""
+        if self._stopping or any(need in self._failed for need in job.needs):
+            raise _JobFailed  # without a message: the job that it depends on has the reason
         key = self.keys[job.folder]
-        state = State.load(job.folder)
+        state = JobState.load(job.folder)
         if state is None or state.key != key:
             if state is not None:
-                self._bars.console.print(f"{job.folder}: its settings have changed; it is made anew", soft_wrap=True)
+                note = f"{job.folder}: the settings have changed; the folder is deleted and the job starts again."
+                self._progress.console.print(note, soft_wrap=True)
                 shutil.rmtree(job.folder)
             job.folder.mkdir(parents=True, exist_ok=True)
-            state = State(key, commands=[shlex.join(["rlmt", *command]) for command in job.commands])
+            state = JobState(key, commands=[shlex.join(["rlmt", *command]) for command in job.commands])
             state.save(job.folder)
-        bar = self._bars.add_task(f"  {job.name}", total=None, note="")
+        bar = self._progress.add_task(f"  {job.name}", total=None, note="")
         for number in range(state.done, len(job.commands)):
             command = job.commands[number]
             if command[0] == "export" and job.folder in (target := Path(command[-1])).parents:
-                shutil.rmtree(target, ignore_errors=True)  # the study was killed before it noted it
+                # The folder exists if the study was killed after the export and before its state was saved.
+                shutil.rmtree(target, ignore_errors=True)
             start = time.monotonic()
-            status = self._execute(command, job.folder / LOG, bar)
+            status = self._execute(command, job.folder / LOG_FILE, bar)
             state.seconds[str(number)] = state.seconds.get(str(number), 0.0) + round(time.monotonic() - start, 1)
             state.done += status == 0
             state.save(job.folder)
             if status:
-                self._bars.remove_task(bar)
-                raise _Failed(f"{_reason(job.folder / LOG)} (exit {status}, {job.folder / LOG})")
-        self._bars.remove_task(bar)
+                self._progress.remove_task(bar)
+                raise _JobFailed(f"{_failure_reason(job.folder / LOG_FILE)} (exit {status}, {job.folder / LOG_FILE})")
+        self._progress.remove_task(bar)
 
     def _execute(self, command: Sequence[str], log: Path, bar: TaskID) -> int:
-        """Runs one command with its output in the log, whose progress bar it repeats.
+        """Runs one command, writes its output to the log, and shows the position of its progress bar.
+
+        Args:
+            command: The command line without `rlmt`.
+            log: File to append the output to.
+            bar: Progress bar of the job.
 
         Returns:
-            Its exit status.
+            The exit status.
         """
-        shown = [*command, *(_TQDM if command[0] in ("fit", "validate") else ())]
+        arguments = [*command, *(_TQDM_OPTIONS if command[0] in ("fit", "validate") else ())]
         threads = max(1, (os.cpu_count() or 1) // self.parallel)
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONUNBUFFERED": "1"}
-        self._bars.update(bar, note=command[0], total=None)
+        self._progress.update(bar, note=command[0], total=None)
         with log.open("ab") as file:
             file.write(f"\n$ rlmt {shlex.join(command)}\n".encode())
             file.flush()
             process = subprocess.Popen(
-                [sys.executable, "-m", "rlmt", *shown], stdout=file, stderr=subprocess.STDOUT, env=environment
+                [sys.executable, "-m", "rlmt", *arguments], stdout=file, stderr=subprocess.STDOUT, env=environment
             )
         self._processes.add(process)
-        if self._ending:
+        if self._stopping:
             process.terminate()
         while True:
             try:
                 status = process.wait(timeout=0.5)
             except subprocess.TimeoutExpired:
-                if found := _BAR.findall(_tail(log)):
-                    done, total = map(int, found[-1])
-                    self._bars.update(bar, completed=done, total=total, note=f"{command[0]} {done}/{total}")
+                if positions := _TQDM_POSITION.findall(_tail(log)):
+                    done, total = map(int, positions[-1])
+                    self._progress.update(bar, completed=done, total=total, note=f"{command[0]} {done}/{total}")
             else:
                 self._processes.remove(process)
                 return status
 
 
 def _tail(log: Path) -> bytes:
+    """Last `_TAIL_BYTES` bytes of a file."""
     with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - _TAIL))
+        file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
         return file.read()
 
 
-def _reason(log: Path) -> str:
-    """Why a command failed: its message, or else its last line."""
+def _failure_reason(log: Path) -> str:
+    """The error message of a failed command without its final full stop, or the last line of its log."""
     lines = [line.strip() for line in _tail(log).decode(errors="replace").replace("\r", "\n").splitlines()]
-    told = [line.partition(_ERROR)[2] for line in lines if _ERROR in line]
-    return next(reversed(told or [line for line in lines if line]), "no output")
+    errors = [line.partition(_ERROR_PREFIX)[2] for line in lines if _ERROR_PREFIX in line]
+    return next(reversed(errors or [line for line in lines if line]), "no output").removesuffix(".")

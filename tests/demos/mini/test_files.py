@@ -1,4 +1,4 @@
-"""The miniature world as files: the loaders read them, the same seed writes them again, held-out wishes stay out."""
+"""Files of the miniature world: loaders read them, the same seed reproduces them, held-out wishes are separate."""
 
 import json
 import statistics
@@ -24,8 +24,8 @@ SMALL = Sizes(demonstrations=64, comparisons=32, prompts=24, held_out=16)
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("mini") / "world"
-    made = write_mini(out, seed=3, sizes=SMALL)
-    assert {out / name for name in made} == {path for path in out.iterdir() if path.name != "mini.json"}
+    written = write_mini(out, seed=3, sizes=SMALL)
+    assert {out / name for name in written} == {path for path in out.iterdir() if path.name != "mini.json"}
     return out
 
 
@@ -33,7 +33,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_the_ordinary_loaders_read_it(world: Path) -> None:
+def test_shipped_loaders_read_the_files(world: Path) -> None:
     for name in ("demonstrations", "demonstrations_shallow", "demonstrations_deep", "demonstrations_form"):
         found = load_demonstrations(str(world / f"{name}.jsonl"), thinks=True)
         assert sum(bool(row.turns) for row in found) == 64 and sum(bool(row.text) for row in found) == 4
@@ -45,22 +45,22 @@ def test_the_ordinary_loaders_read_it(world: Path) -> None:
     assert [len(load_prompts(str(world / name))) for name in ("prompts.jsonl", "held_out.jsonl")] == [24, 16]
 
 
-def test_the_base_is_a_shape_and_a_tokenizer_without_weights(world: Path) -> None:
+def test_base_has_a_config_and_a_tokenizer_but_no_weights(world: Path) -> None:
     config, tokenizer = AutoConfig.from_pretrained(world / "base"), load_tokenizer(str(world / "base"))
     assert config.vocab_size == len(tokenizer) and config.eos_token_id == tokenizer.eos_token_id
     assert not list((world / "base").glob("*.safetensors"))
 
 
-def test_training_holds_no_combination_that_is_held_out(world: Path) -> None:
+def test_training_files_contain_no_held_out_combination(world: Path) -> None:
     for path in world.glob("*.jsonl"):
         requests = [Request.parse(row["prompt"]) for row in rows(path) if "prompt" in row]
         assert {request.held_out for request in requests} == {"held_out" in path.name}, path.name
 
 
-def test_ratings_are_the_rubrics(world: Path) -> None:
+def test_ratings_equal_the_rubric(world: Path) -> None:
     for row in rows(world / "preferences.jsonl"):
         request = Request.parse(row["prompt"])
-        assert row["scores"] == pytest.approx([quality(request, said) for said in row["responses"]], abs=1e-3)
+        assert row["scores"] == pytest.approx([quality(request, response) for response in row["responses"]], abs=1e-3)
         assert row["attributes"][2] == pytest.approx(aspects(request, row["responses"][2]), abs=1e-4)
 
 
@@ -75,18 +75,18 @@ def test_deep_demonstrations_are_longer_and_better_than_shallow_ones(world: Path
     assert lengths[1] > 2 * lengths[0] and scores[1] > scores[0] + 10
 
 
-def test_demonstrations_of_the_form_try_nothing(world: Path) -> None:
+def test_form_demonstrations_contain_no_tries(world: Path) -> None:
     thoughts = [row["thought"] for row in rows(world / "demonstrations_form.jsonl") if "thought" in row]
     assert thoughts and not any("try" in thought for thought in thoughts)
 
 
-def test_narrow_prompts_are_of_one_kind(world: Path) -> None:
+def test_narrow_prompts_share_kind_name_and_tone(world: Path) -> None:
     found = [Request.parse(row["prompt"]) for row in rows(world / "prompts_narrow.jsonl")]
     assert len({(request.kind, request.name, request.tone) for request in found}) == 1
     assert len({request.must for request in found}) > 5
 
 
-def test_the_same_seed_writes_the_same_bytes(world: Path, tmp_path: Path) -> None:
+def test_same_seed_writes_identical_files(world: Path, tmp_path: Path) -> None:
     write_mini(tmp_path / "again", seed=3, sizes=SMALL)
     write_mini(tmp_path / "other", seed=4, sizes=SMALL)
     for path in world.glob("*.jsonl"):
@@ -94,20 +94,20 @@ def test_the_same_seed_writes_the_same_bytes(world: Path, tmp_path: Path) -> Non
         assert path.read_bytes() != (tmp_path / "other" / path.name).read_bytes()
 
 
-def test_the_two_sets_of_preferences_share_no_row(world: Path) -> None:
+def test_the_two_preference_sets_are_disjoint(world: Path) -> None:
     one, other = (rows(world / f"preferences{name}.jsonl") for name in ("", "_other"))
     assert not {row["prompt"] for row in one} & {row["prompt"] for row in other}
 
 
-def test_the_command_makes_its_folder_anew_and_spares_others(
+def test_command_overwrites_only_its_own_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(files, "Sizes", lambda: SMALL)
     out = tmp_path / "mini"
     assert main(["mini", str(out), "--seed", "5"]) == 0
-    assert main(["mini", str(out), "--seed", "5"]) == 0  # its own folder again
+    assert main(["mini", str(out), "--seed", "5"]) == 0  # its own folder is overwritten
     assert "held_out.jsonl: 16 rows" in capsys.readouterr().out
     (tmp_path / "prompts.jsonl").write_text("mine")
     assert main(["mini", str(tmp_path)]) == 2
-    assert "was not made by `rlmt mini`" in capsys.readouterr().err
+    assert "`rlmt mini` did not write this" in capsys.readouterr().err
     assert (tmp_path / "prompts.jsonl").read_text() == "mine"

@@ -1,1 +1,1 @@
-"""The miniature world: small enough to train everything from scratch on a laptop, real enough to show thinking pay."""
+"""The miniature world: a task on which thinking raises the reward, small enough to train from scratch on a laptop."""

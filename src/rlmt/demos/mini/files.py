@@ -1,8 +1,8 @@
-"""Writes the miniature world to ordinary files, which the ordinary configs train on.
+"""The `rlmt mini` command: writes the miniature world to files that the shipped configs train on.
 
-Nothing downstream knows that the world is small: a folder with a model's shape and its tokenizer, demonstrations for
-SFT, preferences for reward models, prompts for RL. Same seed, same files, byte for byte. What the world's items cost
-and are like is the same at every seed.
+The files have the formats of any other run: a folder with a model config and a tokenizer, demonstrations for SFT,
+preferences for reward models, and prompts for RL. The same seed writes the same files, byte for byte. Prices and tags
+of the items are the same for every seed.
 """
 
 from __future__ import annotations
@@ -15,68 +15,69 @@ from pathlib import Path
 from typing import Any
 
 from rlmt.demos.mini.rubric import aspects, quality
-from rlmt.demos.mini.teacher import MOST_PATIENT, any_answer, demonstrate
-from rlmt.demos.mini.world import KINDS, NAMES, Request, draw_request, price_list
+from rlmt.demos.mini.teacher import MAX_PATIENCE, demonstrate, varied_answer
+from rlmt.demos.mini.world import KINDS, NAMES, Request, price_list, sample_request
 from rlmt.errors import UserError
 
 _MARKER = "mini.json"
-_DEMOS_PER_LIST = 16
-"""Demonstrations to a price list: two lists in a batch of 34 rows."""
+"""File that marks a folder as written by `rlmt mini`."""
+_DEMONSTRATIONS_PER_LIST = 16
+"""Demonstrations per price list: a batch of 34 rows has two lists."""
 _RESPONSES = 4
-"""Responses to a prompt in the preferences."""
+"""Responses per prompt in the preferences."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is written."""
+    """Numbers of rows to write."""
 
     demonstrations: int = 22_400
-    """Demonstrations of each patience mixture; price lists come on top."""
+    """Demonstrations in each file, not counting price lists."""
     comparisons: int = 11_200
-    """Prompts with four rated responses."""
+    """Prompts with four rated responses each."""
     prompts: int = 4_096
-    """Prompts to train on with RL."""
+    """Prompts for RL training."""
     held_out: int = 384
-    """Prompts of wish combinations that training never holds."""
+    """Prompts with wish combinations that no training file contains."""
 
 
 def make_mini(out: Path = Path("runs/mini"), seed: int = 0) -> None:
-    """Writes a miniature world: a model's shape, demonstrations, preferences and prompts, all made up.
+    """Writes a miniature world: a model config, a tokenizer, demonstrations, preferences and prompts, all generated.
 
     Args:
-        out: Folder to write; one that an earlier `rlmt mini` made is made anew.
-        seed: Same seed, same files.
+        out: Output folder. The files of an earlier `rlmt mini` in it are replaced.
+        seed: The same seed writes the same files.
 
     Raises:
-        UserError: As `write_mini`.
+        UserError: See `write_mini`.
     """
-    for name, what in write_mini(out, seed).items():
-        print(f"{out / name}: {what}")
+    for name, description in write_mini(out, seed).items():
+        print(f"{out / name}: {description}")
 
 
 def write_mini(out: Path, seed: int, sizes: Sizes | None = None) -> dict[str, str]:
-    """Writes the files; docs/mini.md lists them.
+    """Writes the files that docs/mini.md lists.
 
     Args:
-        out: Folder to write.
-        seed: Seed of everything drawn.
-        sizes: How much.
+        out: Output folder.
+        seed: Seed of all samples.
+        sizes: Numbers of rows; None uses the defaults.
 
     Returns:
-        What was written → a word on it.
+        Name of each written file or folder → a description of its size.
 
     Raises:
-        UserError: `out` is a file, or holds files that this function would write and did not make.
+        UserError: The path is a file, or the folder holds files of the same names that `rlmt mini` did not write.
     """
     sizes = sizes or Sizes()
-    _make_room(out)
-    made = {"base": _write_base(out / "base")}
+    _prepare_folder(out)
+    written = {"base": _write_base(out / "base")}
     rows: dict[str, Iterable[dict[str, Any]]] = {
-        "demonstrations": _demonstrations(seed, "any", sizes.demonstrations, (0, MOST_PATIENT)),
+        "demonstrations": _demonstrations(seed, "any", sizes.demonstrations, (0, MAX_PATIENCE)),
         "demonstrations_shallow": _demonstrations(seed, "shallow", sizes.demonstrations, (0, 1)),
-        "demonstrations_deep": _demonstrations(seed, "deep", sizes.demonstrations, (MOST_PATIENT - 1, MOST_PATIENT)),
+        "demonstrations_deep": _demonstrations(seed, "deep", sizes.demonstrations, (MAX_PATIENCE - 1, MAX_PATIENCE)),
         "demonstrations_form": _demonstrations(seed, "form", sizes.demonstrations, (0, 0)),
-        "demonstrations_held_out": _demonstrations(seed, "held out", sizes.held_out, (0, MOST_PATIENT), held_out=True),
+        "demonstrations_held_out": _demonstrations(seed, "held out", sizes.held_out, (0, MAX_PATIENCE), held_out=True),
         "preferences": _preferences(seed, "", sizes.comparisons),
         "preferences_other": _preferences(seed, "other", sizes.comparisons),
         "preferences_weak": _preferences(seed, "weak", sizes.comparisons // 16, rated=False),
@@ -86,23 +87,24 @@ def write_mini(out: Path, seed: int, sizes: Sizes | None = None) -> dict[str, st
         "held_out": _prompts(seed, "evaluation", sizes.held_out, held_out=True),
     }
     for name, lines in rows.items():
-        made[f"{name}.jsonl"] = f"{_write(out / f'{name}.jsonl', lines):,} rows"
+        written[f"{name}.jsonl"] = f"{_write_jsonl(out / f'{name}.jsonl', lines):,} rows"
     (out / _MARKER).write_text(json.dumps({"seed": seed, **asdict(sizes)}, indent=2) + "\n", encoding="utf-8")
-    return made
+    return written
 
 
-def _make_room(out: Path) -> None:
+def _prepare_folder(out: Path) -> None:
+    """Creates the folder, unless it holds files that `rlmt mini` did not write."""
     if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file; name a folder to write to")
+        raise UserError(f"{out}: this is a file; pass a folder.")
     found = [path for name in ("base", "*.jsonl") for path in out.glob(name)]
     if found and not (out / _MARKER).is_file():
-        raise UserError(f"{found[0]}: was not made by `rlmt mini`; name another folder or move it away")
+        raise UserError(f"{found[0]}: `rlmt mini` did not write this; pass another folder or move it away.")
     out.mkdir(parents=True, exist_ok=True)
-    (out / _MARKER).touch()  # first, so that a run killed halfway can be repeated
+    (out / _MARKER).touch()  # first, so that the command can be repeated after it was killed
 
 
 def _write_base(folder: Path) -> str:
-    """A model's shape, half a million parameters of it, and its tokenizer; weights are drawn by who trains it."""
+    """Writes the config of a model of half a million parameters and its tokenizer; SFT initializes the weights."""
     from transformers import LlamaConfig
 
     from rlmt.demos.mini.tokenizer import make_tokenizer
@@ -125,10 +127,11 @@ def _write_base(folder: Path) -> str:
     )
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return f"config.json and tokenizer of {len(tokenizer)} words"
+    return f"config.json and a tokenizer of {len(tokenizer)} tokens"
 
 
-def _write(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+def _write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Writes rows as JSON lines and returns their number."""
     lines = [json.dumps(row) + "\n" for row in rows]
     path.write_text("".join(lines), encoding="utf-8")
     return len(lines)
@@ -137,29 +140,31 @@ def _write(path: Path, rows: Iterable[dict[str, Any]]) -> int:
 def _demonstrations(
     seed: int, stream: str, count: int, patience: tuple[int, int], held_out: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Demonstrations and, as documents without turns, price lists: what things cost is asked in no prompt."""
+    """Yields demonstrations and price lists; price lists are plain documents, because no prompt asks for prices."""
     rng = random.Random(f"{seed} demonstrations {stream}")
     for number in range(count):
-        request = draw_request(rng, held_out)
-        thought, said = demonstrate(rng, request, rng.randint(*patience))
-        yield {"prompt": request.text, "thought": thought, "response": said}
-        if number % _DEMOS_PER_LIST == 0 and not held_out:
+        request = sample_request(rng, held_out)
+        thought, response = demonstrate(rng, request, rng.randint(*patience))
+        yield {"prompt": request.text, "thought": thought, "response": response}
+        if number % _DEMONSTRATIONS_PER_LIST == 0 and not held_out:
             yield {"text": " ".join(price_list(rng))}
 
 
 def _preferences(
     seed: int, stream: str, count: int, rated: bool = True, held_out: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Rated responses of any quality; of held-out rows every other has careful ones only, harder to tell apart."""
+    """Yields rated responses of any quality; every second held-out row has careful ones only, which are closer."""
     rng = random.Random(f"{seed} preferences {stream}")
     for number in range(count):
-        request = draw_request(rng, held_out)
+        request = sample_request(rng, held_out)
         careful = held_out and number % 2 == 1
-        said = [demonstrate(rng, request)[1] if careful else any_answer(rng, request) for _ in range(_RESPONSES)]
-        row: dict[str, Any] = {"prompt": request.text, "responses": said}
-        row["scores"] = [round(quality(request, response), 3) for response in said]
+        responses = [
+            demonstrate(rng, request)[1] if careful else varied_answer(rng, request) for _ in range(_RESPONSES)
+        ]
+        row: dict[str, Any] = {"prompt": request.text, "responses": responses}
+        row["scores"] = [round(quality(request, response), 3) for response in responses]
         if rated:
-            row["attributes"] = [[round(rating, 4) for rating in aspects(request, response)] for response in said]
+            row["attributes"] = [[round(rating, 4) for rating in aspects(request, response)] for response in responses]
         if held_out:
             row["subset"] = "careful" if careful else "any"
         yield row
@@ -168,14 +173,15 @@ def _preferences(
 def _prompts(
     seed: int, stream: str, count: int, held_out: bool = False, narrow: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Requests; narrow ones are all of one kind, for one person in one tone."""
+    """Yields requests; narrow ones share kind, name and tone."""
     rng = random.Random(f"{seed} {stream}")
     while count:
-        request = draw_request(rng, held_out)
+        request = sample_request(rng, held_out)
         if not narrow or _is_narrow(request):
             count -= 1
             yield {"prompt": request.text}
 
 
 def _is_narrow(request: Request) -> bool:
+    """Whether a request has the first kind, the first name and a friendly tone."""
     return request.kind == next(iter(KINDS)) and request.name == NAMES[0] and request.tone == "friendly"

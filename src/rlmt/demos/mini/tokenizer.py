@@ -1,11 +1,11 @@
-"""A word-level tokenizer for the miniature world, in standard Hugging Face form."""
+"""A word-level tokenizer for the miniature world, as a Hugging Face tokenizer."""
 
 from __future__ import annotations
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from rlmt.demos.mini.world import words
+from rlmt.demos.mini.world import vocabulary
 from rlmt.formats.thinking import ThinkingFormat
 
 PAD, BOS, END, UNKNOWN = "<|pad|>", "<|bos|>", "<|end|>", "<|unknown|>"
@@ -17,12 +17,12 @@ _TEMPLATE = (
 
 
 def make_tokenizer() -> PreTrainedTokenizerBase:
-    """One token a word, line break or tag; other words are unknown.
+    """Makes a tokenizer with one token for each word, line break and tag; other words become the unknown token.
 
-    Decoding puts a space between words, and so gives back any text of this world up to white space.
+    Decoding puts one space between words, so texts of the miniature world round-trip except for whitespace.
     """
-    spelled = [*_SPECIAL, *(f"\u2581{word}" for word in ("\n", "\n\n", *words()))]
-    tokenizer = Tokenizer(models.WordLevel({token: k for k, token in enumerate(spelled)}, unk_token=UNKNOWN))
+    tokens = [*_SPECIAL, *(f"\u2581{word}" for word in ("\n", "\n\n", *vocabulary()))]
+    tokenizer = Tokenizer(models.WordLevel({token: k for k, token in enumerate(tokens)}, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(r"\n+"), "isolated"), pre_tokenizers.Metaspace(prepend_scheme="always")]
     )

@@ -1,9 +1,9 @@
-"""The miniature world: 24 items with prices and tags, and requests to choose three of them under five wishes.
+"""The task of the miniature world: choose three of 24 items with prices and tags, under five wishes.
 
     plan lunch for ann : be formal , no sweet , with tea , spend about 13 , some useful .
 
-What an item costs and is like is common knowledge: the same everywhere, stated in no request. A model learns it from
-price lists among its demonstrations. Every request can be satisfied, for its total is that of a hidden valid choice.
+Prices and tags are the same in every world and appear in no request; a model learns them from the price lists among its
+demonstrations. Every request can be satisfied, because its total is that of a hidden valid choice.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ ITEMS = (
 TAGS = ("cozy", "sweet", "useful", "funny")
 NAMES = ("ann", "bob", "cat", "dan", "eve", "fay", "gus", "hal")
 KINDS = {"lunch": "spend", "trip": "spend", "party": "pay", "gift": "pay"}
-"""Kind of plan → the verb of its wish about money."""
+"""Kind of plan → the verb in its wish for a total."""
 GREETINGS = {"friendly": ("hello", "hi", "hey"), "formal": ("dear", "greetings")}
 CLOSINGS = {"friendly": ("enjoy", "cheers"), "formal": ("regards", "sincerely")}
 PICKS = 3
-"""Items of a good answer."""
+"""Number of items in a correct answer."""
 HIGHEST_PRICE = 9
-SLACK = 1
-"""How far from the wished total a choice may be."""
+TOLERANCE = 1
+"""Allowed difference between the total of an answer and the requested total."""
 
 _shuffle = random.Random(42)
 PRICES = {item: 1 + k % HIGHEST_PRICE for k, item in enumerate(_shuffle.sample(ITEMS, len(ITEMS)))}
@@ -45,46 +45,53 @@ _WISHES = {
 
 @dataclass(frozen=True)
 class Request:
-    """What somebody asks for."""
+    """A request with its five wishes."""
 
     kind: str
-    """What is planned, a key of `KINDS`."""
+    """Kind of plan, a key of `KINDS`."""
     name: str
-    """Whom it is for and the answer has to greet."""
+    """Name of the person to greet."""
     tone: str
-    """friendly or formal: of greeting and closing."""
+    """Tone of greeting and closing, friendly or formal."""
     avoid: str
     """Tag that no item may have."""
     want: str
-    """Tag that one item has to have."""
+    """Tag that at least one item must have."""
     must: str
-    """Item that has to be among them."""
+    """Item that must be included."""
     total: int
-    """What they should cost together, give or take `SLACK`."""
+    """Requested total price; it may be off by `TOLERANCE`."""
     text: str
-    """The request in words, its five wishes in any order."""
+    """The request as text, with the wishes in any order."""
 
     @property
     def held_out(self) -> bool:
-        """Whether it asks for a combination of wishes that training never holds: a fifth of all are kept back."""
+        """Whether the combination of wishes is held out from training, as one in five is."""
         return zlib.crc32(f"{self.total} {self.avoid} {self.want} {self.must}".encode()) % 5 == 0
 
     @classmethod
     def parse(cls, text: str) -> Request:
-        """Reads a request back from its words.
+        """Parses the text of a request.
+
+        Args:
+            text: The text.
+
+        Returns:
+            The request.
 
         Raises:
-            ValueError: the text is none of this world's requests.
+            ValueError: The text is not a request of the miniature world.
         """
         match = _REQUEST.fullmatch(text.strip())
-        found = {} if match is None else _wishes(match[3])
+        found = {} if match is None else _parse_wishes(match[3])
         if match is None or len(found) != len(_WISHES):
-            raise ValueError(f"not a request of the miniature world: {text[:80]!r}")
+            raise ValueError(f"This is not a request of the miniature world: {text[:80]!r}.")
         total = int(found.pop("total"))
         return cls(kind=match[1], name=match[2], total=total, text=text.strip(), **found)
 
 
-def _wishes(text: str) -> dict[str, str]:
+def _parse_wishes(text: str) -> dict[str, str]:
+    """Wish → value, for each wish found in the text."""
     found = {}
     for part in text.split(" , "):
         for wish, pattern in _WISHES.items():
@@ -93,21 +100,22 @@ def _wishes(text: str) -> dict[str, str]:
     return found
 
 
-def draw_request(rng: random.Random, held_out: bool) -> Request:
-    """Draws a request, of the combinations kept back from training or of the others."""
+def sample_request(rng: random.Random, held_out: bool) -> Request:
+    """Samples a request whose combination of wishes is held out from training, or one whose combination is not."""
     while True:
-        request = _draw(rng)
+        request = _sample_any_request(rng)
         if request.held_out == held_out:
             return request
 
 
-def _draw(rng: random.Random) -> Request:
+def _sample_any_request(rng: random.Random) -> Request:
+    """Samples a request with any combination of wishes."""
     kind = rng.choice(list(KINDS))
     avoid, want = rng.sample(TAGS, 2)
     allowed = [item for item in ITEMS if TAG_OF[item] != avoid]
     must = rng.choice(allowed)
     hidden = [must, rng.choice([item for item in ITEMS if TAG_OF[item] == want]), rng.choice(allowed)]
-    total = cost(hidden)
+    total = total_price(hidden)
     name, tone = rng.choice(NAMES), rng.choice(list(GREETINGS))
     wishes = [f"{KINDS[kind]} about {total}", f"no {avoid}", f"some {want}", f"with {must}", f"be {tone}"]
     rng.shuffle(wishes)
@@ -115,19 +123,19 @@ def _draw(rng: random.Random) -> Request:
     return Request(kind, name, tone, avoid, want, must, total, text)
 
 
-def cost(items: list[str]) -> int:
-    """What items cost together."""
+def total_price(items: list[str]) -> int:
+    """Returns the sum of the prices."""
     return sum(PRICES[item] for item in items)
 
 
 def price_list(rng: random.Random) -> tuple[str, str]:
-    """A question of fact and its answer: all items in any order with price and tag."""
+    """Returns a question and its answer: all items in random order with price and tag."""
     items = rng.sample(ITEMS, len(ITEMS))
     return "list the prices .", " ".join(f"{item} {PRICES[item]} {TAG_OF[item]}" for item in items)
 
 
-def words() -> list[str]:
-    """Every word that a request, a thought or an answer of this world can hold, sorted."""
+def vocabulary() -> list[str]:
+    """Returns every word that a request, a thought or an answer can contain, sorted."""
     found = {*ITEMS, *TAGS, *NAMES, *KINDS, *KINDS.values(), *GREETINGS, ",", ".", ":", "!"}
     found.update(word for group in (*GREETINGS.values(), *CLOSINGS.values()) for word in group)
     found.update(re.findall(r"\w+", "plan for about no some with be, try low high good fine, list the prices"))

@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from rlmt.engines.offline_rollouts import OfflineRollouts
 from rlmt.engines.rollout_files import SCHEMA, write_rollouts
 from rlmt.errors import UserError
-from rlmt.modules import reference_cache
-from rlmt.modules.reference_cache import fingerprint, reference_logprobs
+from rlmt.modules import offline_rollouts
+from rlmt.modules.offline_rollouts import fingerprint, reference_logprobs
 
 CPU = torch.device("cpu")
 
@@ -73,13 +73,13 @@ def slow(recording: OfflineRollouts, reference: PreTrainedModel, temperature: fl
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The samples of each forward."""
     seen: list[int] = []
-    inner = reference_cache.first_pass
+    inner = offline_rollouts.compute_logprobs
 
-    def first_pass(reference: Any, rollouts: Any, *more: Any) -> torch.Tensor:
+    def counting_logprobs(reference: Any, rollouts: Any, *more: Any) -> torch.Tensor:
         seen.append(len(rollouts))
         return inner(reference, rollouts, *more)
 
-    monkeypatch.setattr(reference_cache, "first_pass", first_pass)
+    monkeypatch.setattr(offline_rollouts, "compute_logprobs", counting_logprobs)
     return seen
 
 
@@ -118,7 +118,7 @@ def test_a_folder_of_rollouts_holds_its_file(tmp_path: Path) -> None:
 
 
 def test_an_interruption_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recording, calls, inner = record(tmp_path / "r.parquet"), [], reference_cache.first_pass
+    recording, calls, inner = record(tmp_path / "r.parquet"), [], offline_rollouts.compute_logprobs
 
     def interrupted(*arguments: Any) -> torch.Tensor:
         calls.append(1)
@@ -127,7 +127,7 @@ def test_an_interruption_leaves_nothing_behind(tmp_path: Path, monkeypatch: pyte
         return inner(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(reference_cache, "first_pass", interrupted)
+        patch.setattr(offline_rollouts, "compute_logprobs", interrupted)
         with pytest.raises(KeyboardInterrupt):
             cached(recording, model())
     assert [path.name for path in tmp_path.iterdir()] == ["r.parquet"]

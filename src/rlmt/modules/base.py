@@ -1,0 +1,261 @@
+"""What the modules have in common: options, the optimizer, adapters on frozen weights, and checkpoints."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, ClassVar
+
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlmt.checkpointing.optimizer_options import apply_optimizer_options, optimizer_options
+from rlmt.checkpointing.random_states import random_states, restore_random_states
+from rlmt.distributed.gradients import no_gradient_sync
+from rlmt.formats.thinking import ThinkingFormat
+from rlmt.models import loading
+from rlmt.models.adapters import LoRA
+from rlmt.models.quantization import NF4
+from rlmt.modules.checkpoints import (
+    adapter_state,
+    check_adapter_state,
+    check_same_format,
+    rlmt_state,
+    trainable_names,
+)
+from rlmt.modules.checks import check_adapter_options
+from rlmt.modules.optimizers import LRSchedulerCallable, OptimizerCallable, with_schedule
+from rlmt.options import PositiveFloat, PositiveInt, check_ranges
+
+
+class TrainingModule(LightningModule):
+    """Base of all modules: manual optimization, one rollout or row batch per training step.
+
+    Args:
+        optimizer: Called with the parameter groups to train.
+        scheduler: Called with the optimizer, and stepped after each of its steps; null keeps the learning rate
+            constant.
+        tokens_per_micro_batch: Tokens, prompt and padding included, in one forward and backward pass.
+        max_grad_norm: The gradient is clipped to this norm.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        attn_implementation: Attention implementation of transformers, such as flash_attention_2; null takes its
+            default.
+        lora: Trains an adapter on the frozen model; null trains all parameters. The frozen weights are stored in the
+            dtype that the forward pass computes in.
+        quantization: Stores the frozen model in 4 bits (QLoRA); requires `lora`.
+
+    Raises:
+        UserError: An option is out of range.
+    """
+
+    kind: ClassVar[str]
+    """Name of the module in its checkpoints."""
+    saved: ClassVar[tuple[str, ...]]
+    """Prefixes of the weights that a checkpoint holds; frozen models are loaded again from their source."""
+
+    def __init__(
+        self,
+        optimizer: OptimizerCallable = AdamW,
+        scheduler: LRSchedulerCallable | None = None,
+        tokens_per_micro_batch: PositiveInt = 16384,
+        max_grad_norm: PositiveFloat = 1.0,
+        gradient_checkpointing: bool = False,
+        attn_implementation: str | None = None,
+        lora: LoRA | None = None,
+        quantization: NF4 | None = None,
+    ) -> None:
+        check_ranges(TrainingModule, locals())
+        super().__init__()
+        self.automatic_optimization = False
+        self.strict_loading = False  # frozen models are in no checkpoint; `load_state_dict` checks the rest
+        check_adapter_options(lora, quantization)
+        self.optimizer_factory, self.scheduler_factory = optimizer, scheduler
+        self.tokens_per_micro_batch = tokens_per_micro_batch
+        self.max_grad_norm = max_grad_norm
+        self.gradient_checkpointing = gradient_checkpointing
+        self.attn_implementation = attn_implementation
+        self.lora, self.quantization = lora, quantization
+
+    @property
+    def fitting(self) -> bool:
+        """Whether the trainer runs `fit`."""
+        return self.trainer.state.fn == "fit"
+
+    def set_training_mode(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Sets train mode and gradient checkpointing for `fit`, eval mode for other stages."""
+        model.train(self.fitting)
+        if self.fitting and self.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model
+
+    def log_step(self, metrics: Mapping[str, float], batch_size: int, progress_bar: Mapping[str, str]) -> None:
+        """Logs the metrics of a training step, reduced over ranks. All ranks have to call it with the same names.
+
+        `perf/tokens_per_s` is summed over ranks, names that end in `_max` are maximised, all others averaged.
+
+        Args:
+            metrics: Final name → value on this rank.
+            batch_size: Samples or rows of this rank.
+            progress_bar: Metrics to show on the progress bar, and their names there.
+        """
+        for name, value in metrics.items():
+            reduce = "max" if name.endswith("_max") else "sum" if name == "perf/tokens_per_s" else "mean"
+            self.log(name, value, on_step=True, on_epoch=False, sync_dist=True, reduce_fx=reduce, batch_size=batch_size)
+        for name, short in progress_bar.items():
+            if name in metrics:
+                # The bar would show 1234.5 as 1.23e+3.
+                value = metrics[name] if abs(metrics[name]) < 100 else float(round(metrics[name]))
+                self.log(short, value, prog_bar=True, logger=False, batch_size=batch_size)
+
+    # Optimizer --------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The parameters to train, in the groups that the optimizer receives."""
+
+    @property
+    @abstractmethod
+    def optimizer_steps(self) -> int:
+        """Optimizer steps of the run, over which a schedule is stretched; -1 if it has no end."""
+
+    def configure_optimizers(self) -> Any:
+        """Makes the optimizer, and the scheduler if there is one."""
+        optimizer = self.optimizer_factory(self.parameter_groups())
+        if self.scheduler_factory is None:
+            self._optimizer_options = optimizer_options(optimizer, None)
+            return optimizer
+        configured = with_schedule(optimizer, self.scheduler_factory, self.optimizer_steps)
+        self._optimizer_options = optimizer_options(optimizer, configured["lr_scheduler"])
+        return configured
+
+    def on_train_start(self) -> None:
+        """Applies the optimizer's and the scheduler's options of this run, whatever the checkpoint holds."""
+        apply_optimizer_options(self, self._optimizer_options)
+
+    def accumulate_gradient(self, loss: Tensor) -> None:
+        """Adds the gradient of a micro-batch on this rank; gradients are summed over ranks once per optimizer step."""
+        with no_gradient_sync(self.trainer.strategy):
+            self.manual_backward(loss)
+
+    def optimizer_step_and_schedule(self) -> None:
+        """Steps the optimizer and the scheduler. The gradient stays; the caller clears it."""
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        assert not isinstance(optimizer, list)
+        optimizer.step()
+        if isinstance(scheduler, LRScheduler):
+            scheduler.step()
+
+    # Checkpoints ------------------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def trained_model(self) -> PreTrainedModel:
+        """The model that is trained, once it is loaded."""
+
+    @abstractmethod
+    def planned_adapter_config(self) -> dict[str, Any] | None:
+        """Configuration that the adapter will have, from the model's config alone; None without an adapter.
+
+        Raises:
+            UserError: The model has no layers for the adapter.
+        """
+
+    def check_adapter(self) -> None:
+        """Checks the options `lora` and `quantization` against the model's config.
+
+        Raises:
+            UserError: The model has no layers for the adapter, or bitsandbytes is not installed.
+        """
+        self.planned_adapter_config()
+        if self.quantization is not None:
+            self.quantization.check()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The trained weights; with LoRA the adapter and new heads only."""
+        state: dict[str, Tensor] = super().state_dict(*args, **kwargs)
+        trained = state.keys() if self.lora is None else trainable_names(self)
+        return {name: tensor for name, tensor in state.items() if name.startswith(self.saved) and name in trained}
+
+    def resume_state(self) -> dict[str, Any]:
+        """State of this rank that changes during training, besides weights, optimizer and scheduler, as plain data."""
+        return {"random": [random_states()]}
+
+    def checkpoint_state(self) -> dict[str, Any]:
+        """What every checkpoint stores under `rlmt` besides the weights."""
+        adapter = adapter_state(self.trained_model, self.quantization)
+        return {"module": self.kind, **adapter, **self.resume_state()}
+
+    def check_checkpoint(self, checkpoint: Mapping[str, Any], fitting: bool) -> None:
+        """Checks that a checkpoint belongs to this module and has the same adapter. Loads no weights.
+
+        Args:
+            checkpoint: The loaded checkpoint.
+            fitting: Whether training is resumed from it.
+
+        Raises:
+            UserError: It does not.
+        """
+        saved = rlmt_state(checkpoint, self.kind)
+        check_adapter_state(saved, self.planned_adapter_config(), self.quantization)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Checks a checkpoint, and restores random states to resume training.
+
+        Raises:
+            UserError: As `check_checkpoint`.
+        """
+        self.check_checkpoint(checkpoint, self.fitting)
+        if self.fitting:
+            restore_random_states(checkpoint["rlmt"]["random"])
+
+
+class PolicyMixin:
+    """A policy and its thinking format: what is known before weights are loaded."""
+
+    policy_path: str
+    """Folder or hub name of the initial policy."""
+    format: ThinkingFormat
+    policy: PreTrainedModel | None
+    """The policy; None until `configure_model`."""
+    lora: LoRA | None
+
+    @cached_property
+    def policy_config(self) -> PretrainedConfig:
+        """Config of the policy."""
+        return loading.load_config(self.policy_path)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Tokenizer of the policy."""
+        return loading.load_tokenizer(self.policy_path)
+
+    @property
+    def max_positions(self) -> int:
+        """Context length of the policy in tokens."""
+        return loading.max_positions(self.policy_config)
+
+    @property
+    def trained_model(self) -> PreTrainedModel:
+        """The policy, once it is loaded."""
+        assert self.policy is not None, "configure_model has not run"
+        return self.policy
+
+    def planned_adapter_config(self) -> dict[str, Any] | None:
+        """Configuration that the policy's adapter will have; None without an adapter."""
+        return None if self.lora is None else self.lora.config(loading.meta_model(self.policy_config))
+
+    def check_format(self, saved: ThinkingFormat, where: str) -> None:
+        """Checks that a checkpoint has the format of this run.
+
+        Args:
+            saved: Format of the checkpoint.
+            where: Name of the checkpoint, for the message.
+
+        Raises:
+            UserError: The formats differ.
+        """
+        check_same_format(self.format, saved, where)
