@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from tqdm import tqdm
 
 from rlmt.distributed.lightning_internals import train_batches_done
-from rlmt.errors import UserError
+from rlmt.options import NonNegativeInt, check_ranges
 from rlmt.types import Experience
 
 
@@ -77,12 +77,6 @@ def report_write_errors(what: str) -> Iterator[None]:
         say(f"{what} cannot be written: {error}")
 
 
-def check_count(owner: str, name: str, value: int, least: int) -> None:
-    """Raises UserError unless the option is an int of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UserError(f"{owner}.{name} is {value!r}: give a whole number of at least {least}")
-
-
 def format_of(pl_module: LightningModule) -> dict[str, Any] | None:
     """The module's thinking format as a dict, to be saved with the files; None for a module without one."""
     thinking: Any = getattr(pl_module, "format", None)
@@ -107,8 +101,8 @@ class PictureCallback(Callback):
     title: str
     """What the picture shows, printed before its path."""
 
-    def __init__(self, every_n_steps: int = 50) -> None:
-        check_count(type(self).__name__, "every_n_steps", every_n_steps, least=0)
+    def __init__(self, every_n_steps: NonNegativeInt = 50) -> None:
+        check_ranges(type(self), locals())
         self.every_n_steps = every_n_steps
         self._folder: Path | None = None
         self._drawn: Path | None = None

@@ -10,7 +10,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from ._common import check_count, is_dry_run, run_folder
+from rlmt.options import PositiveInt, check_ranges
+
+from ._common import is_dry_run, run_folder
 
 
 class Calibration(Callback):
@@ -30,8 +32,8 @@ class Calibration(Callback):
         >>> trainer = Trainer(callbacks=[Calibration(bins=5)], logger=False, accelerator="cpu")
     """
 
-    def __init__(self, bins: int = 10) -> None:
-        check_count("Calibration", "bins", bins, least=1)
+    def __init__(self, bins: PositiveInt = 10) -> None:
+        check_ranges(Calibration, locals())
         self.bins = bins
         self._differences: list[Tensor] = []
         self._folder: Path | None = None

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
+from rlmt.options import NonNegativeInt
+
 from ._common import PictureCallback, experience_of, step_number
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -37,7 +39,7 @@ class CoTLength(PictureCallback):
     file_name = "cot_length.png"
     title = "lengths of thoughts and responses"
 
-    def __init__(self, every_n_steps: int = 50) -> None:
+    def __init__(self, every_n_steps: NonNegativeInt = 50) -> None:
         super().__init__(every_n_steps)
         self._steps: list[int] = []
         self._lengths: dict[str, list[list[float]]] = {"thought": [], "response": []}

@@ -26,8 +26,9 @@ from rlmt.distributed.lightning_internals import (
     loops_before_validation,
 )
 from rlmt.errors import AllRanksUserError, UserError
+from rlmt.options import PositiveInt, check_ranges
 
-from ._common import check_count, step_number
+from ._common import step_number
 
 
 class PolicyCheckpoint(ModelCheckpoint):
@@ -58,9 +59,9 @@ class PolicyCheckpoint(ModelCheckpoint):
     """
 
     def __init__(
-        self, every_n_steps: int = 20, dirpath: str | None = None, on_full: Literal["stop", "continue"] = "stop"
+        self, every_n_steps: PositiveInt = 20, dirpath: str | None = None, on_full: Literal["stop", "continue"] = "stop"
     ) -> None:
-        check_count("PolicyCheckpoint", "every_n_steps", every_n_steps, least=1)
+        check_ranges(PolicyCheckpoint, locals())
         super().__init__(dirpath, filename=self.CHECKPOINT_NAME_LAST, every_n_train_steps=every_n_steps)
         self.every_n_steps = every_n_steps
         self.on_full = on_full

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from rlmt.errors import UserError
+from rlmt.options import FloatAboveOne, PositiveFloat, check_ranges
 from rlmt.types import Experience
 
 from ._common import experience_of, step_metrics
@@ -38,11 +38,8 @@ class PolicyHealth(Callback):
         >>> trainer = Trainer(callbacks=[health], logger=False, accelerator="cpu")
     """
 
-    def __init__(self, max_mismatch: float = 1.0, max_ratio: float = 10.0) -> None:
-        if not max_mismatch > 0:
-            raise UserError(f"PolicyHealth.max_mismatch is {max_mismatch}: give a positive number of nats")
-        if not max_ratio > 1:
-            raise UserError(f"PolicyHealth.max_ratio is {max_ratio}: give a ratio above 1, where 1 is no change")
+    def __init__(self, max_mismatch: PositiveFloat = 1.0, max_ratio: FloatAboveOne = 10.0) -> None:
+        check_ranges(PolicyHealth, locals())
         self.max_mismatch = max_mismatch
         self.max_ratio = max_ratio
         self._warned: set[str] = set()

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
+from rlmt.options import NonNegativeInt
 from rlmt.types import Experience
 
 from ._common import PictureCallback, experience_of, step_metrics, step_number
@@ -50,7 +51,7 @@ class RewardCurves(PictureCallback):
     file_name = "curves.png"
     title = "curves"
 
-    def __init__(self, every_n_steps: int = 50) -> None:
+    def __init__(self, every_n_steps: NonNegativeInt = 50) -> None:
         super().__init__(every_n_steps)
         self._train: dict[str, list[float]] = {name: [] for name in ("step", *DRAWN)}
         self._validation: dict[str, list[float]] = {"step": [], "reward": []}

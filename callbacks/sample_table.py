@@ -16,10 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from rlmt.engines.rollout_files import read_rollouts, rollout_table, write_rollouts
+from rlmt.options import IntFromTwenty, NonNegativeInt, PositiveInt, check_ranges
 from rlmt.types import Experience
 
 from ._common import (
-    check_count,
     experience_of,
     format_of,
     is_dry_run,
@@ -60,12 +60,13 @@ class SampleTable(Callback):
     """
 
     def __init__(
-        self, every_n_steps: int = 10, num_samples: int = 3, max_chars: int = 400, dump_every_n_steps: int = 10
+        self,
+        every_n_steps: NonNegativeInt = 10,
+        num_samples: PositiveInt = 3,
+        max_chars: IntFromTwenty = 400,
+        dump_every_n_steps: NonNegativeInt = 10,
     ) -> None:
-        check_count("SampleTable", "every_n_steps", every_n_steps, least=0)
-        check_count("SampleTable", "num_samples", num_samples, least=1)
-        check_count("SampleTable", "max_chars", max_chars, least=20)
-        check_count("SampleTable", "dump_every_n_steps", dump_every_n_steps, least=0)
+        check_ranges(SampleTable, locals())
         self.every_n_steps = every_n_steps
         self.num_samples = num_samples
         self.max_chars = max_chars

@@ -1,7 +1,9 @@
-"""Fixtures that all tests share: a tiny world made once, and no network."""
+"""Fixtures that all tests share. Every test process runs on one thread and without a network."""
 
 import os
 
+# The number of threads changes the last bits of sums. torch reads this when it is imported; child processes inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -9,8 +11,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 import json  # noqa: E402
 import logging  # noqa: E402
 import random  # noqa: E402
-import sys  # noqa: E402
-from collections.abc import Callable  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -18,10 +19,34 @@ import pytest  # noqa: E402
 
 logging.raiseExceptions = False  # Lightning's handler keeps the stream that pytest captured for an earlier test
 
+LONGEST = (
+    "tests/end_to_end/test_end_to_end.py",
+    "tests/engines/vllm_server/test_runs.py",
+    "tests/checkpointing/test_interruptions.py",
+    "tests/end_to_end/test_lora.py",
+    "tests/engines/vllm/test_engine.py",
+    "tests/engines/vllm/test_lora.py",
+    "tests/configs/test_configs.py",
+    "tests/end_to_end/test_supervised_lora.py",
+    "tests/end_to_end/test_supervised_runs.py",
+    "tests/end_to_end/test_replay.py",
+    "tests/end_to_end/test_ppo_cli.py",
+    "tests/export/test_merge.py",
+    "tests/checkpointing/test_crash.py",
+    "tests/configs/test_paper.py",
+)
+"""The files that take longest. They run first, so that no worker starts one when the others are nearly done."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Moves the tests of the longest files to the front, in the order of LONGEST."""
+    places = {file: place for place, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
+
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as `rlmt tiny` makes it, with a smaller policy: policy/, reward/, prompts.jsonl. Do not write to it."""
+    """A read-only folder as `rlmt tiny` writes it, with a smaller policy: policy/, reward/, prompts.jsonl."""
     from rlmt.demos.tiny import write_tiny
     from rlmt.demos.tiny_models import Sizes
 
@@ -41,27 +66,37 @@ def prompts_file(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def crash() -> Any:
-    """benchmarks/crash.py; on the path, so that the processes that it starts find it as well."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-    import crash
+def crash() -> Iterator[Any]:
+    """The module benchmarks/crash.py, on sys.path so that the processes it starts can import it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+        import crash
 
-    yield crash
-    sys.path.remove(str(Path(__file__).parents[1] / "benchmarks"))
+        yield crash
+
+
+@pytest.fixture(scope="session")
+def run_ranks() -> Iterator[Callable[..., None]]:
+    """`run_ranks(script, *arguments)`: see forked_ranks.py, on sys.path for the processes that it starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parent)
+        import forked_ranks
+
+        yield forked_ranks.run_ranks
 
 
 @pytest.fixture(scope="session")
 def real_prompts() -> str:
-    """A file of real prompts named by RLMT_PROMPTS; the test is skipped without one."""
+    """The file of real prompts that RLMT_PROMPTS names; skips the test if the variable is not set."""
     path = os.environ.get("RLMT_PROMPTS")
     if not path:
-        pytest.skip("RLMT_PROMPTS names no prompt file")
+        pytest.skip("RLMT_PROMPTS is not set")
     return path
 
 
 @pytest.fixture
 def allocated_peak(tmp_path: Path) -> Callable[[Callable[[], None]], int]:
-    """The most bytes that torch's own allocator held at a time during a piece of work, beyond what it held before."""
+    """`allocated_peak(work)`: peak bytes in torch's CPU allocator during `work`, above what was allocated before."""
 
     def measure(work: Callable[[], None]) -> int:
         import torch
@@ -80,7 +115,7 @@ def allocated_peak(tmp_path: Path) -> Callable[[Callable[[], None]], int]:
 
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs draw nothing, which takes a third of a short one's time; what they would draw is tested elsewhere."""
+    """Disables plots, which take a third of a short run's time and have tests of their own."""
     monkeypatch.setattr("rlmt.report.curves.draw_curves", lambda path, *curves: path)
     monkeypatch.setattr("rlmt.report.calibration.draw_calibration", lambda path, bins: path)
 
@@ -95,10 +130,10 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 @pytest.fixture(scope="session")
 def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 rows with thoughts, every tenth of several turns."""
-    draw, rows = random.Random(0), []
+    """40 rows with thoughts; every tenth has several turns."""
+    rng, rows = random.Random(0), []
     for number in range(40):
-        words = " ".join(draw.choices(WORDS, k=draw.randint(1, 8)))
+        words = " ".join(rng.choices(WORDS, k=rng.randint(1, 8)))
         turns = [
             {"role": "user", "content": f"Tell me about {words}."},
             {"role": "assistant", "content": f"<think>they want {words}</think>Sure: {words}"},
@@ -109,13 +144,13 @@ def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 rows: answers that say the words of the prompt against others, with ratings, a margin and a subset."""
-    draw, rows = random.Random(1), []
+    """40 pairs: the chosen response repeats the prompt's words; with ratings, a margin and a subset."""
+    rng, rows = random.Random(1), []
     for number in range(40):
-        words = " ".join(draw.choices(WORDS, k=draw.randint(1, 8)))
-        others = " ".join(draw.choices(WORDS, k=4))
+        words = " ".join(rng.choices(WORDS, k=rng.randint(1, 8)))
+        others = " ".join(rng.choices(WORDS, k=4))
         row = {"prompt": f"Tell me about {words}.", "chosen": f"Sure: {words}", "rejected": f"No {others}"}
-        ratings = {"chosen_attributes": [1, draw.random()], "rejected_attributes": [0, draw.random()]}
+        ratings = {"chosen_attributes": [1, rng.random()], "rejected_attributes": [0, rng.random()]}
         rows.append(row | ratings | {"margin": 0.1, "subset": "ab"[number % 2]})
     return _write(tmp_path_factory.mktemp("preferences") / "preferences.jsonl", rows)
 
@@ -126,7 +161,7 @@ def supervised_command(
 ) -> Callable[..., list[str]]:
     """`supervised_command("fit", "sft", ...)`: arguments of a short run on tiny models, 4 steps an epoch.
 
-    The test then stands in an empty folder.
+    The working directory is an empty folder.
     """
     monkeypatch.chdir(tmp_path)
 

@@ -1,4 +1,4 @@
-"""DPO's losses and gradients against numbers worked out by hand, and what it asks of a rollout batch."""
+"""DPO: losses and gradients equal numbers calculated by hand, and pairs of a rollout batch."""
 
 import math
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rlmt.algorithms import DPO
-from rlmt.algorithms.dpo import OF_PAIRS
+from rlmt.algorithms.dpo import PAIR_METRICS
 from rlmt.errors import UserError
 from rlmt.types import (
     Experience,
@@ -26,7 +26,7 @@ LOG3 = math.log(3)
 
 
 def batch(ratios: list[list[float]], pairs_in_step: int) -> tuple[TokenBatch, PolicyOutputs]:
-    """Samples with the given log-ratios of their tokens to the reference; the policy's log-probs are -1."""
+    """Samples whose tokens have these log-ratios to the reference; the policy's log-probs are -1."""
     lengths = torch.tensor([len(tokens) for tokens in ratios])
     flat = torch.tensor([ratio for tokens in ratios for ratio in tokens])
     logprobs = torch.full_like(flat, -1.0).requires_grad_()
@@ -52,23 +52,25 @@ GAP = 2 * LOG3
     [
         # beta · gap = log 3, so σ = 3/4: the loss is log(4/3), and its gradient -beta σ(-log 3) = -beta / 4
         ({"beta": 0.5}, math.log(4 / 3), -0.125, 0.125),
-        # the least loss is at a gap of 1 / (2 beta) = 2
+        # the minimum of the loss is at a gap of 1 / (2 beta) = 2
         ({"beta": 0.25, "loss": "ipo"}, (GAP - 2) ** 2, 2 * (GAP - 2), -2 * (GAP - 2)),
         # Δ by token are log 3 / 4 and -1.5 log 3, which differ by 7/4 log 3; with beta 4/7 σ is 3/4 again
         ({"beta": 4 / 7, "loss": "length_normalized"}, math.log(4 / 3), -1 / 14, 1 / 7),
     ],
 )
-def test_loss_and_gradient_of_a_pair(options: dict[str, Any], loss: float, chosen: float, rejected: float) -> None:
+def test_dpo_loss_and_gradient_of_a_pair_equal_the_formulas(
+    options: dict[str, Any], loss: float, chosen: float, rejected: float
+) -> None:
     tokens, outputs = batch(PAIR, pairs_in_step=1)
     got, _ = DPO(**options).loss(tokens, outputs)
     assert got.item() == pytest.approx(loss, rel=1e-5)
     (gradient,) = torch.autograd.grad(got, outputs.logprobs)
-    # every token of a completion has the same share, the thought's like the response's
+    # every token of a completion has the same weight, in thought and response
     torch.testing.assert_close(gradient, torch.tensor([chosen, chosen, rejected]), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "ipo", "length_normalized"])
-def test_loss_is_the_mean_over_the_pairs_of_the_step(kind: Any) -> None:
+def test_dpo_loss_is_the_mean_over_the_pairs_of_the_step(kind: Any) -> None:
     make = torch.Generator().manual_seed(0)
     ratios = [torch.randn(length, generator=make).tolist() for length in (3, 1, 7, 4, 2, 2)]
     beta = 0.3
@@ -86,7 +88,7 @@ def test_loss_is_the_mean_over_the_pairs_of_the_step(kind: Any) -> None:
     assert sum(parts) == pytest.approx(whole.item(), rel=1e-5)
 
 
-def test_a_margin_beyond_all_measure_stays_finite() -> None:
+def test_dpo_loss_of_an_extreme_margin_is_finite() -> None:
     for sign in (1, -1):
         tokens, outputs = batch([[sign * 5000.0], [-sign * 5000.0]], pairs_in_step=1)
         loss, _ = DPO().loss(tokens, outputs)
@@ -98,9 +100,9 @@ def test_a_margin_beyond_all_measure_stays_finite() -> None:
 def test_metrics() -> None:
     ratios = [*PAIR, [0.2], [0.5, 0.1], [0.7], [0.7]]
     _, metrics = DPO(beta=0.5).loss(*batch(ratios, pairs_in_step=3))
-    assert set(metrics) == set(OF_PAIRS)
+    assert set(metrics) == set(PAIR_METRICS)
     expected = {
-        "dpo/accuracy": [1.0, 0.0, 0.5],  # equal rewards are a coin's toss
+        "dpo/accuracy": [1.0, 0.0, 0.5],  # equal rewards count as half
         "dpo/margin": [LOG3, -0.2, 0.0],
         "dpo/chosen_reward": [LOG3 / 4, 0.1, 0.35],
         "dpo/rejected_reward": [-0.75 * LOG3, 0.3, 0.35],
@@ -113,12 +115,12 @@ def test_metrics() -> None:
         assert not metrics[name].requires_grad
 
 
-def test_implicit_rewards_are_of_the_loss() -> None:
+def test_implicit_rewards_match_the_pair_loss() -> None:
     _, metrics = DPO(beta=4 / 7, loss="length_normalized").loss(*batch(PAIR, pairs_in_step=1))
     assert metrics["dpo/margin"].item() == pytest.approx(LOG3, rel=1e-5)
 
 
-def test_token_weights_are_those_of_pairs() -> None:
+def test_dpo_token_weights_are_those_of_pairs() -> None:
     lengths, mask = torch.tensor([2, 1, 3, 1, 2]), torch.tensor([True, False, True, True, True])
     weights = DPO().token_weights(lengths, mask, 100)
     torch.testing.assert_close(weights, torch.tensor([0.5, 0.5, 0.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]))
@@ -126,7 +128,7 @@ def test_token_weights_are_those_of_pairs() -> None:
 
 
 def experience(rewards: list[float], ok: list[bool], truncated: tuple[int, ...] = ()) -> Experience:
-    """Two prompts of 3 and 5 tokens; sample i of all has i + 1 tokens."""
+    """Two prompts of 3 and 5 tokens; sample i has i + 1 tokens."""
     size = len(rewards)
     status = {True: Status.OK, False: Status.UNCLOSED}
     rollouts = RolloutBatch(
@@ -169,22 +171,24 @@ def found(data: Experience) -> tuple[list[list[int]], list[float]]:
         ({"max_tokens": None}, [[2, 0], [3, 5]], [0, 0, 0]),
     ],
 )
-def test_pairs_and_what_was_skipped(options: dict[str, Any], pairs: list[list[int]], why: list[float]) -> None:
+def test_select_finds_pairs_and_counts_skipped_prompts(
+    options: dict[str, Any], pairs: list[list[int]], why: list[float]
+) -> None:
     data = experience([1.0, 2.0, 3.0, 4.0, 0.0, 1.0], [True] * 4 + [False, True], truncated=(2,))
     DPO(**({"min_valid": 2} | options)).select(data)
     assert found(data) == (pairs, why)
     assert data.advantages is None
-    assert not any(name in data.metrics for name in OF_PAIRS)
+    assert not any(name in data.metrics for name in PAIR_METRICS)
 
 
-def test_a_step_without_pairs_measures_nothing() -> None:
+def test_metrics_of_a_step_without_pairs_are_nan() -> None:
     data = experience([1.0] * 6, [True] * 6)
     DPO(min_valid=2).select(data)
     assert found(data) == ([], [0, 2, 0])
-    assert all(math.isnan(data.metrics[name]) for name in OF_PAIRS)
+    assert all(math.isnan(data.metrics[name]) for name in PAIR_METRICS)
 
 
-def test_the_seed_breaks_ties_the_same_way_in_every_epoch() -> None:
+def test_seed_breaks_ties_the_same_way_in_every_epoch() -> None:
     picks = set()
     for seed in range(20):
         data, later = (experience([1.0, 1.0, 0.0, 2.0, 2.0, 1.0], [True] * 6) for _ in range(2))
@@ -207,15 +211,15 @@ def test_the_seed_breaks_ties_the_same_way_in_every_epoch() -> None:
         ({"minibatches": 0}, "minibatches"),
     ],
 )
-def test_options_out_of_range_are_named(options: dict[str, Any], named: str) -> None:
-    with pytest.raises(UserError, match=f"--model.algorithm.{named} is"):
+def test_options_out_of_range_raise_with_their_name(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=f"DPO.{named} is"):
         DPO(**options)
 
 
 @pytest.mark.parametrize(
     ("group_size", "min_valid", "good"), [(1, 2, False), (3, 4, False), (4, 4, True), (2, 2, True)]
 )
-def test_a_group_that_can_make_no_pair_is_refused(group_size: int, min_valid: int, good: bool) -> None:
+def test_group_smaller_than_min_valid_raises(group_size: int, min_valid: int, good: bool) -> None:
     dpo = DPO(min_valid=min_valid)
     if good:
         dpo.check(group_size)
@@ -224,5 +228,5 @@ def test_a_group_that_can_make_no_pair_is_refused(group_size: int, min_valid: in
             dpo.check(group_size)
 
 
-def test_the_reference_is_always_wanted() -> None:
+def test_dpo_always_needs_the_reference() -> None:
     assert DPO().needs_reference and not DPO().needs_old_logprobs

@@ -1,4 +1,4 @@
-"""GRPO's loss against a slow sum over tokens, one at a time."""
+"""GRPO's loss equals a slow sum over tokens."""
 
 import math
 from typing import Any
@@ -43,7 +43,7 @@ def batch(seed: int = 0) -> tuple[TokenBatch, PolicyOutputs]:
         {"importance_cap": 1.2},
     ],
 )
-def test_loss_is_the_sum_over_tokens(options: dict[str, Any]) -> None:
+def test_grpo_loss_equals_a_sum_over_tokens(options: dict[str, Any]) -> None:
     tokens, outputs = batch()
     o: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": 3.0, "kl_coef": 0.001, "kl_estimator": "k3"}
     o |= {"entropy_coef": 0.001, "importance_cap": None} | options
@@ -68,7 +68,7 @@ def test_loss_is_the_sum_over_tokens(options: dict[str, Any]) -> None:
     assert all(value.shape == tokens.advantages.shape and not value.requires_grad for value in metrics.values())
 
 
-def test_one_update_has_ratio_exactly_one_and_the_plain_policy_gradient() -> None:
+def test_first_update_has_ratio_exactly_one_and_the_plain_policy_gradient() -> None:
     tokens, outputs = batch()
     tokens.old_logprobs = None
     loss, metrics = GRPO(kl_coef=0.0, entropy_coef=0.0).loss(tokens, outputs)
@@ -78,7 +78,7 @@ def test_one_update_has_ratio_exactly_one_and_the_plain_policy_gradient() -> Non
     torch.testing.assert_close(gradient, -tokens.advantages * tokens.weights)
 
 
-def test_clip_metrics_count_tokens_where_the_clip_holds() -> None:
+def test_clip_metrics_count_clipped_tokens() -> None:
     tokens, outputs = batch()
     tokens.advantages = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0, 1.0, -1.0, 1.0])
     ratios = torch.tensor([1.5, 1.1, 0.5, 0.5, 0.9, 1.5, 1.3, 0.7, 1.0])
@@ -99,18 +99,18 @@ def test_clip_metrics_count_tokens_where_the_clip_holds() -> None:
         ({"importance_cap": 0.0}, "importance_cap"),
     ],
 )
-def test_options_out_of_range_are_named(options: dict[str, Any], named: str) -> None:
+def test_options_out_of_range_raise_with_their_name(options: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=named):
         GRPO(**options)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-def test_a_group_of_one_is_refused(normalize: bool) -> None:
+def test_group_of_one_raises(normalize: bool) -> None:
     with pytest.raises(UserError, match="group_size is 1"):
         GRPO(normalize_std=normalize).check(1)
     GRPO(normalize_std=normalize).check(2)
 
 
-def test_the_reference_is_wanted_only_for_the_kl_penalty() -> None:
+def test_reference_is_needed_only_for_the_kl_penalty() -> None:
     assert GRPO().needs_reference
     assert not GRPO(kl_coef=0.0).needs_reference

@@ -1,4 +1,4 @@
-"""Pair building against cases worked out by hand, and a slow search over all pairs."""
+"""Pairs equal cases worked out by hand and an exhaustive search."""
 
 import itertools
 import random
@@ -11,7 +11,7 @@ from rlmt.algorithms.pairs import Pairs, best_and_worst, tie_key
 
 
 def build(rewards: list[float], **options: Any) -> Pairs:
-    """Pairs of one prompt's samples, all well formed and 10 tokens long, unless `options` say otherwise."""
+    """Pairs of one prompt's samples, all well formed and 10 tokens long, unless `options` override this."""
     size = len(rewards)
     defaults: dict[str, Any] = {
         "valid": [True] * size,
@@ -29,20 +29,20 @@ def counts(found: Pairs) -> tuple[int, int, int]:
     return found.malformed, found.margin, found.length
 
 
-def test_best_and_worst_of_each_prompt_whose_samples_need_not_be_adjacent() -> None:
+def test_best_and_worst_of_interleaved_samples() -> None:
     found = build([1.0, 5.0, 3.0, -2.0, 2.0, 9.0], group=torch.tensor([0, 1, 0, 1, 0, 1]))
     assert found.pairs.tolist() == [[2, 0], [5, 3]]
     assert found.pairs.dtype == torch.int64
     assert counts(found) == (0, 0, 0)
 
 
-def test_malformed_samples_are_neither_chosen_nor_rejected() -> None:
+def test_malformed_samples_are_in_no_pair() -> None:
     found = build([9.0, 1.0, 2.0, -9.0], valid=[False, True, True, False])
     assert found.pairs.tolist() == [[2, 1]]
 
 
 @pytest.mark.parametrize(("well_formed", "pairs", "malformed"), [(3, 0, 1), (4, 1, 0)])
-def test_min_valid(well_formed: int, pairs: int, malformed: int) -> None:
+def test_prompts_below_min_valid_have_no_pair(well_formed: int, pairs: int, malformed: int) -> None:
     found = build([1.0, 2.0, 3.0, 4.0, 5.0], valid=[i < well_formed for i in range(5)], min_valid=4)
     assert found.pairs.shape == (pairs, 2)
     assert counts(found) == (malformed, 0, 0)
@@ -52,14 +52,16 @@ def test_min_valid(well_formed: int, pairs: int, malformed: int) -> None:
     ("rewards", "min_margin", "pairs"),
     [([1.0, 1.0, 1.0], 0.0, 0), ([1.0, 1.5, 1.25], 0.5, 1), ([1.0, 1.5, 1.25], 0.75, 0), ([1.0, 1.0 + 1e-6], 0.0, 1)],
 )
-def test_min_margin_and_equal_rewards(rewards: list[float], min_margin: float, pairs: int) -> None:
+def test_prompts_below_min_margin_or_with_equal_rewards_have_no_pair(
+    rewards: list[float], min_margin: float, pairs: int
+) -> None:
     found = build(rewards, min_margin=min_margin)
     assert len(found.pairs) == pairs
     assert counts(found) == (0, 1 - pairs, 0)
 
 
 @pytest.mark.parametrize(("long", "pairs"), [(0, 0), (1, 1), (2, 0)])  # sample 0 is the worst, 2 the best, 1 in no pair
-def test_a_pair_with_a_sample_that_is_too_long_is_dropped(long: int, pairs: int) -> None:
+def test_pair_with_a_long_sample_is_dropped(long: int, pairs: int) -> None:
     tokens = torch.full((3,), 20)
     tokens[long] = 21
     found = build([1.0, 2.0, 3.0], tokens=tokens, max_tokens=20)
@@ -67,7 +69,7 @@ def test_a_pair_with_a_sample_that_is_too_long_is_dropped(long: int, pairs: int)
     assert counts(found) == (0, 0, 1 - pairs)
 
 
-def test_a_prompt_is_counted_once_for_the_first_reason() -> None:
+def test_skipped_prompt_counts_once_for_the_first_reason() -> None:
     rewards = [1.0, 2.0, 3.0, 3.0, 1.0, 2.0]
     found = build(
         rewards,
@@ -80,13 +82,13 @@ def test_a_prompt_is_counted_once_for_the_first_reason() -> None:
     assert counts(found) == (1, 1, 1)
 
 
-def test_prompts_without_any_well_formed_sample_are_counted() -> None:
+def test_prompts_without_a_well_formed_sample_are_counted() -> None:
     found = build([1.0, 2.0], valid=[False, False], group=torch.tensor([0, 3]))
     assert counts(found) == (4, 0, 0)
 
 
-def test_pairs_are_those_of_a_search_over_all() -> None:
-    """Every pair of samples of every prompt is looked at; the widest wins, ties by the larger sums of keys."""
+def test_pairs_equal_an_exhaustive_search() -> None:
+    """Compares every pair of samples of every prompt: the largest margin wins, ties by the larger sum of keys."""
     make = random.Random(0)
     for _ in range(50):
         group = [make.randrange(4) for _ in range(20)] + [4]
@@ -116,12 +118,12 @@ def test_pairs_are_those_of_a_search_over_all() -> None:
         assert len(expected) + sum(counts(got)) == 5
 
 
-def test_ties_do_not_depend_on_the_order_of_samples_or_on_the_batch() -> None:
+def test_ties_do_not_depend_on_sample_order_or_batch() -> None:
     completions = [[3, 1], [4, 1, 5], [9, 2], [6], [5, 3, 5], [8, 9]]
     rewards = [2.0, 2.0, 2.0, 1.0, 1.0, 1.0]
 
     def chosen(order: tuple[int, ...], seed: int, before: int = 0) -> tuple[list[int], list[int]]:
-        """Pair of the prompt with number 7, as completions, behind a number of other samples."""
+        """Pair of prompt 7, as completions, after a number of other samples."""
         ties = [0] * before + [tie_key(seed, 7, completions[i]) for i in order]
         values = [0.5] * before + [rewards[i] for i in order]
         group = torch.tensor([0] * before + [1] * len(order))
@@ -137,11 +139,11 @@ def test_ties_do_not_depend_on_the_order_of_samples_or_on_the_batch() -> None:
             for before in (0, 3)
         }
         picks.add(pick)
-    # Nine pairs are equally good: another seed takes another, and none is preferred by its place.
+    # Nine pairs are equally good: other seeds choose others, and positions have no influence.
     assert len(picks) >= 7
 
 
-def test_tie_keys_tell_prompts_seeds_and_samples_apart() -> None:
+def test_tie_keys_differ_between_prompts_seeds_and_samples() -> None:
     keys = {tie_key(seed, prompt, ids) for seed in (0, 1) for prompt in (0, 10) for ids in ([1], [1, 2], [2, 1])}
     assert len(keys) == 12
-    assert tie_key(3, 1, [4, 5]) == 18302217117519516946  # and the same on every machine, today and next year
+    assert tie_key(3, 1, [4, 5]) == 18302217117519516946  # the same on every machine

@@ -1,4 +1,4 @@
-"""The pieces of the loss against numbers worked out by hand."""
+"""Loss terms equal numbers calculated by hand."""
 
 import math
 
@@ -14,7 +14,7 @@ LOG2 = math.log(2)
 @pytest.mark.parametrize(
     ("ratio", "advantage", "dual", "loss", "slope"),
     [
-        # A > 0: -min(rA, clip(r)A); the gradient by the log-ratio is -rA inside and 0 where the clip holds
+        # A > 0: -min(rA, clip(r)A); the gradient by the log-ratio is -rA inside the clip range and 0 outside
         (1.0, 2.0, None, -2.0, -2.0),
         (1.1, 2.0, None, -2.2, -2.2),
         (2.0, 2.0, None, -2.6, 0.0),  # clipped at 1.3
@@ -25,7 +25,7 @@ LOG2 = math.log(2)
         (2.0, -2.0, None, 4.0, 4.0),  # never clipped above ...
         (4.0, -2.0, 3.0, 6.0, 0.0),  # ... but by the dual clip at 3·|A|
         (2.0, -2.0, 3.0, 4.0, 4.0),
-        (4.0, 2.0, 3.0, -2.6, 0.0),  # which leaves positive advantages alone
+        (4.0, 2.0, 3.0, -2.6, 0.0),  # which does not change positive advantages
     ],
 )
 def test_clipped_surrogate(ratio: float, advantage: float, dual: float | None, loss: float, slope: float) -> None:
@@ -37,7 +37,7 @@ def test_clipped_surrogate(ratio: float, advantage: float, dual: float | None, l
     assert log_ratio.grad.item() == pytest.approx(slope, abs=1e-6)
 
 
-def test_an_absurd_ratio_stays_finite() -> None:
+def test_loss_of_an_extreme_ratio_is_finite() -> None:
     got = policy_loss.clipped_surrogate(torch.tensor([500.0]), torch.tensor([-1.0]), 0.2, 0.2, None)
     assert got.item() == pytest.approx(math.exp(20), rel=1e-5)
 
@@ -61,7 +61,7 @@ def test_kl_estimators(estimator: KLEstimator, value: float, slope: float) -> No
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
-def test_kl_estimators_have_the_true_kl_as_their_mean(estimator: KLEstimator) -> None:
+def test_mean_of_kl_estimators_is_the_true_kl(estimator: KLEstimator) -> None:
     p, q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.3, 0.3, 0.4])
     mean = (p * policy_loss.kl_penalty(p.log(), q.log(), estimator)).sum()
     assert mean.item() == pytest.approx((p * (p / q).log()).sum().item(), rel=1e-5)
@@ -85,7 +85,7 @@ def test_token_weights() -> None:
     torch.testing.assert_close(policy_loss.token_weights(lengths, everyone, "constant", 10), torch.full((4,), 1 / 20))
 
 
-def test_masked_samples_weigh_nothing_and_count_in_no_denominator() -> None:
+def test_masked_samples_have_no_weight_and_no_part_in_denominators() -> None:
     lengths, mask = torch.tensor([2, 3, 1]), torch.tensor([True, False, True])
     for how, first, last in (
         ("token_mean", 1 / 3, 1 / 3),

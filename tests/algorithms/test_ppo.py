@@ -1,4 +1,4 @@
-"""PPO's advantages, returns and losses against a slow loop over tokens, one at a time."""
+"""PPO's advantages, returns and losses equal slow loops over tokens."""
 
 import math
 from typing import Any
@@ -52,7 +52,7 @@ def experience(seed: int = 0) -> Experience:
 
 
 def slow(data: Experience, gamma: float, lam: float, kl_coef: float) -> tuple[list[float], list[float]]:
-    """Advantages before whitening, and returns, with k1 of every token taken off its reward."""
+    """Advantages before whitening, and returns, with each token's k1 subtracted from its reward."""
     assert data.values is not None and data.old_logprobs is not None and data.ref_logprobs is not None
     advantages, returns, end = [], [], 0
     for sample, length in enumerate(LENGTHS):
@@ -73,14 +73,14 @@ def slow(data: Experience, gamma: float, lam: float, kl_coef: float) -> tuple[li
 @pytest.mark.parametrize("placement", ["loss", "reward"])
 @pytest.mark.parametrize("mask_truncated", [False, True])
 @pytest.mark.parametrize("whiten", [False, True])
-def test_prepare_is_the_slow_loop(placement: Any, mask_truncated: bool, whiten: bool) -> None:
+def test_ppo_prepare_equals_a_loop_over_tokens(placement: Any, mask_truncated: bool, whiten: bool) -> None:
     data = experience()
     options: dict[str, Any] = {"kl_coef": 0.3, "kl_placement": placement, "mask_truncated": mask_truncated}
     PPO(gamma=0.9, lam=0.8, whiten_advantages=whiten, **options).prepare(data)
     advantages, returns = slow(data, 0.9, 0.8, 0.3 if placement == "reward" else 0.0)
     assert data.returns is not None and data.advantages is not None and data.values is not None
     torch.testing.assert_close(data.returns, torch.tensor(returns), rtol=1e-5, atol=1e-6)
-    counted = slice(0, 5) if mask_truncated else slice(0, 11)  # the sample cut at the limit is the last
+    counted = slice(0, 5) if mask_truncated else slice(0, 11)  # the truncated sample is the last one
     assert (data.mask is None) == (not mask_truncated)
     expected = torch.tensor(advantages, dtype=torch.float64)
     if whiten:
@@ -93,8 +93,8 @@ def test_prepare_is_the_slow_loop(placement: Any, mask_truncated: bool, whiten: 
     assert data.metrics == {"critic/explained_variance": pytest.approx(known.item(), rel=1e-4)}
 
 
-def test_the_kl_is_in_the_loss_or_in_the_reward() -> None:
-    """In the reward it is out of the loss, where its size is still logged."""
+def test_kl_penalty_is_in_the_loss_or_in_the_reward() -> None:
+    """A penalty in the reward is not in the loss, but its size is still logged."""
     gradients = []
     for options in ({"kl_coef": 0.0}, {"kl_placement": "reward"}, {"kl_placement": "loss"}):
         algorithm = PPO(**{"kl_coef": 0.3, "entropy_coef": 0.0} | options)  # type: ignore[arg-type]
@@ -119,7 +119,7 @@ def test_the_kl_is_in_the_loss_or_in_the_reward() -> None:
     assert gradients[2] == pytest.approx(expected, rel=1e-5)
 
 
-def test_what_each_placement_of_the_kl_needs() -> None:
+def test_kl_placements_need_reference_and_old_logprobs() -> None:
     assert (PPO(kl_coef=0.0).needs_reference, PPO(kl_coef=0.0).needs_old_logprobs) == (False, False)
     assert (PPO().needs_reference, PPO().needs_old_logprobs) == (True, False)
     inside = PPO(kl_placement="reward")
@@ -129,7 +129,7 @@ def test_what_each_placement_of_the_kl_needs() -> None:
 
 
 @pytest.mark.parametrize("placement", ["loss", "reward"])
-def test_a_step_uses_the_coefficient_that_the_steps_before_it_made(placement: Any) -> None:
+def test_step_uses_the_kl_coefficient_of_earlier_steps(placement: Any) -> None:
     algorithm = PPO(kl_coef=0.5, kl_placement=placement, target_kl=4.0, kl_horizon=30)
     coefs = []
     for seed in range(3):
@@ -153,7 +153,7 @@ def test_a_step_uses_the_coefficient_that_the_steps_before_it_made(placement: An
     assert data.metrics["policy/kl_coef"] == algorithm.state_dict()["kl_coef"]
 
 
-def test_without_a_target_the_coefficient_is_the_option() -> None:
+def test_kl_coefficient_without_target_is_the_option() -> None:
     algorithm = PPO(kl_coef=0.5)
     assert algorithm.state_dict() == {}
     algorithm.load_state_dict({"kl_coef": 9.0})
@@ -161,7 +161,7 @@ def test_without_a_target_the_coefficient_is_the_option() -> None:
 
 
 @pytest.mark.parametrize("value_clip", [None, 0.5, 0.1])
-def test_value_loss_is_the_sum_over_tokens(value_clip: float | None) -> None:
+def test_value_loss_equals_a_sum_over_tokens(value_clip: float | None) -> None:
     make = torch.Generator().manual_seed(3)
     old, returns, weights = (torch.randn(40, generator=make) for _ in range(3))
     values = (old + 0.6 * torch.randn(40, generator=make)).requires_grad_()
@@ -206,12 +206,12 @@ def test_value_loss_is_the_sum_over_tokens(value_clip: float | None) -> None:
         ({"clip_low": 1.0}, "clip_low"),
     ],
 )
-def test_options_out_of_range_are_named(options: dict[str, Any], named: str) -> None:
-    with pytest.raises(UserError, match=f"--model.algorithm.*{named}"):
+def test_options_out_of_range_raise_with_their_name(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=f"(PPO|--model.algorithm).*{named}"):
         PPO(**options)
 
 
-def test_a_group_of_one_will_do_unlike_without_a_critic() -> None:
+def test_ppo_accepts_a_group_of_one() -> None:
     with pytest.raises(UserError, match="group_size is 1"):
         GRPO().check(1)
     PPO().check(1)

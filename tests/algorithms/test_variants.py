@@ -1,4 +1,4 @@
-"""Each named variant against its paper's formula: slow sums, one token at a time, and numbers worked out by hand."""
+"""Each named variant equals its paper's formula: slow sums over tokens, and numbers calculated by hand."""
 
 import math
 from typing import Any
@@ -22,7 +22,7 @@ LIMIT = 10
 
 
 def experience(rewards: list[float], group_size: int = 2, seed: int = 0) -> Experience:
-    """Two prompts with two samples each, log-probs of the policy and of the reference drawn at random."""
+    """Two prompts with two samples each, random log-probs of the policy and the reference."""
     make = torch.Generator().manual_seed(seed)
     total = sum(LENGTHS)
     prompts = len(LENGTHS) // group_size
@@ -51,7 +51,7 @@ def experience(rewards: list[float], group_size: int = 2, seed: int = 0) -> Expe
 
 
 def prepared(algorithm: PolicyGradient, data: Experience, seed: int = 1) -> tuple[TokenBatch, PolicyOutputs]:
-    """One micro-batch that holds the whole step, and a policy that has moved since the samples were drawn."""
+    """One micro-batch with the whole step, and a policy that was updated after sampling."""
     algorithm.prepare(data)
     assert data.advantages is not None and data.old_logprobs is not None
     advantages = data.advantages
@@ -78,20 +78,20 @@ def by_sample(values: Tensor) -> list[list[float]]:
 # ---------------------------------------------------------------------------------------------------------- the pieces
 
 
-def test_leave_one_out_by_hand() -> None:
+def test_leave_one_out_equals_a_calculation_by_hand() -> None:
     rewards, group = torch.tensor([1.0, 2.0, 6.0, 5.0, 3.0]), torch.tensor([0, 0, 0, 1, 1])
     # others' means: 4, 3.5, 1.5; 3, 5
     assert leave_one_out_advantages(rewards, group).tolist() == [-3.0, -1.5, 4.5, 2.0, -2.0]
     assert leave_one_out_advantages(torch.full((3,), 0.1), torch.zeros(3, dtype=torch.long)).tolist() == [0.0] * 3
 
 
-def test_overlong_penalty_is_the_papers() -> None:
+def test_overlong_penalty_equals_the_formula_of_the_paper() -> None:
     # eq. 13 with the paper's numbers: at most 20,480 tokens, of which the last 4,096 are the buffer
     lengths = torch.tensor([1, 16_384, 17_408, 18_432, 20_480])
     assert overlong_penalty(lengths, 20_480, 0.2).tolist() == pytest.approx([0, 0, -0.25, -0.5, -1])
 
 
-def test_sums_over_samples_tokens() -> None:
+def test_sums_over_the_tokens_of_each_sample() -> None:
     values, lengths = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]), torch.tensor([3, 1, 1])
     assert sum_by_sample(values, lengths).tolist() == [6.0, 4.0, 5.0]
     assert sum_before(values, lengths).tolist() == [0.0, 1.0, 3.0, 0.0, 0.0]
@@ -100,8 +100,8 @@ def test_sums_over_samples_tokens() -> None:
 # ------------------------------------------------------------------------------------------------- the named objectives
 
 
-def test_rloo_is_reinforce_on_the_penalised_reward() -> None:
-    """(1/n) Σ_i (R_i - mean of the others' R) ∇ log π(y_i), with R = r - β log(π/π_ref) of all of y."""
+def test_rloo_equals_reinforce_on_the_penalized_reward() -> None:
+    """(1/n) Σ_i (R_i - mean of the others' R) ∇ log π(y_i), with R = r - β log(π/π_ref) summed over y."""
     data, beta = experience([1.0, -0.5, 2.0, 0.25]), 0.3
     tokens, _ = prepared(algorithm := RLOO(reward_kl_coef=beta), data)
     assert data.old_logprobs is not None and data.ref_logprobs is not None
@@ -109,17 +109,17 @@ def test_rloo_is_reinforce_on_the_penalised_reward() -> None:
     r = [reward - beta * k for reward, k in zip([1.0, -0.5, 2.0, 0.25], kl, strict=True)]
     expected = [r[0] - r[1], r[1] - r[0], r[2] - r[3], r[3] - r[2]]
     assert data.advantages is not None and data.advantages.tolist() == pytest.approx(expected, rel=1e-5)
-    # on the policy that drew the samples, the gradient by each log-prob is -A/n, up to the constant length limit
+    # for the policy that generated the samples, the gradient by each log-prob is -A/n, up to the constant length limit
     logprobs = data.old_logprobs.clone().requires_grad_()
     loss, metrics = algorithm.loss(tokens, PolicyOutputs(logprobs, torch.ones_like(logprobs)))
     (gradient,) = torch.autograd.grad(loss, logprobs)
     slow = [-a / 4 / LIMIT for a, n in zip(expected, LENGTHS, strict=True) for _ in range(n)]
     assert gradient.tolist() == pytest.approx(slow, rel=1e-5)
-    assert "policy/kl" in metrics  # still seen, though no part of the loss
+    assert "policy/kl" in metrics  # still logged, though not part of the loss
 
 
-def test_reinforce_plus_plus_normalises_rewards_to_go() -> None:
-    """A_t = r - β Σ_{i ≥ t} log(π_old/π_ref)_i, less the mean and over the deviation of all tokens of the batch."""
+def test_reinforce_plus_plus_whitens_rewards_to_go() -> None:
+    """A_t = r - β Σ_{i ≥ t} log(π_old/π_ref)_i, whitened over all tokens of the batch."""
     rewards, beta = [1.0, -0.5, 2.0, 0.25], 0.3
     data = experience(rewards)
     REINFORCEPlusPlus(reward_kl_coef=beta).prepare(data)
@@ -146,7 +146,7 @@ def test_reinforce_plus_plus_without_kl_needs_no_reference_and_no_groups() -> No
 
 
 def gspo_objective(logprobs: Tensor, old: Tensor, advantages: list[float], low: float, high: float) -> Tensor:
-    """Eq. 5 and 7: the mean over sequences of min(s·A, clip(s)·A), with s = (π/π_old)^(1/|y|), one sequence a time."""
+    """Eq. 5 and 7: the mean over sequences of min(s·A, clip(s)·A), with s = (π/π_old)^(1/|y|), by sequence."""
     terms = []
     for new, before, a in zip(logprobs.split(LENGTHS), old.split(LENGTHS), advantages, strict=True):
         s = (new.sum().exp() / before.sum().exp()) ** (1 / len(new))
@@ -155,8 +155,8 @@ def gspo_objective(logprobs: Tensor, old: Tensor, advantages: list[float], low: 
 
 
 @pytest.mark.parametrize(("low", "high", "moving"), [(3e-4, 4e-4, 7), (0.9, 9.0, 10)], ids=["paper", "unclipped"])
-def test_gspo_ratio_loss_and_gradient_are_those_of_the_sequences(low: float, high: float, moving: int) -> None:
-    """With the paper's ranges sequences 1 and 2 have a gradient, and 0 and 3 are clipped, all of their tokens."""
+def test_gspo_ratio_loss_and_gradient_are_per_sequence(low: float, high: float, moving: int) -> None:
+    """With the paper's ranges, sequences 1 and 2 have a gradient, and all tokens of 0 and 3 are clipped."""
     data = experience([1.0, -0.5, 2.0, 0.25])
     algorithm = GSPO(sequence_clip_low=low, sequence_clip_high=high, kl_coef=0.0)
     tokens, outputs = prepared(algorithm, data)
@@ -180,7 +180,7 @@ def test_gspo_ratio_loss_and_gradient_are_those_of_the_sequences(low: float, hig
     assert int((slope != 0).sum()) == moving
 
 
-def test_gspo_in_one_update_has_ratio_exactly_one() -> None:
+def test_gspo_first_update_has_ratio_exactly_one() -> None:
     tokens, outputs = prepared(algorithm := GSPO(kl_coef=0.0), experience([1.0, -0.5, 2.0, 0.25]))
     tokens.old_logprobs = None
     loss, metrics = algorithm.loss(tokens, outputs)
@@ -204,7 +204,7 @@ def test_dr_grpo_divides_by_neither_deviation_nor_length() -> None:
     assert not algorithm.needs_reference
 
 
-def test_dapo_is_the_mean_over_tokens_with_a_higher_clip_on_the_shaped_reward() -> None:
+def test_dapo_loss_is_a_token_mean_with_a_higher_clip_on_shaped_rewards() -> None:
     """With eq. 13 at a limit of 10 tokens whose last 8 are the buffer: lengths 4 and 3 lose 2/8 and 1/8."""
     data = experience([1.0, -0.5, 2.0, 0.25])
     tokens, outputs = prepared(algorithm := DAPO(overlong_penalty=2.0, overlong_buffer=0.8), data)
@@ -220,13 +220,13 @@ def test_dapo_is_the_mean_over_tokens_with_a_higher_clip_on_the_shaped_reward() 
             r = math.exp(lp - before)
             slow -= min(r * a, max(0.8, min(1.28, r)) * a) / sum(LENGTHS)
     assert algorithm.loss(tokens, outputs)[0].item() == pytest.approx(slow, rel=1e-5)
-    assert data.scores.total.tolist() == [1.0, -0.5, 2.0, 0.25]  # metrics of rewards show what the reward said
+    assert data.scores.total.tolist() == [1.0, -0.5, 2.0, 0.25]  # reward metrics are of unshaped scores
     assert data.metrics["reward/overlong_penalty"] == pytest.approx(-2 * (0.25 + 0.125) / 4)
     assert (algorithm.dynamic_sampling, algorithm.needs_reference) == (4, False)
 
 
-def test_the_penalties_change_the_sign_of_an_advantage() -> None:
-    """Of two equal answers the longer one loses, with the penalty only; the same holds for KL in the reward."""
+def test_penalties_change_the_sign_of_an_advantage() -> None:
+    """Of two equal answers the longer one has the lower advantage with the penalty; also with KL in the reward."""
     data = experience([1.0, 1.0, 1.0, 1.0])
     GRPO(normalize_std=False).prepare(data)
     assert data.advantages is not None and data.advantages.tolist() == [0.0] * 4 and data.metrics == {}
@@ -239,7 +239,7 @@ def test_the_penalties_change_the_sign_of_an_advantage() -> None:
 
 
 @pytest.mark.parametrize("variant", [DrGRPO, DAPO, GSPO, RLOO, REINFORCEPlusPlus])
-def test_truncated_samples_can_stay_out(variant: Any) -> None:
+def test_truncated_samples_can_be_masked(variant: Any) -> None:
     data = experience([1.0, -0.5, 2.0, 0.25])
     data.rollouts.finish[2] = FinishReason.LENGTH
     variant(mask_truncated=True).prepare(data)
@@ -258,13 +258,13 @@ def test_truncated_samples_can_stay_out(variant: Any) -> None:
         (GRPO, {"dynamic_sampling": -1}, "dynamic_sampling"),
     ],
 )
-def test_options_out_of_range_are_named(variant: Any, options: dict[str, Any], named: str) -> None:
-    with pytest.raises(UserError, match=rf"^--model\.algorithm\.{named} is "):
+def test_options_out_of_range_raise_with_their_name(variant: Any, options: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=rf"^{variant.__name__}\.{named} is "):
         variant(**options)
 
 
 @pytest.mark.parametrize("variant", [DrGRPO, DAPO, GSPO, RLOO])
-def test_groups_of_one_are_refused(variant: Any) -> None:
+def test_groups_of_one_raise(variant: Any) -> None:
     with pytest.raises(UserError, match=f"group_size is 1: {variant.__name__} compares"):
         variant().check(1)
     with pytest.raises(UserError, match="group_size is 1"):
@@ -272,6 +272,6 @@ def test_groups_of_one_are_refused(variant: Any) -> None:
 
 
 @pytest.mark.parametrize("variant", [RLOO, REINFORCEPlusPlus])
-def test_kl_in_the_reward_wants_the_log_probs_it_is_made_of(variant: Any) -> None:
+def test_kl_in_the_reward_needs_reference_and_old_logprobs(variant: Any) -> None:
     assert variant().needs_reference and variant().needs_old_logprobs
     assert not variant(reward_kl_coef=0.0).needs_reference and not variant(reward_kl_coef=0.0).needs_old_logprobs

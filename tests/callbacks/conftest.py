@@ -14,8 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from rlmt.modules.base import TrainingModule
-from rlmt.modules.metrics import step_metrics
-from rlmt.modules.rlmt import PROGRESS_BAR
+from rlmt.modules.metrics import PROGRESS_BAR, step_metrics
 from rlmt.types import Experience, FinishReason, Prompt, RolloutBatch, Sampling, Scores, Split, Status
 
 THOUGHT = [10, 20, 30, 40, 50, 60]

@@ -1,4 +1,4 @@
-"""Options that differ from a checkpoint's: which are told, in what words, and that they take effect."""
+"""Options that differ from a checkpoint's: which are reported, with which message, and that they take effect."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def changed(**places: Any) -> dict[str, Any]:
 OPTIMIZER = "model__init_args__optimizer"
 CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "nothing": ({}, []),
-    "what changes nothing": (
+    "options without effect on results": (
         {"trainer__max_steps": 20, "trainer__default_root_dir": "b", "trainer__callbacks": [], "ckpt_path": "last"},
         [],
     ),
@@ -72,13 +72,13 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_changes(case: str) -> None:
+def test_config_changes_lists_options_that_change_results(case: str) -> None:
     places, lines = CASES[case]
     assert config_changes(BEFORE, changed(**places)) == lines
 
 
 def trained(optimizer: Any, scheduler: Any, steps: int, state: Any = None) -> tuple[Any, Any]:
-    """An optimizer and its scheduler, made anew and put where a checkpoint stood, as a resumed run does."""
+    """A new optimizer and scheduler with a checkpoint's state, as in a resumed run."""
     weight = torch.nn.Parameter(torch.ones(2))
     made = optimizer([weight])
     schedule = scheduler(made) if scheduler else None
@@ -111,14 +111,14 @@ SCHEDULERS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_without_a_change_nothing_changes(name: str) -> None:
+def test_unchanged_options_keep_the_checkpoints_state(name: str) -> None:
     half = states(trained(lambda p: AdamW(p, lr=0.1), SCHEDULERS[name], 4))
     again = trained(lambda p: AdamW(p, lr=0.1), SCHEDULERS[name], 0, half)
     assert states(again)[0]["param_groups"] == half[0]["param_groups"] and states(again)[1] == half[1]
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_new_learning_rate_is_the_old_one_in_proportion(name: str) -> None:
+def test_new_learning_rate_scales_the_schedule(name: str) -> None:
     """After four steps, and along the rest of the schedule."""
     half = states(trained(lambda p: AdamW(p, lr=0.1), SCHEDULERS[name], 4))
     for steps in (0, 3):
@@ -128,7 +128,7 @@ def test_a_new_learning_rate_is_the_old_one_in_proportion(name: str) -> None:
         assert new.param_groups[0]["betas"] == (0.5, 0.6)
 
 
-def test_a_scheduler_takes_its_new_shape() -> None:
+def test_scheduler_uses_its_new_options() -> None:
     half = states(trained(lambda p: SGD(p, lr=1.0), lambda o: ExponentialLR(o, 0.9), 2))
     optimizer, _ = trained(lambda p: SGD(p, lr=1.0), lambda o: ExponentialLR(o, 0.5), 1, half)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.81 * 0.5)

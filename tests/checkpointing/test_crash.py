@@ -1,4 +1,4 @@
-"""Runs that were killed or stopped and resumed are, bit for bit, the run that was not."""
+"""A run that is killed or stopped and then resumed equals, bit for bit, the run that was not."""
 
 from __future__ import annotations
 
@@ -20,42 +20,48 @@ def world(crash: Any, tiny: Path, prompts_file: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def whole(crash: Any, world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An unbroken run of GRPO with two optimizer steps on each of seven rollout batches, five a pass."""
-    folder: Path = tmp_path_factory.mktemp("whole")
+def unbroken(crash: Any, world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted GRPO run: seven rollout batches with two optimizer steps each, five batches an epoch."""
+    folder: Path = tmp_path_factory.mktemp("unbroken")
     run = dataclasses.replace(world, options=crash.ALGORITHMS["GRPO"])
-    crash.finish(crash.launch(run.command(folder / "whole"), folder / "log"), folder / "log")
-    return folder / "whole"
+    crash.finish(crash.launch(run.command(folder / "unbroken"), folder / "log"), folder / "log")
+    return folder / "unbroken"
 
 
-CASES = ["GRPO", "PPO with LoRA", "DPO with QLoRA", "GRPO with LoRA on 2 ranks"]
+CASES = [
+    "GRPO",
+    *(
+        pytest.param(case, marks=pytest.mark.slow)
+        for case in ("PPO with LoRA", "DPO with QLoRA", "GRPO with LoRA on 2 ranks")
+    ),
+]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_killed_run_is_the_unbroken_run(
-    case: str, crash: Any, world: Any, whole: Path, tmp_path: Path, record_property: Any
+def test_killed_run_resumes_as_the_unbroken_run(
+    case: str, crash: Any, world: Any, unbroken: Path, tmp_path: Path, record_property: Any
 ) -> None:
-    seed = int.from_bytes(os.urandom(4))  # a new instant each time; the name of what fails has it
+    seed = int.from_bytes(os.urandom(4))  # each test run kills at another time; a failure reports the seed
     record_property("seed", seed)
-    dice = random.Random(seed)
+    rng = random.Random(seed)
     algorithm, _, adapter = case.removesuffix(" on 2 ranks").partition(" with ")
     options = crash.ALGORITHMS[algorithm] + {"": (), "LoRA": crash.LORA, "QLoRA": crash.QLORA}[adapter]
     run, log = dataclasses.replace(world, options=options), tmp_path / "log"
-    least = 1
-    if "ranks" in case:  # which for dropout draw apart, after some steps
-        least = 4
+    earliest = 1
+    if "ranks" in case:  # the dropout states of the ranks differ only after some steps
+        earliest = 4
         run = dataclasses.replace(run, ranks=2, configs=("ddp",))
     if adapter:
-        whole = tmp_path / "whole"
-        crash.finish(crash.launch(run.command(whole), log, ranks=run.ranks), log)
+        unbroken = tmp_path / "unbroken"
+        crash.finish(crash.launch(run.command(unbroken), log, ranks=run.ranks), log)
     broken = tmp_path / "broken"
     process = crash.launch(run.command(broken), log, ranks=run.ranks)
-    crash.wait_for_steps(process, broken, dice.randint(least, 6))
-    time.sleep(dice.uniform(0, 0.3))
-    assert crash.kill(process, dice), (seed, log.read_text())
+    crash.wait_for_steps(process, broken, rng.randint(earliest, 6))
+    time.sleep(rng.uniform(0, 0.3))
+    assert crash.kill(process, rng), (seed, log.read_text())
     crash.finish(crash.launch(run.command(broken, resume=True), log, ranks=run.ranks), log)
     outcome = crash.Outcome()
-    crash.compare(whole, broken, outcome)
+    crash.compare(unbroken, broken, outcome)
     assert outcome.samples == 7 * 16 and outcome.cells > 150 and outcome.tensors > 50, (seed, outcome)
 
 
@@ -65,11 +71,15 @@ SLURM = {
 }
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
-def test_a_stopped_run_saves_leaves_and_goes_on(name: str, crash: Any, world: Any, whole: Path, tmp_path: Path) -> None:
-    """SIGUSR1 is what SLURM sends ahead of a preemption where a job asks for it; the job is queued again."""
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGTERM", "SIGINT")), "SIGUSR1"]
+)
+def test_stopped_run_saves_a_checkpoint_and_resumes(
+    name: str, crash: Any, world: Any, unbroken: Path, tmp_path: Path
+) -> None:
+    """SLURM sends SIGUSR1 before a preemption if a job requests it; the job is requeued."""
     number = signal.Signals[name]
-    # What the signal saves is the only checkpoint.
+    # The only checkpoint is the one that the signal causes.
     run = dataclasses.replace(world, options=crash.ALGORITHMS["GRPO"], every_n_steps=1000)
     broken, log = tmp_path / "broken", tmp_path / "log"
     environment = {}
@@ -90,4 +100,4 @@ def test_a_stopped_run_saves_leaves_and_goes_on(name: str, crash: Any, world: An
     if name == "SIGUSR1":
         assert (tmp_path / "requeued").read_text() == "requeue 77\n"
     crash.finish(crash.launch(run.command(broken, resume=True), log, **environment), log)
-    crash.compare(whole, broken, crash.Outcome())
+    crash.compare(unbroken, broken, crash.Outcome())

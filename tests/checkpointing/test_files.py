@@ -1,4 +1,4 @@
-"""Files hold plain data: none that is read runs code, and none that is written holds a secret."""
+"""Files hold plain data: reading runs no code, and no written file holds a secret."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def command(tiny: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.
 
 
 class Payload:
-    """What runs code when it is unpickled."""
+    """An object that runs code when it is unpickled."""
 
     def __reduce__(self) -> Any:
         return os.mkdir, (str(Path.cwd() / "owned"),)
 
 
-def test_no_code_of_a_checkpoint_is_run(
+def test_checkpoint_code_is_never_run(
     command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bad = tmp_path / "bad.ckpt"
@@ -82,7 +82,7 @@ def test_no_code_of_a_checkpoint_is_run(
     assert (tmp_path / "owned").exists()
 
 
-def test_no_secret_of_the_environment_is_in_any_file_or_line(
+def test_environment_secrets_are_in_no_file_and_no_output(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for key in KEYS:
@@ -106,7 +106,7 @@ def test_no_secret_of_the_environment_is_in_any_file_or_line(
         assert SECRET.encode() not in path.read_bytes(), path
 
 
-def test_what_is_written_is_plain_data_and_safetensors(command: Command, tmp_path: Path) -> None:
+def test_runs_write_plain_data_and_safetensors(command: Command, tmp_path: Path) -> None:
     assert main(command("fit")) == 0
     checkpoint = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert checkpoint["config"]["model"]["init_args"]["format"] == "no_think" and checkpoint["run"]["step"] == 0
@@ -120,7 +120,7 @@ def test_what_is_written_is_plain_data_and_safetensors(command: Command, tmp_pat
 # Folders in memory ----------------------------------------------------------------------------------------------------
 
 
-def test_a_scratch_folder_is_removed_at_the_end_and_after_a_kill(tmp_path: Path, monkeypatch: Any) -> None:
+def test_temporary_folder_is_removed_at_exit_and_after_a_kill(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(temporary_folders.tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(temporary_folders, "_MEMORY", tmp_path / "memory")
     (tmp_path / "memory").mkdir()
@@ -130,7 +130,7 @@ def test_a_scratch_folder_is_removed_at_the_end_and_after_a_kill(tmp_path: Path,
     assert not Path(folder).exists()
     read, write = os.pipe()
     child = os.fork()
-    if child == 0:  # one in each place, and then it is killed
+    if child == 0:  # creates one folder in each place, then is killed
         made = [temporary_folders.TemporaryFolder("vllm"), temporary_folders.TemporaryFolder("adapter", in_memory=True)]
         os.write(write, "\n".join(folder.path for folder in made).encode())
         signal.pause()
@@ -138,7 +138,7 @@ def test_a_scratch_folder_is_removed_at_the_end_and_after_a_kill(tmp_path: Path,
     assert temporary_folders.remove_abandoned() == []
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    (tmp_path / "rlmt-scratch-not-ours").mkdir()  # without a lock there is no telling
+    (tmp_path / "rlmt-scratch-not-ours").mkdir()  # without a lock its owner is unknown
     assert len(left) == 2 and sorted(temporary_folders.remove_abandoned()) == sorted(left)
     assert not any(path.exists() for path in left) and (tmp_path / "rlmt-scratch-not-ours").exists()
 
@@ -146,7 +146,7 @@ def test_a_scratch_folder_is_removed_at_the_end_and_after_a_kill(tmp_path: Path,
 # Logs and checkpoints -------------------------------------------------------------------------------------------------
 
 
-def test_a_log_goes_on_behind_the_checkpoint(tmp_path: Path) -> None:
+def test_resumed_log_continues_after_the_checkpoint(tmp_path: Path) -> None:
     log = ResumableCSVLogger(tmp_path)
     for step in range(4):
         log.log_metrics({"loss": 0.5 * step}, step)
@@ -155,7 +155,7 @@ def test_a_log_goes_on_behind_the_checkpoint(tmp_path: Path) -> None:
     log.finalize("success")
     path = tmp_path / "version_0" / "metrics.csv"
     assert path.read_text().splitlines() == ["loss,step,val", "0.0,0,", "0.5,1,", "1.0,2,", "1.5,3,", ",3,7.0"]
-    path.write_text(path.read_text() + "9.0,4")  # cut short by a kill
+    path.write_text(path.read_text() + "9.0,4")  # truncated by a kill
     again = ResumableCSVLogger(tmp_path)
     again.go_on(0, 1)
     again.log_metrics({"loss": 1.0}, 2)
@@ -168,8 +168,8 @@ def test_a_log_goes_on_behind_the_checkpoint(tmp_path: Path) -> None:
     assert (tmp_path / "version_1" / "metrics.csv").read_text().splitlines() == ["loss,step", "3.0,0"]
 
 
-def test_a_kill_at_any_write_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
-    """A process is killed after so many bytes of the new one; what is there is the old one or the new one."""
+def test_kill_during_any_write_leaves_a_complete_checkpoint(tmp_path: Path) -> None:
+    """A process is killed after a number of bytes of the new file; the file on disk is the old one or the new one."""
     io, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
     old, new = {"x": torch.zeros(50_000)}, {"x": torch.ones(50_000)}
     seen = set()
@@ -188,7 +188,7 @@ def test_a_kill_at_any_write_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
 
 
 class Dying:
-    """Within it, the process is killed once torch has written so many bytes; None never."""
+    """Context in which the process is killed after torch has written this number of bytes; None is never."""
 
     def __init__(self, count: int | None) -> None:
         self.count = count

@@ -1,4 +1,4 @@
-"""What a run does when its surroundings fail: the disk, the reward, the engine, the samples, the prompts."""
+"""Runs whose disk, reward, engine, samples or prompts fail: what is saved, what is reported, how they resume."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ Fit = Callable[..., int]
 
 @pytest.fixture
 def fit(tiny: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
-    """`fit("--data.x", 1)` trains for four rollouts on tiny models in tmp_path/run, a checkpoint after each."""
+    """`fit("--data.x", 1)` trains for four rollouts on tiny models in tmp_path/run, with a checkpoint after each."""
     monkeypatch.chdir(tmp_path)
     callbacks = "{class_path: rlmt.callbacks.PolicyHealth}, {class_path: rlmt.callbacks.RewardCurves}, "
     callbacks += "{class_path: rlmt.callbacks.CoTLength}, {class_path: rlmt.callbacks.SampleTable}, "
-    often = "{class_path: rlmt.callbacks.PolicyCheckpoint, init_args: {every_n_steps: 1, on_full: %s}}"
+    checkpoint = "{class_path: rlmt.callbacks.PolicyCheckpoint, init_args: {every_n_steps: 1, on_full: %s}}"
 
     def run(*more: object, on_full: str = "stop") -> int:
-        Path("often.yaml").write_text(f"trainer: {{callbacks: [{callbacks}{often % on_full}]}}")
+        Path("every_step.yaml").write_text(f"trainer: {{callbacks: [{callbacks}{checkpoint % on_full}]}}")
         options = {
             "--model.policy": tiny / "policy",
             "--model.reward.model": tiny / "reward",
@@ -48,7 +48,7 @@ def fit(tiny: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.Monk
             "--trainer.enable_progress_bar": "false",
         }
         words = [str(word) for pair in options.items() for word in pair]
-        configs = [word for name in ("base", "grpo", "tiny", "often.yaml") for word in ("--config", name)]
+        configs = [word for name in ("base", "grpo", "tiny", "every_step.yaml") for word in ("--config", name)]
         return main(["fit", *configs, *words, *map(str, more)])
 
     return run
@@ -59,8 +59,8 @@ def rows(run: Path) -> list[dict[str, str]]:
         return [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
 
 
-def saved(run: Path) -> int:
-    """The last step that the newest checkpoint holds; it is whole, and nothing is left of others."""
+def saved_step(run: Path) -> int:
+    """The last step in the newest checkpoint, which is complete and the only one."""
     folder = run / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "policy"]
     step: int = torch.load(folder / "last.ckpt", weights_only=True)["run"]["step"]
@@ -75,8 +75,8 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
 # The disk ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path: Path) -> None:
-    """The system itself cuts the file short."""
+def test_truncated_write_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
+    """The operating system truncates the file, by a limit on file sizes."""
     import resource
     import signal
 
@@ -98,44 +98,44 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path: Path) ->
 
 @pytest.fixture
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """From the third checkpoint to the fourth a write ends in the middle; the attempts are counted."""
+    """Truncates the third and the fourth checkpoint; the list has one entry per write."""
     attempts: list[int] = []
     save = torch.save
 
-    def torn(checkpoint: Any, file: Any) -> None:
+    def truncated(checkpoint: Any, file: Any) -> None:
         attempts.append(1)
         if len(attempts) in (3, 4):
             file.write(b"PK\x03\x04 half a checkpoint")
             raise OSError(errno.ENOSPC, "No space left on device")
         save(checkpoint, file)
 
-    monkeypatch.setattr(files.torch, "save", torn)
+    monkeypatch.setattr(files.torch, "save", truncated)
     return attempts
 
 
-def test_a_full_disk_stops_the_run_with_its_last_checkpoint_whole(
+def test_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
     fit: Fit, tmp_path: Path, full_disk: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert fit() == 2
     message = error_of(capsys)
     assert "last.ckpt cannot be written (No space left on device)" in message and "make room" in message
-    assert saved(tmp_path / "run") == 1
+    assert saved_step(tmp_path / "run") == 1
     full_disk += [1] * 2
     assert fit("--ckpt_path", "last") == 0
-    assert saved(tmp_path / "run") == 3
+    assert saved_step(tmp_path / "run") == 3
     assert [int(row["step"]) for row in rows(tmp_path / "run")] == [0, 1, 2, 3]
 
 
-def test_or_warns_and_goes_on(fit: Fit, tmp_path: Path, full_disk: list[int]) -> None:
+def test_full_disk_only_warns_with_on_full_continue(fit: Fit, tmp_path: Path, full_disk: list[int]) -> None:
     with pytest.warns(UserWarning, match="No space left on device.*the checkpoint before it is whole"):
         assert fit("--trainer.max_steps", 5, on_full="continue") == 0
-    assert saved(tmp_path / "run") == 4 and len(full_disk) == 5
+    assert saved_step(tmp_path / "run") == 4 and len(full_disk) == 5
 
 
-def test_without_room_for_anything_the_run_goes_on_and_ends_in_one_line(
+def test_rollouts_wait_for_disk_space_and_are_written_after_a_resume(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Rollouts wait, and no checkpoint is written without them; with room the run goes on."""
+    """No checkpoint is written without its rollouts; a run without any space ends with one line."""
 
     def full(*args: Any, **options: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -145,19 +145,19 @@ def test_without_room_for_anything_the_run_goes_on_and_ends_in_one_line(
         patch.setattr("rlmt.engines.rollout_files.pq.write_table", full)
         patch.setattr("rlmt.report.curves.draw_curves", full)
         assert fit("--ckpt_path", "last", on_full="continue") == 2
-    assert error_of(capsys).startswith("rlmt: error: no room is left on the disk")
-    assert len(rows(tmp_path / "run")) == 4 and saved(tmp_path / "run") == 0
+    assert error_of(capsys).startswith("rlmt: error: The disk is full")
+    assert len(rows(tmp_path / "run")) == 4 and saved_step(tmp_path / "run") == 0
     assert fit("--ckpt_path", "last") == 0
-    assert len(rows(tmp_path / "run")) == 4 and saved(tmp_path / "run") == 3
+    assert len(rows(tmp_path / "run")) == 4 and saved_step(tmp_path / "run") == 3
     steps = read_rollouts(tmp_path / "run" / "version_0" / "rollouts")["step"].to_pylist()
     assert steps == [step for step in range(4) for _ in range(16)]
 
 
-def test_what_a_kill_left_half_written_is_removed_at_the_next_start(fit: Fit, tmp_path: Path) -> None:
+def test_unfinished_checkpoint_of_a_killed_run_is_removed_at_the_next_start(fit: Fit, tmp_path: Path) -> None:
     folder = tmp_path / "run" / "checkpoints"
     folder.mkdir(parents=True)
     (folder / ".last.ckpt.unfinished").write_bytes(b"half")
-    (folder / "mine.ckpt").write_bytes(b"not touched")
+    (folder / "mine.ckpt").write_bytes(b"of the user")
     assert fit("--trainer.max_steps", 1) == 0
     assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "mine.ckpt", "policy"]
 
@@ -171,7 +171,7 @@ from rlmt.rewards import Reward
 calls = []
 
 
-class Third(Reward):
+class FailsAtThirdBatch(Reward):
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind = kind
@@ -185,37 +185,42 @@ class Third(Reward):
 """
 
 
-@pytest.mark.parametrize(("kind", "words"), [("nan", "that are not finite"), ("shape", "scores of shape")])
-def test_a_reward_that_breaks_ends_the_run_in_one_line_and_loses_no_step(
-    kind: str, words: str, fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("kind", "reason"), [("nan", "that are not finite"), ("shape", "scores of shape")])
+def test_invalid_rewards_end_the_run_with_one_line_and_lose_no_step(
+    kind: str,
+    reason: str,
+    fit: Fit,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / f"third_{kind}.py").write_text(REWARDS)
+    (tmp_path / f"rewards_{kind}.py").write_text(REWARDS)
     monkeypatch.syspath_prepend(tmp_path)
-    reward = ("--model.reward", f"third_{kind}.Third", "--model.reward.kind", kind)
-    # PolicyCheckpoint of every step is not what saves here: the run saves what it has when it fails.
+    reward = ("--model.reward", f"rewards_{kind}.FailsAtThirdBatch", "--model.reward.kind", kind)
+    # The run itself saves a checkpoint when it fails; the one of PolicyCheckpoint is older.
     assert fit(*reward, "--model.algorithm.minibatches", 2, "--trainer.max_steps", 8) == 2
     message = error_of(capsys)
-    assert words in message and "'reward'" in message and "--ckpt_path last" in message
-    assert saved(tmp_path / "run") == 1
+    assert reason in message and "'reward'" in message and "--ckpt_path last" in message
+    assert saved_step(tmp_path / "run") == 1
 
 
-def test_an_engine_that_dies_loses_no_step(fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_engine_loses_no_step(fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     generate, calls = TransformersEngine.generate, []
 
-    def dying(self: TransformersEngine, *args: Any) -> Samples:
+    def failing(self: TransformersEngine, *args: Any) -> Samples:
         calls.append(1)
         if len(calls) == 3:
             raise RuntimeError("the engine died")
         return generate(self, *args)
 
-    monkeypatch.setattr(TransformersEngine, "generate", dying)
-    every = "{class_path: rlmt.callbacks.PolicyCheckpoint, init_args: {every_n_steps: 100}}"
+    monkeypatch.setattr(TransformersEngine, "generate", failing)
+    checkpoint = "{class_path: rlmt.callbacks.PolicyCheckpoint, init_args: {every_n_steps: 100}}"
     (tmp_path / "rarely.yaml").write_text(
-        f"trainer: {{callbacks: [{{class_path: rlmt.callbacks.RewardCurves}}, {every}]}}"
+        f"trainer: {{callbacks: [{{class_path: rlmt.callbacks.RewardCurves}}, {checkpoint}]}}"
     )
     with pytest.raises(RuntimeError, match="the engine died"):
         fit("--config", "rarely.yaml")
-    assert saved(tmp_path / "run") == 1
+    assert saved_step(tmp_path / "run") == 1
     assert fit("--ckpt_path", "last") == 0
     assert [int(row["step"]) for row in rows(tmp_path / "run")] == [0, 1, 2, 3]
 
@@ -237,7 +242,7 @@ class Hanging(TransformersEngine):
         return super().generate(*args)
 
 
-def deaf(log):
+def ignore_sigterm_and_hang(log):
     import os
 
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
@@ -245,36 +250,38 @@ def deaf(log):
 
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     watchdog.GRACE = 2
-    with watchdog.limited(0.1, "an engine", "--data.engine_timeout"):
+    with watchdog.time_limit(0.1, "an engine", "--data.engine_timeout"):
         time.sleep(1000)
 """
 
 
-def test_an_engine_that_hangs_is_ended(
+def test_hanging_engine_ends_the_run_after_its_timeout(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "hanging_engine.py").write_text(HANGING)
     monkeypatch.syspath_prepend(tmp_path)
-    assert fit("--data.engine", "hanging_engine.Hanging", "--data.engine_timeout", 3) == 75
-    told = capfd.readouterr().err
-    assert "rlmt: error: Hanging has not answered for 3 s (--data.engine_timeout); the run ends." in told
-    assert "in generate" in told  # where it hung
-    assert saved(tmp_path / "run") == 1
+    assert fit("--data.engine", "hanging_engine.Hanging", "--data.engine_timeout", 5) == 75
+    printed = capfd.readouterr().err
+    assert "rlmt: error: Hanging has not answered for 5 s (--data.engine_timeout); the run ends." in printed
+    assert "in generate" in printed  # the stack trace of the hanging call
+    assert saved_step(tmp_path / "run") == 1
     with pytest.warns(UserWarning, match=r"--data.engine was 'hanging_engine.Hanging' and is 'rlmt.engines.Transf"):
         assert fit("--ckpt_path", "last") == 0
     assert [int(row["step"]) for row in rows(tmp_path / "run")] == [0, 1, 2, 3]
 
 
-def test_a_process_that_does_not_obey_is_ended_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_that_ignores_sigterm_is_killed_after_the_timeout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import multiprocessing
 
-    (tmp_path / "deaf_engine.py").write_text(HANGING)
+    (tmp_path / "ignoring_engine.py").write_text(HANGING)
     monkeypatch.syspath_prepend(tmp_path)
-    import deaf_engine  # type: ignore[import-not-found]
+    import ignoring_engine  # type: ignore[import-not-found]
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rlmt.cli.lightning_cli", "rlmt.callbacks", "rlmt.modules"])
-    process = context.Process(target=deaf_engine.deaf, args=(str(tmp_path / "log"),))
+    process = context.Process(target=ignoring_engine.ignore_sigterm_and_hang, args=(str(tmp_path / "log"),))
     process.start()
     process.join()
     assert process.exitcode == 75
@@ -284,10 +291,10 @@ def test_a_process_that_does_not_obey_is_ended_all_the_same(tmp_path: Path, monk
 # The samples ---------------------------------------------------------------------------------------------------------
 
 
-def test_batches_that_teach_nothing_are_no_updates_and_are_counted(
+def test_batches_without_a_learning_signal_are_skipped_and_counted(
     fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All malformed, since no thought closes within three tokens; so all rewards are equal."""
+    """No thought closes within three tokens, so all samples are malformed and all rewards are equal."""
     options = ("--model.format", "think", "--data.max_new_tokens", 3, "--model.max_idle", 3)
     assert fit(*options, "--trainer.default_root_dir", "malformed") == 2
     assert (
@@ -301,7 +308,7 @@ def test_batches_that_teach_nothing_are_no_updates_and_are_counted(
         assert (row["policy/skipped"], row["engine/weight_version"]) == ("1.0", "0.0")
 
 
-def test_samples_that_all_stay_out_of_the_loss_are_no_update(
+def test_batch_whose_samples_are_all_masked_is_skipped(
     fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for algorithm in ((), ("--model.algorithm", "PPO")):
@@ -311,14 +318,16 @@ def test_samples_that_all_stay_out_of_the_loss_are_no_update(
         assert "no sample takes part in the loss" in error_of(capsys), algorithm
 
 
-class Odd(TransformersEngine):
-    """Answers with completions that a policy seldom gives, whatever the prompt, each at an even log-prob."""
+class UnusualCompletions(TransformersEngine):
+    """Returns completions that a policy seldom samples, whatever the prompt, with a log-prob of -1 a token."""
 
     def generate(self, requests: Any, sampling: Any) -> Samples:
         tokenizer, end = self._tokenizer, sampling.stop_token_ids[0]
         special = tokenizer.all_special_ids
         text = tokenizer("a\x00b \ud7ff \uffff ok", add_special_tokens=False)["input_ids"]
-        cut = tokenizer("\N{GRINNING FACE}", add_special_tokens=False)["input_ids"][:-1] or [end]  # half a character
+        cut = tokenizer("\N{GRINNING FACE}", add_special_tokens=False)["input_ids"][:-1] or [
+            end
+        ]  # an incomplete character
         choices = [[end], [*special, end], [*text, end], [*cut, end], [*text, *special], [special[0]] * 8]
         count = sum(len(request.seeds) for request in requests)
         ids = [choices[k % len(choices)][: sampling.max_new_tokens] for k in range(count)]
@@ -326,23 +335,28 @@ class Odd(TransformersEngine):
         return Samples(ids, [[-1.0] * len(row) for row in ids], finish, self.version or 0)
 
 
-@pytest.mark.parametrize("algorithm", ["GRPO", "PPO", "DPO"])
-@pytest.mark.parametrize("form", ["no_think", "think"])
-def test_empty_special_and_broken_responses_crash_nothing(
+@pytest.mark.parametrize(
+    ("algorithm", "form"),
+    [
+        ("GRPO", "no_think"),
+        pytest.param("PPO", "no_think", marks=pytest.mark.slow),
+        pytest.param("DPO", "no_think", marks=pytest.mark.slow),
+        ("PPO", "think"),  # all are malformed, which GRPO and DPO skip
+    ],
+)
+def test_empty_special_and_incomplete_responses_are_trained_on(
     algorithm: str, form: str, fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if form == "think" and algorithm != "PPO":
-        pytest.skip("all are malformed: no update, as above")
-    monkeypatch.setattr(TransformersEngine, "generate", Odd.generate)
+    monkeypatch.setattr(TransformersEngine, "generate", UnusualCompletions.generate)
     options: tuple[object, ...] = ("--model.algorithm", algorithm, "--model.format", form, "--trainer.max_steps", 2)
     options += ("--model.algorithm.min_valid", 2) if algorithm == "DPO" else ()
     assert fit(*options, "--data.max_new_tokens", 32) == 0
     found = rows(tmp_path / "run")
     assert len(found) == 2
-    # Where all rewards are equal, nothing varies that a critic could explain.
-    unscored = {"reward/reward_model", "critic/explained_variance"} if form == "think" else set()
+    # With equal rewards the explained variance is undefined.
+    undefined = {"reward/reward_model", "critic/explained_variance"} if form == "think" else set()
     for row in found:
-        assert {k for k, v in row.items() if not math.isfinite(float(v))} <= unscored
+        assert {k for k, v in row.items() if not math.isfinite(float(v))} <= undefined
     table = read_rollouts(tmp_path / "run" / "version_0" / "rollouts").to_pylist()
     assert {row["status"] for row in table} == ({"ok", "empty_response"} if form == "no_think" else {"unclosed"})
     if form == "no_think":
@@ -358,14 +372,14 @@ def test_empty_special_and_broken_responses_crash_nothing(
 # The prompts ---------------------------------------------------------------------------------------------------------
 
 
-def test_prompts_that_are_used_up_end_the_last_epoch_or_start_the_next(fit: Fit, tmp_path: Path) -> None:
+def test_last_prompt_ends_the_run_or_starts_the_next_epoch(fit: Fit, tmp_path: Path) -> None:
     assert fit("--trainer.max_epochs", 1, "--trainer.max_steps", -1, "--trainer.default_root_dir", "one") == 0
     assert len(rows(tmp_path / "one")) == 6
     assert fit("--trainer.max_steps", 8, "--trainer.default_root_dir", "two") == 0
     assert [float(row["epoch"]) for row in rows(tmp_path / "two")] == [0.0] * 6 + [1.0] * 2
 
 
-def test_nuls_are_kept_and_lone_surrogates_refused_by_their_row(
+def test_nuls_are_preserved_and_lone_surrogates_rejected_with_their_row(
     fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts = tmp_path / "odd.jsonl"

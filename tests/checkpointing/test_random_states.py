@@ -1,4 +1,4 @@
-"""Random states survive a checkpoint file that is loaded as plain data."""
+"""Random states are restored from a checkpoint file that is loaded as plain data."""
 
 import random
 from pathlib import Path
@@ -13,8 +13,8 @@ def draw() -> tuple[float, float, float, float]:
     return random.random(), random.gauss(0, 1), float(np.random.rand()), float(torch.rand(1))
 
 
-def test_the_same_numbers_come_again(tmp_path: Path) -> None:
-    random.gauss(0, 1)  # leaves a second one in store
+def test_restored_states_repeat_the_random_numbers(tmp_path: Path) -> None:
+    random.gauss(0, 1)  # caches a second number
     np.random.standard_normal()
     torch.save([random_states()], tmp_path / "states.pt")
     first = [draw() for _ in range(3)]

@@ -1,4 +1,4 @@
-"""Every place where a run can stop and go on: within epochs, between them, before a validation, once or often."""
+"""Runs that stop and resume within epochs, between them and before a validation, once or many times."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rlmt.checkpointing import AtomicCheckpointIO, ResumableCSVLogger, StoppedBy
 from rlmt.data.sampler import PromptSampler
 
 STEPS = 9
-"""Steps of a run: two epochs of four and one of the third; validation is due after each third step."""
+"""Steps of a run: two epochs of four and one of the third; every third step is followed by a validation."""
 
 
 class Rows(Dataset[int]):
@@ -55,7 +55,7 @@ class Data(LightningDataModule):
 
 
 class Module(LightningModule):
-    """Two optimizer steps on each batch; what it logs depends on all that was drawn before."""
+    """Two optimizer steps on each batch; what it logs depends on all random numbers before."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class Keep(AtomicCheckpointIO):
 def run(
     folder: Path, start: Path | None = None, keep: Path | None = None, stop: Callback | None = None, **options: Any
 ) -> dict[str, Any]:
-    """Trains in a folder; the end of its log and of its states, or the step of the checkpoint where it was stopped."""
+    """Trains in a folder; returns the end of its log and states, or the step of the checkpoint where it stopped."""
     if keep is not None:
         keep.mkdir()
     torch.manual_seed(0)
@@ -156,7 +156,7 @@ def run(
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
-    """The unbroken run, and a checkpoint of each of its steps."""
+    """The uninterrupted run, with a checkpoint of each step."""
     folder = tmp_path_factory.mktemp("whole")
     ended = run(folder / "run", keep=folder / "kept")
     assert [row["epoch"] for row in ended["rows"] if row["loss"]] == ["0"] * 4 + ["1"] * 4 + ["2"]
@@ -164,7 +164,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pat
     return ended, folder / "kept"
 
 
-def test_from_every_step_the_run_goes_on_as_it_was(whole: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+def test_run_resumed_from_every_step_equals_the_uninterrupted_run(
+    whole: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
     ended, kept = whole
     for step in range(STEPS - 1):
         folder = tmp_path / str(step)
@@ -172,8 +174,10 @@ def test_from_every_step_the_run_goes_on_as_it_was(whole: tuple[dict[str, Any], 
         assert run(folder, kept / f"{step}.ckpt") == ended, step
 
 
-def test_again_and_again(whole: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
-    """Killed after each step: counts that lag would add up."""
+def test_run_resumed_many_times_equals_the_uninterrupted_run(
+    whole: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    """Kills the run after each step: errors in counts would add up."""
     ended, kept = whole
     folder, start = tmp_path / "run", kept / "0.ckpt"
     shutil.copytree(kept.parent / "run", folder)
@@ -186,15 +190,15 @@ def test_again_and_again(whole: tuple[dict[str, Any], Path], tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("hook", "step", "saved"),
     [
-        ("on_train_batch_start", 1, 0),  # as while it draws: at once, as the step before left it
-        ("on_train_batch_start", 4, 3),  # behind the end of an epoch
-        ("on_before_backward", 5, 5),  # between two optimizer steps: when the step and its validation are done
-        ("on_validation_batch_start", 2, 2),  # within a validation, which is done anew
+        ("on_train_batch_start", 1, 0),  # as during generation: stops at once, after the previous step
+        ("on_train_batch_start", 4, 3),  # after the end of an epoch
+        ("on_before_backward", 5, 5),  # between two optimizer steps: stops after the step and its validation
+        ("on_validation_batch_start", 2, 2),  # within a validation, which is repeated
         ("on_validation_end", 5, 5),
         ("on_train_batch_end", 3, 3),  # the last step of an epoch
     ],
 )
-def test_a_signal_saves_all_that_was_done(
+def test_signal_saves_all_completed_steps(
     hook: str, step: int, saved: int, whole: tuple[dict[str, Any], Path], tmp_path: Path
 ) -> None:
     ended, _ = whole
@@ -205,7 +209,7 @@ def test_a_signal_saves_all_that_was_done(
 
 
 class Second(Interrupt):
-    """Sends it between the two optimizer steps."""
+    """Sends the second signal between the two optimizer steps."""
 
     def __init__(self, step: int) -> None:
         super().__init__("on_before_backward", step)
@@ -217,8 +221,8 @@ class Second(Interrupt):
             super().hook(trainer)
 
 
-def test_a_signal_sent_twice_does_not_wait_for_the_step(tmp_path: Path) -> None:
-    """Between two optimizer steps there is nothing that can be saved."""
+def test_second_signal_stops_within_the_step(tmp_path: Path) -> None:
+    """Between two optimizer steps no checkpoint can be written."""
 
     class Twice(Second):
         def hook(self, trainer: Trainer, *args: Any, **options: Any) -> None:
@@ -226,11 +230,11 @@ def test_a_signal_sent_twice_does_not_wait_for_the_step(tmp_path: Path) -> None:
             if self.sent:
                 signal.raise_signal(signal.SIGTERM)
 
-    with pytest.raises(FileNotFoundError, match=r"last\.ckpt"):  # StoppedBySignal, and none was written
+    with pytest.raises(FileNotFoundError, match=r"last\.ckpt"):  # StoppedBySignal, without a checkpoint
         run(tmp_path, stop=Twice(5))
 
 
-def test_epochs_are_counted_right_where_they_end_the_run(tmp_path: Path) -> None:
+def test_epoch_counts_are_right_when_epochs_end_the_run(tmp_path: Path) -> None:
     """Resumed at the end of each epoch, a run of three epochs has three."""
     options = {"max_steps": -1, "max_epochs": 3}
     ended = run(tmp_path / "whole", keep=tmp_path / "kept", **options)

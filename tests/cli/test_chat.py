@@ -1,4 +1,4 @@
-"""`rlmt chat` on a tiny policy: what is shown is what the format splits, and one answer goes through pipes."""
+"""`rlmt chat` on a tiny policy: the printed text is the split of the format, and one prompt can be piped."""
 
 import io
 from collections.abc import Iterator
@@ -8,11 +8,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from rlmt.cli import chat as module
-from rlmt.cli.chat import Speaker, _converse, _Shown, _without_half_tag, chat
+from rlmt.cli.chat import ChatPolicy, _converse, _StreamPrinter, _trim_partial_tag, chat
 from rlmt.cli.commands import main
 from rlmt.engines import TransformersEngine
 from rlmt.engines.transformers import stream
+from rlmt.export.checkpoints import save_policy_assets
 from rlmt.formats.thinking import ThinkingFormat
 from rlmt.models.loading import load_policy, load_tokenizer
 from rlmt.types import Message, SampleRequest, Sampling
@@ -20,23 +20,23 @@ from rlmt.types import Message, SampleRequest, Sampling
 HELLO = [Message(role="user", content="Hello there")]
 
 
-def speaker(tiny: Path, name: str, seed: int = 0, limit: int = 200) -> Speaker:
+def make_policy(tiny: Path, name: str, seed: int = 0, limit: int = 200) -> ChatPolicy:
     policy, tokenizer = load_policy(tiny / "policy"), load_tokenizer(tiny / "policy")
-    return Speaker(policy, tokenizer, ThinkingFormat(name), Sampling(0.7, limit), seed)  # type: ignore[arg-type]
+    return ChatPolicy(policy, tokenizer, ThinkingFormat(name), Sampling(0.7, limit), seed)  # type: ignore[arg-type]
 
 
-def seed_of_an_answer(tiny: Path, name: str) -> int:
-    """A seed with which the tiny policy answers HELLO well-formed."""
-    talk = speaker(tiny, name)
+def seed_of_valid_reply(tiny: Path, name: str) -> int:
+    """A seed with which the tiny policy replies to HELLO with a well-formed completion."""
+    policy = make_policy(tiny, name)
     for seed in range(50):
-        talk.seed = seed
-        list(talk.say(HELLO))
-        if talk.latest.ok:
+        policy.seed = seed
+        list(policy.stream_reply(HELLO))
+        if policy.last_split.ok:
             return seed
-    raise AssertionError("the tiny policy never answers")
+    raise AssertionError("no reply of the tiny policy is well-formed")
 
 
-def test_a_stream_is_what_the_engine_samples(tiny: Path) -> None:
+def test_stream_yields_the_samples_of_the_engine(tiny: Path) -> None:
     policy, tokenizer = load_policy(tiny / "policy"), load_tokenizer(tiny / "policy")
     sampling = Sampling(0.8, 24, stop_token_ids=(tokenizer.eos_token_id,), top_p=0.95)
     engine = TransformersEngine()
@@ -48,100 +48,111 @@ def test_a_stream_is_what_the_engine_samples(tiny: Path) -> None:
         assert list(stream(policy, prompt, sampling, seed)) == expected
 
 
-def test_what_is_shown_grows_into_the_whole_split(tiny: Path) -> None:
-    answered = seed_of_an_answer(tiny, "think")
+def test_printed_text_is_the_final_split(tiny: Path) -> None:
+    valid = seed_of_valid_reply(tiny, "think")
     thoughts = 0
-    for seed in (answered, *range(4)):
-        talk = speaker(tiny, "think", seed)
+    for seed in (valid, *range(4)):
+        policy = make_policy(tiny, "think", seed)
         screen = Console(file=io.StringIO(), width=10_000)
-        with _Shown(screen, screen) as shown:
-            for split in talk.say(HELLO):
+        with _StreamPrinter(screen, screen) as printer:
+            for split in policy.stream_reply(HELLO):
                 assert "think>" not in split.response
-                shown.update(split)
-            shown.update(talk.latest)
-        assert (shown.thought, shown.response) == (talk.latest.thought, talk.latest.response)
-        assert sum(talk.counts) == len(talk.ids)
-        thoughts += bool(talk.latest.thought and talk.latest.ok)
+                printer.update(split)
+            printer.update(policy.last_split)
+        assert (printer.thought, printer.response) == (policy.last_split.thought, policy.last_split.response)
+        assert sum(policy.token_counts) == len(policy.ids)
+        thoughts += bool(policy.last_split.thought and policy.last_split.ok)
     assert thoughts > 0
 
 
-def test_half_a_tag_waits() -> None:
+def test_partial_tag_is_trimmed() -> None:
     tags = ThinkingFormat().tags
-    assert _without_half_tag("I see </thi", tags) == "I see "
-    assert _without_half_tag("a < b", tags) == "a < b"
-    assert _without_half_tag("a <", tags) == "a "
-    assert _without_half_tag("a </think>", tags) == "a </think>"
-    assert _without_half_tag("caf\ufffd", tags) == "caf"
+    assert _trim_partial_tag("I see </thi", tags) == "I see "
+    assert _trim_partial_tag("a < b", tags) == "a < b"
+    assert _trim_partial_tag("a <", tags) == "a "
+    assert _trim_partial_tag("a </think>", tags) == "a </think>"
+    assert _trim_partial_tag("caf\ufffd", tags) == "caf"
 
 
-def test_one_answer_is_printed_alone(
+def test_single_prompt_prints_only_the_response(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = str(tiny / "policy")
-    seed = seed_of_an_answer(tiny, "no_think")
+    seed = seed_of_valid_reply(tiny, "no_think")
     options = ["--format", "no_think", "--max_new_tokens", "200", "--seed", str(seed)]
     assert main(["chat", folder, "--prompt", "Hello there", *options]) == 0
-    said = capsys.readouterr().out
-    talk = speaker(tiny, "no_think", seed=seed)
-    list(talk.say(HELLO))
-    assert said == talk.latest.response + "\n"
+    printed = capsys.readouterr().out
+    policy = make_policy(tiny, "no_think", seed=seed)
+    list(policy.stream_reply(HELLO))
+    assert printed == policy.last_split.response + "\n"
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello there"))
     assert main(["chat", folder, *options]) == 0
-    assert capsys.readouterr().out == said
+    assert capsys.readouterr().out == printed
 
 
-def test_a_conversation(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    talk = speaker(tiny, "no_think", seed_of_an_answer(tiny, "no_think"))
+def test_chat_with_a_checkpoint_prints_only_the_response(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = make_policy(tiny, "no_think", seed_of_valid_reply(tiny, "no_think"))
+    save_policy_assets(tmp_path / "policy", policy.policy.config, policy.tokenizer, policy.format)
+    weights = {f"policy.{name}": tensor for name, tensor in policy.policy.state_dict().items()}
+    record = {"policy": "x", "format": policy.format.to_dict()}
+    torch.save({"state_dict": weights, "rlmt": record}, tmp_path / "last.ckpt")
+    options = ["--prompt", "Hello there", "--max_new_tokens", "200", "--seed", str(policy.seed)]
+    assert main(["chat", str(tmp_path / "last.ckpt"), *options]) == 0
+    list(policy.stream_reply(HELLO))
+    assert capsys.readouterr().out == policy.last_split.response + "\n"
+
+
+def test_conversation_runs_commands_and_turns(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = make_policy(tiny, "no_think", seed_of_valid_reply(tiny, "no_think"))
     lines = iter(["", "Hello there", "/thought", "/fold", "Again", "/nonsense", "/new", "/help", "/quit", "never read"])
     monkeypatch.setattr(Console, "input", lambda self, *_: next(lines))
-    heard: list[int] = []
-    original = Speaker.say
+    lengths: list[int] = []
+    original = ChatPolicy.stream_reply
 
-    def say(self: Speaker, messages: list[Message]) -> Iterator[object]:
-        heard.append(len(messages))
+    def stream_reply(self: ChatPolicy, messages: list[Message]) -> Iterator[object]:
+        lengths.append(len(messages))
         yield from original(self, messages)
 
-    monkeypatch.setattr(Speaker, "say", say)
+    monkeypatch.setattr(ChatPolicy, "stream_reply", stream_reply)
     screen = io.StringIO()
-    _converse(talk, [], Console(file=screen, width=10_000), fold=False)
+    _converse(policy, [], Console(file=screen, width=10_000), fold=False)
     text = screen.getvalue()
-    assert heard == [1, 3]  # the second question comes after the first answer
-    assert "there is no command /nonsense" in text and "thoughts are folded" in text and "/quit" in text
+    assert lengths == [1, 3]  # the second prompt follows the first reply
+    assert "/nonsense is not a command" in text and "thoughts are folded" in text and "/quit" in text
     assert next(lines) == "never read"
-    assert f"({len(talk.ids)} tokens)" in text
+    assert f"({len(policy.ids)} tokens)" in text
 
 
-def test_an_interrupted_answer_ends_the_turn_and_not_the_conversation(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(self: Speaker, messages: list[Message]) -> Iterator[object]:
+def test_interrupted_reply_does_not_end_the_conversation(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(self: ChatPolicy, messages: list[Message]) -> Iterator[object]:
         self.ids = self.tokenizer("some words")["input_ids"]
-        yield self.latest
+        yield self.last_split
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Speaker, "say", interrupted)
+    monkeypatch.setattr(ChatPolicy, "stream_reply", interrupted)
     lines = iter(["Hello", "/quit"])
     monkeypatch.setattr(Console, "input", lambda self, *_: next(lines))
     screen = io.StringIO()
-    _converse(speaker(tiny, "no_think"), [], Console(file=screen, width=10_000), fold=False)
-    assert "cut short" in screen.getvalue()
+    _converse(make_policy(tiny, "no_think"), [], Console(file=screen, width=10_000), fold=False)
+    assert "interrupted" in screen.getvalue()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"model": Path("nowhere")}, "nowhere: no such checkpoint or folder"),
-        ({"prompt": " "}, "nothing to answer"),
-        ({"prompt": "x", "top_p": 0.0}, "--top_p within"),
-        ({"prompt": "x"}, "does not say how it thinks"),
-        ({"prompt": "x", "format": "think", "max_new_tokens": 1}, "no answer: "),
+        ({"prompt": " "}, "the prompt is empty"),
+        ({"prompt": "x", "top_p": 0.0}, "--top_p must be in"),
+        ({"prompt": "x"}, "stores no thinking format"),
+        ({"prompt": "x", "format": "think", "max_new_tokens": 1}, "The completion is malformed: "),
         ({"prompt": "x" * 9000, "format": "no_think"}, "fills the policy's context"),
     ],
 )
-def test_mistakes_cost_one_line(options: dict[str, object], message: str, tiny: Path) -> None:
+def test_invalid_options_are_user_errors(options: dict[str, object], message: str, tiny: Path) -> None:
     from rlmt.errors import UserError
 
     arguments: dict[str, object] = {"model": tiny / "policy", "prompt": "x"} | options
     with pytest.raises(UserError, match=message):
         chat(**arguments)  # type: ignore[arg-type]
-    assert module.COMMANDS

@@ -1,4 +1,4 @@
-"""The commands as a user types them: runs, composed configs, and mistakes told in one line."""
+"""The commands as a user types them: runs, composed configs and one-line errors."""
 
 import csv
 import json
@@ -21,7 +21,7 @@ Command = Callable[..., list[str]]
 
 @pytest.fixture
 def command(tiny: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
-    """`command("fit", "--data.x", "1")`: arguments of a run on tiny models, in an empty folder, without vLLM."""
+    """`command("fit", "--data.x", "1")` makes arguments of a run on tiny models in an empty folder, without vLLM."""
     monkeypatch.chdir(tmp_path)
 
     def arguments(name: str, *more: object) -> list[str]:
@@ -50,7 +50,7 @@ def metrics(run: Path, version: int = 0) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_fit_validate_predict_export_and_resume(
+def test_fit_resume_validate_predict_and_export(
     command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -66,12 +66,12 @@ def test_fit_validate_predict_export_and_resume(
     assert saved["model"]["init_args"]["format"] == "no_think"
 
     last = run / "checkpoints" / "last.ckpt"
-    form = json.loads((run / "checkpoints" / "policy" / "thinking_format.json").read_text())
-    assert form["name"] == "no_think"
+    thinking_format = json.loads((run / "checkpoints" / "policy" / "thinking_format.json").read_text())
+    assert thinking_format["name"] == "no_think"
 
     resumed = command("fit", "--model.format", "no_think", "--trainer.max_steps", 3, "--ckpt_path", "last")
     assert main(resumed) == 0
-    rows = [row for row in metrics(run) if row.get("reward/mean")]  # it goes on with the same file
+    rows = [row for row in metrics(run) if row.get("reward/mean")]  # a resumed run appends to the same file
     assert [float(row["engine/weight_version"]) for row in rows] == [0.0, 1.0, 2.0]
 
     for name in ("validate", "test"):
@@ -94,45 +94,45 @@ RESUMED: dict[str, tuple[object, ...]] = {
 
 
 @pytest.mark.parametrize("objective", RESUMED)
-def test_a_resumed_run_is_the_unbroken_run(objective: str, command: Command, tmp_path: Path) -> None:
+def test_resumed_run_equals_uninterrupted_run(objective: str, command: Command, tmp_path: Path) -> None:
     """Bit for bit: prompts, samples, rewards and weights of updates 4 to 7, across the end of an epoch (5 steps)."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    uninterrupted, interrupted = tmp_path / "uninterrupted", tmp_path / "interrupted"
     common = ("--model.format", "no_think", *RESUMED[objective])
-    assert main(command("fit", *common, "--trainer.default_root_dir", whole, "--trainer.max_steps", 14)) == 0
-    there = ("--trainer.default_root_dir", broken)
-    assert main(command("fit", *common, *there, "--trainer.max_steps", 6)) == 0
-    assert main(command("fit", *common, *there, "--trainer.max_steps", 14, "--ckpt_path", "last")) == 0
+    assert main(command("fit", *common, "--trainer.default_root_dir", uninterrupted, "--trainer.max_steps", 14)) == 0
+    folder = ("--trainer.default_root_dir", interrupted)
+    assert main(command("fit", *common, *folder, "--trainer.max_steps", 6)) == 0
+    assert main(command("fit", *common, *folder, "--trainer.max_steps", 14, "--ckpt_path", "last")) == 0
     expected, resumed = (
         [{k: v for k, v in row.items() if v and not k.startswith(("time/", "perf/"))} for row in metrics(run)]
-        for run in (whole, broken)
+        for run in (uninterrupted, interrupted)
     )
     updates = [row for row in expected if "reward/mean" in row and float(row["policy/skipped"]) == 0]
-    assert len(updates) == 7  # of two optimizer steps each; a batch without a pair makes none
+    assert len(updates) == 7  # two optimizer steps each; a batch without a pair takes none
     assert any(float(row.get("dpo/pairs", 0)) > 0 for row in expected) == (objective == "DPO")
     assert resumed == expected
-    ends = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (whole, broken)]
+    ends = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (uninterrupted, interrupted)]
     for name, tensor in ends[0]["state_dict"].items():
         assert torch.equal(tensor, ends[1]["state_dict"][name]), name
 
 
-def test_the_learning_rate_falls_to_zero_with_the_last_step(command: Command, tmp_path: Path) -> None:
+def test_learning_rate_is_zero_after_the_last_step(command: Command, tmp_path: Path) -> None:
     dpo = ("--model.algorithm", "DPO", "--model.algorithm.min_valid", 2, "--model.algorithm.update_epochs", 2)
     assert main(command("fit", *dpo, "--model.scheduler", "CosineWithWarmup", "--trainer.max_steps", 4)) == 0
     (schedule,) = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["lr_schedulers"]
     assert (schedule["last_epoch"], schedule["_last_lr"]) == (4, [0.0])
 
 
-@pytest.mark.parametrize("word", ["null", "penalty"])
-def test_malformed_null_is_the_word_null(word: str, command: Command, tmp_path: Path) -> None:
-    """YAML reads a bare null as nothing; the mode must be meant all the same."""
-    options = ("--model.malformed", word, "--trainer.max_steps", 1, "--model.malformed_reward", -77)
+@pytest.mark.parametrize("mode", ["null", "penalty"])
+def test_malformed_null_is_the_mode_named_null(mode: str, command: Command, tmp_path: Path) -> None:
+    """YAML reads a bare null as None, which must select the mode all the same."""
+    options = ("--model.malformed", mode, "--trainer.max_steps", 1, "--model.malformed_reward", -77)
     assert main(command("fit", *options)) == 0
     (row,) = [row for row in metrics(tmp_path / "run") if row.get("reward/mean")]
     assert float(row["reward/malformed"]) > 0
-    assert (float(row["reward/mean"]) > -5) == (word == "null")
+    assert (float(row["reward/mean"]) > -5) == (mode == "null")
 
 
-def test_the_last_steps_are_in_the_last_checkpoint(command: Command, tmp_path: Path) -> None:
+def test_last_checkpoint_holds_the_last_step(command: Command, tmp_path: Path) -> None:
     callback = "{class_path: rlmt.callbacks.PolicyCheckpoint, init_args: {every_n_steps: 2}}"
     (tmp_path / "often.yaml").write_text(f"trainer: {{callbacks: [{callback}]}}")
     options = ("--model.format", "no_think", "--config", "often.yaml", "--trainer.max_steps", 3)
@@ -142,7 +142,7 @@ def test_the_last_steps_are_in_the_last_checkpoint(command: Command, tmp_path: P
     assert torch.load(saved, weights_only=True)["global_step"] == 3
 
 
-def test_steps_without_a_finite_gradient_are_skipped_until_it_is_enough(
+def test_non_finite_gradients_skip_steps_and_then_stop_the_run(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from rlmt.algorithms import advantages, grpo
@@ -159,21 +159,21 @@ def test_steps_without_a_finite_gradient_are_skipped_until_it_is_enough(
     assert main(command("fit", *options)) == 2
     assert "3 skipped optimizer steps in a row" in (message := one_line(capsys)) and "nan" in message
     rows = [row for row in metrics(tmp_path / "run") if row.get("reward/mean")]
-    # two skipped, one taken, then three skipped, the last of which stops the run before it is logged
+    # Two steps are skipped, one is taken, then three are skipped; the last one stops the run before it is logged.
     assert [row["policy/skipped"] for row in rows] == ["1.0", "1.0", "0.0", "1.0", "1.0"]
     assert [float(row["engine/weight_version"]) for row in rows] == [0, 0, 0, 1, 1]
 
 
-def test_bf16_mixed_keeps_positions_and_reward_in_float32(command: Command, tmp_path: Path) -> None:
+def test_bf16_mixed_keeps_parameters_and_buffers_in_float32(command: Command, tmp_path: Path) -> None:
     seen: list[RLMTModule] = []
-    setup = RLMTModule.configure_optimizers
+    original = RLMTModule.configure_optimizers
 
-    def note(module: RLMTModule) -> Any:
+    def record(module: RLMTModule) -> Any:
         seen.append(module)
-        return setup(module)
+        return original(module)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RLMTModule, "configure_optimizers", note)
+        patch.setattr(RLMTModule, "configure_optimizers", record)
         options = ("--trainer.precision", "bf16-mixed", "--model.format", "no_think", "--trainer.max_steps", 1)
         assert main(command("fit", *options)) == 0
     (module,) = seen
@@ -184,7 +184,7 @@ def test_bf16_mixed_keeps_positions_and_reward_in_float32(command: Command, tmp_
     assert float(row["engine/mismatch_max"]) < 0.05
 
 
-def test_a_checkpoint_of_another_format_is_refused(
+def test_checkpoint_of_another_format_is_an_error(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(command("fit", "--model.format", "no_think", "--trainer.max_steps", 1)) == 0
@@ -197,7 +197,7 @@ def test_a_checkpoint_of_another_format_is_refused(
 
 
 def forbid_loading(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any attempt to read a policy's weights fails the test."""
+    """Makes the test fail when a policy's weights are loaded."""
 
     def load(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a model was loaded")
@@ -206,7 +206,7 @@ def forbid_loading(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line of error."""
+    """The only error line on stderr."""
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rlmt: error")]
     assert len(lines) == 1
     return lines[0]
@@ -220,24 +220,24 @@ BAD = {
     "unknown format": (["--model.format", "thinking"], ["--model.format", "zero_think"]),
     "missing config": (["--config", "nowhere.yaml"], ["nowhere.yaml", "grpo"]),
     "missing prompts": (["--data.prompts", "nowhere.jsonl"], ["nowhere.jsonl"]),
-    "wrong column": (["--data.column", "question"], ["question", "prompt"]),
+    "unknown column": (["--data.column", "question"], ["question", "prompt"]),
     "missing policy": (["--model.policy", "runs/tiny/policy"], ["runs/tiny/policy", "rlmt tiny"]),
     "missing reward": (["--model.reward.model", "runs/tiny/reward"], ["runs/tiny/reward", "rlmt tiny"]),
     "group of one": (["--data.group_size", "1"], ["--data.group_size", "standard deviation"]),
     "group without pairs": (["--model.algorithm", "DPO", "--data.group_size", "3"], ["--data.group_size", "min_valid"]),
     "minibatches": (["--model.algorithm.minibatches", "3"], ["--model.algorithm.minibatches", "--data.batch_size"]),
     "precision": (["--trainer.precision", "bf16-true"], ["--trainer.precision", "bf16-mixed"]),
-    "scores not finite": (["--model.malformed_reward", ".nan"], ["--model.malformed_reward"]),
-    "nothing to go on from": (["--ckpt_path", "nowhere.ckpt"], ["nowhere.ckpt"]),
+    "score not finite": (["--model.malformed_reward", ".nan"], ["--model.malformed_reward"]),
+    "missing checkpoint": (["--ckpt_path", "nowhere.ckpt"], ["nowhere.ckpt"]),
     "context": (["--data.max_new_tokens", "100000"], ["--data.max_prompt_tokens", "--data.max_new_tokens", "context"]),
-    "steps of several batches": (["--trainer.accumulate_grad_batches", "2"], ["accumulate_grad", "--data.batch_size"]),
+    "gradient accumulation": (["--trainer.accumulate_grad_batches", "2"], ["accumulate_grad", "--data.batch_size"]),
     "gradient clipping": (["--trainer.gradient_clip_val", "1"], ["gradient_clip_val", "--model.max_grad_norm"]),
     "no vllm": (["--data.engine", "VLLMEngine"], ["vllm", "install"]),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_mistake_is_one_line_before_any_model_is_loaded(
+def test_invalid_option_is_one_line_before_any_model_is_loaded(
     case: str, command: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import importlib.util
@@ -247,13 +247,13 @@ def test_a_mistake_is_one_line_before_any_model_is_loaded(
         importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else find_spec(name, *rest)
     )
     forbid_loading(monkeypatch)
-    options, named = BAD[case]
+    options, expected = BAD[case]
     assert main(command("fit", *options)) == 2
     message = one_line(capsys)
-    assert all(word in message for word in named), message
+    assert all(part in message for part in expected), message
 
 
-def test_models_that_cannot_serve_are_told_before_any_is_loaded(
+def test_unsuitable_model_is_an_error_before_any_is_loaded(
     command: Command,
     tiny: Path,
     tmp_path: Path,
@@ -276,7 +276,7 @@ def test_models_that_cannot_serve_are_told_before_any_is_loaded(
     assert "no_template" in message and "chat template" in message and "zero_think" in message
 
 
-def test_a_mistake_in_a_config_file_names_its_key(
+def test_error_in_config_file_names_the_key(
     command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "mine.yaml").write_text("model: {init_args: {algorithm: {init_args: {kl_koef: 1}}}}")
@@ -284,16 +284,16 @@ def test_a_mistake_in_a_config_file_names_its_key(
     assert "--model.algorithm.kl_koef" in one_line(capsys)
 
 
-def test_a_torn_checkpoint_is_told_before_any_model_is_loaded(
+def test_truncated_checkpoint_is_an_error_before_any_model_is_loaded(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "torn.ckpt").write_bytes(b"PK\x03\x04 and no more")
+    (tmp_path / "truncated.ckpt").write_bytes(b"PK\x03\x04 truncated")
     forbid_loading(monkeypatch)
-    assert main(command("fit", "--ckpt_path", tmp_path / "torn.ckpt")) == 2
-    assert "torn.ckpt" in one_line(capsys)
+    assert main(command("fit", "--ckpt_path", tmp_path / "truncated.ckpt")) == 2
+    assert "truncated.ckpt" in one_line(capsys)
 
 
-def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train"]) == 2
     assert "'train'" in one_line(capsys)
 
@@ -313,7 +313,7 @@ def test_shipped_configs_are_found_from_any_folder(tmp_path: Path, monkeypatch: 
     assert resolve_configs(["-c", "grpo"]) == ["-c", "grpo"]
 
 
-def test_a_new_run_in_the_same_folder_owns_last(command: Command, tmp_path: Path) -> None:
+def test_new_run_in_the_same_folder_replaces_last_checkpoint(command: Command, tmp_path: Path) -> None:
     for steps in (2, 1):
         assert main(command("fit", "--model.format", "no_think", "--trainer.max_steps", steps)) == 0
         folder = tmp_path / "run" / "checkpoints"

@@ -1,4 +1,4 @@
-"""`rlmt plan`: from the options of a run to its budget, with nothing loaded."""
+"""Budgets of `rlmt plan` against sizes computed by hand, and its command line."""
 
 import json
 import re
@@ -16,8 +16,8 @@ from rlmt.cli.commands import main
 from rlmt.data import RolloutDataModule
 from rlmt.engines import TransformersEngine, VLLMEngine
 from rlmt.errors import UserError
-from rlmt.memory.budget import CONTEXT, GIB, VLLM_REST, Budget, _add_engine, make_budget
-from rlmt.memory.bytes import Devices
+from rlmt.memory.budget import CUDA_CONTEXT, GIB, VLLM_OVERHEAD, Budget, _add_engine, make_budget
+from rlmt.memory.bytes import Parallelism
 from rlmt.models import LoRA
 from rlmt.models.loading import load_policy
 from rlmt.modules import RLMTModule
@@ -45,15 +45,15 @@ QWEN_1_5B: dict[str, Any] = {
     "dtype": "bfloat16",
 }
 LINEAR = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
-"""Weights of its linear layers but the head."""
+"""Weights of the linear layers of the 8B Llama, without the output projection."""
 ALL = LINEAR + 2 * 128256 * 4096 + 65 * 4096
 ADAPTER = 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
-"""Of rank 16 on all of them."""
+"""Weights of a LoRA adapter of rank 16 on all of these layers."""
 
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders with a config.json and nothing else: policy/, reward/."""
+    """Folders policy/ and reward/ that hold only a config.json."""
     root = tmp_path_factory.mktemp("shapes")
     LlamaConfig(**LLAMA_8B, architectures=["LlamaForCausalLM"]).save_pretrained(root / "policy")
     LlamaConfig(**LLAMA_8B, num_labels=1).save_pretrained(root / "reward")
@@ -62,17 +62,17 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def nf4(weights: int) -> float:
-    """Bytes under double quantisation: half a byte a weight, a byte for 64, four for 64 × 256."""
+    """Bytes under double quantization: half a byte a weight, one per 64 weights, four per 64 × 256."""
     return weights * (1 / 2 + 1 / 64 + 4 / 64 / 256)
 
 
-def parts(budget: Budget) -> dict[str, Any]:
-    """The lines of a budget by their first words."""
-    return {re.sub(r" \(.*", "", part.name): part for part in budget.parts}
+def lines_by_name(budget: Budget) -> dict[str, Any]:
+    """The lines of a budget by their names without what is in parentheses."""
+    return {re.sub(r" \(.*", "", line.name): line for line in budget.lines}
 
 
 def qlora(shapes: Path, **engine: Any) -> tuple[RLMTModule, RolloutDataModule]:
-    """What configs/qlora.yaml asks for, on shapes of 8B."""
+    """The run of configs/qlora.yaml on models of 8B."""
     reward = ClassifierReward(str(shapes / "reward"), dtype="bfloat16", tokens_per_batch=8192)
     import bitsandbytes
 
@@ -95,33 +95,33 @@ def qlora(shapes: Path, **engine: Any) -> tuple[RLMTModule, RolloutDataModule]:
     return module, RolloutDataModule("prompts.jsonl", made, **engine)
 
 
-def test_an_8b_policy_and_an_8b_reward_model_in_24_gb_by_hand(shapes: Path) -> None:
+def test_8b_policy_and_8b_reward_model_fit_in_24_gb(shapes: Path) -> None:
     module, data = qlora(shapes)
     budget = make_budget(module, data, torch.bfloat16, 24 * GIB)
-    found = parts(budget)
-    whole = 2 * (ALL - LINEAR)  # embeddings, head and norms in bfloat16
-    assert found["policy weights"].update == pytest.approx(nf4(LINEAR) + whole, rel=0.001)
-    assert found["reward weights"].update == pytest.approx(nf4(LINEAR) + whole - 2 * 128256 * 4096, rel=0.001)
+    found = lines_by_name(budget)
+    unquantized = 2 * (ALL - LINEAR)  # embeddings, output projection and norms in bfloat16
+    assert found["policy weights"].update == pytest.approx(nf4(LINEAR) + unquantized, rel=0.001)
+    assert found["reward weights"].update == pytest.approx(nf4(LINEAR) + unquantized - 2 * 128256 * 4096, rel=0.001)
     assert found["LoRA adapter"].rollout == found["gradients"].update == 4 * ADAPTER
     assert found["gradients"].rollout == 0
     assert found["optimizer states"].reward == pytest.approx(ADAPTER * (2 + 8 / 256), rel=0.001)
     assert "reference weights" not in found and "critic weights" not in found
-    # Two samples of 4,096 tokens: their inputs to each of 32 checkpointed layers, in bfloat16, and the last layer's.
+    # Two samples of 4,096 tokens: the bfloat16 inputs of 32 checkpointed layers, and the last layer's activations.
     assert found["activations"].update == pytest.approx(32 * 8192 * 4096 * 2, rel=0.1)
     assert found["logits chunk"].update == pytest.approx(2**25 * 10, rel=0.01)
-    engine = LINEAR + whole + 2 * ADAPTER
+    engine = LINEAR + unquantized + 2 * ADAPTER
     assert found["vLLM weights"].rollout == pytest.approx(engine, rel=1e-6) and found["vLLM weights"].update == 0
-    granted = 0.52 * 24 * GIB - found["vLLM weights"].rollout - VLLM_REST
-    assert found["vLLM KV cache"].rollout == pytest.approx(granted, abs=1)
-    assert f"{int(granted // (128 * 1024)):,} tokens" in budget.remarks[0]  # of 128 KiB each
-    assert found["CUDA context"].reward == CONTEXT
+    cache = 0.52 * 24 * GIB - found["vLLM weights"].rollout - VLLM_OVERHEAD
+    assert found["vLLM KV cache"].rollout == pytest.approx(cache, abs=1)
+    assert f"{int(cache // (128 * 1024)):,} tokens" in budget.notes[0]  # 128 KiB a token
+    assert found["CUDA context"].reward == CUDA_CONTEXT
     assert budget.fits and budget.peak == "rollout"
     assert budget.total("rollout") < 23.5 * GIB
 
 
 @pytest.fixture(scope="module")
 def two_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first two of the 32 layers of `shapes`."""
+    """As `shapes`, with the first two of the 32 layers."""
     root = tmp_path_factory.mktemp("two-layers")
     short = LLAMA_8B | {"num_hidden_layers": 2}
     LlamaConfig(**short, architectures=["LlamaForCausalLM"]).save_pretrained(root / "policy")
@@ -129,54 +129,54 @@ def two_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_held_out_rewards_are_held_as_well(two_layers: Path) -> None:
+def test_held_out_reward_models_take_memory_in_all_phases(two_layers: Path) -> None:
     module, data = qlora(two_layers)
     before = make_budget(module, data, torch.bfloat16, 24 * GIB)
-    judge = ClassifierReward(str(two_layers / "reward"), dtype="bfloat16", tokens_per_batch=8192, name="judge")
-    module.held_out.rewards.append(judge)
+    held_out = ClassifierReward(str(two_layers / "reward"), dtype="bfloat16", tokens_per_batch=8192, name="held_out")
+    module.held_out.rewards.append(held_out)
     budget = make_budget(module, data, torch.bfloat16, 24 * GIB)
-    # In bfloat16, with a score head in the place of the output projection.
-    whole = 2 * (LINEAR // 16 + 128256 * 4096 + 6 * 4096)
-    assert parts(budget)["held-out reward weights"].rollout == pytest.approx(whole, rel=0.001)
+    # In bfloat16, with a score head instead of the output projection.
+    size = 2 * (LINEAR // 16 + 128256 * 4096 + 6 * 4096)
+    assert lines_by_name(budget)["held-out reward weights"].rollout == pytest.approx(size, rel=0.001)
     for phase in ("rollout", "reward", "update"):
-        assert budget.total(phase) - before.total(phase) == pytest.approx(whole, rel=0.001)
+        assert budget.total(phase) - before.total(phase) == pytest.approx(size, rel=0.001)
 
 
-def test_a_critic_beside_a_policy_in_4_bits(two_layers: Path) -> None:
-    """A copy of it is in 4 bits with an adapter of its own; on the same base it is an adapter alone."""
+def test_critic_weights_of_a_4_bit_policy(two_layers: Path) -> None:
+    """A copy of the policy is in 4 bits and has an adapter of its own; a shared critic is only an adapter."""
     module, data = qlora(two_layers)
     linear, adapter = LINEAR // 16, ADAPTER // 16
     sizes = {}
     for name, init, shared in (("copy", "policy", False), ("shared", "policy", True), ("other", "reward", False)):
         init = init if init == "policy" else str(two_layers / init)
         module.algorithm.critic = CriticOptions(init=init, lr=1e-5, shared=shared, warmup_steps=0)
-        found = parts(make_budget(module, data, torch.bfloat16, 80 * GIB))
+        found = lines_by_name(make_budget(module, data, torch.bfloat16, 80 * GIB))
         sizes[name] = found["critic weights"].update
         assert found["gradients"].update == 4 * (2 * adapter + 4097), name
-    rest = 2 * (128256 * 4096 + 5 * 4096)  # embeddings and norms in bfloat16, and no output projection
+    rest = 2 * (128256 * 4096 + 5 * 4096)  # embeddings and norms in bfloat16, without output projection
     assert sizes["copy"] == pytest.approx(nf4(linear) + rest + sizes["shared"], rel=0.001)
-    assert sizes["shared"] == 4 * (adapter + 4097)  # and its head
+    assert sizes["shared"] == 4 * (adapter + 4097)  # and the value head
     assert sizes["other"] == pytest.approx(2 * linear + rest + sizes["shared"], rel=0.001)
 
 
-def test_vllm_in_16_bits_wants_another_card(shapes: Path) -> None:
+def test_16_bit_vllm_weights_exceed_24_gb_and_fit_in_48(shapes: Path) -> None:
     budget = Budget(24 * GIB)
-    _add_engine(budget, *qlora(shapes, quantization=None), torch.bfloat16, Devices())
+    _add_engine(budget, *qlora(shapes, quantization=None), torch.bfloat16, Parallelism())
     assert "cannot hold one sample of 5,120 tokens" in budget.problems[0] and not budget.fits
     budget = Budget(48 * GIB)
-    _add_engine(budget, *qlora(shapes, quantization=None), torch.bfloat16, Devices())
-    assert budget.fits and parts(budget)["vLLM weights"].rollout == pytest.approx(2 * (ALL + ADAPTER), rel=1e-6)
-    part, (module, data) = Budget(48 * GIB), qlora(shapes, quantization=None)
+    _add_engine(budget, *qlora(shapes, quantization=None), torch.bfloat16, Parallelism())
+    assert budget.fits and lines_by_name(budget)["vLLM weights"].rollout == pytest.approx(2 * (ALL + ADAPTER), rel=1e-6)
+    split, (module, data) = Budget(48 * GIB), qlora(shapes, quantization=None)
     data.engine.tensor_parallel_size = 16  # type: ignore[attr-defined]
-    _add_engine(part, module, data, torch.bfloat16, Devices(16))
-    assert parts(part)["vLLM weights"].rollout == pytest.approx(2 * (ALL / 16 + ADAPTER), rel=1e-6)
-    granted = 0.52 * 48 * GIB - parts(part)["vLLM weights"].rollout - VLLM_REST
-    assert f"{int(granted // (16 * 1024)):,} tokens" in part.remarks[0]  # a key-value head of eight, 16 KiB each
+    _add_engine(split, module, data, torch.bfloat16, Parallelism(16))
+    assert lines_by_name(split)["vLLM weights"].rollout == pytest.approx(2 * (ALL / 16 + ADAPTER), rel=1e-6)
+    cache = 0.52 * 48 * GIB - lines_by_name(split)["vLLM weights"].rollout - VLLM_OVERHEAD
+    assert f"{int(cache // (16 * 1024)):,} tokens" in split.notes[0]  # one of eight key-value heads, 16 KiB a token
     with pytest.raises(UserError, match="quantization awq"):
-        _add_engine(budget, *qlora(shapes, quantization="awq"), torch.bfloat16, Devices())
+        _add_engine(budget, *qlora(shapes, quantization="awq"), torch.bfloat16, Parallelism())
 
 
-def test_all_parameters_with_a_reference_and_a_critic(tmp_path: Path) -> None:
+def test_full_training_adds_a_reference_or_a_critic(tmp_path: Path) -> None:
     small = LLAMA_8B | {"hidden_size": 512, "num_hidden_layers": 2, "intermediate_size": 1024, "vocab_size": 4096}
     LlamaConfig(**small, architectures=["LlamaForCausalLM"], head_dim=64).save_pretrained(tmp_path / "policy")
     size = 2 * 4096 * 512 + 5 * 512 + 2 * (2 * 512 * 2048 + 2 * 512 * 512 + 3 * 512 * 1024)
@@ -185,44 +185,44 @@ def test_all_parameters_with_a_reference_and_a_critic(tmp_path: Path) -> None:
     module = RLMTModule(str(tmp_path / "policy"), reward, GRPO(), tokens_per_micro_batch=64)
     engine = TransformersEngine(tokens_per_batch=65536)
     data = RolloutDataModule("prompts.jsonl", engine, max_prompt_tokens=32, max_new_tokens=32)
-    found = parts(make_budget(module, data, torch.float32, 80 * GIB))
+    found = lines_by_name(make_budget(module, data, torch.float32, 80 * GIB))
     assert found["policy weights"].update == found["reference weights"].update
     assert found["policy weights"].update == pytest.approx(4 * size, rel=1e-3)
     assert found["gradients"].update == 4 * size
     assert found["optimizer states"].update == pytest.approx(8 * size, rel=1e-3)
     assert found["KV cache"].rollout == 65536 * 2 * 2 * 8 * 64 * 4
-    # AdamW's step on a GPU lists the roots of all second moments: more than forward and backward take here.
+    # AdamW's foreach step on a GPU takes the roots of all second moments: more than forward and backward here.
     rest = found["working memory"].update + found["logits chunk"].update + found["activations"].update
     assert rest == 4 * size
 
     module.algorithm = GRPO(kl_coef=0)
     module.algorithm.critic = CriticOptions(init="policy", lr=1e-5, shared=False, warmup_steps=0)
-    found = parts(make_budget(module, data, torch.float32, 80 * GIB))
+    found = lines_by_name(make_budget(module, data, torch.float32, 80 * GIB))
     critic = 4 * (size - 4096 * 512 + 513)  # no output projection, but a value head
     assert "reference weights" not in found
     assert found["critic weights"].update == critic and found["gradients"].update == 4 * size + critic
 
 
-def test_the_tiny_run_is_within_15_percent_of_its_bytes(tiny: Path) -> None:
-    """Policy, reference, gradients and Adam's moments of a real step, the reward model, and all together."""
+def test_tiny_run_matches_the_bytes_of_real_tensors(tiny: Path) -> None:
+    """Policy, reference, gradients and Adam's moments of a real step, and the reward model, each within 1%."""
     module = RLMTModule(str(tiny / "policy"), ClassifierReward(str(tiny / "reward")), GRPO())
     data = RolloutDataModule("x", TransformersEngine(), max_prompt_tokens=64, max_new_tokens=32)
-    found = parts(make_budget(module, data, torch.float32, GIB))
+    found = lines_by_name(make_budget(module, data, torch.float32, GIB))
     policy = load_policy(tiny / "policy", "float32")
     optimizer = torch.optim.AdamW(policy.parameters())
     policy(torch.arange(9)[None]).logits.sum().backward()
     optimizer.step()
 
-    def held(tensors: Any) -> int:
+    def storage_bytes(tensors: Any) -> int:
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
     model = AutoModelForSequenceClassification.from_pretrained(tiny / "reward")
     real = {
-        "policy weights": held([*policy.parameters(), *policy.buffers()]),
-        "reference weights": held([*policy.parameters(), *policy.buffers()]),
-        "gradients": held(p.grad for p in policy.parameters()),
-        "optimizer states": held(v for state in optimizer.state.values() for v in state.values()),
-        "reward weights": held([*model.parameters(), *model.buffers()]),
+        "policy weights": storage_bytes([*policy.parameters(), *policy.buffers()]),
+        "reference weights": storage_bytes([*policy.parameters(), *policy.buffers()]),
+        "gradients": storage_bytes(p.grad for p in policy.parameters()),
+        "optimizer states": storage_bytes(v for state in optimizer.state.values() for v in state.values()),
+        "reward weights": storage_bytes([*model.parameters(), *model.buffers()]),
     }
     for name, size in real.items():
         assert found[name].update == pytest.approx(size, rel=0.01), name
@@ -230,7 +230,7 @@ def test_the_tiny_run_is_within_15_percent_of_its_bytes(tiny: Path) -> None:
 
 @pytest.fixture
 def command(shapes: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`command("--memory", "24")`: a plan for tiny models of which only the configs are there."""
+    """`command("--memory", "24")` runs a plan for tiny models of which only the configs exist."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
     for name in ("policy", "reward"):
@@ -240,22 +240,22 @@ def command(shapes: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     return lambda *more: main([*base.split(), "--trainer.accelerator", "gpu", *map(str, more)])
 
 
-def test_command(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_prints_budget_and_verdict(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("--memory", 24) == 0
     out = capsys.readouterr().out
     assert [line.split()[0] for line in out.splitlines()[:2]] == ["GiB", "policy"]
-    assert "Fits in 24 GB: yes" in out and "Peak: " in out and "vLLM's cache holds" in out
+    assert "Fits in 24 GB: yes" in out and "Peak: " in out and "vLLM's KV cache holds" in out
     assert command("--memory", 1) == 0
     assert "Fits in 1 GB: no" in capsys.readouterr().out
 
 
 def table(out: str) -> dict[str, list[float]]:
-    """The printed lines by their first words."""
+    """The printed lines by their names."""
     rows = [re.split(r"\s{2,}", line) for line in out.splitlines()[1:]]
     return {re.sub(r" \(.*", "", row[0]): [float(cell) for cell in row[1:] if cell] for row in rows if len(row) > 1}
 
 
-def test_command_for_several_devices(
+def test_devices_and_sharding_divide_the_memory(
     shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -263,63 +263,68 @@ def test_command_for_several_devices(
     base = "plan --config base --config grpo --config llama-3.1-8b --memory 80"
     folders = ["--model.policy", str(shapes / "policy"), "--model.reward.model", str(shapes / "reward")]
 
-    def planned(*words: str) -> dict[str, list[float]]:
-        assert main([*base.split(), *" ".join(words).split(), *folders]) == 0
+    def planned(*options: str) -> dict[str, list[float]]:
+        assert main([*base.split(), *" ".join(options).split(), *folders]) == 0
         return table(capsys.readouterr().out)
 
     one, eight = planned(), planned("--config fsdp --trainer.devices 4 --trainer.num_nodes 2")
     for part in ("policy weights", "reference weights", "optimizer states", "gradients", "reward weights"):
         assert eight[part] == pytest.approx([size / 8 for size in one[part]], abs=0.006), part
     embeddings, block = 2 * 128256 * 4096 + 4096, LINEAR // 32 + 2 * 4096  # float32; and bfloat16, float32 gradients
-    together = max(2 * (4 * embeddings + 2 * block), 4 * embeddings + 2 * embeddings + 10 * block)
-    assert eight["blocks put together"] == pytest.approx([together / GIB], abs=0.01)
+    gathered = max(2 * (4 * embeddings + 2 * block), 4 * embeddings + 2 * embeddings + 10 * block)
+    assert eight["all-gathered blocks"] == pytest.approx([gathered / GIB], abs=0.01)
     offloaded = planned("--config fsdp --trainer.devices 8 --trainer.strategy.offload true")
     assert offloaded["policy weights"] == offloaded["gradients"] == offloaded["reward weights"] == []
-    assert offloaded["blocks put together"] == eight["blocks put together"]
+    assert offloaded["all-gathered blocks"] == eight["all-gathered blocks"]
 
-    lora, shared = planned("--config lora"), planned("--config lora --config ddp --trainer.devices 8")
-    assert shared["policy weights"] == lora["policy weights"] and shared["gradients"] == lora["gradients"]
-    assert shared["DDP's buffers"] == pytest.approx([4 * ADAPTER / GIB] * 3, abs=0.006)
-    cut = planned("--config lora --config fsdp --trainer.devices 8")
-    assert cut["policy weights"] == pytest.approx([2 * ALL / 8 / GIB] * 3, abs=0.006)
-    assert cut["LoRA adapter"] == lora["LoRA adapter"] and cut["optimizer states"] == lora["optimizer states"]
+    lora, replicated = planned("--config lora"), planned("--config lora --config ddp --trainer.devices 8")
+    assert replicated["policy weights"] == lora["policy weights"] and replicated["gradients"] == lora["gradients"]
+    assert replicated["DDP gradient buckets"] == pytest.approx([4 * ADAPTER / GIB] * 3, abs=0.006)
+    lora_sharded = planned("--config lora --config fsdp --trainer.devices 8")
+    assert lora_sharded["policy weights"] == pytest.approx([2 * ALL / 8 / GIB] * 3, abs=0.006)
+    assert (
+        lora_sharded["LoRA adapter"] == lora["LoRA adapter"]
+        and lora_sharded["optimizer states"] == lora["optimizer states"]
+    )
 
-    def refused(*words: str) -> str:
-        assert main([*base.split(), *words, *folders]) == 2
+    def error_of(*options: str) -> str:
+        assert main([*base.split(), *options, *folders]) == 2
         return capsys.readouterr().err
 
-    assert "give --trainer.devices, how many a machine has" in refused("--config", "fsdp")
-    assert "this run has one" in refused("--data.engine.tensor_parallel_size", "8")
+    assert "--trainer.devices is required" in error_of("--config", "fsdp")
+    assert "this run has one" in error_of("--data.engine.tensor_parallel_size", "8")
 
 
-def test_command_must_fit(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_must_fit_is_an_error_when_it_does_not_fit(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("--memory", 1, "--must_fit", "true") == 2
     assert "--must_fit" in capsys.readouterr().err
     assert command("--memory", 24, "--must_fit", "true") == 0
 
 
-def test_mistakes(command: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(*options: Any) -> str:
+def test_invalid_options_are_one_line_errors(
+    command: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def error_of(*options: Any) -> str:
         assert command(*options) == 2
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rlmt: error:")]
         return line
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "--memory" in refused()
-    assert "an-org/a-model" in refused("--memory", 24, "--model.policy", "an-org/a-model")
-    assert "kl_koef" in refused("--memory", 24, "--model.algorithm.kl_koef", 1)
+    assert "--memory" in error_of()
+    assert "an-org/a-model" in error_of("--memory", 24, "--model.policy", "an-org/a-model")
+    assert "kl_koef" in error_of("--memory", 24, "--model.algorithm.kl_koef", 1)
     lora = ("--memory", 24, "--model.lora", "LoRA")
-    assert "target_modules names query" in refused(*lora, "--model.lora.target_modules", "[query]")
+    assert "target_modules names query" in error_of(*lora, "--model.lora.target_modules", "[query]")
     dora = (*lora, "--model.lora.dora", "true")
-    assert "vLLM does not know DoRA; use --data.engine.serve merged" in refused(*dora)
+    assert "vLLM does not support DoRA; use --data.engine.serve merged" in error_of(*dora)
     assert command(*dora, "--data.engine.serve", "merged") == 0
     config = json.loads(Path("reward/config.json").read_text())
     assert config["architectures"] == ["LlamaForSequenceClassification"]
-    assert "not a causal language model" in refused("--memory", 24, "--model.policy", "reward")
+    assert "not a causal language model" in error_of("--memory", 24, "--model.policy", "reward")
 
 
 @pytest.mark.parametrize("kind", ["sft", "reward"])
-def test_runs_that_are_no_rl_are_told_in_one_line(
+def test_other_runs_than_rl_are_a_one_line_error(
     kind: str, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -327,11 +332,11 @@ def test_runs_that_are_no_rl_are_told_in_one_line(
     configs = f"plan --config {kind} --config lora --config nf4 --data.path x.jsonl --memory 24 {model}"
     assert main([*configs.split(), str(shapes / "policy")]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rlmt: error:")]
-    assert f"knows RL runs alone, not those of {'SFT' if kind == 'sft' else 'RewardModeling'}" in line
+    assert f"--model {'SFT' if kind == 'sft' else 'RewardModeling'}: `rlmt plan` supports only RL runs" in line
 
 
 @pytest.mark.parametrize("name", ["single-gpu", "scaling"])
-def test_the_docs_print_what_the_plan_prints(
+def test_docs_show_the_printed_plan(
     name: str, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = (Path(__file__).parents[2] / "docs" / f"{name}.md").read_text(encoding="utf-8")
@@ -342,10 +347,10 @@ def test_the_docs_print_what_the_plan_prints(
     assert [row.rstrip() for row in capsys.readouterr().out.splitlines()] == printed.splitlines()
 
 
-def test_the_docs_peaks_are_the_plans(
+def test_docs_table_shows_the_printed_peaks(
     shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every card of the table that says which YAML is for which."""
+    """Every row of the table of cards and the configs for them."""
     text = (Path(__file__).parents[2] / "docs" / "single-gpu.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\d+) GB \| .*? \| `(.*?)` \| ([\d.]+) GiB \|$", text, re.MULTILINE)
     assert {int(card) for card, _, _ in rows} == {12, 24, 48, 80}
@@ -354,7 +359,7 @@ def test_the_docs_peaks_are_the_plans(
     (tmp_path / "meta-llama").mkdir()
     (tmp_path / "meta-llama" / "Llama-3.1-8B-Instruct").symlink_to(shapes / "policy")
     for card, options, peak in rows:
-        if options == "--config qlora":  # its plan is printed in full, and tested above
+        if options == "--config qlora":  # the docs show its whole plan, which the test above checks
             assert f"\nPeak: {peak} GiB" in text
             continue
         words = f"plan --config base --config grpo --config llama-3.1-8b {options} --memory {card}"

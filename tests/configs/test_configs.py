@@ -68,8 +68,14 @@ def test_every_shipped_config_is_tested() -> None:
     }
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        pytest.param(model, name, marks=() if "tiny" in model or name == "think" else pytest.mark.slow)
+        for model in MODELS
+        for name in FORMATS
+    ],
+)
 def test_compositions_instantiate(model: str, name: str, launched: list[Any]) -> None:
     assert main(compose("base", "grpo", model, name)) == 0
     ((_, module, data),) = launched
@@ -287,7 +293,7 @@ def test_server_config_replaces_the_engine(
 
 
 def test_documented_commands_use_the_documented_servers(launched: list[Any]) -> None:
-    text = (CONFIGS.parent / "docs/scaling.md").read_text(encoding="utf-8").replace("\\\n", "")
+    text = (CONFIGS.parent / "docs/rollout-servers.md").read_text(encoding="utf-8").replace("\\\n", "")
     lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
     ports = [words[words.index("--port") + 1] for words in map(shlex.split, lines) if "--port" in words]
     trained = [line for line in lines if line.startswith("rlmt fit") and "--config server" in line]

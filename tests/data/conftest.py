@@ -1,4 +1,4 @@
-"""Tokenizers whose tokens can be counted by hand."""
+"""Byte-level tokenizers, so that tokens can be counted by hand."""
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 
 def one_token_a_byte(turn_end: str) -> PreTrainedTokenizerFast:
-    """A tokenizer of bytes and control tokens; a turn ends with the control token given and what follows it."""
+    """A tokenizer over bytes and control tokens; a turn ends with the passed control token and suffix."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -24,11 +24,11 @@ def one_token_a_byte(turn_end: str) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Turns end with <|im_end|>, which is not the eos token </s>, and a new line."""
+    """A tokenizer whose turns end with <|im_end|>, which is not the eos token </s>, and a newline."""
     return one_token_a_byte("<|im_end|>\n")
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Turns end with the eos token."""
+    """A tokenizer whose turns end with the eos token."""
     return one_token_a_byte("</s>")

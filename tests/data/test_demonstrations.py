@@ -1,4 +1,4 @@
-"""Demonstrations: which tokens are trained, told by token lists written out by hand."""
+"""Demonstrations: which tokens are trained, compared with token lists written by hand."""
 
 import csv
 import json
@@ -71,7 +71,7 @@ def test_token_ids_of_a_demonstration_by_hand(tmp_path, byte_tokenizer):
     assert encoded.longest == 7 + len(target) + 1
 
 
-def test_the_twin_is_the_same_data_by_the_format_alone(tmp_path, byte_tokenizer):
+def test_no_think_drops_the_thought_of_the_same_data(tmp_path, byte_tokenizer):
     for rows in (COLUMNS, {"messages": [user("Hi"), assistant("<think>greet</think> Hello!")]}):
         source = write(tmp_path / "rows.jsonl", rows)
         prompt = "<s><|user|>Hi<|im_end|>\n<|assistant|>"
@@ -97,7 +97,7 @@ def test_zero_formats_end_with_the_eos_token(tmp_path, byte_tokenizer):
     assert target == "<response> Hello! </response></s>"
 
 
-def test_every_turn_of_a_chat_is_trained_behind_past_turns_without_thoughts(tmp_path, byte_tokenizer):
+def test_past_turns_of_a_chat_have_no_thoughts(tmp_path, byte_tokenizer):
     source = write(tmp_path / "rows.jsonl", CHAT)
     first = "<s><|system|>Be kind.<|im_end|>\n<|user|>Hi<|im_end|>\n<|assistant|>"
     second = first + "Hello!<|im_end|>\n<|user|>Bye<|im_end|>\n<|assistant|>"
@@ -112,7 +112,7 @@ def test_every_turn_of_a_chat_is_trained_behind_past_turns_without_thoughts(tmp_
 
 
 @pytest.mark.parametrize("name", ["think", "no_think"])
-def test_both_formats_train_the_turns_that_hold_thoughts(name, tmp_path, byte_tokenizer):
+def test_both_formats_train_the_turns_with_thoughts(name, tmp_path, byte_tokenizer):
     chat = [user("A"), assistant("plain"), user("B"), assistant("<think>t</think>thoughtful")]
     ((prompt, target),) = pieces(
         write(tmp_path / "rows.jsonl", {"messages": chat}), ThinkingFormat(name), byte_tokenizer
@@ -121,13 +121,13 @@ def test_both_formats_train_the_turns_that_hold_thoughts(name, tmp_path, byte_to
     assert target.endswith("thoughtful<|im_end|>")
 
 
-def test_without_any_thoughts_all_turns_are_trained(tmp_path, byte_tokenizer):
+def test_chat_without_thoughts_trains_all_turns(tmp_path, byte_tokenizer):
     chat = [user("A"), assistant("one"), user("B"), assistant("two")]
     found = pieces(write(tmp_path / "rows.jsonl", {"messages": chat}), ThinkingFormat("no_think"), byte_tokenizer)
     assert [target for _, target in found] == ["one<|im_end|>", "two<|im_end|>"]
 
 
-def test_a_prompt_of_several_turns_and_a_system_text(tmp_path, byte_tokenizer):
+def test_prompt_has_several_turns_and_a_system_text(tmp_path, byte_tokenizer):
     row = {"prompt": [user("A"), assistant("<think>old</think>B"), user("C")], "thought": "t", "response": "D"}
     ((prompt, target),) = pieces(
         write(tmp_path / "rows.jsonl", row), ThinkingFormat("no_think"), byte_tokenizer, system="S"
@@ -139,7 +139,7 @@ def test_a_prompt_of_several_turns_and_a_system_text(tmp_path, byte_tokenizer):
     assert target == "D<|im_end|>"
 
 
-def test_a_document_is_trained_but_for_its_first_token(tmp_path, byte_tokenizer):
+def test_document_is_trained_except_its_first_token(tmp_path, byte_tokenizer):
     source = write(tmp_path / "rows.jsonl", {"text": "tea 4 cozy"}, COLUMNS | {"text": None})
     assert pieces(source, ThinkingFormat("think"), byte_tokenizer) == [("t", "ea 4 cozy</s>")]
 
@@ -149,7 +149,7 @@ def test_typed_control_strings_are_plain_characters(tmp_path, byte_tokenizer):
     (parsed,) = load_demonstrations(write(tmp_path / "rows.jsonl", row), thinks=True)
     ids = DemonstrationEncoder(ThinkingFormat("think"), byte_tokenizer)(parsed).sequences[0].tolist()
     end, opens = byte_tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|user|>"])
-    assert ids.count(end) == 2 and ids[-1] == end  # of the user's turn and of the assistant's
+    assert ids.count(end) == 2 and ids[-1] == end  # of the user turn and of the assistant turn
     assert ids.count(opens) == 1
 
 
@@ -158,7 +158,7 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\ue000\ue001"), 
 
 @settings(max_examples=60, deadline=None)
 @given(thought=TEXT, response=TEXT, name=st.sampled_from(["think", "no_think", "zero_think", "zero_no_think"]))
-def test_what_is_trained_is_split_again(thought, response, name, byte_tokenizer):
+def test_split_recovers_the_trained_target(thought, response, name, byte_tokenizer):
     form = ThinkingFormat(name)
     try:
         target = form.target(thought, response)
@@ -184,47 +184,47 @@ def test_every_file_type_gives_the_same_rows(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("row", "says"),
+    ("row", "expected"),
     [
-        (COLUMNS | {"thought": ""}, "`thought` is empty, and the format thinks"),
-        (COLUMNS | {"thought": None}, "`thought` is missing, and the format thinks"),
+        (COLUMNS | {"thought": ""}, "`thought` is empty, but the format requires one"),
+        (COLUMNS | {"thought": None}, "`thought` is missing, but the format requires one"),
         (COLUMNS | {"thought": 3}, "`thought` is of type int, not text"),
         (COLUMNS | {"response": " "}, "`response` is empty"),
         (COLUMNS | {"prompt": None}, "`prompt` is missing, not text"),
-        (COLUMNS | {"prompt": [user("A"), assistant("B")]}, "`prompt` ends with an assistant's turn"),
-        (COLUMNS | {"response": "<think>a</think>b"}, "there is a `thought` besides"),
+        (COLUMNS | {"prompt": [user("A"), assistant("B")]}, "`prompt` ends with an assistant turn"),
+        (COLUMNS | {"response": "<think>a</think>b"}, "`response` contains a thought, and `thought` is filled, too"),
         (COLUMNS | CHAT, "both `messages` and `response` are filled"),
-        ({"messages": [user("A")]}, "ends with a user's turn"),
-        ({"messages": [user("A"), assistant("B")]}, "the thought of turn 2 is missing, and the format thinks"),
+        ({"messages": [user("A")]}, "ends with a user turn"),
+        ({"messages": [user("A"), assistant("B")]}, "the thought of turn 2 is missing, but the format requires one"),
         ({"messages": [user("A"), assistant("<think> </think>B")]}, "the thought of turn 2 is empty"),
-        ({"messages": [user("A"), assistant("<think>a B")]}, "turn 2 holds a thought that cannot be told"),
+        ({"messages": [user("A"), assistant("<think>a B")]}, "turn 2 contains a thought that cannot be separated"),
         ({"messages": [user("A"), assistant("<think>a</think>B</think>C")]}, "(stray_tag)"),
         ({"messages": [user("A"), assistant("<think>a</think> ")]}, "(empty_response)"),
-        ({"messages": [user("A"), user("B")]}, "turn 2 has role 'user' where 'assistant' must stand"),
+        ({"messages": [user("A"), user("B")]}, "turn 2 has role 'user', expected 'assistant'"),
         ({"messages": "A"}, "`messages` is of type str, not a list of messages"),
         ({"text": " "}, "`text` is empty"),
         ({"prompt": "A"}, "`response` and `messages` missing"),
     ],
 )
-def test_a_bad_row_is_named_with_file_and_line(row, says, tmp_path):
+def test_error_names_the_file_and_line_of_an_invalid_row(row, expected, tmp_path):
     filled = COLUMNS | {"messages": None}
     message = error_of(write(tmp_path / "rows.jsonl", filled, row))
-    assert message.startswith(f"{tmp_path}/rows.jsonl: line 2: ") and says in message
+    assert message.startswith(f"{tmp_path}/rows.jsonl: line 2: ") and expected in message
 
 
-def test_thoughts_may_be_missing_where_none_is_trained(tmp_path):
+def test_no_think_accepts_rows_without_thoughts(tmp_path):
     source = write(tmp_path / "rows.jsonl", {"prompt": "Hi", "response": "Hello"})
     assert "`thought` is missing" in error_of(source)
     assert load_demonstrations(source, thinks=False)[0].turns[0].response == "Hello"
 
 
-def test_missing_columns_name_those_found(tmp_path):
+def test_error_for_missing_columns_lists_the_available_ones(tmp_path):
     message = error_of(write(tmp_path / "rows.jsonl", {"prompt": "Hi", "answer": "Hello"}))
     assert "rows.jsonl has neither a column 'messages' nor both 'prompt' and 'response'" in message
     assert "'prompt', 'answer'" in message
 
 
-def test_a_response_that_the_format_cannot_write_is_named(tmp_path, byte_tokenizer):
+def test_error_names_the_row_that_the_format_cannot_write(tmp_path, byte_tokenizer):
     class Module:
         format, tokenizer = ThinkingFormat("zero_no_think"), byte_tokenizer
 

@@ -337,7 +337,7 @@ def test_samples_of_other_weights_than_asked_for_are_refused(byte_tokenizer: Any
 
 
 def test_which_lags_and_engines_go_together(byte_tokenizer: Any, prompts: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--data.rollout_lag is 2: give 0, or 1"):
+    with pytest.raises(UserError, match="rollout_lag is 2: must be an integer of at least 0 and at most 1"):
         make(prompts, lag=2)
 
     class InProcess(Slow):

@@ -52,19 +52,19 @@ def error_of(*args, **kwargs) -> str:
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".json", ".csv", ".CSV"])
-def test_every_file_type_gives_the_same_prompts(tmp_path, suffix):
+def test_all_file_types_give_equal_prompts(tmp_path, suffix):
     prompts = load_prompts(write(tmp_path / f"rows{suffix.lower()}", ROWS))
     assert [p.messages for p in prompts] == [[user(text)] for text in ROWS]
     assert [p.index for p in prompts] == [0, 1, 2, 3]
 
 
-def test_suffix_case_and_byte_order_mark_do_not_matter(tmp_path):
+def test_suffix_case_and_byte_order_mark_are_ignored(tmp_path):
     path = tmp_path / "rows.JSONL"
     path.write_bytes(b"\xef\xbb\xbf" + b'{"prompt": "one"}\n\n{"prompt": "two"}')
     assert [p.messages[0]["content"] for p in load_prompts(str(path))] == ["one", "two"]
 
 
-def test_conversations_system_prompts_and_extra_keys(tmp_path):
+def test_system_prompt_is_added_and_extra_keys_are_dropped(tmp_path):
     own = [{"role": "system", "content": "Own."}, {**user("A"), "name": None}, assistant("B"), user("C")]
     source = write_jsonl(tmp_path / "rows.jsonl", [{"messages": own}, {"messages": [user("D")]}])
     first, second = load_prompts(source, system="Be kind.")
@@ -79,14 +79,14 @@ def test_parquet_messages_are_read_from_structs(tmp_path):
     assert load_prompts(str(path))[0].messages == [user("A"), assistant("B"), user("C")]
 
 
-def test_prompt_wins_over_messages_unless_a_column_is_named(tmp_path):
+def test_prompt_column_precedes_messages_unless_column_is_set(tmp_path):
     source = write_jsonl(tmp_path / "rows.jsonl", [{"messages": [user("M")], "prompt": "P", "question": "Q"}])
     assert load_prompts(source)[0].messages == [user("P")]
     assert load_prompts(source, column="messages")[0].messages == [user("M")]
     assert load_prompts(source, column="question")[0].messages == [user("Q")]
 
 
-def test_long_csv_fields_are_read_and_the_global_limit_is_put_back(tmp_path):
+def test_long_csv_fields_are_read_and_the_global_limit_is_restored(tmp_path):
     limit = csv.field_size_limit()
     long = "x" * 200_000
     assert load_prompts(write(tmp_path / "rows.csv", [long]))[0].messages == [user(long)]
@@ -94,7 +94,7 @@ def test_long_csv_fields_are_read_and_the_global_limit_is_put_back(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("row", "says"),
+    ("row", "expected"),
     [
         ({"prompt": ""}, "`prompt` is empty"),
         ({"prompt": " \n\t"}, "`prompt` is empty"),
@@ -109,22 +109,22 @@ def test_long_csv_fields_are_read_and_the_global_limit_is_put_back(tmp_path):
         ({"prompt": [{"role": "user"}]}, "turn 1 is not a message"),
         ({"prompt": [user("A"), assistant(""), user("B")]}, "turn 2 is empty"),
         ({"prompt": [user(3)]}, "turn 1 is of type int, not text"),
-        ({"prompt": [user("a\udfff")]}, "turn 1 holds a lone surrogate"),
-        ({"prompt": [user("A"), user("B")]}, "turn 2 has role 'user' where 'assistant' must stand"),
-        ({"prompt": [assistant("A"), user("B")]}, "turn 1 has role 'assistant' where 'user' must stand"),
+        ({"prompt": [user("a\udfff")]}, "turn 1 contains a lone surrogate"),
+        ({"prompt": [user("A"), user("B")]}, "turn 2 has role 'user', expected 'assistant'"),
+        ({"prompt": [assistant("A"), user("B")]}, "turn 1 has role 'assistant', expected 'user'"),
         ({"prompt": [{"role": "tool", "content": "A"}]}, "turn 1 has role 'tool'"),
         (
             {"prompt": [user("A"), assistant("B"), {"role": "system", "content": "S"}]},
-            "turn 3 has role 'system' where 'user'",
+            "turn 3 has role 'system', expected 'user'",
         ),
         ({"prompt": [user("A"), assistant("B")]}, "ends with an assistant's turn"),
     ],
 )
-def test_a_bad_row_is_named_with_file_and_line(tmp_path, row, says):
+def test_error_names_the_file_and_line_of_an_invalid_row(tmp_path, row, expected):
     source = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "good"}, row, {"prompt": "good"}])
     message = error_of(source)
     assert message.startswith(f"{source}: line 2: ")
-    assert says in message
+    assert expected in message
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".json", ".csv"])
@@ -133,10 +133,10 @@ def test_rows_count_from_one_in_every_file_type(tmp_path, suffix):
     assert error_of(source).startswith(f"{source}: row 3: `prompt` is empty")
 
 
-def test_only_the_first_bad_rows_are_spelled_out(tmp_path):
+def test_error_describes_only_the_first_invalid_rows(tmp_path):
     message = error_of(write(tmp_path / "rows.jsonl", ["", "good", "", "", "", ""]))
     assert "line 1" in message and "line 3" in message and "line 4" in message and "line 5" not in message
-    assert "and 2 more bad rows" in message
+    assert "and 2 more invalid rows" in message
 
 
 def test_text_in_a_messages_column_is_an_error(tmp_path):
@@ -144,23 +144,23 @@ def test_text_in_a_messages_column_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".json", ".csv"])
-def test_a_wrong_column_names_those_found(tmp_path, suffix):
+def test_error_for_a_wrong_column_lists_the_available_ones(tmp_path, suffix):
     source = write(tmp_path / f"rows{suffix}", ROWS)
     message = error_of(source, column="question")
     assert source in message and "'question'" in message and "'id', 'prompt'" in message
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "says"),
+    ("name", "content", "expected"),
     [
-        ("a.jsonl", b"", "holds no prompts"),
-        ("a.csv", b"", "holds no prompts"),
-        ("b.csv", b"prompt\n", "holds no prompts"),
-        ("a.json", b"[]", "holds no prompts"),
+        ("a.jsonl", b"", "contains no prompts"),
+        ("a.csv", b"", "contains no prompts"),
+        ("b.csv", b"prompt\n", "contains no prompts"),
+        ("a.json", b"[]", "contains no prompts"),
         ("a.jsonl", b'{"prompt": "x"}\n{oops\n', "line 2 is not JSON"),
         ("a.jsonl", b'"text"\n', "line 1 is of type str, not an object"),
         ("a.json", b'{"prompt": "x"}\n{"prompt": "y"}\n', ".jsonl"),
-        ("a.json", b'{"prompt": "x"}', "holds no list"),
+        ("a.json", b'{"prompt": "x"}', "is not a list"),
         ("a.csv", b"prompt,id\nHello, you,1\n", "row 1 has more fields than the header"),
         ("a.csv", b'prompt\nok\n"open\n', "row 2 is not CSV"),
         ("a.csv", b"id,prompt\n1\n", "row 1: `prompt` is missing"),
@@ -170,26 +170,26 @@ def test_a_wrong_column_names_those_found(tmp_path, suffix):
         ("plain", b"hello", "unknown extension ''"),
     ],
 )
-def test_unreadable_files(tmp_path, name, content, says):
+def test_unreadable_files_are_refused(tmp_path, name, content, expected):
     path = tmp_path / name
     path.write_bytes(content)
     message = error_of(str(path))
-    assert message.startswith(str(path)) and says in message
+    assert message.startswith(str(path)) and expected in message
 
 
-def test_missing_files_and_folders(tmp_path):
+def test_missing_files_and_folders_are_refused(tmp_path):
     for missing in ("rows.parquet", "./rows", str(tmp_path / "nothing"), "~/nowhere-to-be-found", "a/b/c"):
         assert "does not exist" in error_of(missing)
     assert "is a folder" in error_of(str(tmp_path))
 
 
-def test_an_unusable_system_prompt_is_an_error(tmp_path):
+def test_invalid_system_prompt_is_an_error(tmp_path):
     source = write(tmp_path / "rows.jsonl", ROWS)
     assert "--data.system is empty" in error_of(source, system=" ")
     assert "--data.system holds a lone surrogate" in error_of(source, system="\ud800")
 
 
-def test_hub_data_sets_are_read_by_name(monkeypatch):
+def test_hub_datasets_are_read_by_name(monkeypatch):
     asked = []
 
     def load_dataset(name, split):
@@ -202,7 +202,7 @@ def test_hub_data_sets_are_read_by_name(monkeypatch):
     assert "'prompt'" in error_of("owner/set-v1.5", column="text")
 
 
-def test_a_hub_failure_is_one_line(monkeypatch):
+def test_hub_error_is_one_line(monkeypatch):
     def load_dataset(name, split):
         raise ConnectionError("no route\nto host")
 
@@ -211,7 +211,7 @@ def test_a_hub_failure_is_one_line(monkeypatch):
     assert "owner/set" in message and "no route" in message
 
 
-def test_fingerprint_sees_texts_and_order(tmp_path):
+def test_fingerprint_depends_on_texts_and_order(tmp_path):
     first, second = load_prompts(write(tmp_path / "a.jsonl", ["A", "B"]))
     same = load_prompts(write(tmp_path / "b.csv", ["A", "B"]))
     other = load_prompts(write(tmp_path / "c.jsonl", ["A", "b"]))
@@ -222,7 +222,7 @@ def test_fingerprint_sees_texts_and_order(tmp_path):
 
 
 @pytest.mark.skipif("RLMT_PROMPTS" not in os.environ, reason="RLMT_PROMPTS names no prompt file")
-def test_a_real_prompt_set_loads():
+def test_real_prompt_set_loads():
     prompts = load_prompts(os.environ["RLMT_PROMPTS"])
     assert len(prompts) > 1000
     assert all(p.messages[-1]["role"] == "user" for p in prompts)

@@ -212,7 +212,7 @@ def test_own_validation_prompts(tokenizer, prompts, tmp_path):
     ],
 )
 def test_options_out_of_range(prompts, option, value):
-    with pytest.raises(UserError, match=rf"^--data\.{option} is .*: give .*$"):
+    with pytest.raises(UserError, match=rf"^RolloutDataModule\.{option} is {value}: must be .*\.$"):
         make(prompts, **{option: value})
 
 
@@ -222,9 +222,9 @@ def test_options_out_of_range(prompts, option, value):
         ({"max_new_tokens": 81}, 1, "fit", r"max_prompt_tokens 20 \+ --data.max_new_tokens 81 .*context of 100 tokens"),
         ({"max_prompt_tokens": 8}, 1, "fit", "all 22 prompts are longer than --data.max_prompt_tokens 8"),
         ({"batch_size": 21}, 1, "fit", "batch_size is 21, but only 20 training prompts"),
-        ({"batch_size": 6}, 4, "fit", "batch_size 6 does not divide by 4 devices"),
+        ({"batch_size": 6}, 4, "fit", "batch_size is 6, which is not divisible by 4 devices"),
         ({"val_size": 3}, 2, "fit", "val_size is 3, which does not divide by 2 devices"),
-        ({"val_size": 23}, 1, "fit", "val_size asks for 23 validation prompts, but .* has 22"),
+        ({"val_size": 23}, 1, "fit", "val_size is 23, but .* has 22 prompts"),
         ({"val_size": 22}, 1, "fit", "only 0 training prompts"),
         ({"val_size": 0}, 1, "test", "nothing to test on"),
         ({"val_size": 0}, 1, "validate", "nothing to validate on"),

@@ -9,8 +9,8 @@ from rlmt.errors import UserError
 from rlmt.types import Prompt
 
 
-def test_sample_seeds_are_what_they_always_were():
-    # blake2b("sample/0/0/0/0", 8 bytes), big-endian, shifted right by one, worked out with hashlib by hand.
+def test_sample_seeds_equal_recorded_values():
+    # blake2b("sample/0/0/0/0", 8 bytes), big-endian, shifted right by one, computed with hashlib by hand.
     assert sample_seed(0, 0, 0, 0) == 8_643_706_224_667_963_891
     assert sample_seed(7, 3, 1234, 5) == 7_975_850_294_270_900_313
 
@@ -22,7 +22,7 @@ def test_sample_seeds_are_distinct_and_in_range():
     assert sample_seed(1, 12, 3, 0) != sample_seed(1, 1, 23, 0)
 
 
-def test_shuffled_is_a_permutation_that_survives_the_loss_of_an_item():
+def test_shuffled_order_is_stable_when_an_item_is_removed():
     keys = list(range(50))
     order = [keys[i] for i in shuffled(keys, 0, "split")]
     fewer = [k for k in keys if k != 17]
@@ -46,17 +46,17 @@ def test_global_batches_do_not_depend_on_the_number_of_ranks(ranks):
         assert sorted(together) == sorted(alone[step * 6 : (step + 1) * 6])
 
 
-def test_passes_follow_each_other_wherever_iterations_start_and_stop():
+def test_epochs_are_contiguous_over_interrupted_iterations():
     whole = PromptSampler(dataset(20), 6, 1, 0, seed=0)
     stream = [(i, whole.epoch) for _ in range(3) for i in whole]
     assert [epoch for _, epoch in stream] == [0] * 18 + [1] * 18 + [2] * 18
     assert all(len({i for i, e in stream if e == epoch}) == 18 for epoch in range(3))
     pieces = PromptSampler(dataset(20), 6, 1, 0, seed=0)
-    pieces.set_epoch(7)  # Lightning's count changes nothing
+    pieces.set_epoch(7)  # Lightning's epoch number is ignored
     assert [(i, pieces.epoch) for _ in range(9) for i in itertools.islice(pieces, 6)] == stream
 
 
-def test_positions_taken_out_of_turn_are_skipped_by_the_iteration():
+def test_iteration_continues_after_taken_positions():
     whole = PromptSampler(dataset(20), 6, 1, 0, seed=0)
     stream = [(i, whole.epoch) for _ in range(2) for i in whole]
     sampler = PromptSampler(dataset(20), 6, 1, 0, seed=0)
@@ -65,10 +65,10 @@ def test_positions_taken_out_of_turn_are_skipped_by_the_iteration():
         got.append((i, sampler.epoch))
         if len(got) in (6, 24):
             got += [(i, sampler.epoch) for i in sampler.take(6)]
-    assert got == stream[:30]  # an iteration yields a pass's number, whatever was taken meanwhile
+    assert got == stream[:30]  # an iteration yields the length of an epoch, regardless of `take`
 
 
-def test_a_position_is_resumed_on_another_number_of_ranks():
+def test_state_resumes_on_another_number_of_ranks():
     one = PromptSampler(dataset(20), 6, 1, 0, seed=0)
     order = [i for _ in range(2) for i in one]
     one = PromptSampler(dataset(20), 6, 1, 0, seed=0)
@@ -82,7 +82,7 @@ def test_a_position_is_resumed_on_another_number_of_ranks():
     assert sorted(rest[0][6:] + rest[1][6:]) == sorted(order[18:24])
 
 
-def test_a_state_of_another_run_is_refused():
+def test_state_of_another_run_is_refused():
     state = PromptSampler(dataset(20), 6, 1, 0, seed=0).state_dict()
     for count, batch_size, seed in ((21, 6, 0), (20, 4, 0), (20, 6, 1)):
         with pytest.raises(UserError, match="the checkpoint was made with other training data"):

@@ -1,4 +1,4 @@
-"""Rows are dropped aloud, split and ordered by the seed and their numbers alone."""
+"""Supervised data modules: rows are filtered, split and ordered by the seed and their numbers."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from rlmt.rewards.conversation import ConversationReader
 
 
 class Module:
-    """As much of SFT or RewardModeling as the data modules ask for."""
+    """The part of SFT or RewardModeling that the data modules use."""
 
     max_positions = 100
 
@@ -45,7 +45,7 @@ def order(data: SFTDataModule, batches: int) -> list[list[int]]:
     return found[:batches]
 
 
-def test_over_long_rows_are_dropped_and_counted_aloud(source, byte_tokenizer, caplog):
+def test_long_rows_are_dropped_and_their_number_is_logged(source, byte_tokenizer, caplog):
     """7 tokens of template and prompt, the response, and the end of the turn: 15 letters make 23."""
     with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
         data = set_up(SFTDataModule(source, batch_size=2, max_length=23, val_size=3), Module(byte_tokenizer))
@@ -54,7 +54,7 @@ def test_over_long_rows_are_dropped_and_counted_aloud(source, byte_tokenizer, ca
     assert max(row.longest for row in data.train_rows + data.val_rows) == 23
 
 
-def test_over_long_preferences_are_dropped_and_counted_aloud(tmp_path, byte_tokenizer, caplog):
+def test_long_preferences_are_dropped_and_their_number_is_logged(tmp_path, byte_tokenizer, caplog):
     path = tmp_path / "rows.jsonl"
     rows = [{"prompt": "Hi", "chosen": "yes", "rejected": "n" * n} for n in (1, 20, 30)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -65,7 +65,7 @@ def test_over_long_preferences_are_dropped_and_counted_aloud(tmp_path, byte_toke
     assert sorted(row.longest for row in data.train_rows) == [12, 29]
 
 
-def test_split_and_order_depend_on_the_seed_and_the_rows_alone(source, byte_tokenizer):
+def test_split_and_order_depend_only_on_the_seed_and_the_rows(source, byte_tokenizer):
     first, again, other, fewer = (
         set_up(SFTDataModule(source, 4, max_length, val_size=4, seed=seed), Module(byte_tokenizer))
         for max_length, seed in ((100, 0), (100, 0), (100, 1), (27, 0))
@@ -82,8 +82,8 @@ def test_split_and_order_depend_on_the_seed_and_the_rows_alone(source, byte_toke
     assert seen == kept[: len(seen)]
 
 
-def test_ranks_share_each_batch_out(source, byte_tokenizer):
-    """Batches of training and of 7 held-out rows, the last of which has a row for one rank of two alone."""
+def test_batches_are_sharded_over_ranks(source, byte_tokenizer):
+    """Training batches and 7 validation rows; the last validation batch has a row for only one of two ranks."""
     alone, *ranks = (
         set_up(SFTDataModule(source, 2, 100, val_size=7), Module(byte_tokenizer), "fit", rank, size)
         for rank, size in ((0, 1), (0, 2), (1, 2))
@@ -104,12 +104,12 @@ def test_ranks_share_each_batch_out(source, byte_tokenizer):
     assert order(resumed, 2) == [batch[1:] for batch in order(whole, 6)[4:]]
 
 
-def test_a_batch_has_to_divide_by_the_ranks(source, byte_tokenizer):
-    with pytest.raises(UserError, match="--data.batch_size 3 does not divide by 2 devices: make it a multiple"):
+def test_batch_size_must_be_divisible_by_the_ranks(source, byte_tokenizer):
+    with pytest.raises(UserError, match="--data.batch_size is 3, which is not divisible by 2 devices; use a multiple"):
         set_up(SFTDataModule(source, 3, 100, val_size=2), Module(byte_tokenizer), ranks=2)
 
 
-def test_going_on_in_the_middle_of_an_epoch(source, byte_tokenizer):
+def test_training_resumes_within_an_epoch(source, byte_tokenizer):
     whole = set_up(SFTDataModule(source, 3, 100, val_size=2), Module(byte_tokenizer))
     expected = order(whole, 12)
     stopped = set_up(SFTDataModule(source, 3, 100, val_size=2), Module(byte_tokenizer))
@@ -124,7 +124,7 @@ def test_going_on_in_the_middle_of_an_epoch(source, byte_tokenizer):
         changed.load_state_dict(stopped.state_dict())
 
 
-def test_held_out_rows_of_their_own(source, tmp_path, byte_tokenizer):
+def test_val_path_provides_the_validation_rows(source, tmp_path, byte_tokenizer):
     held_out = tmp_path / "val.jsonl"
     held_out.write_text('{"prompt": "Ho", "response": "a"}\n{"prompt": "Hu", "response": "b"}\n')
     data = set_up(SFTDataModule(source, 5, 100, val_path=str(held_out)), Module(byte_tokenizer))
@@ -134,23 +134,23 @@ def test_held_out_rows_of_their_own(source, tmp_path, byte_tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
-        ({"batch_size": 0}, "--data.batch_size is 0"),
-        ({"max_length": -1}, "--data.max_length is -1"),
-        ({"val_size": -1}, "--data.val_size is -1"),
-        ({"val_size": 21}, "asks for 21 of demonstrations, but"),
-        ({"val_size": 10, "batch_size": 11}, "only 10 demonstrations are left to train on"),
+        ({"batch_size": 0}, r"^SFTDataModule\.batch_size is 0: must be an integer"),
+        ({"max_length": -1}, r"^SFTDataModule\.max_length is -1: must be an integer"),
+        ({"val_size": -1}, r"^SFTDataModule\.val_size is -1: must be an integer"),
+        ({"val_size": 21}, "--data.val_size is 21, but .* has 20 demonstrations"),
+        ({"val_size": 10, "batch_size": 11}, "has only 10 demonstrations for training"),
         ({"max_length": 101}, "exceeds the model's context of 100 tokens"),
         ({"max_length": 8, "val_size": 0}, "all 20 demonstrations exceed --data.max_length 8"),
         ({"system": " "}, "--data.system is empty"),
     ],
 )
-def test_options_out_of_range(options, says, source, byte_tokenizer):
-    with pytest.raises(UserError, match=says):
+def test_options_out_of_range(options, message, source, byte_tokenizer):
+    with pytest.raises(UserError, match=message):
         set_up(SFTDataModule(source, **({"max_length": 100, "batch_size": 2} | options)), Module(byte_tokenizer))
 
 
-def test_the_module_of_another_kind_of_data(source, byte_tokenizer):
+def test_module_for_other_data_is_refused(source, byte_tokenizer):
     with pytest.raises(UserError, match="--data is SFTDataModule, but --model Module trains on PreferenceDataModule"):
         set_up(SFTDataModule(source), Module(byte_tokenizer, "PreferenceDataModule"))

@@ -1,4 +1,4 @@
-"""The README is true: its commands parse into runs, its tree is the tree, its links lead somewhere."""
+"""Every shell command of the README and of the documentation is valid."""
 
 import functools
 import re
@@ -13,100 +13,93 @@ from lightning.pytorch import Trainer
 
 from rlmt.cli import chat, commands, main
 from rlmt.cli.plan import PlanCLI
+from rlmt.demos import tiny as tiny_demo
 from rlmt.demos.mini import files
 from rlmt.export import checkpoints
 from rlmt.study import command
 from rlmt.study.runner import Runner
 
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [
-    line.split("  #")[0].strip()
-    for text in (README, *((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("mini.md", "single-gpu.md")))
-    for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
-    for line in block.replace("\\\n", "").splitlines()
-    if line.startswith("rlmt ")
-]
+from .pages import PAGES, README, ROOT, rlmt_arguments, shell_lines
+
+TESTED_ELSEWHERE = {ROOT / "docs" / "paper.md"}
+"""tests/configs/test_paper.py trains with each command of the paper's runs."""
+COMMANDS = {
+    arguments: page
+    for page in reversed(PAGES)
+    if page not in TESTED_ELSEWHERE
+    for line in shell_lines(page)
+    if (arguments := rlmt_arguments(line))
+}
+"""Arguments of `rlmt` → the first page that has them."""
 
 
-def recorder(function: Callable[..., Any], reached: list[str]) -> Callable[..., Any]:
-    """Takes the place of a function, with its signature, and notes that it was called."""
+def recorder(function: Callable[..., Any], reached: list[str], name: str) -> Callable[..., Any]:
+    """A replacement of a function with its signature that only records the call."""
 
     @functools.wraps(function)
-    def note(*args: Any, **options: Any) -> None:
-        reached.append(function.__name__)
+    def record(*args: Any, **options: Any) -> None:
+        reached.append(name)
 
-    return note
+    return record
 
 
-@pytest.mark.parametrize("line", COMMANDS)
-def test_commands_reach_the_trainer(line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("arguments", COMMANDS)
+def test_rlmt_command_reaches_its_function(
+    arguments: str, write_files: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     reached: list[str] = []
     for name in ("fit", "validate", "test", "predict"):
-        monkeypatch.setattr(Trainer, name, recorder(getattr(Trainer, name), reached))
-    monkeypatch.setattr(checkpoints, "export", recorder(checkpoints.export, reached))
+        monkeypatch.setattr(Trainer, name, recorder(getattr(Trainer, name), reached, name))
+    monkeypatch.setattr(checkpoints, "export", recorder(checkpoints.export, reached, "export"))
+    monkeypatch.setattr(tiny_demo, "make_tiny", recorder(tiny_demo.make_tiny, reached, "tiny"))
     monkeypatch.setattr(PlanCLI, "fit", lambda cli, **options: reached.append("plan"))
-    monkeypatch.setattr(chat, "chat", recorder(chat.chat, reached))
+    monkeypatch.setattr(chat, "chat", recorder(chat.chat, reached, "chat"))
     monkeypatch.setattr(files, "write_mini", lambda *given: reached.append("mini") or {})
     monkeypatch.setattr(Runner, "run", lambda runner: reached.append("study"))
     monkeypatch.setattr(command, "report", lambda *anything: None)
-    monkeypatch.chdir(tmp_path)
+    write_files(COMMANDS[arguments])
     for run in ("tiny/run", "llama-3.1-8b", "sft", "reward"):
         checkpoint = tmp_path / "runs" / run / "checkpoints/last.ckpt"
         checkpoint.parent.mkdir(parents=True)
         torch.save({}, checkpoint)
-    words = shlex.split(line)[1:]
-    assert (
-        main(
-            [*words, *(["--trainer.accelerator", "cpu"] if words[0] in ("fit", "validate", "predict", "plan") else [])]
-        )
-        == 0
-    )
+    words = shlex.split(arguments)
+    on_cpu = ["--trainer.accelerator", "cpu"] if words[0] in ("fit", "validate", "predict", "plan") else []
+    if "--print_config" in words:
+        with pytest.raises(SystemExit, match="0"):
+            main(words)
+        return
+    assert main([*words, *on_cpu]) == 0
     assert reached == [words[0]]
 
 
-def test_there_are_commands_of_every_kind() -> None:
-    assert {line.split()[1] for line in COMMANDS} == {
-        *("fit", "validate", "predict", "plan", "export", "chat", "mini", "study")
-    }
-    assert {"make quickstart", "make test"} <= {line.split("#")[0].strip() for line in README.splitlines()}
-    targets = (ROOT / "Makefile").read_text()
-    assert "\nquickstart:" in targets and "\ntest:" in targets
+def test_documentation_has_every_command() -> None:
+    assert {arguments.split()[0] for arguments in COMMANDS} == set(commands._COMMANDS) - {"test"}
 
 
-def test_the_tree_is_the_tree() -> None:
-    tree = README.split("## What is where")[1].split("```")[1]
-    folder, named = "", set()
-    for line in tree.strip().splitlines():
-        path = line.split()[0]
-        folder = path if not line.startswith(" ") else folder
-        named.add(path if path == folder else folder + path)
-    files = {
-        f"{top}{path.relative_to(ROOT / top)}"
-        for top in ("src/rlmt/", "callbacks/")
-        for path in (ROOT / top).rglob("*.py")
-        if not path.name.startswith("_") and "callbacks" not in path.relative_to(ROOT / top).parts
-    }
-    assert {name for name in named if name.endswith(".py")} == files
+@pytest.mark.parametrize("page", PAGES)
+def test_other_commands_name_existing_targets_scripts_and_options(page: Path) -> None:
+    targets = re.findall(r"^([\w-]+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    text = page.read_text(encoding="utf-8")
+    for line in shell_lines(page):
+        words = shlex.split(line)
+        if words[0] == "make":
+            assert words[1] in targets, line
+        elif words[0] == "sbatch":
+            assert (ROOT / words[1]).is_file(), line
+        elif words[0] == "python" and words[1].endswith(".py"):
+            script = ROOT / words[1]
+            assert script.is_file() or f'title="{words[1]}"' in text, line
+            options = [word for word in words[2:] if word.startswith("--")]
+            assert all(option in script.read_text(encoding="utf-8") for option in options), line
+        else:  # tests/engines/vllm_server starts the servers, "VLLM_..." and "python -m vllm..."
+            assert rlmt_arguments(line) or words[0] in ("source", "export", "python") or "vllm" in line, line
 
 
-def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)h#][^)]*)\)", README):
-        assert (ROOT / target).exists(), target
+def test_readme_starts_with_the_two_commands() -> None:
+    assert [line.split()[1] for line in shell_lines(README) if line.startswith("make ")] == ["quickstart", "test"]
 
 
-def test_the_promises_of_reliability_have_their_tests() -> None:
-    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
-    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| promise")]
-    named = [re.findall(r"`([\w/]+\.py)`", row) for row in rows]
-    assert len(rows) > 10 and all(named)
-    for name in {name for names in named for name in names}:
-        assert (ROOT / name if name.startswith("benchmarks/") else ROOT / "tests" / name).is_file(), name
-    for target in re.findall(r"\]\(([^)h#][^)]*)\)", text):
-        assert (ROOT / "docs" / target).exists(), target
-
-
-def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--help"])
     text: Any = capsys.readouterr().out
     assert all(re.search(rf"^  {name} ", text, re.MULTILINE) for name in commands._COMMANDS)

@@ -1,4 +1,4 @@
-"""The table of docs/scaling.md follows from the shapes of the models."""
+"""The calculated figures of docs/scaling.md follow from the shapes of the models."""
 
 from pathlib import Path
 
@@ -29,38 +29,38 @@ def build(kind: type[PreTrainedModel], name: str) -> PreTrainedModel:
         return kind(config)
 
 
-def in_layers(model: PreTrainedModel) -> list[nn.Linear]:
+def linear_layers(model: PreTrainedModel) -> list[nn.Linear]:
     return [layer for layer in model.base_model.modules() if isinstance(layer, nn.Linear)]
 
 
-def nf4(model: PreTrainedModel) -> float:
-    linear = sum(layer.weight.numel() for layer in in_layers(model))
+def nf4_model_bytes(model: PreTrainedModel) -> float:
+    linear = sum(layer.weight.numel() for layer in linear_layers(model))
     return nf4_bytes(linear, True) + 2 * (model.num_parameters() - linear)
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_the_table_of_traffic_and_memory(name: str) -> None:
+def test_table_of_traffic_and_memory_is_calculated(name: str) -> None:
     policy, reward = build(LlamaForCausalLM, name), build(LlamaForSequenceClassification, "8B")
-    size, judge = policy.num_parameters(), 2 * reward.num_parameters()
-    linear = sum(layer.weight.numel() for layer in in_layers(policy))
-    adapter = sum(RANK * (layer.in_features + layer.out_features) for layer in in_layers(policy))
-    around = 2 * (RANKS - 1) / RANKS
-    gathered = ((10 * MICRO_BATCHES + 4) * size + MICRO_BATCHES * judge) * (RANKS - 1) / RANKS
+    size, reward_bytes = policy.num_parameters(), 2 * reward.num_parameters()
+    linear = sum(layer.weight.numel() for layer in linear_layers(policy))
+    adapter = sum(RANK * (layer.in_features + layer.out_features) for layer in linear_layers(policy))
+    ring = 2 * (RANKS - 1) / RANKS
+    gathered = ((10 * MICRO_BATCHES + 4) * size + MICRO_BATCHES * reward_bytes) * (RANKS - 1) / RANKS
     expected = {
-        "all": (4 * size * around, 2 * size, (20 + 4 + 2) * size + judge),
-        "all, `fsdp`": (gathered, 2 * size, ((16 + 4) * size + judge) / RANKS + 2 * size),
+        "all": (4 * size * ring, 2 * size, (20 + 4 + 2) * size + reward_bytes),
+        "all, `fsdp`": (gathered, 2 * size, ((16 + 4) * size + reward_bytes) / RANKS + 2 * size),
         "all, `fsdp` and `offload`": (gathered, 2 * size, 2 * size),
-        "`lora`": (4 * adapter * around, 2 * size + 4 * adapter, 20 * adapter + 4 * size + judge),
+        "`lora`": (4 * adapter * ring, 2 * size + 4 * adapter, 20 * adapter + 4 * size + reward_bytes),
         "`qlora`": (
-            *(4 * adapter * around, 2 * size + 4 * adapter),
-            14 * adapter + nf4(policy) + nf4(reward) + linear + 2 * (size - linear),
+            *(4 * adapter * ring, 2 * size + 4 * adapter),
+            14 * adapter + nf4_model_bytes(policy) + nf4_model_bytes(reward) + linear + 2 * (size - linear),
         ),
     }
     if name == "70B":
         expected["`lora`, `fsdp`, t = 8"] = (
-            ((6 * MICRO_BATCHES + 2) * size + MICRO_BATCHES * judge) * (RANKS - 1) / RANKS + 4 * adapter * around,
+            ((6 * MICRO_BATCHES + 2) * size + MICRO_BATCHES * reward_bytes) * (RANKS - 1) / RANKS + 4 * adapter * ring,
             2 * size / RANKS + 4 * adapter,
-            16 * adapter + (4 * size + judge) / RANKS,
+            16 * adapter + (4 * size + reward_bytes) / RANKS,
         )
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in TEXT.splitlines() if line.startswith("|")]
     found = {row[1]: [float(cell.replace(",", "")) for cell in row[2:]] for row in rows if row[0] == name}
@@ -70,9 +70,9 @@ def test_the_table_of_traffic_and_memory(name: str) -> None:
             assert got == pytest.approx(bytes_ / 1e9, rel=0.01, abs=0.06)
 
 
-def test_what_one_vllm_over_eight_gpus_sends() -> None:
+def test_traffic_of_tensor_parallel_vllm_is_calculated() -> None:
     hidden, _, layers, _ = SIZES["70B"]
-    token = layers * 2 * 2 * (RANKS - 1) / RANKS * 2 * hidden  # two sums, by ring, of numbers of two bytes
+    token = layers * 2 * 2 * (RANKS - 1) / RANKS * 2 * hidden  # two ring all-reduces in 2 bytes
     sent = 512 * 4000 * token
     assert f"That is {token / 1e6:.1f} MB for 70B and t = 8, so {sent / 1e12:.1f} TB" in TEXT
     assert f"{sent / 450e9:.0f} s of NVLink" in TEXT and sent / 50e9 == pytest.approx(180, rel=0.1)

@@ -1,4 +1,4 @@
-"""Two processes with the models in shards, a vLLM in each or one over both, train what one process trains."""
+"""Two ranks with FSDP2-sharded models, and a vLLM each or one over both, train what one process trains."""
 
 import csv
 import dataclasses
@@ -13,15 +13,13 @@ import torch
 
 from rlmt.cli.commands import main
 
-pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
-    pytest.mark.timeout(600),
-]
-OPTIONS = (  # of an optimizer that rounding errors in small gradients do not sway, but that has a state
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+OPTIONS = (  # SGD with momentum has a state, and rounding errors in small gradients hardly change its steps
     *("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.3", "--model.optimizer.momentum", "0.9"),
-    *("--data.engine", "VLLMEngine", "--data.engine.cpu_kv_cache_gib", "0.25", "--data.val_size", "0"),
+    *("--data.val_size", "0"),
 )
-TOGETHER = ("--data.engine.tensor_parallel_size", "2")
+VLLM = ("--data.engine", "VLLMEngine", "--data.engine.cpu_kv_cache_gib", "0.25")
+TENSOR_PARALLEL = (*VLLM, "--data.engine.tensor_parallel_size", "2")
 LOGGED = ("reward/mean", "reward/std", "policy/loss", "policy/grad_norm", "policy/entropy")
 
 
@@ -31,9 +29,9 @@ def world(crash: Any, tiny: Path, prompts_file: Path) -> Any:
 
 
 def train(crash: Any, world: Any, run: Path, steps: int, *more: str, sharded: bool, resume: bool = False) -> Path:
-    spread = {"ranks": 2, "configs": ("fsdp",)} if sharded else {}
+    strategy = {"ranks": 2, "configs": ("fsdp",)} if sharded else {}
     options = (*world.options, *more, "--trainer.max_steps", str(steps))
-    words = dataclasses.replace(world, options=options, **spread).command(run, resume)
+    words = dataclasses.replace(world, options=options, **strategy).command(run, resume)
     crash.finish(crash.launch(words, run.with_suffix(".log"), ranks=2 if sharded else 1), run.with_suffix(".log"))
     return run
 
@@ -53,7 +51,7 @@ def checkpoint(run: Path) -> dict[str, Any]:
     return saved
 
 
-def assert_same(run: Path, other: Path) -> None:
+def assert_same_checkpoint(run: Path, other: Path) -> None:
     ours, theirs = checkpoint(run), checkpoint(other)
     assert ours["state_dict"].keys() == theirs["state_dict"].keys()
     for name, weight in theirs["state_dict"].items():
@@ -64,7 +62,7 @@ def assert_same(run: Path, other: Path) -> None:
         torch.testing.assert_close(left["state"][number], state, rtol=1e-3, atol=1e-4)
 
 
-def assert_same_course(run: Path, other: Path, steps: int) -> None:
+def assert_same_metrics_and_samples(run: Path, other: Path, steps: int) -> None:
     assert len(samples(other, steps)) == 16 * steps and samples(run, steps) == samples(other, steps)
     for ours, theirs in zip(metrics(run)[:steps], metrics(other)[:steps], strict=True):
         assert ours["engine/mismatch_max"] < 1e-3
@@ -72,26 +70,37 @@ def assert_same_course(run: Path, other: Path, steps: int) -> None:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-6), name
 
 
-def test_all_parameters_on_two_ranks_and_on_one_and_back(crash: Any, world: Any, tmp_path: Path) -> None:
-    alone = train(crash, world, tmp_path / "alone", 4, sharded=False)
+def test_sharded_run_equals_the_run_of_one_process_and_resumes_in_one(crash: Any, world: Any, tmp_path: Path) -> None:
+    alone = train(crash, world, tmp_path / "alone", 3, sharded=False)
     run = train(crash, world, tmp_path / "run", 2, sharded=True)
-    assert_same_course(run, alone, 2)
+    assert_same_metrics_and_samples(run, alone, 2)
     assert len(list(run.rglob("rollouts/*rank1.parquet"))) == len(list(run.rglob("rollouts/*rank0.parquet"))) > 0
+    assert_same_checkpoint(train(crash, world, run, 3, sharded=False, resume=True), alone)
 
-    shutil.copytree(run, tmp_path / "whole")
-    goes_on_alone = train(crash, world, tmp_path / "whole", 4, sharded=False, resume=True)
-    train(crash, world, run, 4, *TOGETHER, "--trainer.strategy.offload", "true", sharded=True, resume=True)
-    for resumed in (run, goes_on_alone):
-        assert_same(resumed, alone)
-    assert_same_course(run, alone, 4)
+
+@pytest.mark.slow
+@needs_vllm
+def test_vllm_per_rank_and_over_two_ranks_trains_the_same_policy(crash: Any, world: Any, tmp_path: Path) -> None:
+    alone = train(crash, world, tmp_path / "alone", 4, *VLLM, sharded=False)
+    run = train(crash, world, tmp_path / "run", 2, *VLLM, sharded=True)
+    assert_same_metrics_and_samples(run, alone, 2)
+
+    shutil.copytree(run, tmp_path / "resumed")
+    resumed_alone = train(crash, world, tmp_path / "resumed", 4, *VLLM, sharded=False, resume=True)
+    train(crash, world, run, 4, *TENSOR_PARALLEL, "--trainer.strategy.offload", "true", sharded=True, resume=True)
+    for resumed in (run, resumed_alone):
+        assert_same_checkpoint(resumed, alone)
+    assert_same_metrics_and_samples(run, alone, 4)
 
     assert main(["export", str(run / "checkpoints/last.ckpt"), str(tmp_path / "out")]) == 0
     assert (tmp_path / "out/model.safetensors").is_file()
 
 
-def test_an_adapter_and_a_critic_with_its_own(crash: Any, world: Any, tmp_path: Path) -> None:
+@pytest.mark.slow
+@needs_vllm
+def test_policy_and_critic_with_adapters_on_two_ranks(crash: Any, world: Any, tmp_path: Path) -> None:
     more = ("--model.algorithm", "PPO", "--model.algorithm.critic_lr", "0.1", "--model.lora", "LoRA")
-    alone = train(crash, world, tmp_path / "one", 2, *more, sharded=False)
-    run = train(crash, world, tmp_path / "two", 2, *more, *TOGETHER, sharded=True)
-    assert_same(run, alone)
-    assert_same_course(run, alone, 2)
+    alone = train(crash, world, tmp_path / "one", 2, *more, *VLLM, sharded=False)
+    run = train(crash, world, tmp_path / "two", 2, *more, *TENSOR_PARALLEL, sharded=True)
+    assert_same_checkpoint(run, alone)
+    assert_same_metrics_and_samples(run, alone, 2)

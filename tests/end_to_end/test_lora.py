@@ -1,4 +1,4 @@
-"""Whole runs with adapters through the command line: they learn, resume, and leave the frozen base alone."""
+"""Complete runs with adapters through the command line: they learn, resume and never change the frozen base."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 
 
 class Runner:
-    """Starts runs on the tiny models and keeps the module of the last one, with its frozen weights as they began."""
+    """Starts runs on the tiny models; stores the module of the last run and its frozen weights before training."""
 
     def __init__(self, tiny: Path, prompts: Path, root: Path) -> None:
         self.tiny, self.prompts, self.root = tiny, prompts, root
         self.module: RLMTModule | None = None
         self.frozen: dict[str, Tensor] = {}
 
-    def note(self, module: RLMTModule) -> None:
-        self.module, self.frozen = module, {name: t.clone() for name, t in self.frozen_now(module).items()}
+    def record(self, module: RLMTModule) -> None:
+        self.module, self.frozen = module, {name: t.clone() for name, t in self.frozen_weights(module).items()}
 
     @staticmethod
-    def frozen_now(module: RLMTModule) -> dict[str, Tensor]:
+    def frozen_weights(module: RLMTModule) -> dict[str, Tensor]:
         assert module.policy is not None
         return {name: t for name, t in module.policy.state_dict().items() if ".lora_" not in name}
 
     def __call__(self, name: str, *more: object, status: int = 0) -> list[dict[str, str]]:
-        """Trains in the folder of that name; the rows of metrics of the newest version."""
+        """Trains in the folder `name` and returns the metric rows of its newest version."""
         run = self.root / name
         options = {
             "--model.policy": self.tiny / "policy",
@@ -69,42 +69,53 @@ def fit(tiny: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.Monk
     runner = Runner(tiny, prompts_file, tmp_path)
     configure = RLMTModule.configure_optimizers
 
-    def noting(module: RLMTModule) -> Any:
-        runner.note(module)
+    def recording(module: RLMTModule) -> Any:
+        runner.record(module)
         return configure(module)
 
-    monkeypatch.setattr(RLMTModule, "configure_optimizers", noting)
+    monkeypatch.setattr(RLMTModule, "configure_optimizers", recording)
     return runner
 
 
+def reward_rise(fit: Runner, options: tuple[object, ...], engine: str, seed: int, steps: int) -> float:
+    """Trains, checks each step, and returns how much the mean reward of the last three steps exceeds the first's."""
+    run = ("--data.engine", engine, "--seed_everything", seed, "--trainer.max_steps", steps)
+    rows = fit(str(seed), *options, *run)
+    assert [float(row["engine/weight_version"]) for row in rows] == list(range(steps))
+    assert max(float(row["engine/mismatch_max"]) for row in rows) < 1e-3
+    assert float(rows[0]["policy/kl"]) == pytest.approx(0, abs=1e-9) and float(rows[-1]["policy/kl"]) > 1e-3
+    assert fit.module is not None and fit.module.policy is not None and fit.module.reference is None
+    now = fit.frozen_weights(fit.module)
+    assert all(torch.equal(now[name], tensor) for name, tensor in fit.frozen.items())
+    assert not any(p.requires_grad for n, p in fit.module.policy.named_parameters() if ".lora_" not in n)
+    reward = [float(row["reward/mean"]) for row in rows]
+    return statistics.mean(reward[-3:]) - statistics.mean(reward[:3])
+
+
 @needs_vllm
+@pytest.mark.parametrize("options", [pytest.param(LORA, marks=pytest.mark.slow), QLORA], ids=["LoRA", "QLoRA"])
+def test_reward_rises_and_the_engine_matches_the_policy(options: tuple[object, ...], fit: Runner) -> None:
+    assert reward_rise(fit, options, "VLLMEngine", 0, 30) > 0
+
+
+@needs_vllm
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [LORA, QLORA], ids=["LoRA", "QLoRA"])
-def test_reward_rises_and_the_engine_stays_exact(options: tuple[object, ...], fit: Runner) -> None:
-    rises = []
-    for seed, steps, engine in ((0, 30, "VLLMEngine"), (1, 10, "TransformersEngine"), (2, 10, "TransformersEngine")):
-        run = ("--data.engine", engine, "--seed_everything", seed, "--trainer.max_steps", steps)
-        rows = fit(str(seed), *options, *run)
-        assert [float(row["engine/weight_version"]) for row in rows] == list(range(steps))
-        assert max(float(row["engine/mismatch_max"]) for row in rows) < 1e-3
-        assert float(rows[0]["policy/kl"]) == pytest.approx(0, abs=1e-9) and float(rows[-1]["policy/kl"]) > 1e-3
-        reward = [float(row["reward/mean"]) for row in rows]
-        rises.append(statistics.mean(reward[-3:]) - statistics.mean(reward[:3]))
-        assert fit.module is not None and fit.module.reference is None
-        now = fit.frozen_now(fit.module)
-        assert all(torch.equal(now[name], tensor) for name, tensor in fit.frozen.items())
-        assert not any(p.requires_grad for n, p in fit.module.policy.named_parameters() if ".lora_" not in n)
+def test_reward_rises_over_three_seeds(options: tuple[object, ...], fit: Runner) -> None:
+    rises = [reward_rise(fit, options, "VLLMEngine", 0, 30)]
+    rises += [reward_rise(fit, options, "TransformersEngine", seed, 10) for seed in (1, 2)]
     error = statistics.stdev(rises) / len(rises) ** 0.5
     assert statistics.mean(rises) > 2 * error, rises
 
 
-def test_dpo_is_held_against_the_policy_without_its_adapter(fit: Runner) -> None:
-    """At the start both are one function: a margin of 0 and a loss of ln 2; after a step they are not."""
+def test_dpo_reference_is_the_policy_without_its_adapter(fit: Runner) -> None:
+    """Before the first step both are equal: a margin of 0 and a loss of ln 2. After a step they differ."""
     dpo = ("--model.algorithm", "DPO", "--model.algorithm.min_valid", 2, "--data.batch_size", 8)
     rows = fit("dpo", *LORA, *dpo, "--trainer.max_steps", 2)
     assert fit.module is not None and fit.module.reference is None
     assert [float(row["policy/loss"]) for row in rows][0] == pytest.approx(0.693147, abs=1e-5)
     assert float(rows[0]["dpo/margin"]) == pytest.approx(0, abs=1e-6) != pytest.approx(float(rows[1]["dpo/margin"]))
-    now = fit.frozen_now(fit.module)
+    now = fit.frozen_weights(fit.module)
     assert all(torch.equal(now[name], tensor) for name, tensor in fit.frozen.items())
 
 
@@ -115,32 +126,33 @@ RESUMED = {
 
 
 @pytest.mark.parametrize("case", RESUMED)
-def test_a_resumed_run_is_the_unbroken_run(case: str, fit: Runner, capsys: pytest.CaptureFixture[str]) -> None:
-    """Bit for bit; a checkpoint holds the adapter and nothing of the base."""
+def test_resumed_run_equals_the_unbroken_run(case: str, fit: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bit for bit; a checkpoint holds the adapter and no base weight."""
     options = (*RESUMED[case], "--model.algorithm.minibatches", 2)
-    whole = fit("whole", *options, "--trainer.max_steps", 6)
+    unbroken = fit("unbroken", *options, "--trainer.max_steps", 6)
     fit("broken", *options, "--trainer.max_steps", 2)
     broken = fit("broken", *options, "--trainer.max_steps", 6, "--ckpt_path", "last")
-    other = ("time/", "perf/")
-    plain = [
-        [{k: v for k, v in row.items() if v and not k.startswith(other)} for row in rows] for rows in (whole, broken)
+    timings = ("time/", "perf/")
+    compared = [
+        [{k: v for k, v in row.items() if v and not k.startswith(timings)} for row in rows]
+        for rows in (unbroken, broken)
     ]
-    assert plain[0] == plain[1] and len(whole) == 3
-    files = [fit.root / name / "checkpoints" / "last.ckpt" for name in ("whole", "broken")]
+    assert compared[0] == compared[1] and len(unbroken) == 3
+    files = [fit.root / name / "checkpoints" / "last.ckpt" for name in ("unbroken", "broken")]
     ends = [torch.load(file, weights_only=True) for file in files]
     assert ends[0]["state_dict"].keys() == ends[1]["state_dict"].keys()
     for name, tensor in ends[0]["state_dict"].items():
         assert torch.equal(tensor, ends[1]["state_dict"][name]), name
         assert name.startswith("policy.model.layers.") and (".lora_A.default.weight" in name or ".lora_B." in name)
-    assert len(ends[0]["state_dict"]) == 2 * 2 * 7  # A and B, two layers, seven linear layers each
+    assert len(ends[0]["state_dict"]) == 2 * 2 * 7  # A and B of seven linear layers in each of two layers
     record = ends[0]["rlmt"]
     assert record["policy"] == str(fit.tiny / "policy") and record["adapter"]["r"] == (64 if case == "LoRA" else 8)
     assert record["quantization"] == (None if case == "LoRA" else {"type": "nf4", "double_quant": True})
     if case == "QLoRA":
         states = ends[0]["optimizer_states"][0]["state"].values()
-        formats = {t.dtype for state in states for t in state["__bnb_optimizer_quant_state__"].values()}
-        assert torch.uint8 in formats  # moments in 8 bits
-    config = (fit.root / "whole" / "checkpoints" / "policy" / "config.json").read_text()
+        dtypes = {t.dtype for state in states for t in state["__bnb_optimizer_quant_state__"].values()}
+        assert torch.uint8 in dtypes  # moments in 8 bits
+    config = (fit.root / "unbroken" / "checkpoints" / "policy" / "config.json").read_text()
     assert "quantization" not in config
 
     capsys.readouterr()
@@ -150,19 +162,19 @@ def test_a_resumed_run_is_the_unbroken_run(case: str, fit: Runner, capsys: pytes
     assert "lora lora_alpha" in capsys.readouterr().err
 
 
-def test_under_bf16_the_base_is_held_in_bfloat16_and_the_adapter_in_float32(fit: Runner) -> None:
+def test_bf16_mixed_stores_the_base_in_bfloat16_and_the_adapter_in_float32(fit: Runner) -> None:
     (row,) = fit("run", *QLORA, "--trainer.precision", "bf16-mixed", "--trainer.max_steps", 1)
     assert fit.module is not None and fit.module.policy is not None
-    kinds = {".lora_" in name: set() for name, _ in fit.module.policy.named_parameters()}
+    dtypes: dict[bool, set[torch.dtype]] = {".lora_" in name: set() for name, _ in fit.module.policy.named_parameters()}
     for name, p in fit.module.policy.named_parameters():
-        kinds[".lora_" in name].add(p.dtype)
-    assert kinds == {True: {torch.float32}, False: {torch.bfloat16, torch.uint8}}
+        dtypes[".lora_" in name].add(p.dtype)
+    assert dtypes == {True: {torch.float32}, False: {torch.bfloat16, torch.uint8}}
     assert {t.dtype for _, t in fit.module.policy_weights()} == {torch.bfloat16}
     assert float(row["policy/kl"]) == 0.0
     assert float(row["engine/mismatch_max"]) < 0.05
 
 
-MISTAKES = {
+CONFIGURATION_ERRORS = {
     "4 bits alone": (("--model.quantization", "NF4"), "--model.lora LoRA"),
     "DoRA in vLLM": ((*LORA, "--model.lora.dora", "true", "--data.engine", "VLLMEngine"), "--data.engine.serve merged"),
     "head": ((*LORA, "--model.lora.target_modules", "[lm_head]"), "names lm_head"),
@@ -170,8 +182,8 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("case", MISTAKES)
-def test_a_mistake_is_told_before_any_model_is_loaded(
+@pytest.mark.parametrize("case", CONFIGURATION_ERRORS)
+def test_configuration_error_is_reported_before_any_model_is_loaded(
     case: str, fit: Runner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from rlmt.engines import VLLMEngine
@@ -182,7 +194,7 @@ def test_a_mistake_is_told_before_any_model_is_loaded(
 
     monkeypatch.setattr(loading, "load_policy", forbidden)
     monkeypatch.setattr(VLLMEngine, "check", lambda self: None)
-    options, words = MISTAKES[case]
+    options, message = CONFIGURATION_ERRORS[case]
     fit("run", *options, status=2)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rlmt: error")]
-    assert words in line
+    assert message in line

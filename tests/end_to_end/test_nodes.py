@@ -1,4 +1,4 @@
-"""Two "nodes" by torchrun on loopback: one run, a vLLM in each process, stopped by a signal to one of them."""
+"""Two nodes under torchrun on loopback, an engine in each process: one run, stopped by a signal to one node."""
 
 import importlib.util
 import socket
@@ -17,9 +17,17 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+VLLM = ("VLLMEngine", "--data.engine.cpu_kv_cache_gib", "0.25")
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+
+
 @pytest.mark.timeout(1200)
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-def test_two_nodes_train_one_policy_and_stop_together(tiny: Path, prompts_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "engine", [("TransformersEngine",), pytest.param(VLLM, marks=[pytest.mark.slow, needs_vllm])], ids=lambda e: e[0]
+)
+def test_two_nodes_train_one_policy_and_stop_on_a_signal_to_one(
+    engine: tuple[str, ...], tiny: Path, prompts_file: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     configs = [word for name in ("base", "grpo", "tiny", "ddp") for word in ("--config", name)]
     options = {
@@ -32,7 +40,6 @@ def test_two_nodes_train_one_policy_and_stop_together(tiny: Path, prompts_file: 
         "--data.max_prompt_tokens": 256,
         "--data.max_new_tokens": 16,
         "--data.val_size": 0,
-        "--data.engine.cpu_kv_cache_gib": 0.25,
         "--trainer.accelerator": "cpu",
         "--trainer.devices": 1,
         "--trainer.num_nodes": 2,
@@ -41,6 +48,7 @@ def test_two_nodes_train_one_policy_and_stop_together(tiny: Path, prompts_file: 
         "--trainer.default_root_dir": run,
     }
     fit = ["-m", "rlmt", "fit", *configs, *(str(word) for pair in options.items() for word in pair)]
+    fit += ["--data.engine", *engine]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
     torchrun += ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]
     nodes = [
@@ -50,18 +58,18 @@ def test_two_nodes_train_one_policy_and_stop_together(tiny: Path, prompts_file: 
     try:
         first = nodes[0].stdout
         assert first is not None
-        said = b""
+        printed = b""
         for line in first:
-            said += line
+            printed += line
             if line.startswith(b"step 0"):
                 break
-        nodes[1].terminate()  # torchrun hands it on to its process; the other node's is told by that one
-        said += nodes[0].communicate(timeout=300)[0]
+        nodes[1].terminate()  # torchrun forwards it to its process, and the ranks agree to stop
+        printed += nodes[0].communicate(timeout=300)[0]
         nodes[1].communicate(timeout=300)
     finally:
         for node in nodes:
             node.kill()
-    assert b"SIGTERM" in said and b"holds all up to step" in said, said.decode()
+    assert b"SIGTERM" in printed and b"holds all up to step" in printed, printed.decode()
 
     rollouts = {
         rank: [row for file in run.rglob(f"rollouts/*rank{rank}.parquet") for row in pq.read_table(file).to_pylist()]

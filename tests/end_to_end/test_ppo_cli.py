@@ -1,4 +1,4 @@
-"""PPO as a user runs it: the switch, warm-up, checkpoints with a critic, and mistakes told in one line."""
+"""PPO through the command line: the algorithm option, critic warm-up, checkpoints with a critic, and error lines."""
 
 import csv
 from collections.abc import Callable
@@ -21,7 +21,7 @@ Command = Callable[..., list[str]]
 def command(tiny: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     """`command("fit", "--data.x", "1")`: arguments of a PPO run on tiny models, in an empty folder, without vLLM.
 
-    It is the GRPO run's with another objective named.
+    The configs are those of GRPO; only `--model.algorithm` differs.
     """
     monkeypatch.chdir(tmp_path)
 
@@ -50,7 +50,7 @@ def command(tiny: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.
 
 
 def steps(run: Path, version: int = 0) -> list[dict[str, str]]:
-    """The metrics of each step; what was not logged is left out."""
+    """The logged metrics of each step."""
     with (run / f"version_{version}" / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row.get("reward/mean")]
     return [{name: value for name, value in row.items() if value} for row in rows]
@@ -61,14 +61,14 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line of error."""
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The only line of error."""
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rlmt: error")]
     assert len(lines) == 1
     return lines[0]
 
 
-def test_a_checkpoint_with_a_critic(
+def test_checkpoint_with_a_critic_validates_predicts_exports_and_names_conflicts(
     command: Command, tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, last = tmp_path / "run", tmp_path / "run" / "checkpoints" / "last.ckpt"
@@ -79,7 +79,7 @@ def test_a_checkpoint_with_a_critic(
     assert {"policy.lm_head.weight", "critic.head.weight", "critic.backbone.norm.weight"} <= names
     assert "critic.backbone.lm_head.weight" not in names
 
-    assert main(command("validate", "--ckpt_path", last)) == 0  # no critic is made
+    assert main(command("validate", "--ckpt_path", last)) == 0  # builds no critic
     assert main(command("predict", "--ckpt_path", last, algorithm="GRPO")) == 0
     assert main(["export", str(last), str(tmp_path / "model")]) == 0
     assert (
@@ -91,20 +91,20 @@ def test_a_checkpoint_with_a_critic(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "load_policy", lambda *_, **__: pytest.fail("a model was loaded"))
         assert main(command("fit", "--ckpt_path", last, algorithm="GRPO")) == 2
-    assert "holds a critic" in (message := one_line(capsys)) and "GRPO trains none" in message
+    assert "holds a critic" in (message := error_line(capsys)) and "GRPO trains none" in message
     assert main(command("fit", "--ckpt_path", last, "--model.algorithm.critic_shared", "true")) == 2
-    assert "critic is another one" in (message := one_line(capsys)) and "critic_shared" in message
+    assert "critic is another one" in (message := error_line(capsys)) and "critic_shared" in message
     other = ("--trainer.default_root_dir", tmp_path / "grpo")
     assert main(command("fit", *other, "--trainer.max_steps", 1, algorithm="GRPO")) == 0
     assert main(command("fit", *other, "--ckpt_path", "last")) == 2
-    assert "holds no critic" in (message := one_line(capsys)) and "PPO trains one" in message
+    assert "holds no critic" in (message := error_line(capsys)) and "PPO trains one" in message
 
 
 @pytest.mark.parametrize("four_bits", [False, True], ids=["LoRA", "QLoRA"])
-def test_a_critic_with_an_adapter_of_its_own_on_the_policys_frozen_base(
+def test_critic_adapter_shares_the_frozen_base_of_the_policy(
     four_bits: bool, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both adapters move, the base does not, what is sampled is the policy, and the policy alone is exported."""
+    """Both adapters change and the base does not; the engine samples the policy; only the policy is exported."""
     seen: list[tuple[RLMTModule, dict[str, torch.Tensor]]] = []
     setup = RLMTModule.configure_optimizers
 
@@ -112,11 +112,11 @@ def test_a_critic_with_an_adapter_of_its_own_on_the_policys_frozen_base(
         assert module.policy is not None
         return {name: tensor for name, tensor in module.policy.state_dict().items() if ".lora_" not in name}
 
-    def note(module: RLMTModule) -> Any:
+    def record(module: RLMTModule) -> Any:
         seen.append((module, {name: tensor.clone() for name, tensor in base(module).items()}))
         return setup(module)
 
-    monkeypatch.setattr(RLMTModule, "configure_optimizers", note)
+    monkeypatch.setattr(RLMTModule, "configure_optimizers", record)
     options = ["--model.lora", "LoRA", "--model.algorithm.critic_shared", "true", "--model.algorithm.critic_lr", "1e-3"]
     options += ["--model.quantization", "NF4"] if four_bits else []
     assert main(command("fit", *options, "--data.val_size", 0)) == 0
@@ -131,7 +131,7 @@ def test_a_critic_with_an_adapter_of_its_own_on_the_policys_frozen_base(
     state = weights(run)
     ups = {name: tensor for name, tensor in state.items() if ".lora_B." in name}
     assert sum(".critic." in name for name in ups) == sum(".default." in name for name in ups) == 2 * 7
-    assert all(tensor.abs().max() > 0 for tensor in ups.values())  # all began at 0
+    assert all(tensor.abs().max() > 0 for tensor in ups.values())  # all start at 0
     assert all(".lora_" in name or name.startswith("critic.head.") for name in state)
     assert main(command("fit", *options, "--data.val_size", 0, "--ckpt_path", last, "--trainer.max_steps", 3)) == 0
     assert main(["export", str(last), str(tmp_path / "adapter"), "--what", "adapter"]) == 0
@@ -139,18 +139,18 @@ def test_a_critic_with_an_adapter_of_its_own_on_the_policys_frozen_base(
     assert len(exported) == 2 * 2 * 7 and not any("critic" in name for name in exported)
 
 
-def test_the_policy_waits_while_the_critic_warms_up(command: Command, tmp_path: Path, tiny: Path) -> None:
-    """Two updates a rollout, three of warm-up: the policy first moves in the second half of the second rollout."""
+def test_policy_is_unchanged_during_critic_warm_up(command: Command, tmp_path: Path, tiny: Path) -> None:
+    """Two updates per rollout and three of warm-up: the policy first changes in the second update of rollout two."""
     options = ("--model.algorithm.critic_warmup_steps", 3, "--model.algorithm.update_epochs", 2)
     for shared in ("true", "false"):
         run = tmp_path / shared
-        there = ("--trainer.default_root_dir", run, "--model.algorithm.critic_shared", shared)
-        assert main(command("fit", *options, *there, "--trainer.max_steps", 2)) == 0
+        root = ("--trainer.default_root_dir", run, "--model.algorithm.critic_shared", shared)
+        assert main(command("fit", *options, *root, "--trainer.max_steps", 2)) == 0
         start = load_file(tiny / "policy" / "model.safetensors")
         state = weights(run)
         assert state["critic.head.weight"].abs().sum() > 0
         assert all(torch.equal(state[f"policy.{name}"], weight) for name, weight in start.items())
-        resumed = (*options, *there, "--trainer.max_steps", 6, "--ckpt_path", "last")
+        resumed = (*options, *root, "--trainer.max_steps", 6, "--ckpt_path", "last")
         assert main(command("fit", *resumed)) == 0
         assert not any(torch.equal(weights(run)[f"policy.{name}"], weight) for name, weight in start.items())
         first, second, third = steps(run)
@@ -159,38 +159,40 @@ def test_the_policy_waits_while_the_critic_warms_up(command: Command, tmp_path: 
         assert "policy/loss" not in first and "policy/loss" in second
 
 
-def test_a_resumed_run_is_the_unbroken_run(command: Command, tmp_path: Path) -> None:
-    """Bit for bit, the critic and the steered KL coefficient included."""
+def test_resumed_run_equals_the_unbroken_run(command: Command, tmp_path: Path) -> None:
+    """Bit for bit, including the critic and the adaptive KL coefficient."""
     algorithm = {"lam": 0.9, "kl_placement": "reward", "kl_coef": 0.1, "target_kl": 0.05, "kl_horizon": 20}
     algorithm |= {"minibatches": 2, "critic_lr": 1e-3}
     common = [word for name, value in algorithm.items() for word in (f"--model.algorithm.{name}", value)]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert main(command("fit", *common, "--trainer.default_root_dir", whole, "--trainer.max_steps", 10)) == 0
-    there = ("--trainer.default_root_dir", broken)
-    assert main(command("fit", *common, *there, "--trainer.max_steps", 4)) == 0
-    assert main(command("fit", *common, *there, "--trainer.max_steps", 10, "--ckpt_path", "last")) == 0
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    assert main(command("fit", *common, "--trainer.default_root_dir", unbroken, "--trainer.max_steps", 10)) == 0
+    root = ("--trainer.default_root_dir", broken)
+    assert main(command("fit", *common, *root, "--trainer.max_steps", 4)) == 0
+    assert main(command("fit", *common, *root, "--trainer.max_steps", 10, "--ckpt_path", "last")) == 0
     expected, resumed = (
         [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in steps(run)]
-        for run in (whole, broken)
+        for run in (unbroken, broken)
     )
     assert len(expected) == 5
     assert resumed == expected
     assert len({row["policy/kl_coef"] for row in expected}) == 5
-    ends = [weights(run) for run in (whole, broken)]
+    ends = [weights(run) for run in (unbroken, broken)]
     assert ends[0].keys() == ends[1].keys() and any(name.startswith("critic.") for name in ends[0])
     for name, tensor in ends[0].items():
         assert torch.equal(tensor, ends[1][name]), name
 
 
-def test_bf16_mixed_and_checkpointed_layers(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_mixed_and_gradient_checkpointing_train_the_critic_in_float32(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[RLMTModule] = []
     setup = RLMTModule.configure_optimizers
 
-    def note(module: RLMTModule) -> Any:
+    def record(module: RLMTModule) -> Any:
         seen.append(module)
         return setup(module)
 
-    monkeypatch.setattr(RLMTModule, "configure_optimizers", note)
+    monkeypatch.setattr(RLMTModule, "configure_optimizers", record)
     options = ("--trainer.precision", "bf16-mixed", "--model.gradient_checkpointing", "true")
     assert main(command("fit", *options, "--trainer.max_steps", 1)) == 0
     (module,) = seen
@@ -202,7 +204,7 @@ def test_bf16_mixed_and_checkpointed_layers(command: Command, tmp_path: Path, mo
     assert float(row["critic/loss"]) > 0 and float(row["policy/grad_norm"]) > 0
 
 
-BAD = {
+CONFIGURATION_ERRORS = {
     "no such reward model": (["--model.algorithm.critic_init", "./nowhere"], ["critic_init", "nowhere"]),
     "another tokenizer": (["--model.algorithm.critic_init", "REWARD"], ["critic_init", "tokenizer"]),
     "out of range": (["--model.algorithm.gamma", "2"], ["--model.algorithm.gamma"]),
@@ -210,15 +212,15 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_a_mistake_is_one_line_before_any_model_is_loaded(
+@pytest.mark.parametrize("case", CONFIGURATION_ERRORS)
+def test_configuration_error_is_one_line_before_any_model_is_loaded(
     case: str, command: Command, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def load(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(loading, "load_policy", load)
-    options, named = BAD[case]
+    options, named = CONFIGURATION_ERRORS[case]
     assert main(command("fit", *(str(tiny / "reward") if word == "REWARD" else word for word in options))) == 2
-    message = one_line(capsys)
+    message = error_line(capsys)
     assert all(word in message for word in named), message

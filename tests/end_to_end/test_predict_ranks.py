@@ -1,4 +1,4 @@
-"""`rlmt predict` on two processes writes the file of one."""
+"""`rlmt predict` on two ranks writes the same file as on one."""
 
 import dataclasses
 from pathlib import Path
@@ -10,9 +10,8 @@ from rlmt.cli.commands import main
 from rlmt.engines.rollout_files import read_rollouts
 
 
-@pytest.mark.timeout(600)
-def test_two_ranks_write_the_file_of_one(crash: Any, tiny: Path, prompts_file: Path, tmp_path: Path) -> None:
-    """Seven prompts: batches of 4 and 3, and one of the first comes again so that both ranks have equally many."""
+def test_two_ranks_write_the_predictions_of_one(crash: Any, tiny: Path, prompts_file: Path, tmp_path: Path) -> None:
+    """Seven prompts make batches of 4 and 3; a padding prompt gives both ranks equally many."""
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(prompts_file.read_text().splitlines(keepends=True)[:7]))
     world = crash.World(

@@ -1,4 +1,4 @@
-"""Training from recorded rollouts through the command line: from `rlmt predict` and from the rollouts of a run."""
+"""Offline training through the command line, from rollouts of `rlmt predict` and from those of a run."""
 
 import csv
 from collections.abc import Callable
@@ -20,8 +20,8 @@ Run = Callable[..., list[dict[str, float]]]
 
 @pytest.fixture(scope="module")
 def options(tiny: Path, prompts_file: Path) -> list[str]:
-    """What all runs share; 24 prompts, 3 steps a pass."""
-    given = {
+    """Options of all runs: 24 prompts, 3 steps an epoch."""
+    common = {
         "--model.policy": tiny / "policy",
         "--model.reward.model": tiny / "reward",
         "--model.format": "no_think",
@@ -36,12 +36,12 @@ def options(tiny: Path, prompts_file: Path) -> list[str]:
         "--trainer.enable_progress_bar": "false",
     }
     configs = [word for name in ("base", "grpo", "tiny") for word in ("--config", name)]
-    return [*configs, *(str(word) for pair in given.items() for word in pair)]
+    return [*configs, *(str(word) for pair in common.items() for word in pair)]
 
 
 @pytest.fixture
 def run(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """`run("fit", "name", …)` in an empty folder; the metrics of each step."""
+    """`run("fit", "name", ...)` runs a command in an empty folder and returns the metrics of each step."""
     monkeypatch.chdir(tmp_path)
 
     def command(name: str, folder: str, *more: object) -> list[dict[str, float]]:
@@ -58,7 +58,7 @@ def run(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(scope="module")
 def predictions(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Samples of the initial policy for all prompts, as `rlmt predict` writes them. Copy before training on them."""
+    """Samples of the initial policy for all prompts, as `rlmt predict` writes them; copy them before training."""
     folder = tmp_path_factory.mktemp("predictions")
     assert main(["predict", *options, "--trainer.default_root_dir", str(folder)]) == 0
     (path,) = folder.rglob("predictions.parquet")
@@ -86,35 +86,37 @@ def untimed(rows: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{k: value for k, value in row.items() if not k.startswith(("time/", "perf/"))} for row in rows]
 
 
-def test_predictions_train_and_the_reference_is_passed_once(
+def test_predictions_are_trained_on_and_reference_logprobs_computed_once(
     run: Run, recorded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said: list[str] = []
+    printed: list[str] = []
     modules: list[RLMTModule] = []
     batches: list[Any] = []
-    live: list[float] = []
+    differences: list[float] = []
     step = RLMTModule.training_step
 
     def training_step(self: RLMTModule, batch: Any, batch_idx: int) -> Any:
-        if not modules:  # a twin of the policy before its first update is the reference
+        if not modules:  # a copy of the policy before its first update is the reference
             twin = loading.load_policy(self.policy_path, "float32")
-            live.append(
-                float((reference_cache.first_pass(twin, batch, 8192, self.device) - batch.ref_logprobs).abs().max())
+            differences.append(
+                float(
+                    (reference_cache.compute_logprobs(twin, batch, 8192, self.device) - batch.ref_logprobs).abs().max()
+                )
             )
         modules.append(self)
         batches.append(batch)
         return step(self, batch, batch_idx)
 
     monkeypatch.setattr(RLMTModule, "training_step", training_step)
-    monkeypatch.setattr("rlmt.modules.offline_rollouts.rank_zero_info", said.append)
+    monkeypatch.setattr("rlmt.modules.offline_rollouts.rank_zero_info", printed.append)
     settings = ("--model.algorithm.kl_coef", 0.1, "--trainer.max_steps", 6)
     rows = run("fit", "one", *replay(recorded, *settings))
     weighted = f"(weight version 0 of {recorded}): importance weights truncated at 2"
-    assert said == [f"rollouts were drawn by another policy {weighted}"]
-    assert live[0] < 1e-6 and modules[0].reference is None
+    assert printed == [f"rollouts were drawn by another policy {weighted}"]
+    assert differences[0] < 1e-6 and modules[0].reference is None
     assert all(batch.off_policy for batch in batches) and len(rows) == 6
     assert [row["engine/weight_version"] for row in rows] == [0] * 6
-    # At the first step the policy is the one that drew the samples; then it moves away from it.
+    # At the first step the policy is the one that generated the samples; later it differs.
     assert rows[0]["engine/importance_mean"] == pytest.approx(1, abs=1e-4) and rows[0]["policy/kl"] < 1e-6
     assert rows[5]["engine/importance_mean"] != pytest.approx(1, abs=1e-3) and rows[5]["policy/kl"] > 1e-3
     assert not any(name.startswith("engine/mismatch") for row in rows for name in row)
@@ -123,30 +125,32 @@ def test_predictions_train_and_the_reference_is_passed_once(
         raise AssertionError("the reference was computed again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(reference_cache, "first_pass", never)
+        patch.setattr(reference_cache, "compute_logprobs", never)
         again = run("fit", "two", *replay(recorded, *settings))
     assert untimed(again) == untimed(rows) and all(module.reference is None for module in modules)
     for name, tensor in weights("one").items():
         assert torch.equal(tensor, weights("two")[name]), name
 
 
-@pytest.mark.parametrize("cache", ["kept", "lost"])
-def test_a_resumed_replay_is_the_unbroken_one(run: Run, recorded: Path, cache: str) -> None:
+@pytest.mark.parametrize("cache", ["present", "deleted"])
+def test_resumed_replay_equals_the_unbroken_run(run: Run, recorded: Path, cache: str) -> None:
     settings = replay(recorded, "--model.algorithm.kl_coef", 0.1, "--model.algorithm.update_epochs", 2)
-    whole = run("fit", "whole", *settings, "--trainer.max_steps", 8)
+    unbroken = run("fit", "unbroken", *settings, "--trainer.max_steps", 8)
     run("fit", "broken", *settings, "--trainer.max_steps", 4)
     (file,) = recorded.parent.glob("*.safetensors")
-    if cache == "lost":
+    if cache == "deleted":
         file.unlink()
     resumed = run("fit", "broken", *settings, "--trainer.max_steps", 8, "--ckpt_path", "last")
-    assert list(recorded.parent.glob("*.safetensors")) == [file], "of the initial policy, not of the checkpoint's"
-    assert len(whole) == 4 and untimed(resumed) == untimed(whole)
-    for name, tensor in weights("whole").items():
+    assert list(recorded.parent.glob("*.safetensors")) == [file], (
+        "the reference is the initial policy, not the checkpoint's"
+    )
+    assert len(unbroken) == 4 and untimed(resumed) == untimed(unbroken)
+    for name, tensor in weights("unbroken").items():
         assert torch.equal(tensor, weights("broken")[name]), name
 
 
-def test_the_rollouts_of_a_run_make_the_run_again(run: Run) -> None:
-    """Two passes: each prompt's groups come in turn, so the policy is the one that drew them, and weights are 1."""
+def test_replayed_rollouts_of_a_run_reproduce_the_run(run: Run) -> None:
+    """Over two epochs each prompt's groups are replayed in order, so rollouts are on-policy and weights are 1."""
     settings = ("--trainer.max_steps", 6, "--seed_everything", 3)
     live = run("fit", "live", *settings)
     folder = Path("live/version_0/rollouts")
@@ -163,7 +167,7 @@ def test_the_rollouts_of_a_run_make_the_run_again(run: Run) -> None:
         torch.testing.assert_close(weights("again")[name], tensor, rtol=0, atol=1e-4, msg=name)
 
 
-def test_predict_scores_recorded_samples_with_another_reward(run: Run, predictions: Path) -> None:
+def test_predict_rescores_recorded_samples_with_another_reward(run: Run, predictions: Path) -> None:
     reward = ("--model.reward", "RegexReward", "--model.reward.pattern", "e")
     run("predict", "rescored", *replay(predictions, *reward, "--data.group_size", 3))
     old = [row for row in pq.read_table(predictions).to_pylist() if row["sample"] < 3]
@@ -177,29 +181,29 @@ def test_predict_scores_recorded_samples_with_another_reward(run: Run, predictio
     assert {row["reward"] for row in new} >= {0.0, 1.0}
 
 
-def test_held_out_prompts_are_sampled_by_another_engine(run: Run, recorded: Path) -> None:
+def test_validation_prompts_are_sampled_by_the_validation_engine(run: Run, recorded: Path) -> None:
     held_out = ("--data.val_size", 8, "--data.val_engine", "TransformersEngine", "--trainer.val_check_interval", 1)
     run("fit", "run", *replay(recorded, *held_out, "--trainer.max_steps", 2))
     with Path("run/version_0/metrics.csv").open() as file:
         values = [row["val/reward_mean"] for row in csv.DictReader(file) if row.get("val/reward_mean")]
-    assert len(values) == 2 and values[0] != values[1], "one reward a step, of the policy as it is"
+    assert len(values) == 2 and values[0] != values[1], "one reward per step, of the current policy"
 
 
 @pytest.mark.parametrize(
-    ("more", "says"),
+    ("more", "message"),
     [
         (("--data.engine.path", "none.parquet"), "--data.engine.path: no rollouts at none.parquet"),
-        (("--model.format", "think"), "set --model.format to the recording's"),
+        (("--model.format", "think"), "set --model.format to the format of the recording"),
         (("--data.temperature", 0.9), "set --data.temperature 0.7"),
-        (("--data.group_size", 5), "holds 4 samples a prompt, and --data.group_size asks for 5"),
-        (("--data.max_new_tokens", 3), "--data.max_new_tokens allows 3"),
+        (("--data.group_size", 5), "has 4 samples per prompt, but --data.group_size is 5"),
+        (("--data.max_new_tokens", 3), "--data.max_new_tokens is 3"),
         (("--data.val_size", 4), "set --data.val_size 0, or --data.val_engine VLLMEngine"),
         (("--data.system", "Be brief."), "none of the 24 prompts"),
     ],
 )
-def test_a_mistake_is_one_line_before_any_model_is_loaded(
+def test_configuration_error_is_one_line_before_any_model_is_loaded(
     more: tuple[object, ...],
-    says: str,
+    message: str,
     options: list[str],
     predictions: Path,
     tmp_path: Path,
@@ -213,4 +217,4 @@ def test_a_mistake_is_one_line_before_any_model_is_loaded(
     monkeypatch.setattr(loading, "load_policy", never)
     assert main(["fit", *options, *map(str, replay(predictions, *more))]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rlmt: error:")]
-    assert says in line
+    assert message in line

@@ -1,4 +1,4 @@
-"""SFT and reward models trained as adapters, end to end: frozen base, checkpoints, exports, RL from them."""
+"""SFT and reward models with adapters, end to end: frozen base, checkpoints, exports, and RL from the exports."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ ADAPTERS = {"lora": LORA, "qlora": (*LORA, "--model.quantization", "NF4")}
 
 @pytest.fixture
 def fit(supervised_command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """`fit("sft", *options)` trains; gives the module, its base as it was, and the checkpoint."""
+    """`fit("sft", *options)` trains and returns the module, its base before training, and the checkpoint."""
     seen: list[tuple[SupervisedModule, dict[str, Tensor]]] = []
     configure = SupervisedModule.configure_optimizers
 
-    def note(module: SupervisedModule) -> Any:
-        seen.append((module, {name: t.clone() for name, t in base_of(module.trained_model).items()}))
+    def record(module: SupervisedModule) -> Any:
+        seen.append((module, {name: t.clone() for name, t in base_weights(module.trained_model).items()}))
         return configure(module)
 
-    monkeypatch.setattr(SupervisedModule, "configure_optimizers", note)
+    monkeypatch.setattr(SupervisedModule, "configure_optimizers", record)
 
     def run(kind: str, *options: object) -> tuple[Any, dict[str, Tensor], Path]:
         assert main(supervised_command("fit", kind, *options)) == 0
@@ -49,25 +49,25 @@ def fit(supervised_command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyP
     return run
 
 
-def base_of(model: PreTrainedModel) -> dict[str, Tensor]:
-    """All tensors that an adapter must leave alone, 4-bit weights and their scales included."""
+def base_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """All tensors that an adapter must not change, including 4-bit weights and their scales."""
     return {name: t for name, t in model.state_dict().items() if ".lora_" not in name and name != "score.weight"}
 
 
 @torch.no_grad()
 def outputs(model: Any) -> Tensor:
-    """Log-probs of a language model or scores of a classifier, by transformers' own forward."""
+    """Log-probs of a language model or scores of a classifier, by the forward pass of transformers."""
     logits = model(input_ids=IDS).logits.float()
     return logits.log_softmax(-1) if logits.ndim == 3 else logits
 
 
 def scores(reward: ClassifierReward) -> Tensor:
     prompts = [[{"role": "user", "content": f"Tell me about {word}."}] for word in ("red", "two bees", "a cat")]
-    return reward_modeling.score(prompts, ["Sure: red", "No one", "A cat is a cat."], [Status.OK] * 3)  # type: ignore[arg-type]
+    return reward.score(prompts, ["Sure: red", "No one", "A cat is a cat."], [Status.OK] * 3)  # type: ignore[arg-type]
 
 
 def peft_model(kind: str, base: str, adapter: Path, four_bits: bool) -> Any:
-    """The adapter folder on its base, loaded by transformers and PEFT alone."""
+    """The adapter folder on its base, loaded with transformers and PEFT only."""
     options: dict[str, Any] = {}
     if four_bits:
         options["quantization_config"] = BitsAndBytesConfig(
@@ -86,11 +86,11 @@ def peft_model(kind: str, base: str, adapter: Path, four_bits: bool) -> Any:
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("kind", ["sft", "reward"])
-def test_an_adapter_is_trained_and_both_exports_are_the_model(
+def test_adapter_is_trained_and_both_exports_equal_the_model(
     kind: str, adapter: str, fit: Callable[..., Any], tiny: Path, tmp_path: Path
 ) -> None:
     module, base, last = fit(kind, *ADAPTERS[adapter], "--trainer.max_epochs", 1)
-    now = base_of(module.trained_model)
+    now = base_weights(module.trained_model)
     assert base and all(torch.equal(now[name], tensor) for name, tensor in base.items())
     assert any("absmax" in name for name in base) == (adapter == "qlora")
 
@@ -107,12 +107,12 @@ def test_an_adapter_is_trained_and_both_exports_are_the_model(
     auto: Any = AutoModelForCausalLM if kind == "sft" else AutoModelForSequenceClassification
     merged, info = auto.from_pretrained(tmp_path / "merged", dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    wanted, start = outputs(module.trained_model), load_policy(tiny / "policy", "float32")
+    expected, start = outputs(module.trained_model), load_policy(tiny / "policy", "float32")
     with_adapter = outputs(peft_model(kind, str(tiny / "policy"), tmp_path / "adapter", adapter == "qlora"))
     moved = module.trained_model.base_model(IDS).last_hidden_state - start.base_model(IDS).last_hidden_state
     assert moved.abs().max() > 0.05
-    assert (outputs(merged) - wanted).abs().max() < 1e-3
-    assert (with_adapter - wanted).abs().max() < 1e-3
+    assert (outputs(merged) - expected).abs().max() < 1e-3
+    assert (with_adapter - expected).abs().max() < 1e-3
     with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as file:
         named = {name.removeprefix("base_model.model.") for name in file.keys()}  # noqa: SIM118
     assert len(named) == len(adapters) + len(head)
@@ -126,8 +126,8 @@ def test_an_adapter_is_trained_and_both_exports_are_the_model(
         assert (scores(exported) - scores(trained)).abs().max() < 1e-3
 
 
-def test_a_high_rank_and_all_parameters_both_learn(fit: Callable[..., Any], tmp_path: Path) -> None:
-    """A rank of the model's width leaves the layers' update free; embeddings and head stay as they are."""
+def test_high_rank_adapter_and_all_parameters_both_learn(fit: Callable[..., Any], tmp_path: Path) -> None:
+    """A rank of the model's width does not restrict the layers' update; embeddings and head are frozen."""
     ends = []
     for options in ((), ("--model.lora", "LoRA", "--model.lora.rank", 64, "--model.lora.alpha", 256)):
         fit("sft", *options, "--trainer.max_epochs", 4)
@@ -144,14 +144,14 @@ def never(*args: Any, **options: Any) -> None:
     raise AssertionError("a model was loaded")
 
 
-def test_a_resumed_run_is_the_unbroken_run_and_rl_starts_from_both_exports(
+def test_resumed_run_equals_the_unbroken_run_and_rl_starts_from_both_exports(
     supervised_command: Command,
     prompts_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """SFT in 4 bits with dropout, 8-bit moments included; a reward model with DoRA."""
+    """SFT in 4 bits with dropout and 8-bit optimizer moments, and a reward model with DoRA."""
     options: dict[str, tuple[object, ...]] = {
         "sft": (*ADAPTERS["qlora"], "--model.lora.dropout", 0.1, "--model.optimizer", "bitsandbytes.optim.AdamW8bit"),
         "reward": (*LORA, "--model.lora.dora", "true"),
@@ -163,10 +163,11 @@ def test_a_resumed_run_is_the_unbroken_run_and_rl_starts_from_both_exports(
             common = ("--model.scheduler", "null", "--data.val_size", 0, "--trainer.max_epochs", -1)
             return main(supervised_command("fit", kind, *common, *own, *run, *more))
 
-        assert train("whole", 4) == train("broken", 2) == train("broken", 4, "--ckpt_path", "last") == 0
-        files = [tmp_path / kind / name / "checkpoints" / "last.ckpt" for name in ("whole", "broken")]
-        whole, broken = (torch.load(file, weights_only=True)["state_dict"] for file in files)
-        assert whole.keys() == broken.keys() and all(torch.equal(t, broken[name]) for name, t in whole.items())
+        assert train("unbroken", 4) == train("broken", 2) == train("broken", 4, "--ckpt_path", "last") == 0
+        files = [tmp_path / kind / name / "checkpoints" / "last.ckpt" for name in ("unbroken", "broken")]
+        unbroken, broken = (torch.load(file, weights_only=True)["state_dict"] for file in files)
+        assert unbroken.keys() == broken.keys()
+        assert all(torch.equal(t, broken[name]) for name, t in unbroken.items())
         assert main(["export", str(files[0]), str(tmp_path / kind / "model")]) == 0
 
         with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""SFT and reward-model training as a user runs them: fit, validate, resume, export, and mistakes in one line."""
+"""SFT and reward modeling through the command line: fit, validate, resume, export, and error lines."""
 
 import csv
 import json
@@ -39,7 +39,7 @@ def metrics(run: Path, version: int = 0) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("form", ["think", "no_think"])
-def test_sft_learns_and_its_export_is_a_policy(form: str, command: Command, tmp_path: Path) -> None:
+def test_sft_learns_and_exports_a_policy(form: str, command: Command, tmp_path: Path) -> None:
     assert main(command("fit", "sft", "--model.format", form)) == 0
     rows = metrics(tmp_path / "run")
     train = [row for row in rows if "sft/loss" in row]
@@ -56,9 +56,7 @@ def test_sft_learns_and_its_export_is_a_policy(form: str, command: Command, tmp_
     assert all(torch.equal(weights[f"policy.{name}"], value) for name, value in policy.state_dict().items())
 
 
-def test_reward_model_learns_and_its_export_scores_the_same(
-    command: Command, preferences: Path, tmp_path: Path
-) -> None:
+def test_reward_model_learns_and_its_export_scores_equally(command: Command, preferences: Path, tmp_path: Path) -> None:
     assert main(command("fit", "reward", "--trainer.max_epochs", 3)) == 0
     rows = metrics(tmp_path / "run")
     assert sum("rm/loss" in row for row in rows) == 12
@@ -84,7 +82,7 @@ def test_reward_model_learns_and_its_export_scores_the_same(
     prompts = [[{"role": "user", "content": row["prompt"]}] for row in samples] * 2
     responses = [row["chosen"] for row in samples] + [row["rejected"] for row in samples]
     scores = reward.score(prompts, responses, [Status.OK] * 12)
-    # One conversation at a time, by the policy's template, through the weights of the checkpoint.
+    # The weights of the checkpoint score one conversation at a time, rendered with the policy's template.
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", dtype=torch.float32)
     plain.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
     for prompt, response, score in zip(prompts, responses, scores, strict=True):
@@ -95,7 +93,7 @@ def test_reward_model_learns_and_its_export_scores_the_same(
 
 
 @pytest.mark.parametrize("config", ["sft", "reward"])
-def test_mixed_precision_and_checkpointed_layers_give_about_the_same_loss(
+def test_mixed_precision_with_gradient_checkpointing_has_about_the_same_loss(
     config: str, command: Command, tmp_path: Path
 ) -> None:
     first = []
@@ -110,45 +108,52 @@ def test_mixed_precision_and_checkpointed_layers_give_about_the_same_loss(
 
 
 @pytest.mark.parametrize("config", ["sft", "reward"])
-def test_a_resumed_run_is_the_unbroken_run(
+def test_resumed_run_equals_the_unbroken_run(
     config: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit, optimizer of two parts and schedule included, from a checkpoint at an epoch's end or within one."""
-    whole, name = tmp_path / "whole", "sft/loss" if config == "sft" else "rm/loss"
-    often = "{class_path: rlmt.callbacks.PolicyCheckpoint, init_args: {every_n_steps: 2}}"
-    (tmp_path / "often.yaml").write_text(f"trainer: {{callbacks: [{often}]}}")
-    common = ("--config", "often.yaml", "--model.optimizer", "MuonAdamW", "--model.optimizer.init_args.muon_lr", 0.01)
+    """Bit for bit, with a two-part optimizer and a schedule, from a checkpoint within an epoch or at its end."""
+    unbroken, name = tmp_path / "unbroken", "sft/loss" if config == "sft" else "rm/loss"
+    checkpoint = "{class_path: rlmt.callbacks.PolicyCheckpoint, init_args: {every_n_steps: 2}}"
+    (tmp_path / "every_second.yaml").write_text(f"trainer: {{callbacks: [{checkpoint}]}}")
+    common = (
+        "--config",
+        "every_second.yaml",
+        "--model.optimizer",
+        "MuonAdamW",
+        "--model.optimizer.init_args.muon_lr",
+        0.01,
+    )
     save = AtomicCheckpointIO.save_checkpoint
 
-    def save_and_keep(io: AtomicCheckpointIO, checkpoint: dict[str, Any], path: Path, **options: Any) -> None:
+    def save_and_copy(io: AtomicCheckpointIO, checkpoint: dict[str, Any], path: Path, **options: Any) -> None:
         save(io, checkpoint, path, **options)
-        shutil.copytree(Path(path).parent, tmp_path / f"kept{checkpoint['global_step']}")
+        shutil.copytree(Path(path).parent, tmp_path / f"step{checkpoint['global_step']}")
 
     with monkeypatch.context() as patch:
-        patch.setattr(AtomicCheckpointIO, "save_checkpoint", save_and_keep)
-        assert main(command("fit", config, *common, "--trainer.default_root_dir", whole)) == 0
-    expected = [row for row in metrics(whole) if name in row]
+        patch.setattr(AtomicCheckpointIO, "save_checkpoint", save_and_copy)
+        assert main(command("fit", config, *common, "--trainer.default_root_dir", unbroken)) == 0
+    expected = [row for row in metrics(unbroken) if name in row]
     assert len(expected) == 8
     for stop in (4, 6):
         run = tmp_path / f"from{stop}"
-        start = tmp_path / f"kept{stop}" / "last.ckpt"
+        start = tmp_path / f"step{stop}" / "last.ckpt"
         assert main(command("fit", config, *common, "--trainer.default_root_dir", run, "--ckpt_path", start)) == 0
         later = [row for row in metrics(run) if name in row]
         assert later == expected[stop:]
-        ends = [torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (whole, run)]
+        ends = [torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (unbroken, run)]
         assert ends[0]["lr_schedulers"] == ends[1]["lr_schedulers"]
         assert all(torch.equal(value, ends[1]["state_dict"][key]) for key, value in ends[0]["state_dict"].items())
 
 
-def refused(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
-    """The one line that a command ends in when it is refused."""
+def error_line(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
+    """The only line of error that a failing command prints."""
     capsys.readouterr()
     assert main(words) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rlmt: error: ")]
     return line
 
 
-def test_mistakes_cost_one_line_and_no_model(
+def test_configuration_errors_are_one_line_and_load_no_model(
     command: Command, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def never(*args: Any, **options: Any) -> None:
@@ -180,11 +185,11 @@ def test_mistakes_cost_one_line_and_no_model(
         (command("fit", "reward", "--model.centering", "-0.5"), "--model.centering is -0.5"),
         (command("validate", "reward", "--data.val_size", 0), "there is nothing to validate on"),
     ]
-    for words, says in cases:
-        assert says in refused(capsys, words), says
+    for words, message in cases:
+        assert message in error_line(capsys, words), message
 
 
-def test_a_diverging_run_stops_before_it_spoils_the_weights(
+def test_non_finite_loss_stops_the_run_before_the_optimizer_step(
     command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = sft.token_logprobs
@@ -195,22 +200,22 @@ def test_a_diverging_run_stops_before_it_spoils_the_weights(
         return outputs
 
     monkeypatch.setattr(sft, "token_logprobs", infinite)
-    assert "StoppedBySignal before optimizer step 1" in refused(capsys, command("fit", "sft"))
+    assert "StoppedBySignal before optimizer step 1" in error_line(capsys, command("fit", "sft"))
 
 
-def test_checkpoints_of_another_kind_or_format_are_refused(
+def test_checkpoints_of_another_module_or_format_are_rejected(
     command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(command("fit", "sft", "--trainer.max_steps", 1, "--data.val_size", 0)) == 0
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    line = refused(capsys, command("fit", "sft", "--model.format", "no_think", "--ckpt_path", last))
+    line = error_line(capsys, command("fit", "sft", "--model.format", "no_think", "--ckpt_path", last))
     assert "set --model.format to the checkpoint's" in line
     moved = shutil.copy(last, tmp_path / "moved.ckpt")
-    line = refused(capsys, command("validate", "reward", "--ckpt_path", moved))
+    line = error_line(capsys, command("validate", "reward", "--ckpt_path", moved))
     assert "is a checkpoint of SFT, and this run trains RewardModeling" in line
 
 
-def test_the_calibration_callback_says_where_it_does_not_belong(command: Command, tmp_path: Path) -> None:
+def test_calibration_callback_rejects_other_modules(command: Command, tmp_path: Path) -> None:
     (tmp_path / "wrong.yaml").write_text("trainer: {callbacks+: [{class_path: rlmt.callbacks.Calibration}]}")
     with pytest.raises(TypeError, match="differences"):
         main(command("fit", "sft", "--config", "wrong.yaml", "--trainer.max_epochs", 1))

@@ -1,4 +1,4 @@
-"""Named variants and dynamic sampling through the command line."""
+"""Named algorithm variants and dynamic sampling through the command line."""
 
 import csv
 import re
@@ -16,12 +16,12 @@ from rlmt.cli.commands import main
 CONFIGS = [word for name in ("base", "grpo", "tiny") for word in ("--config", f"configs/{name}.yaml")]
 REWARD = """
 def picky(prompt, response):
-    '''The same for every response to a third of the prompts, which teach nothing.'''
+    '''Equal for all responses to a third of the prompts, which have no learning signal.'''
     return float(len(response) % 5) if len(prompt[-1]["content"]) % 3 else 1.0
 
 
 def rarely(prompt, response):
-    '''The same for every response to most prompts.'''
+    '''Equal for all responses to most prompts.'''
     return 1.0 if len(prompt[-1]["content"]) % 3 else float(len(response) % 5)
 
 
@@ -34,7 +34,7 @@ Fit = Callable[..., int]
 
 @pytest.fixture
 def fit(tiny: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
-    """`fit(run, "--data.x", 1)` trains on tiny models without vLLM; rewards from REWARD, 6 batches a pass."""
+    """`fit(run, "--data.x", 1)` trains on tiny models without vLLM; rewards from REWARD, 6 batches an epoch."""
     (tmp_path / "variant_rewards.py").write_text(REWARD)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -69,7 +69,7 @@ def metrics(run: Path, version: int = 0) -> list[dict[str, float]]:
 
 
 def rollouts(run: Path) -> dict[int, list[dict[str, Any]]]:
-    """The dumped samples of each step."""
+    """The saved samples of each step."""
     steps: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for path in sorted(run.rglob("rollouts_*.parquet")):
         for row in pq.read_table(path).to_pylist():
@@ -78,8 +78,8 @@ def rollouts(run: Path) -> dict[int, list[dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("name", ["DrGRPO", "DAPO", "GSPO", "RLOO", "REINFORCEPlusPlus"])
-def test_a_variant_is_one_word(name: str, fit: Fit, tmp_path: Path) -> None:
-    """Over a configuration of GRPO, whose values must not make the variant something else."""
+def test_variant_is_one_option(name: str, fit: Fit, tmp_path: Path) -> None:
+    """On top of GRPO's configuration, whose values must not change the variant's defaults."""
     seen: list[Any] = []
     from rlmt.modules import RLMTModule
 
@@ -95,7 +95,7 @@ def test_a_variant_is_one_word(name: str, fit: Fit, tmp_path: Path) -> None:
     assert ("policy/kl" in row) == fresh.needs_reference
 
 
-def test_a_variants_own_options_are_options_and_the_fixed_ones_are_not(
+def test_variant_accepts_its_own_options_and_rejects_fixed_ones(
     fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert fit(tmp_path / "run", "--model.algorithm", "DAPO", "--model.algorithm.kl_coef", 0.1) == 2
@@ -104,7 +104,7 @@ def test_a_variants_own_options_are_options_and_the_fixed_ones_are_not(
     assert "--model.algorithm.dynamic_sampling" in capsys.readouterr().err
 
 
-def test_dynamic_sampling_trains_on_groups_with_spread_and_tells_of_all(fit: Fit, tmp_path: Path) -> None:
+def test_dynamic_sampling_trains_on_groups_with_a_signal_and_logs_all(fit: Fit, tmp_path: Path) -> None:
     options = ("--model.algorithm", "DAPO", "--model.algorithm.minibatches", 2, "--trainer.max_steps", 8)
     assert fit(tmp_path / "run", *options) == 0
     rows, steps = metrics(tmp_path / "run"), rollouts(tmp_path / "run")
@@ -120,58 +120,60 @@ def test_dynamic_sampling_trains_on_groups_with_spread_and_tells_of_all(fit: Fit
         assert len(samples) == 16 * (1 + row["reward/refills"])
         assert row["reward/dropped_groups"] == equal
         assert row["reward/surplus_groups"] == max(0, len(groups) - equal - 4)
-        # the curve is of everything that was drawn, not of what was worth training on
+        # the logged reward covers all samples, not only those trained on
         assert row["reward/mean"] == pytest.approx(sum(s["reward"] for s in samples) / len(samples), rel=1e-5)
         assert row["reward/zero_std_groups"] == pytest.approx(equal / len(groups))
-        assert row["engine/mismatch_max"] < 1e-3  # refills are drawn with the present weights, and sorted right
+        assert row["engine/mismatch_max"] < 1e-3  # refills are sampled with the current weights and are in order
         enough = len(groups) - equal >= 4
         assert enough or row["reward/refills"] == 4
         assert row["time/rollout_s"] > 0 and row["time/reward_s"] >= 0
     assert sum(row["reward/refills"] for row in rows) >= 4 and any(row["reward/surplus_groups"] for row in rows)
-    # (epoch, prompt, sample) makes the seed: none is used twice, and passes are left and entered within steps
+    # (epoch, prompt, sample) determines the seed: none is used twice, and epochs end within steps
     assert len(seeds) == sum(map(len, steps.values()))
     epochs = [{sample["epoch"] for sample in samples} for samples in steps.values()]
     assert max(map(len, epochs)) > 1
 
 
-def test_a_resumed_run_with_refills_is_the_unbroken_run(fit: Fit, tmp_path: Path) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
+def test_resumed_run_with_refills_equals_the_unbroken_run(fit: Fit, tmp_path: Path) -> None:
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     common = ("--model.algorithm", "DAPO")
-    assert fit(whole, *common, "--trainer.max_steps", 5) == 0
+    assert fit(unbroken, *common, "--trainer.max_steps", 5) == 0
     assert fit(broken, *common, "--trainer.max_steps", 2) == 0
     assert fit(broken, *common, "--trainer.max_steps", 5, "--ckpt_path", "last") == 0
     expected, resumed = (
         [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in metrics(run)]
-        for run in (whole, broken)
+        for run in (unbroken, broken)
     )
     assert sum(row["reward/refills"] for row in expected[:2]) > 0 and len(expected) == 5
     assert resumed == expected
     key = ("step", "epoch", "prompt_index", "sample", "completion_ids", "reward")
     dumps = [
         [[s[name] for name in key] for _, samples in sorted(rollouts(run).items()) for s in samples]
-        for run in (whole, broken)
+        for run in (unbroken, broken)
     ]
     assert dumps[0] == dumps[1]
-    ends = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for run in (whole, broken)]
+    ends = [
+        torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for run in (unbroken, broken)
+    ]
     assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
 
 
-def test_at_the_bound_what_there_is_is_trained_on(fit: Fit, tmp_path: Path) -> None:
-    """With fewer groups than minibatches there are fewer optimizer steps, and none on nothing."""
+def test_groups_available_at_the_refill_limit_are_trained_on(fit: Fit, tmp_path: Path) -> None:
+    """Fewer groups than minibatches make fewer optimizer steps, and no group makes none."""
     options: tuple[object, ...] = ("--model.reward.function", "variant_rewards.rarely")
     options += ("--model.algorithm.dynamic_sampling", 1, "--model.algorithm.minibatches", 4, "--trainer.max_steps", 6)
     assert fit(tmp_path / "run", *options) == 0
-    rows, kept = metrics(tmp_path / "run"), []
+    rows, trained = metrics(tmp_path / "run"), []
     for row in rows:
-        drawn = 4 * (1 + row["reward/refills"])
-        kept.append(drawn - row["reward/dropped_groups"] - row["reward/surplus_groups"])
+        sampled = 4 * (1 + row["reward/refills"])
+        trained.append(sampled - row["reward/dropped_groups"] - row["reward/surplus_groups"])
         assert row["reward/refills"] <= 1
-    assert 0 in kept and any(0 < count < 4 for count in kept)
+    assert 0 in trained and any(0 < count < 4 for count in trained)
     versions = [row["engine/weight_version"] for row in rows]
-    assert [b - a for a, b in zip(versions, versions[1:], strict=False)] == kept[: len(rows) - 1]
+    assert [b - a for a, b in zip(versions, versions[1:], strict=False)] == trained[: len(rows) - 1]
 
 
-def test_nothing_to_learn_from_is_no_update_and_ends_the_run(
+def test_batches_without_a_learning_signal_are_skipped_and_end_the_run(
     fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ("--model.reward.function", "variant_rewards.indifferent", "--model.algorithm", "DAPO")

@@ -1,4 +1,4 @@
-"""A tiny policy, a tokenizer, and what any engine has to give, worked out the slow way."""
+"""A tiny policy, a tokenizer, and naive reference implementations of what every engine must return."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ ARCHITECTURES = ["llama-tied", "llama-untied", "qwen2-tied", "qwen2-untied"]
 
 
 class Helpers:
-    """Gathered in one fixture, since test folders here are no packages."""
+    """Helpers in one fixture, since test folders are not packages."""
 
     architectures = ARCHITECTURES
     max_len = MAX_LEN
 
     @staticmethod
     def tokenizer() -> PreTrainedTokenizerFast:
-        """Bytes, 64 tokens of two letters, and two special tokens."""
+        """A tokenizer with all bytes, 64 tokens of two letters, and two special tokens."""
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         pairs = list(itertools.product("abcdefgh", repeat=2))
         vocab = {piece: i for i, piece in enumerate([*alphabet, *map("".join, pairs)])}
@@ -46,13 +46,13 @@ class Helpers:
 
     @staticmethod
     def policy(architecture: str) -> PreTrainedModel:
-        """A random fp32 policy whose own generation_config would spoil every sample if it were heeded."""
+        """A random fp32 policy with a generation_config that an engine must ignore: it would change every sample."""
         torch.manual_seed(0)
         family, embeddings = architecture.split("-")
         config, model = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}[family]
         policy = model(
             config(
-                vocab_size=336,  # more than the tokenizer has, as in padded vocabularies
+                vocab_size=336,  # larger than the tokenizer's, as in padded vocabularies
                 hidden_size=64,
                 intermediate_size=96,
                 num_hidden_layers=2,
@@ -78,7 +78,7 @@ class Helpers:
 
     @staticmethod
     def update(policy: PreTrainedModel) -> None:
-        """One real optimizer step."""
+        """Runs one optimizer step."""
         ids = torch.arange(40)[None] % 300
         optimizer = torch.optim.AdamW(policy.parameters(), lr=0.02)
         policy(input_ids=ids, labels=ids).loss.backward()
@@ -89,34 +89,34 @@ class Helpers:
     def mismatch(
         policy: PreTrainedModel, requests: list[SampleRequest], samples: Samples, temperature: float, top_p: float = 1.0
     ) -> float:
-        """Largest difference between the engine's log-probs and those of one plain forward a sample."""
+        """Maximum difference between the engine's log-probs and those of one plain forward per sample."""
         prompts = [request.prompt_ids for request in requests for _ in request.seeds]
-        worst = 0.0
-        for prompt, ids, got in zip(prompts, samples.completion_ids, samples.logprobs, strict=True):
+        maximum = 0.0
+        for prompt, ids, logprobs in zip(prompts, samples.completion_ids, samples.logprobs, strict=True):
             logits = policy(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
             probs = torch.softmax(logits / temperature, dim=-1)
-            for row, token, logprob in zip(probs, ids, got, strict=True):
-                kept = row.clone()
+            for row, token, logprob in zip(probs, ids, logprobs, strict=True):
+                nucleus = row.clone()
                 if top_p < 1:
                     ranked = sorted(range(len(row)), key=lambda i: -row[i].item())
                     mass = 0.0
                     for i in ranked:
                         if mass >= top_p:
-                            kept[i] = 0
+                            nucleus[i] = 0
                         mass += row[i].item()
-                worst = max(worst, abs((kept[token] / kept.sum()).log().item() - logprob))
-        return worst
+                maximum = max(maximum, abs((nucleus[token] / nucleus.sum()).log().item() - logprob))
+        return maximum
 
     @staticmethod
     def composition_matters(engine: Engine, prompts: list[list[int]], sampling: Sampling) -> bool:
-        """Whether a sample is another one alone, among others, or in another order."""
+        """Whether a sample changes between requests on its own, with others, or in another order."""
         requests = [SampleRequest(prompt, [10 * i, 10 * i + 1, 10 * i + 2]) for i, prompt in enumerate(prompts)]
-        together = engine.generate(requests, sampling).completion_ids
-        backwards = engine.generate(requests[::-1], sampling).completion_ids
+        batched = engine.generate(requests, sampling).completion_ids
+        in_reverse = engine.generate(requests[::-1], sampling).completion_ids
         for i, request in enumerate(requests):
-            group = together[3 * i : 3 * i + 3]
+            group = batched[3 * i : 3 * i + 3]
             j = len(requests) - 1 - i
-            if backwards[3 * j : 3 * j + 3] != group:
+            if in_reverse[3 * j : 3 * j + 3] != group:
                 return True
             if i % 4 == 0:
                 alone = [
@@ -129,12 +129,12 @@ class Helpers:
 
     @staticmethod
     def check_stops(engine: Engine, tokenizer: PreTrainedTokenizerFast) -> None:
-        """Where samples end, against free samples cut by hand."""
+        """Checks where samples end, against unlimited samples that are truncated by hand."""
         request = SampleRequest(Helpers.prompts(1, 20)[0], list(range(100, 112)))
         free = engine.generate([request], Sampling(0.9, 60))
         assert [len(ids) for ids in free.completion_ids] == [60] * 12
         assert set(free.finish) == {FinishReason.LENGTH}
-        # A string that ends inside a token of two letters, and two token ids; all of them occur somewhere.
+        # A string that ends inside a token of two letters, and two token ids; all of them occur in the samples.
         middle = next(
             tokenizer.decode(ids[k - 1 : k]) + tokenizer.decode(ids[k : k + 1])[0]
             for ids in free.completion_ids
@@ -157,7 +157,7 @@ class Helpers:
                 assert cut.finish[i] is (FinishReason.STOP if ends else FinishReason.LENGTH)
                 reasons.add(cut.finish[i])
             assert FinishReason.STOP in reasons
-        # Ending by itself on the very last token that it may have is no truncation.
+        # A stop on the last allowed token counts as a stop, not as a truncation.
         last = free.completion_ids[0][7]
         short = engine.generate(
             [SampleRequest(request.prompt_ids, [100])],

@@ -1,4 +1,4 @@
-"""Recorded samples come back exactly, in turn, and only where they fit the run."""
+"""ReplayEngine: exact samples, the order of groups over epochs, and the checks of a recording."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def prompt_ids(question: int, tokenizer: Any) -> list[int]:
 
 @pytest.fixture
 def record(tokenizer: Any, sampling: Sampling) -> Callable[..., pa.Table]:
-    """Makes the table of one step: G samples a question, every number in them told by step, question and sample."""
+    """Builds the table of one step: G samples per question, with values that encode step, question and sample."""
 
     def table(questions: list[int], group_size: int = 3, step: int = 0, epoch: int = 0, rank: int = 0) -> pa.Table:
         prompts = [Prompt(q, [{"role": "user", "content": QUESTIONS[q]}]) for q in questions]
@@ -73,7 +73,7 @@ def record(tokenizer: Any, sampling: Sampling) -> Callable[..., pa.Table]:
     return table
 
 
-def test_samples_come_back_exactly(record: Any, tokenizer: Any, sampling: Sampling, tmp_path: Path) -> None:
+def test_replayed_samples_equal_the_recorded(record: Any, tokenizer: Any, sampling: Sampling, tmp_path: Path) -> None:
     path = tmp_path / "predictions.parquet"
     table = record([0, 1])
     write_rollouts(table, path)
@@ -81,10 +81,10 @@ def test_samples_come_back_exactly(record: Any, tokenizer: Any, sampling: Sampli
     engine.check()
     engine.check_run(FORMAT, tokenizer, sampling, 3, 300)
     rows = table.to_pylist()
-    for wanted in (3, 2):
-        requests = [SampleRequest(prompt_ids(q, tokenizer), list(range(wanted))) for q in (1, 0)]
+    for count in (3, 2):
+        requests = [SampleRequest(prompt_ids(q, tokenizer), list(range(count))) for q in (1, 0)]
         samples = engine.generate(requests, sampling)
-        expected = rows[3 : 3 + wanted] + rows[:wanted]
+        expected = rows[3 : 3 + count] + rows[:count]
         assert samples.completion_ids == [row["completion_ids"] for row in expected]
         assert samples.logprobs == [row["engine_logprobs"] for row in expected]
         assert samples.finish == [row["finish"] for row in expected]
@@ -92,14 +92,14 @@ def test_samples_come_back_exactly(record: Any, tokenizer: Any, sampling: Sampli
     assert engine.knows(prompt_ids(0, tokenizer)) and not engine.knows(prompt_ids(2, tokenizer))
     engine.recording.ref_logprobs = torch.arange(len(engine.recording.completion_ids)).float()
     samples = engine.generate([SampleRequest(prompt_ids(1, tokenizer), [0])], sampling)
-    # question 0 has samples of 3, 4 and 5 tokens, so question 1 begins with token 12
+    # Question 0 has samples of 3, 4 and 5 tokens, so question 1 starts at token 12.
     assert samples.ref_logprobs == [[12.0, 13.0, 14.0]]
 
 
-def test_passes_take_the_groups_of_a_prompt_in_turn(
+def test_epochs_cycle_through_the_groups_of_a_prompt(
     record: Any, tokenizer: Any, sampling: Sampling, tmp_path: Path
 ) -> None:
-    # Names order the ranks' files one after the other; passes and steps order the groups.
+    # Files are read in the order of their names; groups are ordered by epoch and step.
     write_rollouts(pa.concat_tables([record([0], step=1), record([0, 1], step=4, epoch=2)]), tmp_path / "a.parquet")
     write_rollouts(record([1, 0], step=2, epoch=1, rank=1), tmp_path / "b.parquet")
     engine = ReplayEngine(str(tmp_path))
@@ -118,7 +118,7 @@ def test_passes_take_the_groups_of_a_prompt_in_turn(
     assert engine.generate(requests, sampling).weight_version == 11, "the lowest of the batch"
 
 
-def test_groups_of_one_key_in_two_files_stay_apart(record: Any, tmp_path: Path) -> None:
+def test_groups_of_two_files_are_not_merged(record: Any, tmp_path: Path) -> None:
     for name in "ab":
         write_rollouts(record([0, 1]), tmp_path / f"{name}.parquet")
     engine = ReplayEngine(str(tmp_path))
@@ -126,52 +126,55 @@ def test_groups_of_one_key_in_two_files_stay_apart(record: Any, tmp_path: Path) 
     assert engine.recording.groups == [range(0, 3), range(3, 6), range(6, 9), range(9, 12)]
 
 
-def put(table: pa.Table, column: str, values: list[Any]) -> pa.Table:
-    """The table with other values in a column."""
+def replace_column(table: pa.Table, column: str, values: list[Any]) -> pa.Table:
+    """The table with new values in a column."""
     index = table.schema.get_field_index(column)
     return table.set_column(index, table.schema.field(index), pa.array(values, table.schema.field(index).type))
 
 
-BROKEN = [
-    (lambda table: table.slice(0, 0), "holds no samples"),
-    (lambda table: table.drop_columns(["finish"]), "not a file of rollouts"),
-    (lambda table: table.replace_schema_metadata(None), "does not say in which format"),
-    (lambda table: put(table, "completion_ids", [[1, 2]] * 6), "row 1 has 2 tokens and 3 log-probs"),
-    (lambda table: put(put(table, "completion_ids", [[]] * 6), "engine_logprobs", [[]] * 6), "row 1 has 0 tokens"),
+INVALID = [
+    (lambda table: table.slice(0, 0), "has no samples"),
+    (lambda table: table.drop_columns(["finish"]), "not a rollout file"),
+    (lambda table: table.replace_schema_metadata(None), "does not name the thinking format"),
+    (lambda table: replace_column(table, "completion_ids", [[1, 2]] * 6), "row 1 has 2 tokens and 3 log-probs"),
     (
-        lambda table: put(table, "engine_logprobs", [[float("nan")] * (3 + i % 3) for i in range(6)]),
-        "no finite numbers",
+        lambda table: replace_column(replace_column(table, "completion_ids", [[]] * 6), "engine_logprobs", [[]] * 6),
+        "row 1 has 0 tokens",
+    ),
+    (
+        lambda table: replace_column(table, "engine_logprobs", [[float("nan")] * (3 + i % 3) for i in range(6)]),
+        "log-probs that are not finite",
     ),
 ]
 
 
-@pytest.mark.parametrize(("change", "says"), BROKEN)
-def test_what_is_no_recording_is_told_in_one_line(change: Any, says: str, record: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("change", "message"), INVALID)
+def test_invalid_recordings_raise_one_line_errors(change: Any, message: str, record: Any, tmp_path: Path) -> None:
     path = tmp_path / "r.parquet"
     pq.write_table(change(record([0, 1])), path)
-    with pytest.raises(UserError, match=says) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         ReplayEngine(str(path)).check()
     assert str(caught.value).startswith(f"--data.engine.path: {path}") and "\n" not in str(caught.value)
 
 
-def test_missing_and_torn_files_are_told(record: Any, tmp_path: Path) -> None:
+def test_missing_and_truncated_files_raise(record: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--data.engine.path: no rollouts at .*none.parquet"):
         ReplayEngine(str(tmp_path / "none.parquet")).check()
     write_rollouts(record([0]), tmp_path / "r.parquet")
-    (tmp_path / "torn.parquet").write_bytes((tmp_path / "r.parquet").read_bytes()[:-50])
-    with pytest.raises(UserError, match="torn.parquet is not a parquet file"):
-        ReplayEngine(str(tmp_path / "torn.parquet")).check()
+    (tmp_path / "truncated.parquet").write_bytes((tmp_path / "r.parquet").read_bytes()[:-50])
+    with pytest.raises(UserError, match="truncated.parquet is not a parquet file"):
+        ReplayEngine(str(tmp_path / "truncated.parquet")).check()
 
 
-def test_a_folder_holds_one_format(record: Any, tmp_path: Path) -> None:
+def test_folder_with_two_formats_raises(record: Any, tmp_path: Path) -> None:
     table = record([0])
     write_rollouts(table, tmp_path / "a.parquet")
     write_rollouts(table.replace_schema_metadata({b"rlmt": b'{"format": {}}'}), tmp_path / "b.parquet")
-    with pytest.raises(UserError, match="b.parquet is in another format than a.parquet"):
+    with pytest.raises(UserError, match="b.parquet has another format than a.parquet"):
         read_rollouts(tmp_path)
 
 
-def test_another_run_is_refused(record: Any, tokenizer: Any, sampling: Sampling, tmp_path: Path) -> None:
+def test_check_run_rejects_other_settings(record: Any, tokenizer: Any, sampling: Sampling, tmp_path: Path) -> None:
     write_rollouts(record([0, 1]), tmp_path / "r.parquet")
     engine = ReplayEngine(str(tmp_path / "r.parquet"))
     engine.check()
@@ -183,35 +186,37 @@ def test_another_run_is_refused(record: Any, tokenizer: Any, sampling: Sampling,
         ((FORMAT, tokenizer, replace(sampling, temperature=1.0), 3), "temperature 0.7: set --data.temperature 0.7"),
         ((FORMAT, tokenizer, replace(sampling, top_p=0.9), 3), "top_p 1: set --data.top_p 1"),
         ((FORMAT, tokenizer, replace(sampling, stop_token_ids=(7,)), 3), "other stop tokens"),
-        ((FORMAT, tokenizer, replace(sampling, max_new_tokens=4), 3), "5 tokens, .* set it to 5 or more"),
-        ((FORMAT, tokenizer, sampling, 4), "holds 3 samples a prompt, and --data.group_size asks for 4"),
+        ((FORMAT, tokenizer, replace(sampling, max_new_tokens=4), 3), "5 tokens, .* set it to at least 5"),
+        ((FORMAT, tokenizer, sampling, 4), "has 3 samples per prompt, but --data.group_size is 4"),
     ]
-    for arguments, says in cases:
-        with pytest.raises(UserError, match=says) as caught:
+    for arguments, message in cases:
+        with pytest.raises(UserError, match=message) as caught:
             engine.check_run(*arguments, 300)
         assert "\n" not in str(caught.value)
     engine.check_run(FORMAT, tokenizer, replace(sampling, max_new_tokens=5), 3, 300)
-    with pytest.raises(UserError, match="holds token 448, and the policy has only 448"):
+    with pytest.raises(UserError, match="has token 448, but the policy's vocabulary has only 448"):
         engine.recording.check_vocabulary(448)
     engine.recording.check_vocabulary(449)
 
 
-def test_a_tokenizer_that_renders_alike_and_decodes_otherwise_is_refused(
+def test_check_run_rejects_a_tokenizer_that_only_decodes_differently(
     record: Any, tokenizer: Any, sampling: Sampling, tmp_path: Path
 ) -> None:
     table = record([0])
-    write_rollouts(put(table, "text", [text + "?" for text in table["text"].to_pylist()]), tmp_path / "r.parquet")
+    write_rollouts(
+        replace_column(table, "text", [text + "?" for text in table["text"].to_pylist()]), tmp_path / "r.parquet"
+    )
     engine = ReplayEngine(str(tmp_path / "r.parquet"))
     engine.check()
     with pytest.raises(UserError, match="another tokenizer"):
         engine.check_run(FORMAT, tokenizer, sampling, 3, 300)
 
 
-def test_what_was_not_recorded_is_not_made_up(record: Any, tokenizer: Any, sampling: Sampling, tmp_path: Path) -> None:
+def test_unrecorded_prompts_and_samples_raise(record: Any, tokenizer: Any, sampling: Sampling, tmp_path: Path) -> None:
     write_rollouts(record([0]), tmp_path / "r.parquet")
     engine = ReplayEngine(str(tmp_path / "r.parquet"))
     engine.check()
-    with pytest.raises(UserError, match="holds no samples of a prompt"):
+    with pytest.raises(UserError, match="has no samples of a prompt"):
         engine.generate([SampleRequest(prompt_ids(1, tokenizer), [0])], sampling)
-    with pytest.raises(UserError, match="holds 3 samples of a prompt, and 4 are asked for: lower --data.group_size"):
+    with pytest.raises(UserError, match="has 3 samples of a prompt, but 4 are requested; lower --data.group_size"):
         engine.generate([SampleRequest(prompt_ids(0, tokenizer), [0, 1, 2, 3])], sampling)

@@ -1,4 +1,4 @@
-"""Rollouts survive parquet exactly."""
+"""Rollout files: exact round trips, order, and errors."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from rlmt.types import Experience, FinishReason, Prompt, RolloutBatch, Sampling,
 
 @pytest.fixture
 def experience() -> Experience:
-    """Two prompts of two samples, with texts and numbers that a careless format would change."""
+    """Two prompts of two samples, with texts and numbers that a lossy format would change."""
     texts = ["<think>a\0b</think>\r\n\u2028 é 👍 c", "<think>lone \ud83d here"]
     texts += ["<think>x</think>y", "<think>z</think>w"]
     splits = [Split("a\0b", "é 👍 c", Status.OK), Split("", "", Status.UNCLOSED)]
@@ -36,7 +36,7 @@ def experience() -> Experience:
     )
     scores = Scores(
         torch.tensor([0.1, -5.0, 1 / 3, 2.0]),
-        {"judge": torch.tensor([0.1, math.nan, 1 / 3, 2.0]), "brief": torch.tensor([1.0, math.nan, 0.0, 1.0])},
+        {"rm": torch.tensor([0.1, math.nan, 1 / 3, 2.0]), "brief": torch.tensor([1.0, math.nan, 0.0, 1.0])},
         ["é 👍 c", None, "y", ""],
     )
     return Experience(
@@ -51,7 +51,7 @@ def experience() -> Experience:
     )
 
 
-def test_round_trip_through_a_file(experience, tmp_path):
+def test_round_trip_through_a_file_is_exact(experience, tmp_path):
     path = tmp_path / "new" / "r.parquet"
     write_rollouts(rollout_table(experience, step=41, format={"name": "think", "prefill": False}, rank=3), path)
     assert [p.name for p in path.parent.iterdir()] == ["r.parquet"]
@@ -66,24 +66,24 @@ def test_round_trip_through_a_file(experience, tmp_path):
     assert rows["completion_ids"] == experience.rollouts.completion_ids
     assert [len(values) for values in rows["engine_logprobs"]] == [2, 1, 3, 1]
     flat = torch.tensor([value for values in rows["engine_logprobs"] for value in values])
-    assert torch.equal(flat.view(torch.int32), experience.engine_logprobs.view(torch.int32)), "to the last bit"
+    assert torch.equal(flat.view(torch.int32), experience.engine_logprobs.view(torch.int32)), "the bits differ"
     assert rows["text"] == [text.replace("\ud83d", "\ufffd") for text in experience.texts]
     assert rows["thought"] == ["a\0b", "", "x", "z"] and rows["response"] == ["é 👍 c", "", "y", "w"]
     assert rows["status"] == ["ok", "unclosed", "ok", "ok"]
     assert rows["finish"] == ["stop", "length", "stop", "stop"] and rows["truncated"] == [False, True, False, False]
     assert rows["thought_tokens"] == [1, 1, 2, 0] and rows["response_tokens"] == [1, 0, 1, 1]
     assert torch.equal(torch.tensor(rows["reward"]), experience.scores.total)
-    judge = [dict(parts)["judge"] for parts in rows["reward_parts"]]
-    assert torch.equal(torch.tensor(judge).nan_to_num(9), experience.scores.parts["judge"].nan_to_num(9))
+    rm = [dict(parts)["rm"] for parts in rows["reward_parts"]]
+    assert torch.equal(torch.tensor(rm).nan_to_num(9), experience.scores.parts["rm"].nan_to_num(9))
     assert [dict(parts)["brief"] for parts in rows["reward_parts"]][2:] == [0.0, 1.0]
-    assert rows["scored_text"] == ["é 👍 c", None, "y", ""], "nothing scored and an empty text stay apart"
+    assert rows["scored_text"] == ["é 👍 c", None, "y", ""], "null and the empty text are distinct"
     assert rows["weight_version"] == [17] * 4
     sampling = [rows[name] for name in ("temperature", "top_p", "max_new_tokens", "stop", "stop_token_ids")]
     assert list(zip(*sampling, strict=True)) == [(0.7, 0.95, 64, ["</response>"], [9, 10])] * 4
     assert len(rows) == len(SCHEMA)
 
 
-def test_a_folder_is_read_in_the_order_of_names(experience, tmp_path):
+def test_folder_is_read_in_the_order_of_names(experience, tmp_path):
     for step, rank in ((10, 1), (2, 0), (10, 0), (2, 1)):
         write_rollouts(rollout_table(experience, step, rank=rank), tmp_path / f"x{step:02d}.rank{rank}.parquet")
     table = read_rollouts(tmp_path)
@@ -92,7 +92,7 @@ def test_a_folder_is_read_in_the_order_of_names(experience, tmp_path):
     assert table["sample"].to_pylist() == [0, 1, 0, 1] * 4
 
 
-def test_what_is_no_rollout_file_is_told_in_one_line(tmp_path):
+def test_invalid_files_raise_one_line_errors(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.parquet").write_text("not parquet at all, but long enough")
     pq.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")
@@ -100,7 +100,7 @@ def test_what_is_no_rollout_file_is_told_in_one_line(tmp_path):
         ("missing.parquet", "no rollouts at"),
         ("empty", "no rollouts at"),
         ("text.parquet", "is not a parquet file"),
-        ("other.parquet", "its columns are a"),
+        ("other.parquet", "not a rollout file .columns: a, "),
     ):
         with pytest.raises(UserError, match=message) as caught:
             read_rollouts(tmp_path / name)

@@ -1,3 +1,5 @@
+"""TransformersEngine: log-probs, distribution, stops and batching."""
+
 from __future__ import annotations
 
 import math
@@ -27,7 +29,7 @@ def start(policy: Any, tokenizer: Any, helpers: Any, **options: Any) -> Transfor
 
 
 @pytest.mark.parametrize("architecture", ["llama-tied", "llama-untied", "qwen2-tied", "qwen2-untied"])
-def test_logprobs_are_the_policys(architecture: str, helpers: Any, tokenizer: Any) -> None:
+def test_logprobs_equal_the_policys(architecture: str, helpers: Any, tokenizer: Any) -> None:
     policy = helpers.policy(architecture)
     engine = start(policy, tokenizer, helpers)
     requests = [SampleRequest(prompt, [i, 2**63 - 1 - i]) for i, prompt in enumerate(helpers.prompts(5, 30))]
@@ -43,32 +45,32 @@ def test_logprobs_are_the_policys(architecture: str, helpers: Any, tokenizer: An
     assert helpers.mismatch(policy, requests, samples, 0.7) < 1e-4
 
 
-def test_a_sample_depends_on_nothing_beside_it(helpers: Any, tokenizer: Any) -> None:
+def test_samples_are_independent_of_the_batch(helpers: Any, tokenizer: Any) -> None:
     policy = helpers.policy("llama-tied")
     prompts = helpers.prompts(9, 5)
     for options in ({}, {"tokens_per_batch": 150}):
         assert not helpers.composition_matters(start(policy, tokenizer, helpers, **options), prompts, Sampling(0.8, 30))
 
 
-def test_samples_end_where_they_should(helpers: Any, tokenizer: Any) -> None:
+def test_samples_end_at_stop_strings_and_tokens(helpers: Any, tokenizer: Any) -> None:
     helpers.check_stops(start(helpers.policy("qwen2-untied"), tokenizer, helpers), tokenizer)
 
 
-def test_draws_follow_the_policys_distribution(helpers: Any, tokenizer: Any) -> None:
+def test_samples_follow_the_policys_distribution(helpers: Any, tokenizer: Any) -> None:
     policy = helpers.policy("llama-untied")
     engine = start(policy, tokenizer, helpers)
     prompt = helpers.prompts(1, 12)[0]
     count = 4000
     samples = engine.generate([SampleRequest(prompt, list(range(count)))], Sampling(0.5, 1))
-    drawn = Counter(ids[0] for ids in samples.completion_ids)
+    counts = Counter(ids[0] for ids in samples.completion_ids)
     with torch.no_grad():
         probs = torch.softmax(policy(input_ids=torch.tensor([prompt])).logits[0, -1] / 0.5, -1)
-    assert probs.max() < 0.9  # or there would be nothing to see
+    assert probs.max() < 0.9  # otherwise the test would be trivial
     for token, p in enumerate(probs.tolist()):
-        assert abs(drawn[token] - count * p) < 5 * math.sqrt(count * p * (1 - p)) + 5
+        assert abs(counts[token] - count * p) < 5 * math.sqrt(count * p * (1 - p)) + 5
 
 
-def test_nucleus_holds_the_fewest_tokens_of_its_mass(helpers: Any, tokenizer: Any) -> None:
+def test_nucleus_has_the_fewest_tokens_of_its_mass(helpers: Any, tokenizer: Any) -> None:
     policy = helpers.policy("llama-untied")
     prompt = helpers.prompts(1, 12)[0]
     with torch.no_grad():
@@ -79,7 +81,7 @@ def test_nucleus_holds_the_fewest_tokens_of_its_mass(helpers: Any, tokenizer: An
     assert {ids[0] for ids in samples.completion_ids} == set(order[:3].tolist())
 
 
-def test_greedy_takes_the_likeliest_token(helpers: Any, tokenizer: Any) -> None:
+def test_greedy_returns_the_most_likely_token(helpers: Any, tokenizer: Any) -> None:
     policy = helpers.policy("llama-tied")
     request = SampleRequest(helpers.prompts(1, 30)[0], [1])
     samples = start(policy, tokenizer, helpers).generate([request], Sampling(0.0, 20))
@@ -90,7 +92,7 @@ def test_greedy_takes_the_likeliest_token(helpers: Any, tokenizer: Any) -> None:
     assert helpers.mismatch(policy, [request], samples, 1.0) < 1e-4
 
 
-def test_policy_and_random_state_are_left_as_they_were(helpers: Any, tokenizer: Any) -> None:
+def test_policy_and_random_state_are_unchanged(helpers: Any, tokenizer: Any) -> None:
     policy = helpers.policy("llama-tied")
     policy.gradient_checkpointing_enable()
     policy.model.layers[0].eval()
@@ -102,10 +104,10 @@ def test_policy_and_random_state_are_left_as_they_were(helpers: Any, tokenizer: 
     assert [module.training for module in policy.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
     assert policy.generation_config.to_dict() == config
-    helpers.update(policy)  # no tensor made while sampling gets in the way of a backward pass
+    helpers.update(policy)  # tensors made during sampling do not break a backward pass
 
 
-def test_prompt_and_completion_stay_within_the_models_length(helpers: Any, tokenizer: Any) -> None:
+def test_prompt_and_completion_stay_within_max_model_len(helpers: Any, tokenizer: Any) -> None:
     engine = start(helpers.policy("llama-tied"), tokenizer, helpers)
     samples = engine.generate(
         [SampleRequest([5] * (helpers.max_len - 3), [0]), SampleRequest([5] * 10, [0])], Sampling(1.0, 20)
@@ -116,7 +118,7 @@ def test_prompt_and_completion_stay_within_the_models_length(helpers: Any, token
         engine.generate([SampleRequest([5] * helpers.max_len, [0])], Sampling(1.0, 20))
 
 
-def test_batches_keep_to_their_budget(helpers: Any, tokenizer: Any) -> None:
+def test_batches_stay_within_tokens_per_batch(helpers: Any, tokenizer: Any) -> None:
     policy = helpers.policy("llama-tied")
     engine = start(policy, tokenizer, helpers, tokens_per_batch=100)
     shapes: list[tuple[int, ...]] = []
@@ -124,11 +126,11 @@ def test_batches_keep_to_their_budget(helpers: Any, tokenizer: Any) -> None:
     requests = [SampleRequest(prompt, [0, 1]) for prompt in helpers.prompts(4, 20)]  # 20, 21, 22, 23 tokens
     engine.generate([*requests, SampleRequest([7] * 150, [0])], Sampling(1.0, 10))
     hook.remove()
-    # 3 samples of 33 tokens fit into 100, and 3 of 32: 150 | 23 23 22 | 22 21 21 | 20 20, each prompt computed once.
+    # 3 samples of 33 tokens fit into 100, and 3 of 32: 150 | 23 23 22 | 22 21 21 | 20 20, each prompt is computed once.
     assert [shape for shape in shapes if shape[1] > 1] == [(1, 150), (2, 23), (2, 22), (1, 20)]
 
 
-def test_generate_before_sync_and_after_close_is_refused(helpers: Any, tokenizer: Any) -> None:
+def test_generate_before_sync_or_after_close_raises(helpers: Any, tokenizer: Any) -> None:
     engine = TransformersEngine()
     engine.close()
     engine.start(helpers.policy("llama-tied"), tokenizer, 64, torch.float32)

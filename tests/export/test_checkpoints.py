@@ -1,3 +1,5 @@
+"""`rlmt export` of full checkpoints: the folder equals the trained policy, and errors are one line."""
+
 import json
 import shutil
 from pathlib import Path
@@ -19,7 +21,7 @@ PROBE = torch.arange(7, 39).view(2, 16)
 
 
 def _trained(tiny: Path, tied: bool = False) -> torch.nn.Module:
-    """The tiny policy after "training": other weights than any file holds."""
+    """The tiny policy with changed weights, as after training."""
     policy = load_policy(tiny / "policy")
     if tied:
         policy.config.tie_word_embeddings = True
@@ -44,14 +46,14 @@ def _write(tiny: Path, run: Path, policy: torch.nn.Module) -> Path:
     return run / "last.ckpt"
 
 
-def _refused(*args, match: str) -> None:
+def _check_error(*args, match: str) -> None:
     with pytest.raises(UserError, match=match) as caught:
         export(*args)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_exported_policy_is_the_trained_one(tiny, tmp_path, tied):
+def test_export_equals_trained_policy(tiny, tmp_path, tied):
     policy = _trained(tiny, tied)
     out = tmp_path / "out"
     export(_write(tiny, tmp_path / "run", policy), out)
@@ -68,7 +70,7 @@ def test_exported_policy_is_the_trained_one(tiny, tmp_path, tied):
     assert GenerationConfig.from_pretrained(out).eos_token_id == [before.eos_token_id]
 
 
-def test_dtype(tiny, tmp_path):
+def test_dtype_option_converts_the_weights(tiny, tmp_path):
     policy = _trained(tiny)
     export(_write(tiny, tmp_path / "run", policy), tmp_path / "out", "bfloat16")
     loaded = load_policy(tmp_path / "out")
@@ -76,78 +78,80 @@ def test_dtype(tiny, tmp_path):
     assert torch.equal(loaded.lm_head.weight, policy.lm_head.weight.bfloat16())
 
 
-def test_an_export_that_is_killed_leaves_no_folder_and_is_made_again(tiny, tmp_path, monkeypatch):
+def test_killed_export_leaves_no_folder_and_can_be_repeated(tiny, tmp_path, monkeypatch):
     ckpt, out = _write(tiny, tmp_path / "run", _trained(tiny)), tmp_path / "deep" / "out"
-    left = tmp_path / "killed"
+    leftover = tmp_path / "killed"
 
     def killed(folder: Path, target: Path) -> None:
-        assert not out.exists() and (folder / "model.safetensors").is_file()  # all is written, nothing is there
-        shutil.copytree(folder, left)
+        assert (
+            not out.exists() and (folder / "model.safetensors").is_file()
+        )  # the weights are written, and `out` does not exist yet
+        shutil.copytree(folder, leftover)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(Path, "rename", killed)
         export(ckpt, out)
     assert not list(out.parent.iterdir())  # Ctrl-C cleans up
-    left.rename(out.with_name(".out.partial"))  # as SIGKILL leaves it
+    leftover.rename(out.with_name(".out.partial"))  # as SIGKILL leaves it
     (out.with_name(".out.partial") / "stale").touch()
-    out.mkdir()  # an empty folder is as good as none
+    out.mkdir()  # an empty folder may exist
     export(ckpt, out)
     assert [path.name for path in out.parent.iterdir()] == ["out"] and not (out / "stale").exists()
     load_policy(out)
 
 
-def test_sharded_checkpoint(tiny, tmp_path):
+def test_sharded_checkpoint_exports_the_trained_policy(tiny, tmp_path):
     policy = _trained(tiny)
     ckpt = _write(tiny, tmp_path / "run", policy).with_name("sharded.ckpt")
-    whole = _checkpoint(policy)
+    saved = _checkpoint(policy)
     dcp.save(
-        {"state_dict": whole.pop("state_dict"), "optimizer_0": {"state": {"x": torch.ones(3)}}},
+        {"state_dict": saved.pop("state_dict"), "optimizer_0": {"state": {"x": torch.ones(3)}}},
         checkpoint_id=ckpt,
         no_dist=True,
     )
-    torch.save(whole, ckpt / "meta.pt")
+    torch.save(saved, ckpt / "meta.pt")
     export(ckpt, tmp_path / "out")
     with torch.no_grad():
         assert torch.equal(load_policy(tmp_path / "out")(PROBE).logits, policy(PROBE).logits)
     (ckpt / "meta.pt").unlink()
-    _refused(ckpt, tmp_path / "other", match="not a sharded checkpoint")
+    _check_error(ckpt, tmp_path / "other", match="not a sharded checkpoint")
 
 
-def test_mistakes(tiny, tmp_path, monkeypatch):
+def test_invalid_checkpoints_and_folders_are_one_line_errors(tiny, tmp_path, monkeypatch):
     policy = _trained(tiny)
     ckpt, out = _write(tiny, tmp_path / "run", policy), tmp_path / "out"
-    _refused(tmp_path / "none.ckpt", out, match="no such checkpoint")
+    _check_error(tmp_path / "none.ckpt", out, match="no such checkpoint")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    _refused(ckpt, tmp_path / "full", match="is there already")
+    _check_error(ckpt, tmp_path / "full", match="already exists")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    _refused(ckpt, Path(), match="cannot be replaced")
+    _check_error(ckpt, Path(), match="cannot be replaced")
 
-    torn = ckpt.with_name("torn.ckpt")
-    torn.write_bytes(ckpt.read_bytes()[: ckpt.stat().st_size // 2])
-    _refused(torn, out, match="damaged")
-    torn.write_bytes(b"")
-    _refused(torn, out, match="damaged")
-    torch.save({"state_dict": {}, "epoch": 1}, torn)
-    _refused(torn, out, match="not a checkpoint of `rlmt fit`")
-    torch.save(torch.ones(3), torn)
-    _refused(torn, out, match="not a checkpoint of `rlmt fit`")
+    bad = ckpt.with_name("bad.ckpt")
+    bad.write_bytes(ckpt.read_bytes()[: ckpt.stat().st_size // 2])
+    _check_error(bad, out, match="damaged")
+    bad.write_bytes(b"")
+    _check_error(bad, out, match="damaged")
+    torch.save({"state_dict": {}, "epoch": 1}, bad)
+    _check_error(bad, out, match="not a checkpoint of `rlmt fit`")
+    torch.save(torch.ones(3), bad)
+    _check_error(bad, out, match="not a checkpoint of `rlmt fit`")
 
-    lacking = _checkpoint(policy)
-    del lacking["state_dict"]["policy.model.norm.weight"]
-    torch.save(lacking, torn)
-    _refused(torn, out, match="model.norm.weight is missing")
-    more = _checkpoint(policy)
-    more["state_dict"]["policy.extra"] = torch.ones(1)
-    torch.save(more, torn)
-    _refused(torn, out, match="extra is unknown")
-    other = _checkpoint(policy)
-    other["state_dict"]["policy.model.norm.weight"] = torch.ones(3)
-    torch.save(other, torn)
-    _refused(torn, out, match="model.norm.weight has shape")
+    missing = _checkpoint(policy)
+    del missing["state_dict"]["policy.model.norm.weight"]
+    torch.save(missing, bad)
+    _check_error(bad, out, match="model.norm.weight is missing")
+    extra = _checkpoint(policy)
+    extra["state_dict"]["policy.extra"] = torch.ones(1)
+    torch.save(extra, bad)
+    _check_error(bad, out, match="extra is unknown")
+    reshaped = _checkpoint(policy)
+    reshaped["state_dict"]["policy.model.norm.weight"] = torch.ones(3)
+    torch.save(reshaped, bad)
+    _check_error(bad, out, match="model.norm.weight has shape")
 
     shutil.rmtree(ckpt.parent / "policy")
-    _refused(ckpt, out, match="not found")
+    _check_error(ckpt, out, match="not found")
     assert not out.exists()

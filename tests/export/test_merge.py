@@ -1,4 +1,4 @@
-"""LoRA, DoRA and QLoRA checkpoints become folders that compute what the training policy computes."""
+"""Exports of LoRA, DoRA and QLoRA checkpoints equal the training policy."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ IDS = torch.arange(7, 71).view(2, 32)
 
 
 def make_base(tiny: Path, folder: Path, family: str = "llama", tied: bool = False, **options: Any) -> Path:
-    """A random model with weights large enough for every layer to matter."""
+    """A random model whose weights are large enough for every layer to change the outputs."""
     config: Any = {"llama": LlamaConfig, "qwen2": Qwen2Config}[family]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
@@ -49,8 +49,8 @@ def make_base(tiny: Path, folder: Path, family: str = "llama", tied: bool = Fals
     return folder
 
 
-def load_trainer(base: Path, double_quant: bool | None = None, **lora: Any) -> PreTrainedModel:
-    """The policy as a trainer holds it, with an adapter that was moved away from zero."""
+def load_training_policy(base: Path, double_quant: bool | None = None, **lora: Any) -> PreTrainedModel:
+    """The policy as the trainer loads it, with a non-zero adapter."""
     options: dict[str, Any] = {}
     if double_quant is not None:
         options["quantization_config"] = BitsAndBytesConfig(
@@ -69,7 +69,7 @@ def load_trainer(base: Path, double_quant: bool | None = None, **lora: Any) -> P
                 parameter.normal_(std=0.05)
             elif ".lora_magnitude_vector." in name:
                 parameter.mul_(1 + 0.2 * torch.rand_like(parameter))
-    return policy.train()  # bitsandbytes rewrites 4-bit weights when a CPU with bfloat16 evaluates
+    return policy.train()  # in eval mode bitsandbytes rewrites 4-bit weights on CPUs with bfloat16
 
 
 def checkpoint(policy: PreTrainedModel, base: Path, double_quant: bool | None = None) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def write(run: Path, policy: PreTrainedModel, base: Path, double_quant: bool | N
 
 @torch.no_grad()
 def logprobs(policy: Any, ids: Tensor = IDS) -> Tensor:
-    """[rows, length - 1] of each token after those before it."""
+    """[rows, length - 1] log-prob of each token after the first."""
     logits = policy(input_ids=ids).logits[:, :-1].log_softmax(-1)
     return logits.gather(-1, ids[:, 1:, None]).squeeze(-1)
 
@@ -110,73 +110,73 @@ CASES = {
     "dora": ({"use_dora": True}, None, {"family": "qwen2"}),
     "some layers, sharded base": ({"target_modules": ["q_proj", "down_proj"]}, None, {"max_shard_size": "40KB"}),
     "qlora": ({}, True, {}),
-    "qlora, scales whole, tied": ({}, False, {"tied": True, "family": "qwen2"}),
+    "qlora, scales not quantized, tied": ({}, False, {"tied": True, "family": "qwen2"}),
     "qlora, dora": ({"use_dora": True}, True, {}),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_both_exports_are_the_training_policy(case: str, tiny: Path, tmp_path: Path) -> None:
-    lora, double_quant, made = CASES[case]
-    base = make_base(tiny, tmp_path / "base", **made)
-    policy = load_trainer(base, double_quant, **lora)
-    wanted = logprobs(policy)
+def test_merged_and_adapter_exports_equal_training_policy(case: str, tiny: Path, tmp_path: Path) -> None:
+    lora, double_quant, base_options = CASES[case]
+    base = make_base(tiny, tmp_path / "base", **base_options)
+    policy = load_training_policy(base, double_quant, **lora)
+    expected = logprobs(policy)
     plain = logprobs(load_policy(base))
-    assert (wanted - plain).abs().max() > 0.1  # the adapter matters
+    assert (expected - plain).abs().max() > 0.1  # the adapter changes the outputs
     ckpt = write(tmp_path / "run", policy, base, double_quant)
 
     export(ckpt, tmp_path / "merged")
     merged = load_policy(tmp_path / "merged")
-    assert (logprobs(merged) - wanted).abs().max() < 1e-5
+    assert (logprobs(merged) - expected).abs().max() < 1e-5
     assert merged.dtype is torch.float32 and ThinkingFormat.load(tmp_path / "merged") == FORMAT
-    assert merged.config.tie_word_embeddings == made.get("tied", False)
+    assert merged.config.tie_word_embeddings == base_options.get("tied", False)
     assert load_tokenizer(tmp_path / "merged").chat_template == load_tokenizer(base).chat_template
 
     export(ckpt, tmp_path / "adapter", what="adapter")
     options = {} if double_quant is None else {"quantization_config": policy.config.quantization_config}
-    under = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **options)
-    named = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
-    assert Path(named) == base.resolve()
+    loaded_base = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **options)
+    base_name = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert Path(base_name) == base.resolve()
     with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as file:
         assert not any("critic" in name for name in file.keys())  # noqa: SIM118
-    adapted = PeftModel.from_pretrained(under, tmp_path / "adapter").train()
-    assert (logprobs(adapted) - wanted).abs().max() < 1e-5
+    adapted = PeftModel.from_pretrained(loaded_base, tmp_path / "adapter").train()
+    assert (logprobs(adapted) - expected).abs().max() < 1e-5
     assert ThinkingFormat.load(tmp_path / "adapter") == FORMAT
     assert load_tokenizer(tmp_path / "adapter").chat_template == load_tokenizer(base).chat_template
 
 
-def test_merge_on_the_plain_base_would_not_be_the_4_bit_policy(tiny: Path, tmp_path: Path) -> None:
+def test_merge_into_unquantized_base_differs_from_4_bit_policy(tiny: Path, tmp_path: Path) -> None:
     base = make_base(tiny, tmp_path / "base")
-    policy = load_trainer(base, True)
+    policy = load_training_policy(base, True)
     export(write(tmp_path / "run", policy, base, None), tmp_path / "merged")
     assert (logprobs(load_policy(tmp_path / "merged")) - logprobs(policy)).abs().max() > 0.02
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_quantised_weights_are_the_loaders(tiny: Path, tmp_path: Path, double_quant: bool) -> None:
+def test_nf4_round_trip_equals_loaded_weights(tiny: Path, tmp_path: Path, double_quant: bool) -> None:
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Params4bit
 
     base = make_base(tiny, tmp_path / "base", "qwen2", tied=True)
-    loaded = dict(load_trainer(base, double_quant, target_modules=["q_proj"]).named_parameters())
+    loaded = dict(load_training_policy(base, double_quant, target_modules=["q_proj"]).named_parameters())
     plain = load_policy(base)
-    in_four_bits = {name.replace(".base_layer", ""): w for name, w in loaded.items() if isinstance(w, Params4bit)}
-    assert quantized_weights(plain.config) == set(in_four_bits)
-    for name, weight in in_four_bits.items():
+    nf4 = {name.replace(".base_layer", ""): w for name, w in loaded.items() if isinstance(w, Params4bit)}
+    assert quantized_weights(plain.config) == set(nf4)
+    for name, weight in nf4.items():
         ours = round_trip_nf4(plain.get_parameter(name).detach(), double_quant)
         assert torch.equal(ours, dequantize_4bit(weight.data, weight.quant_state))
 
 
-def test_dtype_and_a_base_in_bfloat16(tiny: Path, tmp_path: Path) -> None:
+def test_dtype_option_with_bfloat16_base(tiny: Path, tmp_path: Path) -> None:
     base = make_base(tiny, tmp_path / "float32")
     load_policy(base, "bfloat16").save_pretrained(tmp_path / "base")
     load_tokenizer(base).save_pretrained(tmp_path / "base")
     base = tmp_path / "base"
-    policy = load_trainer(base)
+    policy = load_training_policy(base)
     ckpt = write(tmp_path / "run", policy, base)
     export(ckpt, tmp_path / "short")
     short = load_policy(tmp_path / "short")
-    assert short.dtype is torch.bfloat16  # as the base is stored
+    assert short.dtype is torch.bfloat16  # the dtype of the base
     export(ckpt, tmp_path / "long", dtype="float32")
     long = load_policy(tmp_path / "long")
     assert long.dtype is torch.float32 and (logprobs(long) - logprobs(policy)).abs().max() < 1e-5
@@ -184,63 +184,63 @@ def test_dtype_and_a_base_in_bfloat16(tiny: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         layer: Any = policy.get_submodule(name)
         exact = layer.base_layer.weight + layer.get_delta_weight("default")
-    assert torch.equal(short.get_parameter(f"{name}.weight"), exact.bfloat16())  # rounded once, at the end
+    assert torch.equal(short.get_parameter(f"{name}.weight"), exact.bfloat16())  # rounded only once, at the end
     untouched = "model.embed_tokens.weight"
     assert torch.equal(short.get_parameter(untouched), load_policy(base).get_parameter(untouched))
 
 
-def test_sharded_checkpoint(tiny: Path, tmp_path: Path) -> None:
+def test_sharded_checkpoint_merges_to_training_policy(tiny: Path, tmp_path: Path) -> None:
     base = make_base(tiny, tmp_path / "base")
-    policy = load_trainer(base)
+    policy = load_training_policy(base)
     folder = write(tmp_path / "run", policy, base).with_name("sharded.ckpt")
-    whole = checkpoint(policy, base)
-    dcp.save({"state_dict": whole.pop("state_dict")}, checkpoint_id=folder, no_dist=True)
-    torch.save(whole, folder / "meta.pt")
+    saved = checkpoint(policy, base)
+    dcp.save({"state_dict": saved.pop("state_dict")}, checkpoint_id=folder, no_dist=True)
+    torch.save(saved, folder / "meta.pt")
     export(folder, tmp_path / "merged")
     assert (logprobs(load_policy(tmp_path / "merged")) - logprobs(policy)).abs().max() < 1e-5
 
 
-def test_mistakes(tiny: Path, tmp_path: Path) -> None:
-    def refused(match: str, **options: Any) -> None:
+def test_invalid_bases_and_adapters_are_one_line_errors(tiny: Path, tmp_path: Path) -> None:
+    def check_error(match: str, **options: Any) -> None:
         with pytest.raises(UserError, match=match) as caught:
             export(ckpt, tmp_path / "out", **options)
         assert "\n" not in str(caught.value)
 
     base = make_base(tiny, tmp_path / "base", tied=True)
-    policy = load_trainer(base)
+    policy = load_training_policy(base)
     ckpt = write(tmp_path / "run", policy, base)
     moved = base.rename(tmp_path / "moved")
-    refused("cannot be found .* --base")
-    refused("cannot be found .* --base", base="some-org/not-in-the-cache")
+    check_error("cannot be found .* --base")
+    check_error("cannot be found .* --base", base="some-org/not-in-the-cache")
     export(ckpt, tmp_path / "with_base", base=str(moved))
     assert (logprobs(load_policy(tmp_path / "with_base")) - logprobs(policy)).abs().max() < 1e-5
-    export(ckpt, tmp_path / "adapter", what="adapter")  # the base is named, not read
+    export(ckpt, tmp_path / "adapter", what="adapter")  # an adapter export does not read the base
 
     other = make_base(tiny, tmp_path / "other")
     config = LlamaConfig.from_pretrained(other)
     config.intermediate_size = 64
     AutoModelForCausalLM.from_config(config).save_pretrained(other)
-    refused(r"mlp.* has shape \(64, 64\) and the adapter wants \(96, 64\)", base=str(other))
+    check_error(r"mlp.* has shape \(64, 64\) but the adapter requires \(96, 64\)", base=str(other))
     (moved / "model.safetensors").write_bytes((moved / "model.safetensors").read_bytes()[:1000])
-    refused("is damaged", base=str(moved))
+    check_error("is damaged", base=str(moved))
     (moved / "model.safetensors").unlink()
-    refused("holds no model.safetensors", base=str(moved))
+    check_error("model.safetensors is missing", base=str(moved))
 
     saved = checkpoint(policy, base)
     saved["state_dict"] = {k: v for k, v in saved["state_dict"].items() if ".default." not in k}
     torch.save(saved, ckpt)
-    refused("there is none in it")
+    check_error("the adapter that it records is missing")
     full = load_policy(make_base(tiny, tmp_path / "again"))
     state = {f"policy.{name}": t for name, t in full.state_dict().items()}
     torch.save({"state_dict": state, "rlmt": {"policy": "x", "format": FORMAT.to_dict()}}, ckpt)
-    refused("leave --what adapter out", what="adapter")
-    refused("leave --base out", base=str(base))
+    check_error("omit --what adapter", what="adapter")
+    check_error("omit --base", base=str(base))
     assert not (tmp_path / "out").exists()
 
 
-def test_an_interrupted_merge_leaves_nothing(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_merge_leaves_no_files(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = make_base(tiny, tmp_path / "base")
-    ckpt = write(tmp_path / "run", load_trainer(base), base)
+    ckpt = write(tmp_path / "run", load_training_policy(base), base)
     saved: list[Path] = []
     save_file = rlmt.export.merge.save_file
 
@@ -278,7 +278,7 @@ adapter = m.AdapterWeights(config, {
     for name, t in base.tensors.items() if "_proj" in name
     for part, shape in (("A", (4, t.shape[1])), ("B", (t.shape[0], 4)))})
 names = quantized_weights(AutoConfig.from_pretrained(folder))
-m.quantized_and_back(torch.ones(64, 64), True)
+m.round_trip_nf4(torch.ones(64, 64), True)
 before = peak()
 out.mkdir()
 m.SHARD_BYTES = 16 * 2**20
@@ -287,7 +287,7 @@ print(peak() - before)
 """
 
 
-def test_memory_is_that_of_a_few_shards(tmp_path: Path) -> None:
+def test_merge_takes_the_memory_of_a_few_shards(tmp_path: Path) -> None:
     config = LlamaConfig(
         vocab_size=4096,
         hidden_size=1024,
@@ -310,12 +310,12 @@ def test_memory_is_that_of_a_few_shards(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def exported(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """A QLoRA policy merged, a LoRA policy trained on that model as an adapter, and vLLM with both."""
+    """vLLM with a merged QLoRA policy, and with the adapter of a LoRA policy trained on that model."""
     root = tmp_path_factory.mktemp("vllm")
     base = make_base(tiny, root / "base")
-    first = load_trainer(base, True)
+    first = load_training_policy(base, True)
     export(write(root / "run", first, base, True), root / "merged")
-    second = load_trainer(root / "merged")
+    second = load_training_policy(root / "merged")
     export(write(root / "second", second, root / "merged"), root / "adapter", what="adapter")
     from rlmt.engines.vllm.isolation import preserve_process_state
 
@@ -340,7 +340,7 @@ def exported(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[d
 
 
 @pytest.mark.parametrize("which", ["first", "second"])
-def test_vllm_computes_what_the_trainer_computes(exported: dict[str, Any], which: str) -> None:
+def test_vllm_logprobs_of_exports_equal_training_policy(exported: dict[str, Any], which: str) -> None:
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 

@@ -105,7 +105,7 @@ OK, UNOPENED, UNCLOSED, STRAY, EMPTY = (
         (ZERO, "<think>z</think><response> </response>", "z", "", EMPTY),
         (ZERO, "<think>z</think><response>", "z", "", EMPTY),
         (ZERO, "<think>z</think><response></response>Hi", "z", "", EMPTY),
-        # zero_think, opening prefilled: the response's tag is still the policy's to write
+        # zero_think, opening prefilled: the policy still writes the response tag
         (ZERO_PRE, " z </think> <response> Hi </response>", "z", "Hi", OK),
         (ZERO_PRE, "<think>z</think><response>Hi", "z", "Hi", OK),
         (ZERO_PRE, "z</think>Hi", "z", "", UNOPENED),
@@ -128,7 +128,9 @@ OK, UNOPENED, UNCLOSED, STRAY, EMPTY = (
         (ZERO_NO_PRE, "", "", "", EMPTY),
     ],
 )
-def test_split_by_hand(fmt: ThinkingFormat, text: str, thought: str, response: str, status: Status) -> None:
+def test_split_equals_result_by_hand(
+    fmt: ThinkingFormat, text: str, thought: str, response: str, status: Status
+) -> None:
     assert fmt.split(text) == Split(thought, response, status)
 
 
@@ -149,13 +151,13 @@ fragments = st.sampled_from(
     ]
 )
 texts = st.lists(fragments | st.text(max_size=8), max_size=14).map("".join)
-# Free text seldom gets past the first rule, so half of all texts begin well.
+# Random text seldom passes the first rule, so half of all texts start with valid tags.
 starts = st.sampled_from(["", "<think>", "<think>z</think>", "<think>z</think><response>", "<response>", "z</think>"])
 completions = st.tuples(starts, texts).map("".join) | texts
 
 
 def oracle(fmt: ThinkingFormat, text: str) -> Split:
-    """The split rule again, as a machine that walks over a list of symbols instead of cutting strings."""
+    """The split rule as a state machine over a list of symbols, without string operations."""
     family = "</?(?:think|response)>" if fmt.zero else "</?think>"
     symbols = re.findall(f"{family}|[\\s\\S]", text)
     tags = [i for i, s in enumerate(symbols) if len(s) > 1]
@@ -220,7 +222,7 @@ def test_split_agrees_with_oracle(fmt: ThinkingFormat, text: str) -> None:
 
 @st.composite
 def texts_with_thoughts(draw: st.DrawFn) -> str:
-    """Completions in which the string QZQ stands in thoughts only: after an open tag or before a close tag."""
+    """Completions with the string QZQ only in thoughts: after an open tag or before a close tag."""
     plain = st.text(alphabet="ab \n<>/\u200b", max_size=4)
     pieces = [draw(starts)]
     for _ in range(draw(st.integers(1, 4))):
@@ -243,7 +245,7 @@ def test_no_thought_reaches_the_response(fmt: ThinkingFormat, text: str) -> None
 
 
 @pytest.mark.parametrize("fmt", THINKING)
-def test_a_well_formed_thought_is_found_and_kept_out(fmt: ThinkingFormat) -> None:
+def test_well_formed_thought_is_excluded_from_the_response(fmt: ThinkingFormat) -> None:
     split = fmt.split(fmt.target("QZQ <think> once more", "Hello"))
     assert "QZQ" in split.thought
     assert split.response == "Hello"
@@ -261,14 +263,14 @@ def test_a_well_formed_thought_is_found_and_kept_out(fmt: ThinkingFormat) -> Non
         (ZERO_NO_PRE, " y </response>"),
     ],
 )
-def test_target_by_hand(fmt: ThinkingFormat, text: str) -> None:
+def test_target_equals_result_by_hand(fmt: ThinkingFormat, text: str) -> None:
     assert fmt.target(" z\n", "\ny ") == text
 
 
 @each_format
 @settings(max_examples=200, deadline=None)
 @given(thought=texts, response=texts)
-def test_target_and_split_undo_each_other(fmt: ThinkingFormat, thought: str, response: str) -> None:
+def test_split_is_the_inverse_of_target(fmt: ThinkingFormat, thought: str, response: str) -> None:
     tagged = any(tag in thought + " " + response for tag in TAGS)
     if not any(map(leaves_ink, response)) or (tagged and any(tag in response for tag in fmt.tags)):
         with pytest.raises(UserError, match="blank response"):
@@ -296,7 +298,7 @@ def test_target_refuses_a_thought_that_closes_early(fmt: ThinkingFormat) -> None
         ({"instruction": 3}, "instruction is 3"),
     ],
 )
-def test_bad_values(values: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_invalid_values_are_refused(values: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         ThinkingFormat(**values)
     (tmp_path / FILE_NAME).write_text(json.dumps({"name": "think", "prefill": False, "instruction": None} | values))
@@ -331,7 +333,7 @@ def test_file_round_trip(fmt: ThinkingFormat, instruction: str | None, tmp_path:
         (None, "cannot be read"),
     ],
 )
-def test_bad_files(content: bytes | None, message: str, tmp_path: Path) -> None:
+def test_invalid_files_are_refused(content: bytes | None, message: str, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / FILE_NAME).write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:

@@ -1,7 +1,7 @@
-"""What FSDP2 itself holds of a model in eight shards, without data; started by test_memory.py."""
+"""Writes the bytes that FSDP2 holds beside the shards of a model on 8 fake ranks; test_bytes.py starts it."""
 
 import json
-import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlmt.distributed.fsdp2 import shard_model
-from rlmt.memory.bytes import gathered_bytes
+from rlmt.memory.bytes import all_gather_bytes
 
 
 def model(vocabulary: int) -> Any:
@@ -29,12 +29,13 @@ def model(vocabulary: int) -> Any:
     )
 
 
-def main(vocabulary: int, mixed: bool) -> None:
+def main(rank: int, vocabulary: int, mixed: bool, result: Path) -> None:
+    """Writes bytes beside the shards to a JSON file: as predicted, and as torch's memory tracker counts them."""
     distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)  # type: ignore[no-untyped-call]
     mesh = init_device_mesh("cpu", (8,))
     compute = torch.bfloat16 if mixed else torch.float32
     with torch.device("meta"):
-        expected = gathered_bytes(model(vocabulary), compute)
+        expected = all_gather_bytes(model(vocabulary), compute)
     with FakeTensorMode():
         policy = model(vocabulary)
         policy.train().gradient_checkpointing_enable({"use_reentrant": False})
@@ -45,11 +46,7 @@ def main(vocabulary: int, mixed: bool) -> None:
             with torch.autocast("cpu", torch.bfloat16, enabled=mixed, cache_enabled=False):
                 total = policy(torch.zeros(1, 2, dtype=torch.long)).logits.sum()
             total.backward()
-    (seen,) = tracker.get_tracker_snapshot("peak").values()
-    kinds = {str(kind).rsplit(".")[-1]: size for kind, size in seen.items()}
-    beside = kinds["Total"] - sum(kinds[kind] for kind in ("SHARDED_PARAM", "SHARDED_GRAD", "BUFFER", "ACT"))
-    print(json.dumps({"expected": expected, "found": beside}))
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2] == "mixed")
+    (peak,) = tracker.get_tracker_snapshot("peak").values()
+    kinds = {str(kind).rsplit(".")[-1]: size for kind, size in peak.items()}
+    unsharded = kinds["Total"] - sum(kinds[kind] for kind in ("SHARDED_PARAM", "SHARDED_GRAD", "BUFFER", "ACT"))
+    result.write_text(json.dumps({"expected": expected, "found": unsharded}))

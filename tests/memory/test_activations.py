@@ -1,4 +1,4 @@
-"""What the plan foretells of activations against what real models on real tensors take."""
+"""Estimated bytes of activations against those of real models on real tensors."""
 
 from pathlib import Path
 from typing import Any
@@ -49,23 +49,23 @@ def prepare(model: Any, lora: dict[str, Any] | None, checkpointing: bool) -> Non
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def saved_bytes(model: PreTrainedModel, tokens: BatchShape, autocast: torch.dtype | None) -> int:
-    """Unique storages that autograd packs in a real forward, those of the model left out."""
+def saved_bytes(model: PreTrainedModel, shape: BatchShape, autocast: torch.dtype | None) -> int:
+    """Bytes of the storages that autograd saves in a real forward, without the model's own."""
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, Any] = {}
+    saved: dict[int, Any] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage
+            saved[storage.data_ptr()] = storage
         return tensor
 
     with (
         torch.autocast("cpu", autocast, enabled=autocast is not None, cache_enabled=False),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
     ):
-        token_logprobs(model, _micro_batch(tokens), 1.0)
-        return sum(storage.nbytes() for storage in kept.values())
+        token_logprobs(model, _micro_batch(shape), 1.0)
+        return sum(storage.nbytes() for storage in saved.values())
 
 
 CASES = {
@@ -74,7 +74,7 @@ CASES = {
     "checkpointed": ({"lora": None, "checkpointing": True}, BatchShape(3, 40, 60, False), None),
     "lora": ({"lora": {}}, BatchShape(3, 40, 60, False), None),
     "lora, dropout, mixed": (
-        {"lora": {"lora_dropout": 0.1}, "held": True},
+        {"lora": {"lora_dropout": 0.1}, "bf16_weights": True},
         BatchShape(2, 80, 90, True),
         torch.bfloat16,
     ),
@@ -83,44 +83,44 @@ CASES = {
 
 
 @pytest.mark.parametrize(("case", "layers"), [*((case, 5) for case in CASES), ("lora", 2)])
-def test_update(case: str, layers: int, allocated_peak: Any) -> None:
-    options, tokens, autocast = CASES[case]
-    dtype = torch.bfloat16 if options.get("held") else torch.float32
-    shape = (options["lora"], dtype, options.get("checkpointing", False), options.get("qwen", False))
+def test_update_footprint_matches_real_tensors(case: str, layers: int, allocated_peak: Any) -> None:
+    options, shape, autocast = CASES[case]
+    dtype = torch.bfloat16 if options.get("bf16_weights") else torch.float32
+    build_options = (options["lora"], dtype, options.get("checkpointing", False), options.get("qwen", False))
     with torch.device("meta"):
-        shadow = build(layers, *shape)
-    foretold = update_footprint(shadow, tokens, autocast)
-    model = build(layers, *shape)
-    assert foretold.kept == pytest.approx(saved_bytes(model, tokens, autocast), rel=0.02)
+        meta = build(layers, *build_options)
+    estimate = update_footprint(meta, shape, autocast)
+    model = build(layers, *build_options)
+    assert estimate.saved == pytest.approx(saved_bytes(model, shape, autocast), rel=0.02)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
 
     def update() -> None:
         with torch.autocast("cpu", autocast, enabled=autocast is not None, cache_enabled=False):
-            outputs = token_logprobs(model, _micro_batch(tokens), 1.0)
+            outputs = token_logprobs(model, _micro_batch(shape), 1.0)
             (outputs.logprobs + outputs.entropy).sum().backward()
 
-    assert foretold.peak == pytest.approx(allocated_peak(update), rel=0.15)
+    assert estimate.peak == pytest.approx(allocated_peak(update), rel=0.15)
 
 
-def test_activations_of_a_policy_in_4_bits(tmp_path: Path) -> None:
+def test_saved_bytes_of_4_bit_policy_match_real_tensors(tmp_path: Path) -> None:
     config: Any = LlamaConfig(**SHAPE, num_hidden_layers=3)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=options)
     prepare(model, {}, False)
     with torch.device("meta"):
-        shadow = build(3, {}, torch.bfloat16, False, False)
-    tokens = BatchShape(3, 40, 60, False)
-    foretold = update_footprint(shadow, tokens, torch.bfloat16).kept
-    assert foretold == pytest.approx(saved_bytes(model, tokens, torch.bfloat16), rel=0.15)
+        meta = build(3, {}, torch.bfloat16, False, False)
+    shape = BatchShape(3, 40, 60, False)
+    estimate = update_footprint(meta, shape, torch.bfloat16).saved
+    assert estimate == pytest.approx(saved_bytes(model, shape, torch.bfloat16), rel=0.15)
 
 
-def test_a_reward_models_forward(allocated_peak: Any) -> None:
+def test_reward_forward_footprint_matches_real_tensors(allocated_peak: Any) -> None:
     config: Any = LlamaConfig(**SHAPE, num_hidden_layers=6, num_labels=1)
     with torch.device("meta"):
-        shadow = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-    foretold = forward_footprint(shadow, 4, 100)
+        meta = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    estimate = forward_footprint(meta, 4, 100)
     model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
     ids = torch.zeros(4, 100, dtype=torch.long)
     mask = (torch.arange(100) < torch.tensor([[100], [90], [80], [70]])).long()
@@ -129,4 +129,4 @@ def test_a_reward_models_forward(allocated_peak: Any) -> None:
         with torch.no_grad():
             model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
 
-    assert foretold.peak == pytest.approx(allocated_peak(score), rel=0.15)
+    assert estimate.peak == pytest.approx(allocated_peak(score), rel=0.15)

@@ -1,8 +1,7 @@
-"""Bytes foretold from shapes against the bytes of real models, optimizers and logits."""
+"""Bytes computed from shapes against those of real models, optimizers and logits."""
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from rlmt.memory.activations import BatchShape
 from rlmt.memory.bytes import (
     kv_bytes,
-    largest_shard,
+    largest_micro_batch,
     logits_bytes,
     optimizer_bytes,
-    step_bytes,
+    optimizer_step_bytes,
     tensor_bytes,
     weight_bytes,
 )
@@ -40,13 +39,13 @@ CONFIGS = {
 }
 
 
-def measured(tensors: list[Tensor]) -> int:
-    """Bytes of all storages."""
+def storage_bytes(tensors: list[Tensor]) -> int:
+    """Bytes of the storages of tensors."""
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def held(model: nn.Module) -> int:
-    """Bytes of a real model's parameters, with what 4-bit ones keep beside them, and buffers."""
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of a real model's parameters and buffers, quantization states included."""
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
     for parameter in model.parameters():
         state: Any = getattr(parameter, "quant_state", None)
@@ -54,15 +53,15 @@ def held(model: nn.Module) -> int:
             tensors += [state.absmax, state.code]
             if state.nested:
                 tensors += [state.offset, state.state2.absmax, state.state2.code]
-    return measured(tensors)
+    return storage_bytes(tensors)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("double_quant", [None, False, True])
-def test_weights(name: str, double_quant: bool | None, tmp_path: Path) -> None:
+def test_weight_bytes_match_real_models(name: str, double_quant: bool | None, tmp_path: Path) -> None:
     config: Any = CONFIGS[name]
     with torch.device("meta"):
-        shadow = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        meta = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     options: dict[str, Any] = {}
     if double_quant is not None:
@@ -70,14 +69,14 @@ def test_weights(name: str, double_quant: bool | None, tmp_path: Path) -> None:
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quant
         )
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, **options)
-    packed = () if double_quant is None else quantized_weights(config)
-    assert weight_bytes(shadow, packed, bool(double_quant)) == pytest.approx(held(model), rel=0.005)
+    quantized = () if double_quant is None else quantized_weights(config)
+    assert weight_bytes(meta, quantized, bool(double_quant)) == pytest.approx(model_bytes(model), rel=0.005)
 
 
-def test_nf4_by_hand() -> None:
+def test_nf4_bytes_match_hand_computation() -> None:
     # 4096 × 4096 weights: 2^23 bytes of weights; 2^18 scales in float32; 16 float32 codes.
     assert nf4_bytes(2**24, False) == 2**23 + 4 * 2**18 + 64
-    # Double: 2^18 scales of a byte, 2^10 scales of scales, 256 codes of theirs and their mean.
+    # Double quantization: 2^18 scales of a byte, 2^10 scales of scales, 256 codes of theirs and their mean.
     assert nf4_bytes(2**24, True) == 2**23 + 2**18 + 4 * 2**10 + 64 + 1024 + 4
 
 
@@ -92,29 +91,29 @@ OPTIMIZERS = {
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers")
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_optimizer(name: str) -> None:
-    make = OPTIMIZERS[name]
-    shapes = [(512, 600), (256, 300), (64, 80), (16, 96), (33,)]  # some too small for 8 bits
+def test_optimizer_bytes_match_real_states(name: str) -> None:
+    factory = OPTIMIZERS[name]
+    shapes = [(512, 600), (256, 300), (64, 80), (16, 96), (33,)]  # some are too small for 8-bit states
     parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
-    optimizer = make([{"params": parameters}])
+    optimizer = factory([{"params": parameters}])
     optimizer.step()
     states = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
-    foretold = optimizer_bytes(make, [torch.empty(shape, device="meta") for shape in shapes])
-    assert foretold == pytest.approx(measured(states), rel=0.02)
+    estimate = optimizer_bytes(factory, [torch.empty(shape, device="meta") for shape in shapes])
+    assert estimate == pytest.approx(storage_bytes(states), rel=0.02)
 
 
-def test_optimizer_step() -> None:
+def test_foreach_step_takes_the_size_of_the_trained_tensors() -> None:
     trained = [torch.empty(100, 100, device="meta")]
-    assert step_bytes(OPTIMIZERS["AdamW"], trained) == tensor_bytes(trained) == 40_000
-    assert step_bytes(partial(torch.optim.AdamW, fused=True), trained) == 0
-    assert step_bytes(partial(torch.optim.AdamW, foreach=False), trained) == 0
-    assert step_bytes(OPTIMIZERS["AdamW8bit"], trained) == 0
+    assert optimizer_step_bytes(OPTIMIZERS["AdamW"], trained) == tensor_bytes(trained) == 40_000
+    assert optimizer_step_bytes(partial(torch.optim.AdamW, fused=True), trained) == 0
+    assert optimizer_step_bytes(partial(torch.optim.AdamW, foreach=False), trained) == 0
+    assert optimizer_step_bytes(OPTIMIZERS["AdamW8bit"], trained) == 0
 
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
-def test_logits(compute: torch.dtype, allocated_peak: Any) -> None:
+def test_logits_bytes_match_the_allocated_peak(compute: torch.dtype, allocated_peak: Any) -> None:
     tokens, vocabulary, width = 600, 2**17, 8
     hidden = torch.randn(tokens, width, dtype=compute, requires_grad=True)
     head = torch.randn(vocabulary, width, dtype=compute)
@@ -129,33 +128,35 @@ def test_logits(compute: torch.dtype, allocated_peak: Any) -> None:
     assert logits_bytes(10, head, torch.float32) == 10 * vocabulary * 8
 
 
-def test_keys_and_values_by_hand() -> None:
+def test_kv_bytes_match_hand_computation() -> None:
     llama = LlamaConfig(num_hidden_layers=32, hidden_size=4096, num_attention_heads=32, num_key_value_heads=8)
     assert kv_bytes(llama, torch.bfloat16) == 2 * 32 * 8 * 128 * 2 == 128 * 2**10
 
 
-def test_the_fullest_micro_batch() -> None:
-    def size(tokens: BatchShape) -> int:
-        each = tokens.completion - 1 + (0 if tokens.shared else tokens.prompt)
-        return tokens.rows * each + (tokens.prompt if tokens.shared else 0)
+def test_largest_micro_batch_fills_the_token_budget() -> None:
+    def size(shape: BatchShape) -> int:
+        return shape.rows * shape.row_length + (shape.prompt if shape.shared_prefix else 0)
 
-    assert largest_shard(16384, 1024, 4096, 512, 8, False) == BatchShape(4, 1024, 3073, False)  # 4 × 4096 tokens
-    assert size(largest_shard(16384, 1024, 4096, 512, 8, False)) == 16384
-    assert largest_shard(2048, 1024, 4096, 512, 8, False) == BatchShape(
-        1, 1024, 4096, False
-    )  # one may exceed the budget
-    assert largest_shard(16384, 100, 100, 8, 4, False) == BatchShape(8, 100, 100, False)  # no more samples in a step
-    assert largest_shard(6000, 4000, 1000, 64, 8, False) == BatchShape(1, 4000, 1000, False)
-    assert largest_shard(16384, 1024, 4096, 512, 8, True) == BatchShape(4, 1024, 3840, True)  # 1024 + 4 × 3840 = 16384
-    assert largest_shard(16384, 1024, 256, 512, 8, True) == BatchShape(8, 1024, 256, True)  # a group is all there is
+    assert largest_micro_batch(16384, 1024, 4096, 512, 8, False) == BatchShape(4, 1024, 3073, False)  # 4 × 4096 tokens
+    assert size(largest_micro_batch(16384, 1024, 4096, 512, 8, False)) == 16384
+    # A single sample may exceed the budget.
+    assert largest_micro_batch(2048, 1024, 4096, 512, 8, False) == BatchShape(1, 1024, 4096, False)
+    # A step has no more samples.
+    assert largest_micro_batch(16384, 100, 100, 8, 4, False) == BatchShape(8, 100, 100, False)
+    assert largest_micro_batch(6000, 4000, 1000, 64, 8, False) == BatchShape(1, 4000, 1000, False)
+    # 1024 + 4 × 3840 = 16384
+    assert largest_micro_batch(16384, 1024, 4096, 512, 8, True) == BatchShape(4, 1024, 3840, True)
+    # A prompt has no more samples than its group.
+    assert largest_micro_batch(16384, 1024, 256, 512, 8, True) == BatchShape(8, 1024, 256, True)
 
 
 @pytest.mark.parametrize(("vocabulary", "precision"), [(500, "mixed"), (32000, "plain")])
-def test_what_is_put_together_beside_shards(vocabulary: int, precision: str) -> None:
-    """Torch's own account of FSDP2: where blocks are the most of it, and where embeddings are."""
-    script = Path(__file__).with_name("sharded_memory.py")
-    words = [sys.executable, str(script), str(vocabulary), precision]
-    *_, line = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
-    bytes_ = json.loads(line)
+def test_all_gather_bytes_match_torchs_fsdp2_tracker(
+    vocabulary: int, precision: str, run_ranks: Callable[..., None], tmp_path: Path
+) -> None:
+    """Once where blocks dominate, once where embeddings do."""
+    script, result = Path(__file__).with_name("sharded_memory.py"), tmp_path / "bytes.json"
+    run_ranks(script, vocabulary, precision == "mixed", result, ranks=1)
+    bytes_ = json.loads(result.read_text())
     assert bytes_["found"] > 30e6
     assert bytes_["expected"] == pytest.approx(bytes_["found"], rel=0.06)

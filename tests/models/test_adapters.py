@@ -1,4 +1,4 @@
-"""Adapters against PEFT's own model and against the papers' formulas."""
+"""Adapters equal PEFT's own model and the formulas of the papers."""
 
 import copy
 import math
@@ -43,7 +43,7 @@ def model(tied: bool = True) -> LlamaForCausalLM:
 
 
 def scrambled(policy: PreTrainedModel, adapter: str = POLICY) -> PreTrainedModel:
-    """Gives the adapter numbers as if it had been trained."""
+    """Sets the adapter's weights as if it had been trained."""
     make = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, p in policy.named_parameters():
@@ -66,8 +66,8 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_the_model_is_pefts_own(options: dict[str, Any]) -> None:
-    """Same parameters trained, same function, and the same weights when PEFT merges a copy of it."""
+def test_lora_model_equals_peft_model(options: dict[str, Any]) -> None:
+    """The same trainable parameters, the same function, and the same weights after PEFT merges a copy."""
     ours = model()
     LoRA(**options).add_to(ours)
     scrambled(ours)
@@ -91,10 +91,10 @@ def test_the_model_is_pefts_own(options: dict[str, Any]) -> None:
     assert whole.keys() == base.keys() == model().state_dict().keys()
     for name, tensor in base.items():
         torch.testing.assert_close(merge_adapter(name, tensor, adapter), whole[name], rtol=1e-5, atol=1e-5)
-        assert torch.equal(tensor, model().state_dict()[name])  # merged works on a copy
+        assert torch.equal(tensor, model().state_dict()[name])  # merge_adapter works on a copy
 
 
-def test_scale_and_dora_are_the_papers_formulas() -> None:
+def test_merged_weight_equals_the_formulas_of_the_papers() -> None:
     policy = model()
     LoRA(rank=4, alpha=6, dora=True, rslora=True).add_to(policy)
     scrambled(policy)
@@ -112,7 +112,7 @@ def test_scale_and_dora_are_the_papers_formulas() -> None:
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_training_starts_from_the_base(options: dict[str, Any], dtype: torch.dtype) -> None:
+def test_new_adapter_does_not_change_the_model(options: dict[str, Any], dtype: torch.dtype) -> None:
     policy = model().to(dtype)
     before = logits(policy)
     LoRA(**options).add_to(policy)
@@ -127,7 +127,7 @@ def test_training_starts_from_the_base(options: dict[str, Any], dtype: torch.dty
             torch.testing.assert_close(sizes.weight, rows.float().norm(dim=1), rtol=1e-6, atol=1e-6)
 
 
-def test_all_linear_is_every_linear_layer_below_the_head() -> None:
+def test_all_linear_covers_every_linear_layer_below_the_head() -> None:
     for tied in (True, False):
         assert LoRA().targets(model(tied)) == LAYERS
     classifier = LlamaForSequenceClassification(LlamaConfig(**SIZES, num_labels=1, pad_token_id=0))
@@ -136,7 +136,7 @@ def test_all_linear_is_every_linear_layer_below_the_head() -> None:
     assert {name.split(".")[-4] for name, p in classifier.named_parameters() if p.requires_grad} == set(LAYERS)
 
 
-def test_layers_that_cannot_be_adapted_are_refused() -> None:
+def test_unknown_target_modules_raise() -> None:
     for name in ("lm_head", "embed_tokens", "norm", "query"):
         with pytest.raises(UserError, match=f"names {name}, and LlamaForCausalLM .* choose from down_proj, gate_proj"):
             LoRA(target_modules=["q_proj", name]).config(model())
@@ -149,11 +149,11 @@ def test_layers_that_cannot_be_adapted_are_refused() -> None:
         {"target_modules": []},
     ]
     for options in bad:
-        with pytest.raises(UserError, match=f"lora.{next(iter(options))} is"):
+        with pytest.raises(UserError, match=f"(LoRA|lora).{next(iter(options))} is"):
             LoRA(**options)
 
 
-def test_two_adapters_on_one_base_are_two_models() -> None:
+def test_two_adapters_on_one_base_are_independent() -> None:
     policy = model()
     before = logits(policy)
     LoRA(rank=4).add_to(policy)
@@ -178,7 +178,7 @@ def test_two_adapters_on_one_base_are_two_models() -> None:
     assert base_tensors(policy).keys() == model().state_dict().keys()
 
 
-def test_names_are_those_of_hugging_face() -> None:
+def test_base_tensors_have_hugging_face_names() -> None:
     torch.manual_seed(0)
     plain = Qwen2(Qwen2Config(**SIZES, tie_word_embeddings=True))
     state = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
@@ -190,12 +190,12 @@ def test_names_are_those_of_hugging_face() -> None:
     assert adapter_weights(model()) is None
 
 
-def test_another_adapter_is_told_apart() -> None:
+def test_checkpoint_of_another_adapter_raises() -> None:
     def record(quantization: object = None, **options: Any) -> dict[str, Any]:
         return {"adapter": LoRA(**options).config(model()), "quantization": quantization}
 
     check_same_adapter(record(), record(dropout=0.5))
-    check_same_adapter({}, {"adapter": None, "quantization": None})  # a checkpoint from before there were adapters
+    check_same_adapter({}, {"adapter": None, "quantization": None})  # a checkpoint without adapter options
     refusals: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         ({"adapter": None}, record(), "holds all weights, and this run trains a LoRA adapter"),
         (record(), {"adapter": None, "quantization": None}, "holds a LoRA adapter, and this run trains all weights"),

@@ -1,4 +1,4 @@
-"""Where a critic comes from, what is its own, and what it must leave alone."""
+"""The critic: initial weights, own parameters, and weights that it must not change."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def batch() -> MicroBatch:
 
 
 ROWS = ([5, 6, 7, 8, 9, 10], [5, 6, 7, 11])
-"""What the policy reads of the two samples."""
+"""Input ids of the two samples."""
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def reward_model(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_from_the_policy_it_has_a_copy_of_the_backbone_and_no_output_projection(policy: Any) -> None:
+def test_critic_from_policy_copies_the_backbone_without_output_projection(policy: Any) -> None:
     critic = build_critic(policy)
     own = dict(critic.named_parameters())
     backbone = dict(policy.model.named_parameters())
@@ -80,18 +80,18 @@ def test_from_the_policy_it_has_a_copy_of_the_backbone_and_no_output_projection(
     assert len(trainable_parameters(critic)) == len(own) and all(p.requires_grad for p in own.values())
 
 
-def test_from_a_reward_model_its_values_are_that_models_scores(policy: Any, reward_model: Path) -> None:
+def test_critic_from_reward_model_predicts_its_scores(policy: Any, reward_model: Path) -> None:
     critic = build_critic(policy, str(reward_model))
     classifier: Any = LlamaForSequenceClassification.from_pretrained(reward_model)
     values = critic(batch())
     ends = [(0, 3), (0, 4), (0, 5), (0, 6), (1, 3), (1, 4)]
-    for value, (row, end) in zip(values.tolist(), ends, strict=True):  # the score of each text as if it ended there
+    for value, (row, end) in zip(values.tolist(), ends, strict=True):  # the score of each prefix
         assert value == pytest.approx(classifier(torch.tensor([ROWS[row][:end]])).logits.item(), abs=1e-5)
     assert len(set(values.tolist())) > 3
     assert all(p.requires_grad for p in critic.parameters())
 
 
-def test_shared_it_owns_a_head_alone_and_moves_the_policy(policy: Any) -> None:
+def test_shared_critic_owns_only_a_head_and_has_gradients_in_the_policy(policy: Any) -> None:
     critic = build_critic(policy, shared=True)
     assert critic.state_dict().keys() == {"head.weight", "head.bias"}
     assert len(list(critic.parameters())) == len(trainable_parameters(critic)) == 2
@@ -106,7 +106,7 @@ def test_shared_it_owns_a_head_alone_and_moves_the_policy(policy: Any) -> None:
     assert critic.train().backbone is policy.model and critic.to("cpu").backbone is policy.model
 
 
-def test_shared_with_adapters_it_has_its_own(policy: Any) -> None:
+def test_shared_critic_has_its_own_adapter(policy: Any) -> None:
     LORA.add_to(policy)
     for parameter in trainable_parameters(policy):
         torch.nn.init.normal_(parameter, std=0.1)
@@ -124,7 +124,7 @@ def test_shared_with_adapters_it_has_its_own(policy: Any) -> None:
     assert len(trainable_parameters(critic)) == 2 + 8
     assert critic.state_dict().keys() == {"head.weight", "head.bias"}
 
-    first = critic(batch()).detach()  # its adapter starts without effect: the values are the frozen base's
+    first = critic(batch()).detach()  # a new adapter has no effect: the values are the frozen base's
     with use_adapter(policy, None):
         hidden = torch.cat([policy.model(torch.tensor([row])).last_hidden_state[0, 2:].sum(1) for row in ROWS])
     torch.testing.assert_close(first, hidden, rtol=1e-4, atol=1e-5)
@@ -142,9 +142,7 @@ def test_shared_with_adapters_it_has_its_own(policy: Any) -> None:
         assert torch.equal(token_logprobs(policy, batch(), 1.0).logprobs, before)
 
 
-def test_the_critics_adapter_goes_neither_to_the_engine_nor_into_an_export(
-    policy: Any, tiny: Path, tmp_path: Path
-) -> None:
+def test_critic_adapter_is_neither_synced_nor_exported(policy: Any, tiny: Path, tmp_path: Path) -> None:
     plain = policy.state_dict().keys()
     torch.save(
         {
@@ -167,19 +165,17 @@ def test_the_critics_adapter_goes_neither_to_the_engine_nor_into_an_export(
     assert {name for name, _ in module.policy_weights()} == plain
     adapter = module.policy_adapter()
     assert adapter is not None and len(adapter.tensors) == 8 and not any(CRITIC in name for name in adapter.tensors)
-    assert {name for name in module.state_dict() if f".{CRITIC}." in name}  # but a checkpoint has it
+    assert {name for name in module.state_dict() if f".{CRITIC}." in name}  # a checkpoint stores it
 
 
-def test_a_copy_of_a_policy_with_adapters_trains_its_copies_of_them(policy: Any) -> None:
+def test_critic_copied_from_policy_trains_its_own_adapter(policy: Any) -> None:
     LORA.add_to(policy)
     critic = build_critic(policy, lora=LORA)
     assert len(trainable_parameters(critic)) == 2 + 8
     assert not {id(p) for p in trainable_parameters(critic)} & {id(p) for p in policy.parameters()}
 
 
-def test_a_reward_model_beside_a_policy_with_adapters_gets_adapters_in_all_its_layers(
-    policy: Any, reward_model: Path
-) -> None:
+def test_critic_from_reward_model_has_adapters_in_all_layers(policy: Any, reward_model: Path) -> None:
     LoRA(rank=4).add_to(policy)
     critic = build_critic(policy, str(reward_model), lora=LoRA(rank=4))
     trained = [name for name, p in critic.named_parameters() if p.requires_grad]
@@ -190,7 +186,7 @@ def test_a_reward_model_beside_a_policy_with_adapters_gets_adapters_in_all_its_l
     assert critic(batch())[3].item() == pytest.approx(last, abs=1e-5)
 
 
-def test_values_are_float32_under_autocast(policy: Any) -> None:
+def test_critic_values_are_float32_under_autocast(policy: Any) -> None:
     critic = build_critic(policy)
     seen: list[torch.dtype] = []
     critic.head.register_forward_hook(lambda _, inputs, output: seen.extend([inputs[0].dtype, output.dtype]))
@@ -201,7 +197,7 @@ def test_values_are_float32_under_autocast(policy: Any) -> None:
     assert not torch.equal(values, values.bfloat16().float())
 
 
-def test_the_policys_weights_are_in_no_state_twice(policy: Any) -> None:
+def test_shared_critic_state_dict_excludes_policy_weights(policy: Any) -> None:
     class Both(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -213,7 +209,7 @@ def test_the_policys_weights_are_in_no_state_twice(policy: Any) -> None:
     assert others == {"critic.head.weight", "critic.head.bias"}
 
 
-def test_a_reward_model_with_another_tokenizer_is_refused_before_it_is_read(tiny: Path, reward_model: Path) -> None:
+def test_critic_init_with_another_tokenizer_raises_before_loading(tiny: Path, reward_model: Path) -> None:
     tokenizer = loading.load_tokenizer(tiny / "policy")
     check_critic("policy", "mine", tokenizer)
     check_critic(str(reward_model), str(tiny / "policy"), tokenizer)
@@ -221,7 +217,7 @@ def test_a_reward_model_with_another_tokenizer_is_refused_before_it_is_read(tiny
         check_critic(str(tiny / "reward"), "mine", tokenizer)
 
 
-def test_what_is_no_reward_model_is_refused(tiny: Path, reward_model: Path, tmp_path: Path) -> None:
+def test_critic_init_that_is_no_reward_model_raises(tiny: Path, reward_model: Path, tmp_path: Path) -> None:
     tokenizer = loading.load_tokenizer(tiny / "policy")
     with pytest.raises(UserError, match=r"--model\.algorithm\.critic_init: .*nowhere"):
         check_critic("./nowhere", "mine", tokenizer)

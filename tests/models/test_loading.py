@@ -22,14 +22,14 @@ def _edit(path: Path, **changes: object) -> None:
 
 
 def _refusal(load, *args) -> str:
-    """The one line that refuses."""
+    """The one-line message of the UserError."""
     with pytest.raises(UserError) as caught:
         load(*args)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def test_weights_are_those_of_the_file(folder):
+def test_loaded_weights_equal_the_file(folder):
     stored = load_file(folder / "model.safetensors")
     policy = load_policy(folder)
     assert not policy.training
@@ -41,7 +41,7 @@ def test_weights_are_those_of_the_file(folder):
     assert "dtype 'int3'" in _refusal(load_policy, folder, "int3")
 
 
-def test_pad_token_stays_in_memory(folder):
+def test_pad_token_is_set_in_memory_only(folder):
     _edit(folder / "tokenizer_config.json", pad_token=None)
     before = (folder / "tokenizer_config.json").read_bytes()
     tokenizer = load_tokenizer(folder)
@@ -51,8 +51,8 @@ def test_pad_token_stays_in_memory(folder):
     assert "neither a pad nor an eos token" in _refusal(load_tokenizer, folder)
 
 
-def test_paths(tmp_path, folder, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # where there is no runs/tiny
+def test_missing_and_relative_paths(tmp_path, folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # without runs/tiny
     assert "run `rlmt tiny` first" in _refusal(load_config, "runs/tiny/policy")
     assert "no such folder" in _refusal(load_config, tmp_path / "none")
     assert "from the hub" in _refusal(load_config, "someone/some-model")
@@ -60,16 +60,16 @@ def test_paths(tmp_path, folder, monkeypatch):
     assert "is a file" in _refusal(load_config, folder / "config.json")
 
 
-def test_incomplete_folders(folder):
+def test_incomplete_folders_raise(folder):
     weights = folder / "model.safetensors"
-    # Copies, for load_file maps the file that is overwritten below.
+    # Copies, because load_file maps the file that is overwritten below.
     tensors = {name: tensor.clone() for name, tensor in load_file(weights).items()}
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
     assert "damaged" in _refusal(load_policy, folder)
     tensors.pop("lm_head.weight")
     save_file(tensors, weights, metadata={"format": "pt"})
-    assert "lack 1 tensors of the model, such as lm_head.weight" in _refusal(load_policy, folder)
+    assert "lack 1 tensors, such as lm_head.weight" in _refusal(load_policy, folder)
     torch.save(tensors, folder / "pytorch_model.bin")
     weights.unlink()
     assert "no safetensors weights" in _refusal(load_policy, folder)
@@ -81,7 +81,7 @@ def test_incomplete_folders(folder):
     assert "no config.json" in _refusal(load_config, folder)
 
 
-def test_models_that_are_no_policy(tiny, folder):
+def test_models_other_than_causal_lms_raise(tiny, folder):
     assert "holds a LlamaForSequenceClassification" in _refusal(load_policy, tiny / "reward")
     _edit(folder / "config.json", model_type="vit", architectures=["ViTModel"])
     assert "vit is not a causal language model" in _refusal(load_policy, folder)
@@ -92,12 +92,12 @@ def test_models_that_are_no_policy(tiny, folder):
     assert "never runs" in _refusal(load_config, folder)
 
 
-def test_max_positions():
+def test_max_positions_is_read_from_the_config():
     assert max_positions(LlamaConfig(max_position_embeddings=77)) == 77
     assert "max_position_embeddings" in _refusal(max_positions, BloomConfig())
 
 
-def test_families_that_change_their_logits_are_refused() -> None:
+def test_models_that_change_their_logits_raise() -> None:
     with pytest.raises(UserError, match="final_logit_softcapping"):
         check_head(Gemma2Config(), "some/model")
     check_head(LlamaConfig(), "some/model")

@@ -1,4 +1,4 @@
-"""Log-probs of sampled tokens against the textbook formula on full logits."""
+"""Log-probs of sampled tokens equal log_softmax of full logits."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ def test_linear_logprobs_equal_log_softmax_in_value_and_gradient(chunk: int, tem
 
 
 @pytest.mark.parametrize("which", ["logprobs", "entropy"])
-def test_each_output_has_a_gradient_of_its_own(which: str) -> None:
+def test_each_output_has_its_own_gradient(which: str) -> None:
     torch.manual_seed(0)
     hidden = torch.randn(5, 4, requires_grad=True)
     weight = torch.randn(9, 4)
@@ -49,8 +49,8 @@ def test_each_output_has_a_gradient_of_its_own(which: str) -> None:
     torch.testing.assert_close(got, want)
 
 
-def test_backward_makes_the_logits_of_the_forward_under_autocast() -> None:
-    """A column of ones in the projection cannot move log-probs, so its input has gradient Σ d logprob / d logit = 0."""
+def test_backward_recomputes_the_logits_of_forward_under_autocast() -> None:
+    """A column of ones in the projection has no effect on log-probs: its input has gradient Σ d logprob/d logit = 0."""
     torch.manual_seed(0)
     hidden = (torch.randn(64, 32) * 4).requires_grad_()
     weight = torch.randn(500, 32)
@@ -65,8 +65,8 @@ def test_backward_makes_the_logits_of_the_forward_under_autocast() -> None:
     assert gradient[:, 1:].abs().mean() > 0.1
 
 
-def test_memory_stays_within_a_few_chunks_of_logits(allocated_peak: Any) -> None:
-    """Forward and backward over 1,024 tokens × 8,192 words makes 32 MiB of logits; chunks of 64 hold 2 MiB."""
+def test_peak_memory_is_a_few_chunks_of_logits(allocated_peak: Any) -> None:
+    """All logits of 1,024 tokens × 8,192 vocabulary entries take 32 MiB; those of chunks of 64 tokens take 2 MiB."""
     hidden = torch.randn(1024, 16, requires_grad=True)
     weight = torch.randn(8192, 16, requires_grad=True)
     targets = torch.randint(0, 8192, (1024,))
@@ -82,7 +82,7 @@ def test_memory_stays_within_a_few_chunks_of_logits(allocated_peak: Any) -> None
 @pytest.mark.parametrize("family", ["llama", "llama_tied", "qwen2"])
 @pytest.mark.parametrize("share_prompts", [False, True])
 @pytest.mark.parametrize("budget", [1, 1000])
-def test_token_logprobs_equal_a_plain_forward_of_each_sample(family: str, share_prompts: bool, budget: int) -> None:
+def test_token_logprobs_equal_a_forward_pass_per_sample(family: str, share_prompts: bool, budget: int) -> None:
     torch.manual_seed(0)
     model = (
         Qwen2ForCausalLM(Qwen2Config(**SHAPE, num_key_value_heads=2))
@@ -112,7 +112,7 @@ def test_token_logprobs_equal_a_plain_forward_of_each_sample(family: str, share_
         torch.testing.assert_close(seen[i], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_micro_batches_hold_every_sample_once_within_the_budget() -> None:
+def test_micro_batches_cover_every_sample_once_within_the_budget() -> None:
     lengths = [5, 9, 2, 30, 1, 7]
     rollouts = RolloutBatch(
         prompts=[],

@@ -1,4 +1,4 @@
-"""4-bit weights: what the layer computes is what `dequantized` says, and nothing rewrites them."""
+"""4-bit layers compute with the weights that `dequantize` returns, and nothing rewrites these."""
 
 import json
 from pathlib import Path
@@ -41,14 +41,14 @@ def nf4(folder: Path, double_quant: bool = True, **options: Any) -> Any:
 
 
 def in_full(quantized: Any, folder: Path) -> Any:
-    """The same function from plain float32 weights."""
+    """A model with the same function and float32 weights."""
     plain = loading.load_policy(folder, "float32")
     plain.load_state_dict({name: dequantize(tensor) for name, tensor in base_tensors(quantized).items()})
     return plain
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_linear_layers_are_in_4_bits_and_all_else_as_it_was(double_quant: bool, folder: Path) -> None:
+def test_only_linear_layers_are_quantized(double_quant: bool, folder: Path) -> None:
     plain, quantized = loading.load_policy(folder, "float32"), nf4(folder, double_quant)
     tensors = base_tensors(quantized)
     assert tensors.keys() == plain.state_dict().keys()
@@ -66,8 +66,8 @@ def test_linear_layers_are_in_4_bits_and_all_else_as_it_was(double_quant: bool, 
     assert "quantization" not in json.dumps(quantized.config.to_dict())
 
 
-def test_the_layer_computes_with_the_dequantized_weight_in_every_mode(folder: Path) -> None:
-    """bitsandbytes rewrites weights in eval mode on CPUs with bfloat16, and computes less exactly from then on."""
+def test_quantized_layer_computes_with_the_dequantized_weight_in_every_mode(folder: Path) -> None:
+    """On CPUs with bfloat16, bitsandbytes would rewrite weights in eval mode and compute less exactly afterwards."""
     policy = nf4(folder)
     layer: Any = policy.model.layers[0].mlp.up_proj
     bits = layer.weight.data.clone()
@@ -81,7 +81,7 @@ def test_the_layer_computes_with_the_dequantized_weight_in_every_mode(folder: Pa
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_gradients_are_those_of_the_dequantized_model(dora: bool, folder: Path) -> None:
+def test_gradients_equal_those_of_the_dequantized_model(dora: bool, folder: Path) -> None:
     quantized = nf4(folder)
     plain = in_full(quantized, folder)
     gradients = []
@@ -94,7 +94,7 @@ def test_gradients_are_those_of_the_dequantized_model(dora: bool, folder: Path) 
                 p.data += 0.1 * torch.randn(p.shape, generator=make)
         policy.train()
         with eval_mode(policy), torch.no_grad():
-            policy(input_ids=IDS)  # as an engine that samples from the live policy would
+            policy(input_ids=IDS)  # like an engine that samples from the policy itself
         policy(input_ids=IDS, labels=IDS).loss.backward()
         gradients.append({name: p.grad for name, p in policy.named_parameters() if p.requires_grad})
     assert gradients[0].keys() == gradients[1].keys()
@@ -108,7 +108,7 @@ def test_gradients_are_those_of_the_dequantized_model(dora: bool, folder: Path) 
     torch.testing.assert_close(layer(torch.eye(64)).T, whole, rtol=1e-4, atol=1e-5)
 
 
-def test_bfloat16_layers_compute_in_bfloat16(folder: Path) -> None:
+def test_quantized_bfloat16_layers_compute_in_bfloat16(folder: Path) -> None:
     policy = loading.load_policy(folder, "bfloat16", quantization=NF4())
     LoRA(rank=2).add_to(policy)
     layer: Any = policy.model.layers[0].mlp.up_proj
@@ -119,12 +119,12 @@ def test_bfloat16_layers_compute_in_bfloat16(folder: Path) -> None:
     assert {p.dtype for p in policy.parameters() if p.requires_grad} == {torch.float32}
 
 
-def test_what_cannot_be_quantised_is_told(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_that_cannot_be_quantized_raise(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text(
         json.dumps(json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}})
     )
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(UserError, match="weights are quantised"):
+    with pytest.raises(UserError, match="weights are quantized"):
         loading.load_policy(tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"rlmt\[quantization\]"):

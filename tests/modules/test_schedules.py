@@ -68,7 +68,7 @@ def test_one_that_is_resumed_goes_on_and_over_a_longer_run() -> None:
 
 @pytest.mark.parametrize(("options", "named"), [({"steps": 0}, "steps"), ({"warmup": 1.0}, "warmup")])
 def test_options_out_of_range_are_named(options: dict[str, float], named: str) -> None:
-    with pytest.raises(UserError, match=f"--model.scheduler.{named} is"):
+    with pytest.raises(UserError, match=f"CosineWithWarmup.{named} is"):
         CosineWithWarmup(optimizer(1.0), **options)  # type: ignore[arg-type]
 
 

@@ -1,9 +1,7 @@
-"""Two processes that share the rows of SFT or of a reward model out take the steps that one takes with all of them."""
+"""Two ranks that share the rows of SFT or of a reward model take the steps that one process takes on all rows."""
 
-import json
 import socket
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +14,18 @@ CASES = ["sft", "sft, adapter", "sft, from scratch by Muon", "reward", "reward, 
 
 @pytest.fixture(scope="module")
 def results(
-    tiny: Path, demonstrations: Path, preferences: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny: Path,
+    demonstrations: Path,
+    preferences: Path,
+    run_ranks: Callable[..., None],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    paths = {"policy": tiny / "policy", "sft": demonstrations, "reward": preferences, "port": port}
-    (folder / "paths.json").write_text(json.dumps({name: str(path) for name, path in paths.items()}))
-    script = Path(__file__).with_name("two_supervised_ranks.py")
-    ranks = [subprocess.Popen([sys.executable, str(script), str(rank), str(folder)], cwd=folder) for rank in range(2)]
-    assert [rank.wait(timeout=500) for rank in ranks] == [0, 0]
+    paths = {"policy": str(tiny / "policy"), "sft": str(demonstrations), "reward": str(preferences)}
+    run_ranks(Path(__file__).with_name("two_supervised_ranks.py"), folder, port, paths)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
@@ -38,11 +37,11 @@ def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance:
         torch.testing.assert_close(got[name], value, rtol=tolerance, atol=tolerance * scale, msg=name)
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize("case", CASES)
-def test_two_ranks_take_the_steps_of_one(case: str, how: str, results: list[dict[str, Any]]) -> None:
-    alone, (first, second) = results[0]["alone"][case], (rank[how][case] for rank in results)
-    muon = "Muon" in case  # which computes in bfloat16
+def test_two_ranks_take_the_steps_of_one(case: str, strategy: str, results: list[dict[str, Any]]) -> None:
+    alone, (first, second) = results[0]["alone"][case], (rank[strategy][case] for rank in results)
+    muon = "Muon" in case  # Muon computes in bfloat16
     for ours in (first, second):
         assert len(ours["steps"]) == len(alone["steps"]) == 2
         assert_close(ours["steps"][0], alone["steps"][0], 1e-5)
@@ -57,13 +56,13 @@ def test_two_ranks_take_the_steps_of_one(case: str, how: str, results: list[dict
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_ranks_compute_equally_often_only_in_shards(case: str, results: list[dict[str, Any]]) -> None:
-    """Micro-batches of a validation batch, two steps and two validation batches; one rank has none of the last."""
-    counts = {how: [rank[how][case]["counts"] for rank in results] for how in ("ddp", "fsdp")}
+def test_only_sharded_ranks_run_equally_many_micro_batches(case: str, results: list[dict[str, Any]]) -> None:
+    """Micro-batches of a validation batch, two steps and two validation batches; rank 1 has no row of the last one."""
+    counts = {strategy: [rank[strategy][case]["counts"] for rank in results] for strategy in ("ddp", "fsdp")}
     assert [len(each) for pair in counts.values() for each in pair] == [5] * 4
     assert counts["ddp"][0] != counts["ddp"][1] and counts["ddp"][1][-1] == 0 < counts["ddp"][0][-1]
     assert counts["fsdp"][0] == counts["fsdp"][1] == [max(pair) for pair in zip(*counts["ddp"], strict=True)]
 
 
-def test_every_case_is_tested(results: list[dict[str, Any]]) -> None:
+def test_two_ranks_run_every_case(results: list[dict[str, Any]]) -> None:
     assert list(results[0]["alone"]) == CASES

@@ -1,37 +1,33 @@
-"""One of two ranks, started by test_ranks.py: each objective's update on its share, and first, alone, on all of it."""
+"""A rank of test_ranks.py: each objective's update on the rank's groups; rank 0 first computes it on all groups."""
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from test_update import experience as three_groups  # run_ranks adds this folder to sys.path
+from test_update import model
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from test_update import experience as three_groups  # noqa: E402
-from test_update import model  # noqa: E402
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel  # noqa: E402
-
-from rlmt.algorithms import DPO, GRPO, PPO, Algorithm, REINFORCEPlusPlus  # noqa: E402
-from rlmt.distributed import collectives  # noqa: E402
-from rlmt.distributed.fsdp2 import compute_device, full_tensor, is_sharded, shard_model  # noqa: E402
-from rlmt.errors import AllRanksUserError, UserError  # noqa: E402
-from rlmt.models.adapters import LoRA, trainable_parameters  # noqa: E402
-from rlmt.models.critic import build_critic  # noqa: E402
-from rlmt.models.logprobs import compute_logprobs, compute_values  # noqa: E402
-from rlmt.modules import RLMTModule  # noqa: E402
-from rlmt.modules.dynamic_sampling import select  # noqa: E402
-from rlmt.modules.rlmt import shardable_models  # noqa: E402
-from rlmt.modules.update import PolicyUpdate  # noqa: E402
-from rlmt.rewards import ClassifierReward  # noqa: E402
-from rlmt.types import Experience, Split, Status  # noqa: E402
+from rlmt.algorithms import DPO, GRPO, PPO, Algorithm, REINFORCEPlusPlus
+from rlmt.distributed import collectives
+from rlmt.distributed.fsdp2 import compute_device, full_tensor, is_sharded, shard_model
+from rlmt.errors import AllRanksUserError, UserError
+from rlmt.models.adapters import LoRA, trainable_parameters
+from rlmt.models.critic import build_critic
+from rlmt.models.logprobs import compute_logprobs, compute_values
+from rlmt.modules import RLMTModule
+from rlmt.modules.dynamic_sampling import select
+from rlmt.modules.update import PolicyUpdate
+from rlmt.rewards import ClassifierReward
+from rlmt.rewards.classifier import shardable_models
+from rlmt.types import Experience, Split, Status
 
 CPU = torch.device("cpu")
 BUDGET = 60
-CASES: dict[str, tuple[Any, list[list[int]]]] = {  # the objective, and the groups of each rank
+CASES: dict[str, tuple[Any, list[list[int]]]] = {  # objective, and groups of each rank
     "token_mean": (lambda: GRPO(kl_coef=0.1, entropy_coef=0.1), [[0, 1], [2]]),
     "sequence_mean": (lambda: GRPO(loss_aggregation="sequence_mean", kl_coef=0.1), [[0], [1, 2]]),
     "constant": (lambda: GRPO(loss_aggregation="constant", kl_coef=0.1), [[0, 1], [2]]),
@@ -60,7 +56,7 @@ def gradients(policy: PreTrainedModel) -> dict[str, Tensor]:
 def update(
     case: str, algorithm: Algorithm, data: Experience, mesh: DeviceMesh | None = None, offload: bool = False
 ) -> dict[str, Any]:
-    """Gradients of each step, metrics, and what the objective found; with a mesh the models are in shards."""
+    """Gradients of each optimizer step and metrics; with a mesh the models are sharded by FSDP2."""
     policy, reference, rollouts = model(0), model(1), data.rollouts
     if case == "tied":
         policy.config.tie_word_embeddings = True
@@ -107,7 +103,7 @@ def update(
 
 
 def scores(folder: str, number: int, mesh: DeviceMesh | None = None) -> Tensor:
-    """Of conversations of which the first rank has four and the second one, or with -1 all of them."""
+    """Scores of five conversations: four on rank 0, one on rank 1, all of them for number -1."""
     reward = ClassifierReward(folder, dtype="float32", tokens_per_batch=64)
     reward.load()
     if mesh is not None:
@@ -115,42 +111,42 @@ def scores(folder: str, number: int, mesh: DeviceMesh | None = None) -> Tensor:
         shard_model(reward.model, mesh, mixed=False)  # type: ignore[arg-type]
     words = [f"{'tea and ' * n}cake" for n in (1, 9, 2, 20, 5)]
     mine = {0: slice(0, 4), 1: slice(4, 5), -1: slice(None)}[number]
-    asked: list[Any] = [[{"role": "user", "content": f"Which {word}?"}] for word in words]
-    got = reward.score(asked[mine], words[mine], [Status.OK] * len(words[mine]))
+    prompts: list[Any] = [[{"role": "user", "content": f"Which {word}?"}] for word in words]
+    scored = reward.score(prompts[mine], words[mine], [Status.OK] * len(words[mine]))
     assert len(reward.score([], [], [])) == 0
-    return got
+    return scored
 
 
 def failures(number: int) -> list[tuple[str, bool | None]]:
-    """What is said where the second rank alone fails, and whether another rank says it."""
+    """Messages where rank 1 alone fails, and whether another rank reports them."""
 
     @collectives.rank_hook
     def setup(stage: str, error: Exception | None, exchanges: bool) -> None:
         if number == 1 and error is not None:
             raise error
-        if exchanges:  # which the second rank does not come to
+        if exchanges:  # rank 1 does not reach this collective
             collectives.run_on_all_ranks(lambda: collectives.all_gather_object(3))
 
-    said: list[tuple[str, bool | None]] = []
+    raised: list[tuple[str, bool | None]] = []
     for exchanges in (False, True):
-        for mistake in (UserError("wrong"), KeyError("x")):
+        for failure in (UserError("wrong"), KeyError("x")):
             try:
-                setup("fit", mistake, exchanges)
+                setup("fit", failure, exchanges)
             except (AllRanksUserError, collectives.RankFailed) as error:
-                said.append((str(error), getattr(error, "reported_elsewhere", None)))
-    assert collectives.all_gather_object(number) == [0, 1]  # nobody has exchanged more often than the other
+                raised.append((str(error), getattr(error, "reported_elsewhere", None)))
+    assert collectives.all_gather_object(number) == [0, 1]  # both ranks have run as many collectives
     setup("fit", None, True)
-    return said
+    return raised
 
 
 def memory(name: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at most."""
+    """Resident bytes of this process: VmRSS for the present, VmHWM for the peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def streamed(mesh: DeviceMesh) -> dict[str, int]:
-    """Gives the weights of a larger sharded policy away, as to an engine, and measures what that takes."""
+    """Bytes that an engine sync of a larger sharded policy takes: peak above the start, model, largest tensor."""
     config = LlamaConfig(
         vocab_size=2000, hidden_size=768, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=12
     )
@@ -159,8 +155,8 @@ def streamed(mesh: DeviceMesh) -> dict[str, int]:
     weights = [weight.nbytes for weight in policy.state_dict().values()]
     shard_model(policy, mesh, mixed=False)
     module: Any = SimpleNamespace(_policy=policy)
-    next(iter(RLMTModule.policy_weights(module)))  # gloo's own buffers
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is that of what follows
+    next(iter(RLMTModule.policy_weights(module)))  # allocates gloo's own buffers
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = memory("VmRSS")
     for name, tensor in RLMTModule.policy_weights(module):
         assert float(tensor.double().sum()) == expected.pop(name), name
@@ -170,7 +166,7 @@ def streamed(mesh: DeviceMesh) -> dict[str, int]:
 
 
 def main(number: int, folder: Path, reward: str) -> None:
-    torch.set_num_threads(1)  # two processes on what may be two cores
+    """Writes the results of all cases to rank<number>.pt."""
     alone = {} if number else {case: update(case, make(), experience()) for case, (make, _) in CASES.items()}
     distributed.init_process_group("gloo", f"file://{folder / 'store'}", world_size=2, rank=number)
     shared = {
@@ -189,7 +185,3 @@ def main(number: int, folder: Path, reward: str) -> None:
     results["scores"] = {"alone": scores(reward, -1), "sharded": scores(reward, number, mesh)}
     torch.save(results, folder / f"rank{number}.pt")
     distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

@@ -1,8 +1,6 @@
-"""One of two ranks, started by test_supervised_ranks.py: each trains on its rows; first, alone, one on all of them."""
+"""A rank of test_supervised_ranks.py: trains on its rows by DDP and FSDP2; rank 0 first trains alone on all rows."""
 
-import json
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from rlmt.modules import SFT, RewardModeling
 from rlmt.modules.optimizers import MuonAdamW
 
 FSDP, LORA, MUON = "fsdp", {"lora": LoRA(rank=4, alpha=64)}, {"optimizer": lambda named: MuonAdamW(named, muon_lr=0.05)}
-CASES: dict[str, tuple[str, dict[str, Any]]] = {  # what is trained, and how
+CASES: dict[str, tuple[str, dict[str, Any]]] = {  # module, and its options
     "sft": ("sft", {"prompt_weight": 0.3, "gradient_checkpointing": True}),
     "sft, adapter": ("sft", LORA),
     "sft, from scratch by Muon": ("sft", {"from_scratch": True, **MUON}),
@@ -28,7 +26,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # what is trained, and how
 
 
 class Watch(Callback):
-    """Gradients of each step, put together, and numbers of micro-batches."""
+    """Records the full gradients of each step and the number of micro-batches of each batch."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, Tensor]] = []
@@ -51,7 +49,7 @@ class Watch(Callback):
 
 
 def train(case: str, paths: dict[str, str], strategy: Any, devices: int) -> dict[str, Any]:
-    """A batch of validation, two of training, and a validation."""
+    """Runs a sanity validation batch, two training batches and a validation epoch."""
     kind, options = CASES[case]
     seed_everything(0, verbose=False)
     options = {"optimizer": lambda named: torch.optim.SGD(named, lr=0.3, momentum=0.9)} | options
@@ -80,7 +78,7 @@ def train(case: str, paths: dict[str, str], strategy: Any, devices: int) -> dict
     trainer.fit(module, datamodule=data)
     assert is_sharded(module) == isinstance(strategy, FSDP2)
     loops = (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop)
-    # In inference mode, which Lightning has on GPUs but not over gloo, weights put together could not be trained later.
+    # All-gathered weights made in inference mode could not be trained later. Lightning leaves that mode off over gloo.
     assert any(loop.inference_mode for loop in loops) != isinstance(strategy, FSDP2)
     return {
         "steps": watch.steps,
@@ -91,17 +89,13 @@ def train(case: str, paths: dict[str, str], strategy: Any, devices: int) -> dict
     }
 
 
-def main(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)  # two processes on what may be two cores
-    paths = json.loads((folder / "paths.json").read_text())
+def main(rank: int, folder: Path, port: int, paths: dict[str, str]) -> None:
+    """Writes the results of all cases to rank<rank>.pt."""
+    os.chdir(folder)
     results = {} if rank else {"alone": {case: train(case, paths, "auto", 1) for case in CASES}}
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": paths["port"], "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     env |= {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "ranks"}
     os.environ |= {name: str(value) for name, value in env.items()}
     results["ddp"] = {case: train(case, paths, "ddp", 2) for case in CASES}
     results["fsdp"] = {case: train(case, paths, FSDP2(), 2) for case in CASES}
     torch.save(results, folder / f"rank{rank}.pt")
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -1,4 +1,4 @@
-"""Tiny reward models, made on the spot."""
+"""Tiny random reward models."""
 
 from __future__ import annotations
 

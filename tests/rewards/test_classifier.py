@@ -1,4 +1,4 @@
-"""ClassifierReward: what it reads, where it reads the score, and in which precision."""
+"""ClassifierReward: its input, the position of the score, and its precision."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ def score(reward: ClassifierReward, responses: list[str], prompt: str = "hi") ->
 def alone(folder: str, text: str, dtype: torch.dtype = torch.float32) -> float:
     """The score of `text` by Hugging Face's own forward pass: one row, no padding, no pad id."""
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype).eval()
-    model.config.pad_token_id = None  # it then reads the last position
+    model.config.pad_token_id = None  # without a pad id it reads the last position
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     with torch.no_grad():
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
         return float(model(ids).logits)
 
 
-# ------------------------------------------------------------------------------------------------ what is read
+# ------------------------------------------------------------------------------------------------ input
 
 
-def test_render_is_the_template_of_the_conversation_and_the_response(reward_model: MakeModel) -> None:
+def test_render_equals_the_chat_template_of_conversation_and_response(reward_model: MakeModel) -> None:
     reward = ClassifierReward(reward_model())
     turns: list[Message] = [
         {"role": "system", "content": "Be kind."},
@@ -69,7 +69,7 @@ def test_render_is_the_template_of_the_conversation_and_the_response(reward_mode
 
 @pytest.mark.parametrize("adds", ["", "bos", "bos eos"])
 @pytest.mark.parametrize("written", [0, 1, 2])
-def test_one_bos_and_no_appended_eos(tokenizers_by: MakeTokenizer, adds: str, written: int) -> None:
+def test_encode_writes_one_bos_and_no_eos(tokenizers_by: MakeTokenizer, adds: str, written: int) -> None:
     tokenizer = tokenizers_by("{{ bos_token }}" * written + TURNS, adds)
     reader = ConversationReader(tokenizer, "rm")
     (row,) = reader.encode([reader.render(user("a"), "b")])
@@ -77,7 +77,7 @@ def test_one_bos_and_no_appended_eos(tokenizers_by: MakeTokenizer, adds: str, wr
     assert row == tokenizer.convert_tokens_to_ids([*bos, *"[user]a", EOT, *"[assistant]b", EOT])
 
 
-def test_a_tokenizer_without_bos_token_gets_none(tokenizers_by: MakeTokenizer) -> None:
+def test_tokenizer_without_bos_adds_none(tokenizers_by: MakeTokenizer) -> None:
     tokenizer = tokenizers_by()
     tokenizer.bos_token = None
     reader = ConversationReader(tokenizer, "rm")
@@ -94,9 +94,7 @@ def test_a_tokenizer_without_bos_token_gets_none(tokenizers_by: MakeTokenizer) -
         ("a < b, |eot| and <eot> stay", "a < b, |eot| and <eot> stay"),
     ],
 )
-def test_spelled_out_special_tokens_do_not_become_control_tokens(
-    tokenizers_by: MakeTokenizer, response: str, clean: str
-) -> None:
+def test_typed_special_tokens_are_removed(tokenizers_by: MakeTokenizer, response: str, clean: str) -> None:
     tokenizer = tokenizers_by("{{ bos_token }}" + TURNS, "bos")
     reader = ConversationReader(tokenizer, "rm")
     (row,) = reader.encode([reader.render(user("x" + response), response)])
@@ -105,21 +103,19 @@ def test_spelled_out_special_tokens_do_not_become_control_tokens(
     assert control == [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.eos_token_id]
 
 
-def test_special_tokens_beyond_bos_and_eos_are_neutralised_too(tokenizers_by: MakeTokenizer) -> None:
+def test_all_special_tokens_are_removed(tokenizers_by: MakeTokenizer) -> None:
     tokenizer = tokenizers_by()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|header|>"]})
     assert ConversationReader(tokenizer, "rm").neutralise("a<|header|>b") == "ab"
 
 
-def test_a_template_that_asks_for_the_date_gets_a_fixed_one(tokenizers_by: MakeTokenizer) -> None:
+def test_template_date_is_fixed(tokenizers_by: MakeTokenizer) -> None:
     llama = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
     reader = ConversationReader(tokenizers_by(llama + "{{ date_string }}" + TURNS), "rm")
     assert reader.render(user("a"), "b").startswith("26 Jul 2024[user]")
 
 
-def test_a_template_that_refuses_the_conversation_is_a_user_error(
-    reward_model: MakeModel, tokenizers_by: MakeTokenizer
-) -> None:
+def test_error_of_the_chat_template_is_a_user_error(reward_model: MakeModel, tokenizers_by: MakeTokenizer) -> None:
     picky = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system turns') }}{% endif %}" + TURNS
     reward = ClassifierReward(reward_model(tokenizer=tokenizers_by(picky)))
     with pytest.raises(UserError, match="turns system, user, assistant: No system turns"):
@@ -132,7 +128,7 @@ def test_a_template_that_refuses_the_conversation_is_a_user_error(
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("pad", [None, EOT, "<|pad|>", "!"])
 @pytest.mark.parametrize("end", ["", "!"])
-def test_batch_scores_are_those_of_one_row_alone(
+def test_batch_scores_equal_single_row_scores(
     reward_model: MakeModel, tokenizers_by: MakeTokenizer, family: str, pad: str | None, end: str
 ) -> None:
     # The template's last token is the pad token where pad is EOT or "!", and has id 0 where it is "!".
@@ -146,7 +142,7 @@ def test_batch_scores_are_those_of_one_row_alone(
     assert got.tolist() == pytest.approx(want, abs=1e-5)
 
 
-def test_order_is_kept_and_batches_do_not_matter(reward_model: MakeModel) -> None:
+def test_scores_do_not_depend_on_batches(reward_model: MakeModel) -> None:
     folder = reward_model()
     rng = random.Random(0)
     responses = ["".join(rng.choices("abc", k=rng.randrange(1, 60))) for _ in range(17)]
@@ -159,7 +155,7 @@ def test_order_is_kept_and_batches_do_not_matter(reward_model: MakeModel) -> Non
     assert score(loaded(folder), []).shape == (0,)
 
 
-def test_weights_in_4_bits_score_as_the_same_weights_in_full(reward_model: MakeModel) -> None:
+def test_nf4_scores_equal_scores_of_dequantized_weights(reward_model: MakeModel) -> None:
     pytest.importorskip("bitsandbytes")
     from rlmt.models import NF4
     from rlmt.models.adapters import base_tensors
@@ -171,9 +167,9 @@ def test_weights_in_4_bits_score_as_the_same_weights_in_full(reward_model: MakeM
     assert small.model is not None and plain.model is not None
     assert sum(p.dtype == torch.uint8 for p in small.model.parameters()) == 14  # two layers, seven linear layers each
     tensors = base_tensors(small.model)
-    assert torch.equal(tensors["score.weight"], plain.model.state_dict()["score.weight"])  # the head is no part of it
+    assert torch.equal(tensors["score.weight"], plain.model.state_dict()["score.weight"])  # the head is not quantized
     plain.model.load_state_dict({name: dequantize(tensor) for name, tensor in tensors.items()})
-    for _ in range(2):  # the second time, too: bitsandbytes would have rewritten the weights at the first
+    for _ in range(2):  # twice, because bitsandbytes may rewrite the weights at the first forward
         got = score(small, ["yes", "no, never", "x" * 40])
         torch.testing.assert_close(got, score(plain, ["yes", "no, never", "x" * 40]), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(got, before, atol=1e-3)
@@ -197,7 +193,7 @@ def test_bfloat16_weights_give_float32_scores(reward_model: MakeModel) -> None:
     assert loaded(folder, dtype="float32").model.dtype == torch.float32  # type: ignore[union-attr]
 
 
-def test_it_is_frozen_and_ignores_autocast_and_train(reward_model: MakeModel) -> None:
+def test_reward_is_frozen_and_ignores_autocast_and_train(reward_model: MakeModel) -> None:
     reward = loaded(reward_model(attention_dropout=0.5))
     parent = nn.ModuleDict({"reward": reward})
     first = score(reward, ["abc"])
@@ -215,11 +211,11 @@ def test_it_is_frozen_and_ignores_autocast_and_train(reward_model: MakeModel) ->
 # ------------------------------------------------------------------------------------------------ truncation
 
 
-def test_long_input_is_cut_counted_and_warned_of_once(reward_model: MakeModel, tokenizers_by: MakeTokenizer) -> None:
+def test_long_input_is_truncated_with_one_warning(reward_model: MakeModel, tokenizers_by: MakeTokenizer) -> None:
     folder = reward_model(tokenizer=tokenizers_by("{{ bos_token }}" + TURNS, "bos"))
     reward = loaded(folder, max_length=40)
     short, long = "a", "b" * 50
-    with pytest.warns(UserWarning, match="cut on the left to max_length 40") as caught:
+    with pytest.warns(UserWarning, match="truncated on the left to max_length 40") as caught:
         got = score(reward, [short, long, long])
     assert len(caught) == 1
     assert reward.truncated == 2
@@ -232,17 +228,17 @@ def test_long_input_is_cut_counted_and_warned_of_once(reward_model: MakeModel, t
     assert float(got[0]) == pytest.approx(alone(folder, f"{BOS}[user]hi{EOT}[assistant]a{EOT}"), abs=1e-5)
 
 
-def test_cut_on_the_right_the_turn_still_closes(reward_model: MakeModel, tokenizers_by: MakeTokenizer) -> None:
+def test_right_truncation_keeps_the_end_of_turn(reward_model: MakeModel, tokenizers_by: MakeTokenizer) -> None:
     folder = reward_model(tokenizer=tokenizers_by("{{ bos_token }}" + TURNS + "{{ '.' }}", "bos"))
     reward = loaded(folder, max_length=30, truncation_side="right")
-    with pytest.warns(UserWarning, match="cut on the right"):
+    with pytest.warns(UserWarning, match="truncated on the right"):
         got = score(reward, ["b" * 50])
     # 30 tokens: bos + 8 of "[user]hi" + eot + 11 of "[assistant]" + 7 of the response + eot and full stop
     want = f"{BOS}[user]hi{EOT}[assistant]{'b' * 7}{EOT}."
     assert float(got) == pytest.approx(alone(folder, want), abs=1e-5)
 
 
-def test_longest_input_defaults_to_the_context_within_the_budget(reward_model: MakeModel) -> None:
+def test_max_length_defaults_to_the_smaller_of_context_and_tokens_per_batch(reward_model: MakeModel) -> None:
     folder = reward_model(max_position_embeddings=64)
     for budget, want in ((1000, 64), (50, 50)):
         reward = ClassifierReward(folder, tokens_per_batch=budget)
@@ -251,18 +247,18 @@ def test_longest_input_defaults_to_the_context_within_the_budget(reward_model: M
         assert reward.max_length == want
 
 
-# ------------------------------------------------------------------------------------------------ mistakes
+# ------------------------------------------------------------------------------------------------ errors
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_length": 65}, r"max_length is 65 but reward model '.*' reads 1 to 64 tokens"),
-        ({"max_length": 0}, "max_length is 0"),
-        ({"max_length": 60, "tokens_per_batch": 50}, "max_length is 60 but tokens_per_batch allows 1 to 50 tokens"),
+        ({"max_length": 65}, r"max_length is 65, but reward model '.*' has a context of 64 tokens"),
+        ({"max_length": 0}, r"ClassifierReward\.max_length is 0: must be an integer above 0"),
+        ({"max_length": 60, "tokens_per_batch": 50}, "max_length is 60, but tokens_per_batch is 50 tokens"),
     ],
 )
-def test_impossible_lengths(reward_model: MakeModel, options: dict[str, int], message: str) -> None:
+def test_max_length_out_of_range_is_refused(reward_model: MakeModel, options: dict[str, int], message: str) -> None:
     with pytest.raises(UserError, match=message):
         ClassifierReward(reward_model(max_position_embeddings=64), **options).check()  # type: ignore[arg-type]
 
@@ -270,26 +266,26 @@ def test_impossible_lengths(reward_model: MakeModel, options: dict[str, int], me
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("runs/tiny/reward", "'runs/tiny/reward' does not exist: make it with `rlmt tiny`"),
-        ("./nowhere", "'./nowhere' does not exist: give a folder or a hub name"),
+        ("runs/tiny/reward", "'runs/tiny/reward' does not exist; make it with `rlmt tiny`"),
+        ("./nowhere", "'./nowhere' does not exist; use a folder or a Hub name"),
     ],
 )
-def test_missing_folder(source: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_folder_is_refused(source: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
         ClassifierReward(source).check()
 
 
-def test_folder_that_is_no_reward_model(reward_model: MakeModel, tokenizers_by: MakeTokenizer, tmp_path: Path) -> None:
+def test_folder_without_reward_model_is_refused(
+    reward_model: MakeModel, tokenizers_by: MakeTokenizer, tmp_path: Path
+) -> None:
     (tmp_path / "empty").mkdir()
     no_template = reward_model(tokenizer=tokenizers_by(None))
     no_weights = Path(reward_model())
     (no_weights / "model.safetensors").unlink()
     encoder = Path(reward_model())
     (encoder / "config.json").write_text(json.dumps({"model_type": "bert", "id2label": {"0": "score"}}))
-    own_code = Path(
-        reward_model()
-    )  # as ArmoRM: weights and one output like any other's, but a head that needs its code
+    own_code = Path(reward_model())  # as ArmoRM: one output, but a head that needs custom code
     config = json.loads((own_code / "config.json").read_text())
     config |= {"architectures": ["Gated"], "auto_map": {"AutoModelForSequenceClassification": "modeling_custom.Gated"}}
     (own_code / "config.json").write_text(json.dumps(config))
@@ -306,7 +302,7 @@ def test_folder_that_is_no_reward_model(reward_model: MakeModel, tokenizers_by: 
         assert "\n" not in str(caught.value)
 
 
-def test_weights_without_a_score_head_are_refused(reward_model: MakeModel) -> None:
+def test_missing_score_head_is_refused(reward_model: MakeModel) -> None:
     folder = reward_model()
     path = Path(folder) / "model.safetensors"
     weights = load_file(path)

@@ -1,4 +1,4 @@
-"""Rewards that are not trained on: what they score, under which names, and how a run stops by them."""
+"""Held-out rewards: their scores and names, and early stopping on them."""
 
 import csv
 import json
@@ -17,7 +17,7 @@ from rlmt.rewards import ClassifierReward, RegexReward, Reward, WeightedSum
 from rlmt.rewards.held_out import HeldOutRewards
 from rlmt.types import Experience, FinishReason, Message, Prompt, RolloutBatch, Sampling, Scores, Split, Status
 
-# What a reward says at each validation of 4 prompts: the best is the third, and three later ones are no better.
+# Scores of a reward at each validation of 4 prompts: the third is the best; three later ones are not better.
 DRIFT = """
 CURVE = [1.0, 2.0, 5.0, 3.0, 4.0, 4.5, 9.0]
 calls = 0
@@ -39,7 +39,7 @@ Command = Callable[..., list[str]]
 
 @pytest.fixture
 def command(tiny: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Arguments of a tiny run with configs/early_stop.yaml, its held-out reward replaced by the given ones."""
+    """Arguments of a tiny run with configs/early_stop.yaml, its held-out reward replaced by the passed ones."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "drift.py").write_text(DRIFT)
     monkeypatch.syspath_prepend(tmp_path)
@@ -73,7 +73,7 @@ def read(run: Path, metric: str) -> list[float]:
         return [float(row[metric]) for row in csv.DictReader(file) if row.get(metric)]
 
 
-def test_a_run_stops_when_the_held_out_score_falls_and_keeps_its_best_checkpoint(
+def test_run_stops_when_the_held_out_score_falls_and_keeps_its_best_checkpoint(
     command: Command, tiny: Path, tmp_path: Path
 ) -> None:
     twin = classifier(tiny / "reward", "twin")
@@ -82,8 +82,8 @@ def test_a_run_stops_when_the_held_out_score_falls_and_keeps_its_best_checkpoint
     run = tmp_path / "run"
     assert read(run, "val/skywork_v2") == [1.0, 2.0, 5.0, 3.0, 4.0, 4.5]
     assert len(read(run, "reward/mean")) == 6  # of the 9 steps allowed
-    assert read(run, "val/twin") == read(run, "val/reward_mean")  # the same model, read a second time
-    # A step whose samples all have the same reward is none of the optimizer's, so the best one's number may be less.
+    assert read(run, "val/twin") == read(run, "val/reward_mean")  # the same reward model, loaded twice
+    # Steps with equal rewards skip the optimizer step, so the number of the best step may be lower.
     best, last = sorted((run / "checkpoints").glob("*.ckpt"))
     assert best.name in ("best-step=2.ckpt", "best-step=3.ckpt") and last.name == "last.ckpt"
     saved = torch.load(best, weights_only=True)
@@ -92,7 +92,7 @@ def test_a_run_stops_when_the_held_out_score_falls_and_keeps_its_best_checkpoint
     assert curves["validation"]["val/skywork_v2"] == [1.0, 2.0, 5.0]
 
 
-def test_predictions_need_no_held_out_reward(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_predict_does_not_load_held_out_rewards(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HeldOutRewards, "load", lambda self: pytest.fail("loaded"))
     assert main(command("predict", [DRIFTING], "--data.max_new_tokens", 2)) == 0
 
@@ -106,7 +106,7 @@ def test_predictions_need_no_held_out_reward(command: Command, monkeypatch: pyte
     ],
     ids=["name of the trained reward", "no such model", "no validation"],
 )
-def test_a_mistake_is_one_line_before_any_model_is_loaded(
+def test_error_is_one_line_before_any_model_is_loaded(
     held_out: list[dict[str, Any]],
     options: list[object],
     named: list[str],
@@ -126,11 +126,11 @@ class Says(Reward):
         self.name, self.values = name, values
 
     def score(self, prompts: Sequence[list[Message]], responses: Sequence[str], statuses: Sequence[Status]) -> Tensor:
-        assert responses == ["a", "b"]  # and never a thought
+        assert responses == ["a", "b"]  # never a thought
         return torch.tensor(self.values)
 
 
-def test_malformed_samples_get_each_rewards_own_floor() -> None:
+def test_malformed_samples_get_the_lowest_score_of_each_reward() -> None:
     splits = [Split("t", "a", Status.OK), Split("", "", Status.UNCLOSED), Split("t", "b", Status.OK)]
     rollouts = RolloutBatch(
         prompts=[Prompt(0, [{"role": "user", "content": "?"}])],
@@ -153,19 +153,19 @@ def test_malformed_samples_get_each_rewards_own_floor() -> None:
         engine_logprobs=torch.zeros(3),
     )
     held_out = HeldOutRewards([Says("low", [-20.0, 5.0]), Says("high", [1.0, 3.0])])
-    # (-20 - 20 + 5) / 3: below the penalty, the lowest score takes its place; (1 - 10 + 3) / 3: the penalty
+    # (-20 - 20 + 5) / 3: the lowest score is below the penalty; (1 - 10 + 3) / 3: the penalty
     assert held_out.means(experience, "penalty", -10.0) == pytest.approx({"low": -35 / 3, "high": -2.0})
     assert HeldOutRewards().means(experience, "penalty", -10.0) == {}
 
 
 @pytest.mark.parametrize("names", [("a", "a"), ("polite",), ("reward_mean",), ("thought_tokens",)])
-def test_names_are_told_apart(names: tuple[str, ...]) -> None:
+def test_names_must_be_distinct(names: tuple[str, ...]) -> None:
     trained = WeightedSum([ClassifierReward("unread"), RegexReward("please", name="polite")], [1.0, 1.0])
-    with pytest.raises(UserError, match=f"--model.held_out_rewards: the name '{names[0]}' is taken"):
+    with pytest.raises(UserError, match=f"--model.held_out_rewards: the name '{names[0]}' is used"):
         HeldOutRewards([Says(name) for name in names]).check(trained)
     HeldOutRewards([Says("b"), Says("c")]).check(trained)
 
 
 def test_every_held_out_reward_is_checked() -> None:
-    with pytest.raises(UserError, match="no regular expression"):
+    with pytest.raises(UserError, match="is not a regular expression"):
         HeldOutRewards([Says("a"), RegexReward("(", name="b")]).check(Says("trained"))

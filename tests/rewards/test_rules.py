@@ -1,4 +1,4 @@
-"""Rule rewards, by scores worked out by hand."""
+"""Rule rewards, compared with scores computed by hand."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def scores(reward: Reward, responses: list[str], statuses: list[Status] | None =
     return [float(value) for value in got]
 
 
-def test_format_is_one_for_ok_alone() -> None:
+def test_format_reward_is_one_only_for_ok() -> None:
     assert scores(FormatReward(), ["a"] * len(Status), list(Status)) == [float(s is Status.OK) for s in Status]
     assert scores(FormatReward(), []) == []
 
 
-def test_length_window_falls_off_in_a_straight_line() -> None:
+def test_length_window_decreases_linearly_outside() -> None:
     reward = LengthWindow(min_chars=10, max_chars=20, margin=8)
     lengths = [0, 2, 4, 9, 10, 15, 20, 21, 26, 28, 99]
     want = [0, 0, 0.25, 0.875, 1, 1, 1, 0.875, 0.25, 0, 0]
@@ -39,23 +39,23 @@ def test_length_window_falls_off_in_a_straight_line() -> None:
 @pytest.mark.parametrize(
     ("window", "message"),
     [
-        ((5, 4, 1), "min_chars 5 and max_chars 4 make no window"),
-        ((-1, 4, 1), "min_chars -1"),
-        ((1, 4, 0), "margin is 0: set it to 1 or more characters"),
+        ((5, 4, 1), "min_chars 5 is above max_chars 4"),
+        ((-1, 4, 1), r"LengthWindow\.min_chars is -1: must be an integer of at least 0"),
+        ((1, 4, 0), r"LengthWindow\.margin is 0: must be an integer above 0"),
     ],
 )
-def test_length_window_mistakes(window: tuple[int, int, int], message: str) -> None:
+def test_length_window_refuses_invalid_options(window: tuple[int, int, int], message: str) -> None:
     with pytest.raises(UserError, match=message):
         LengthWindow(*window).check()
 
 
-def test_regex_finds_anywhere_in_the_response() -> None:
+def test_regex_matches_anywhere_in_the_response() -> None:
     assert scores(RegexReward(r"(?i)\bthanks\b"), ["Many Thanks!", "thanksgiving", "no\nTHANKS"]) == [1, 0, 1]
     assert scores(RegexReward(r"^a.b$"), ["a\nb", "axb"]) == [0, 1]
 
 
-def test_invalid_regex_is_told_by_check() -> None:
-    with pytest.raises(UserError, match=r"reward 'polite': pattern '\(' is no regular expression"):
+def test_check_refuses_an_invalid_regex() -> None:
+    with pytest.raises(UserError, match=r"reward 'polite': pattern '\(' is not a regular expression"):
         RegexReward("(", name="polite").check()
 
 
@@ -84,14 +84,14 @@ NUMBER = 7
 
 @pytest.fixture
 def functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Import path of a module of a user's functions."""
+    """Import path of a module with user-defined functions."""
     (tmp_path / "my_reward_functions.py").write_text(FUNCTIONS)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_reward_functions", raising=False)
     return "my_reward_functions"
 
 
-def test_callable_gets_prompt_and_response_and_cannot_change_the_prompt(functions: str) -> None:
+def test_callable_receives_prompt_and_response_and_cannot_change_the_prompt(functions: str) -> None:
     reward = CallableReward(f"{functions}.length")
     assert reward.name == "length"
     assert scores(reward, ["ab", ""]) == [302, 300]  # "hi!" each time
@@ -108,7 +108,7 @@ def test_callable_gets_prompt_and_response_and_cannot_change_the_prompt(function
         ("my_reward_functions.NUMBER", "'my_reward_functions.NUMBER' is a int"),
     ],
 )
-def test_callable_that_cannot_be_imported(functions: str, path: str, message: str) -> None:
+def test_callable_must_be_importable(functions: str, path: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         CallableReward(path).check()
 
@@ -122,7 +122,7 @@ def test_callable_must_return_a_finite_number(functions: str, name: str, value: 
     assert len(str(caught.value)) < 220
 
 
-def test_error_inside_a_callable_names_it(functions: str) -> None:
+def test_error_in_a_callable_names_it(functions: str) -> None:
     with pytest.raises(KeyError, match="oops") as caught:
         scores(CallableReward(f"{functions}.crash"), ["ab"])
     assert caught.value.__notes__ == [f"in reward function {functions}.crash for the response 'ab'"]

@@ -1,4 +1,4 @@
-"""Which text a reward sees, and what malformed samples get."""
+"""The text that a reward sees, and the scores of malformed samples."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def user(text: str) -> list[Message]:
 
 
 class Recorder(Reward):
-    """Scores with given numbers, or the response's length, and keeps what it was shown."""
+    """Returns the passed scores, or the length of each response, and records its input."""
 
     name = "recorder"
 
@@ -69,20 +69,20 @@ def test_penalty_hides_malformed_samples_from_the_reward() -> None:
     ("values", "penalty", "want"),
     [([-30.0, 5.0], -10, [-30, -30, 5, -30]), ([-2.0, 5.0], -10, [-2, -10, 5, -10]), ([4.0, 5.0], 7, [4, 4, 5, 4])],
 )
-def test_a_malformed_sample_never_beats_a_well_formed_one(
+def test_malformed_sample_never_scores_above_a_well_formed_one(
     values: list[float], penalty: float, want: list[float]
 ) -> None:
     assert score(Recorder(values), PROMPTS, SPLITS, TEXTS, "penalty", penalty).total.tolist() == want
 
 
-def test_batch_without_one_well_formed_sample() -> None:
+def test_batch_without_well_formed_samples_gets_the_penalty() -> None:
     got = score(WeightedSum([Recorder(), FormatReward()], [1.0, 1.0]), PROMPTS[:2], [SPLITS[1]] * 2, TEXTS[:2])
     assert got.total.tolist() == [-10, -10]
     assert sorted(got.parts) == ["format", "recorder"]
     assert all(part.isnan().all() for part in got.parts.values())
 
 
-def test_scores_are_float32_whatever_the_default_dtype_is() -> None:
+def test_scores_are_float32_for_any_default_dtype() -> None:
     torch.set_default_dtype(torch.bfloat16)
     try:
         got = score(Recorder([1.0, 1.25]), PROMPTS, SPLITS, TEXTS, penalty=-10)
@@ -91,7 +91,7 @@ def test_scores_are_float32_whatever_the_default_dtype_is() -> None:
     assert got.total.dtype == got.parts["recorder"].dtype == torch.float32
 
 
-def test_null_scores_a_literal() -> None:
+def test_null_mode_scores_a_literal() -> None:
     reward = Recorder()
     got = score(reward, PROMPTS, SPLITS, TEXTS, "null")
     assert got.texts == ["abc", "[NULL]", "a", "[NULL]"]
@@ -100,26 +100,26 @@ def test_null_scores_a_literal() -> None:
     assert got.parts["recorder"].tolist() == [3, 6, 1, 6]
 
 
-def test_score_all_shows_malformed_samples_whole_and_the_others_without_thought() -> None:
+def test_score_all_scores_complete_text_only_of_malformed_samples() -> None:
     got = score(Recorder(), PROMPTS, SPLITS, TEXTS, "score_all")
     assert got.texts == ["abc", TEXTS[1], "a", TEXTS[3]]
     assert got.total.tolist() == [3, 9, 1, 27]
 
 
-def test_unknown_mode() -> None:
-    with pytest.raises(UserError, match="'strict' is unknown: use penalty, null or score_all"):
+def test_unknown_mode_is_refused() -> None:
+    with pytest.raises(UserError, match="'strict', which is unknown; use penalty, null or score_all"):
         score(Recorder(), PROMPTS, SPLITS, TEXTS, "strict")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ([1.0, float("nan")], "reward 'recorder' gave 1 of 2 scores that are not finite"),
-        ([float("inf"), float("nan")], "gave 2 of 2 scores"),
-        ([1.0], r"reward 'recorder' gave scores of shape \[1\] for 2 responses"),
+        ([1.0, float("nan")], "reward 'recorder' returned 1 of 2 scores that are not finite"),
+        ([float("inf"), float("nan")], "returned 2 of 2 scores"),
+        ([1.0], r"reward 'recorder' returned scores of shape \[1\] for 2 responses"),
     ],
 )
-def test_bad_scores_name_the_reward(values: list[float], message: str) -> None:
+def test_error_for_invalid_scores_names_the_reward(values: list[float], message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         score(Recorder(values), PROMPTS, SPLITS, TEXTS)
 
@@ -155,7 +155,7 @@ GOLDEN = [
 
 @pytest.mark.parametrize(("name", "text", "status", "response"), GOLDEN)
 @pytest.mark.parametrize("mode", get_args(MalformedMode))
-def test_golden_text_scored(
+def test_scored_text_equals_golden_text(
     reward_model: Callable[..., str],
     name: FormatName,
     text: str,
@@ -229,7 +229,7 @@ distributed.destroy_process_group()
 """
 
 
-def test_the_lowest_score_is_the_lowest_over_all_ranks(tmp_path: Path) -> None:
+def test_lowest_score_is_taken_over_all_ranks(tmp_path: Path) -> None:
     ranks = [
         subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE)
         for rank in range(2)

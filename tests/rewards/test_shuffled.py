@@ -1,4 +1,4 @@
-"""Shuffled rewards: each prompt's scores, dealt out to its responses by chance that follows from the texts."""
+"""ShuffledReward: a permutation of the scores of each prompt, seeded by the texts."""
 
 import torch
 
@@ -11,7 +11,7 @@ def batch(prompts: int, samples: int) -> tuple[list[list[Message]], list[str]]:
     return said, ["x" * (10 * p + s) for p in range(prompts) for s in range(samples)]
 
 
-def test_scores_stay_within_their_prompt_and_are_dealt_out_by_chance() -> None:
+def test_scores_are_randomly_permuted_within_each_prompt() -> None:
     within = LengthWindow(0, 0, 1000)
     reward = ShuffledReward(within)
     prompts, responses = batch(40, 8)
@@ -26,7 +26,7 @@ def test_scores_stay_within_their_prompt_and_are_dealt_out_by_chance() -> None:
     assert not torch.equal(dealt[0], reward.score(prompts, [*responses[:7], "y", *responses[8:]], status)[:8])
 
 
-def test_it_checks_what_is_within() -> None:
+def test_check_includes_the_inner_reward() -> None:
     reward = ShuffledReward(CallableReward("nowhere.nothing"))
     try:
         reward.check()

@@ -1,4 +1,4 @@
-"""WeightedSum: totals by hand, raw parts, mistakes, and creation from YAML."""
+"""WeightedSum: totals by hand, raw parts, errors, and creation from YAML."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ def test_nested_sums_keep_the_names_of_their_parts() -> None:
 @pytest.mark.parametrize(
     ("rewards", "weights", "message"),
     [
-        ([A], [1.0, 2.0], "has 1 rewards and 2 weights: give one weight a reward"),
+        ([A], [1.0, 2.0], "has 1 rewards and 2 weights: set one weight per reward"),
         ([A, B], [1.0], "has 2 rewards and 1 weights"),
         ([], [], "has 0 rewards and 0 weights"),
         ([A, B], [1.0, float("nan")], "the weight of reward 'has_b' is nan"),
-        ([A, RegexReward("x", name="has_a")], [1.0, 1.0], "two rewards named 'has_a': set `name`"),
+        ([A, RegexReward("x", name="has_a")], [1.0, 1.0], "two rewards named 'has_a'; set a different `name`"),
         ([A, WeightedSum([A], [1.0])], [1.0, 1.0], "two rewards named 'has_a'"),
-        ([RegexReward("(")], [1.0], "is no regular expression"),
+        ([RegexReward("(")], [1.0], "is not a regular expression"),
     ],
 )
-def test_mistakes(rewards: list[Reward], weights: list[float], message: str) -> None:
+def test_invalid_options_are_refused(rewards: list[Reward], weights: list[float], message: str) -> None:
     with pytest.raises(UserError, match=message):
         WeightedSum(rewards, weights).check()
 
 
-def test_it_loads_its_parts_and_holds_them_as_submodules(reward_model: Callable[..., str]) -> None:
+def test_parts_are_loaded_and_are_submodules(reward_model: Callable[..., str]) -> None:
     reward = WeightedSum([ClassifierReward(reward_model()), A], [1.0, 0.5])
     reward.check()
     assert list(reward.parameters()) == []
@@ -84,7 +84,7 @@ reward:
 
 
 def test_created_from_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)  # where there is no runs/tiny
+    monkeypatch.chdir(tmp_path)  # a folder without runs/tiny
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--reward", type=Reward)
     reward = parser.instantiate_classes(parser.parse_string(YAML)).reward

@@ -108,7 +108,7 @@ def test_export_without_a_saved_state_is_written_again(tmp_path: Path, recorder:
 
 def test_failed_command_is_reported_by_its_last_line(tmp_path: Path) -> None:
     jobs, digests = plan_jobs(tmp_path, a=["--version", "nonsense"])
-    with pytest.raises(UserError, match="There is no command 'nonsense'; choose one of fit"):
+    with pytest.raises(UserError, match="'nonsense' is not a command; choose one of fit"):
         Runner(jobs, digests, 1).run()
     assert "\n$ rlmt --version\n0." in (jobs[0].folder / "log.txt").read_text()
 

@@ -1,4 +1,4 @@
-"""The objectives, one a file."""
+"""The algorithms (training objectives), one per file."""
 
 from rlmt.algorithms.base import Algorithm, CriticOptions
 from rlmt.algorithms.dpo import DPO

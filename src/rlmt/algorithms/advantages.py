@@ -1,4 +1,4 @@
-"""Advantages from rewards, and how rewards are shaped: pure functions, one a name."""
+"""Advantages and reward shaping as pure functions."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ STD_EPSILON = 1e-6
 
 
 def group_advantages(rewards: Tensor, group: Tensor, normalize_std: bool) -> Tensor:
-    """Advantage of each sample against its own group (GRPO, arXiv 2402.03300, eq. 21; RLMT, arXiv 2509.20357).
+    """Computes the advantage of each sample relative to its group.
 
-    A_i = r_i - mean(r), divided by std(r) + 1e-6 when `normalize_std`; the standard deviation is the unbiased one. A
-    group whose rewards are all equal has advantage exactly 0: dividing its rounding error by 1e-6 would make noise a
-    signal.
+    The formula is that of GRPO (arXiv 2402.03300, eq. 21) and RLMT (arXiv 2509.20357).
+
+    A_i = r_i - mean(r), divided by std(r) + 1e-6 if `normalize_std`, with the unbiased standard deviation. A group of
+    equal rewards has advantage exactly 0: dividing its rounding error by 1e-6 would turn noise into a signal.
 
     Args:
-        rewards: [B] float.
-        group: [B] int64, which group each sample belongs to, 0..P-1; groups need not be adjacent or of one size.
-        normalize_std: whether to divide by the group's standard deviation; groups must then have two samples or more.
+        rewards: [B] float rewards.
+        group: [B] int64 group of each sample, 0..P-1; groups can be interleaved and differ in size.
+        normalize_std: Whether to divide by the group's standard deviation; each group then needs two samples or more.
 
     Returns:
         [B] float32 advantages.
     """
     r = rewards.double()
-    groups = int(group.max()) + 1 if len(group) else 0  # none on a rank whose prompts teach nothing
+    groups = int(group.max()) + 1 if len(group) else 0  # a rank without samples has no groups
     size = torch.zeros(groups, dtype=torch.float64, device=r.device).index_add_(0, group, torch.ones_like(r))
     mean = torch.zeros_like(size).index_add_(0, group, r) / size
     centred = r - mean[group]
@@ -41,13 +42,13 @@ def group_advantages(rewards: Tensor, group: Tensor, normalize_std: bool) -> Ten
 
 
 def leave_one_out_advantages(rewards: Tensor, group: Tensor) -> Tensor:
-    """Advantage of each sample against the mean of the others of its group (RLOO, arXiv 2402.14740).
+    """Computes the advantage of each sample relative to the mean of the rest of its group (RLOO, arXiv 2402.14740).
 
     A_i = r_i - (Σ_j r_j - r_i) / (n - 1) = n / (n - 1) · (r_i - mean(r)).
 
     Args:
-        rewards: [B] float.
-        group: [B] int64, which group each sample belongs to; groups have two samples or more.
+        rewards: [B] float rewards.
+        group: [B] int64 group of each sample; each group needs two samples or more.
 
     Returns:
         [B] float32 advantages, exactly 0 in a group of equal rewards.
@@ -57,15 +58,15 @@ def leave_one_out_advantages(rewards: Tensor, group: Tensor) -> Tensor:
 
 
 def overlong_penalty(lengths: Tensor, max_new_tokens: int, buffer: float) -> Tensor:
-    """Soft penalty on overlong completions (DAPO, arXiv 2503.14476, eq. 13), 0 to -1.
+    """Computes a soft penalty on overlong completions, from 0 to -1 (DAPO, arXiv 2503.14476, eq. 13).
 
-    With b = buffer · max_new_tokens: 0 up to max_new_tokens - b tokens, then falling in a straight line to -1 at
+    With b = buffer · max_new_tokens, the penalty is 0 up to max_new_tokens - b tokens, then falls linearly to -1 at
     max_new_tokens.
 
     Args:
         lengths: [B] completion lengths in tokens, thoughts included.
-        max_new_tokens: completion length limit.
-        buffer: share of the limit, in (0, 1].
+        max_new_tokens: Maximum completion length in tokens.
+        buffer: Fraction of the maximum length, in (0, 1].
 
     Returns:
         [B] float32.
@@ -75,27 +76,27 @@ def overlong_penalty(lengths: Tensor, max_new_tokens: int, buffer: float) -> Ten
 
 
 def sum_by_sample(values: Tensor, lengths: Tensor) -> Tensor:
-    """Sums over each sample's tokens: [T] to [B] float32."""
+    """Sums a value over the tokens of each sample: [T] to [B] float32."""
     sample = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
     return torch.zeros_like(lengths, dtype=torch.float64).index_add_(0, sample, values.double()).float()
 
 
 def sum_before(values: Tensor, lengths: Tensor) -> Tensor:
-    """Sum over the earlier tokens of the same sample: [T] to [T] float32, 0 at each sample's first token."""
+    """Sums a value over the earlier tokens of the same sample: [T] to [T] float32, 0 at each sample's first token."""
     before = values.double().cumsum(0) - values
     starts = lengths.cumsum(0) - lengths
     return (before - before[starts].repeat_interleave(lengths)).float()
 
 
 def rewards_on_last_tokens(scores: Tensor, lengths: Tensor) -> Tensor:
-    """Each sample's score on its last token, where its end is known, and 0 on all others.
+    """Puts each sample's score on its last token, and 0 on all others.
 
     Args:
-        scores: [B] float.
-        lengths: [B] int64 completion lengths in tokens, 1 or more each.
+        scores: [B] float scores.
+        lengths: [B] int64 completion lengths in tokens, at least 1.
 
     Returns:
-        [T] float32 rewards, samples end to end.
+        [T] float32 rewards, sample after sample.
     """
     rewards = torch.zeros(int(lengths.sum()), dtype=torch.float32, device=scores.device)
     rewards[lengths.cumsum(0) - 1] = scores.float()
@@ -105,20 +106,20 @@ def rewards_on_last_tokens(scores: Tensor, lengths: Tensor) -> Tensor:
 def generalized_advantages(
     rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    """Generalized advantage estimation (arXiv 1506.02438, eq. 16) over ragged samples.
+    """Computes generalized advantage estimates of ragged samples (GAE, arXiv 1506.02438, eq. 16).
 
     δ_t = r_t + γ·V_{t+1} - V_t;  A_t = δ_t + γλ·A_{t+1};  return_t = A_t + V_t. After a sample's last token both V and
-    A are 0: every sample is taken to have ended there, one cut at the length limit, too, as in the authors' code.
+    A are 0: every sample counts as ended there, even a truncated one, as in the authors' code.
 
     Args:
-        rewards: [T] float, samples end to end.
-        values: [T] float, of the state in which each token was sampled.
-        lengths: [B] int64.
-        gamma: discount of a token.
-        lam: 0 trusts the values (one step), 1 the rewards (all steps).
+        rewards: [T] float rewards, sample after sample.
+        values: [T] float values of the states in which the tokens were sampled.
+        lengths: [B] int64 completion lengths in tokens.
+        gamma: Discount factor per token.
+        lam: Lambda of GAE: 0 bootstraps from the next value, 1 sums all rewards.
 
     Returns:
-        [T] float32 advantages, and [T] float32 returns.
+        [T] float32 advantages and [T] float32 returns.
     """
     width = int(lengths.max())
     real = torch.arange(width, device=lengths.device) < lengths[:, None]
@@ -126,7 +127,7 @@ def generalized_advantages(
     def padded(flat: Tensor) -> Tensor:
         return torch.zeros(real.shape, dtype=torch.float64, device=flat.device).masked_scatter_(real, flat.double())
 
-    # Behind a sample's end rewards, values and so advantages are 0: padding needs no mask.
+    # After a sample's end, rewards, values and so advantages are 0: padding needs no mask.
     value = padded(values)
     following = torch.nn.functional.pad(value[:, 1:], (0, 1))
     advantages = padded(rewards) + gamma * following - value
@@ -136,13 +137,13 @@ def generalized_advantages(
 
 
 def whitened(advantages: Tensor, mask: Tensor) -> Tensor:
-    """Advantages with mean 0 and standard deviation 1 over the tokens that take part in the loss, those of all ranks.
+    """Scales advantages to mean 0 and standard deviation 1 over the unmasked tokens of all ranks.
 
-    Equal advantages become exactly 0, as in a group of equal rewards.
+    Equal advantages become exactly 0, as in a group of equal rewards. This is a collective operation.
 
     Args:
-        advantages: [T] float.
-        mask: [T] bool, the tokens that count; others are shifted and scaled with them.
+        advantages: [T] float advantages.
+        mask: [T] bool, True for tokens in the statistics; the others are shifted and scaled with them.
 
     Returns:
         [T] float32.
@@ -154,16 +155,17 @@ def whitened(advantages: Tensor, mask: Tensor) -> Tensor:
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """How much of the returns' variance, over all ranks, the critic knew: 1 - Var(returns - values) / Var(returns).
+    """Computes the critic's explained variance over all ranks: 1 - Var(returns - values) / Var(returns).
 
-    1 is a perfect critic, 0 one that knows the mean at best, below 0 one that misleads.
+    It is 1 for a perfect critic, 0 for one that predicts the mean, and negative for a worse one. This is a collective
+    operation.
 
     Args:
-        values: [n] float, before the update.
-        returns: [n] float.
+        values: [n] float values before the update.
+        returns: [n] float returns.
 
     Returns:
-        The share, NaN where the returns do not vary.
+        The explained variance; NaN if all returns are equal.
     """
     values, returns = all_gather_tensor(values), all_gather_tensor(returns).double()
     if not returns.numel() or returns.min() == returns.max():

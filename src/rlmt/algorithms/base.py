@@ -1,4 +1,4 @@
-"""The Algorithm seam: from rewards to a loss. Tensors in, tensors out; never logs, never touches the Trainer."""
+"""The Algorithm interface: from rewards to a loss; tensors in, tensors out, without logging or a Trainer."""
 
 from __future__ import annotations
 
@@ -8,61 +8,54 @@ from typing import Any
 
 from torch import Tensor
 
-from rlmt.errors import UserError
 from rlmt.types import Experience, PolicyOutputs, TokenBatch
 
 
 @dataclass(frozen=True)
 class CriticOptions:
-    """Which critic an objective wants; the module makes it."""
+    """Options of the critic; the module builds it."""
 
     init: str
-    """`policy`: a copy of the policy's backbone; else folder or hub name of a reward model to start from."""
+    """Initial weights: `policy` for a copy of the policy's backbone, else folder or hub name of a reward model."""
     lr: float
     """Learning rate of the critic's own parameters."""
     shared: bool
-    """Whether the value head reads the policy's own backbone instead of a copy."""
+    """Whether the value head uses the policy's own backbone instead of a copy."""
     warmup_steps: int
-    """Optimizer steps at the start in which the critic alone is trained."""
+    """Number of optimizer steps at the start that train only the critic."""
 
 
 class Algorithm(ABC):
-    """One objective. Hyper-parameters are constructor arguments; the update schedule is shared by all."""
+    """A training objective. Hyper-parameters are constructor arguments; the update schedule is common to all."""
 
     update_epochs: int = 1
-    """Passes over a rollout batch."""
+    """Number of passes over a rollout batch."""
     minibatches: int = 1
-    """Optimizer steps a pass."""
+    """Number of optimizer steps per pass."""
     dynamic_sampling: int = 0
-    """Most extra draws a step, each of a whole batch, that replace groups whose rewards are all equal."""
+    """Maximum number of extra rollout batches per step, which replace groups of equal rewards; 0 is off."""
     critic: CriticOptions | None = None
-    """The critic that is trained beside the policy, or None."""
+    """Options of the critic; None for an algorithm without one."""
     logprob_temperature: float | None = None
-    """Temperature that log-probs are taken at; None: the sampling temperature."""
+    """Temperature of the log-probs; None is the sampling temperature."""
 
     @property
     def needs_reference(self) -> bool:
-        """Whether reference log-probs are wanted; without them no reference model is loaded."""
+        """True if the algorithm uses reference log-probs; otherwise no reference model is loaded."""
         return False
 
     @property
     def needs_old_logprobs(self) -> bool:
-        """Whether `prepare` reads the policy's log-probs from before the update; several steps need them anyway."""
+        """True if `prepare` uses the policy's log-probs before the update; several updates need them anyway."""
         return False
 
     @property
     def off_policy_correction(self) -> str:
-        """What the objective does about samples that other weights drew, in words for the user."""
+        """How the algorithm corrects for off-policy samples, as text for the user."""
         return "the objective takes them as they are"
 
-    def _require(self, **rules: tuple[bool, str]) -> None:
-        """Raises UserError for the first option, named as the attribute that holds it, whose rule is broken."""
-        for option, (ok, rule) in rules.items():
-            if not ok:
-                raise UserError(f"--model.algorithm.{option} is {getattr(self, option)}: it {rule}.")
-
     def check(self, group_size: int) -> None:
-        """Raises UserError where the objective cannot work with this many samples a prompt."""
+        """Raises UserError if the algorithm does not work with this number of samples per prompt."""
 
     def select(self, experience: Experience) -> None:
         """Sets `experience.pairs` from rewards alone, before log-probs are computed; objectives over pairs only.
@@ -72,39 +65,43 @@ class Algorithm(ABC):
 
     @abstractmethod
     def prepare(self, experience: Experience) -> None:
-        """Sets `experience.advantages` (and `returns`) from rewards and log-probs; `mask` if samples are left out.
+        """Sets `experience.advantages` (and `returns`) from rewards and log-probs, and `mask` to exclude samples.
 
-        May add `metrics`. Objectives over pairs have nothing to prepare.
+        It may add `metrics`. Algorithms over pairs have nothing to prepare.
         """
 
     @abstractmethod
     def token_weights(self, lengths: Tensor, mask: Tensor, max_new_tokens: int) -> Tensor:
-        """Each token's share in the loss of one optimizer step, so that loss = Σ weight · token loss.
+        """Computes the weight of each token in the loss of one optimizer step: loss = Σ weight · token loss.
 
         Args:
             lengths: [n] completion lengths of all samples of the step, in tokens.
-            mask: [n] bool, the samples that take part in the loss.
-            max_new_tokens: the completion length limit.
+            mask: [n] bool, True for samples in the loss.
+            max_new_tokens: Maximum completion length in tokens.
 
         Returns:
-            float32, one a token, samples end to end.
+            [sum of lengths] float32 weights, sample after sample.
         """
 
     @abstractmethod
     def loss(self, batch: TokenBatch, outputs: PolicyOutputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """The micro-batch's share of the loss, and values to log.
+        """Computes the micro-batch's share of the loss and the values to log.
+
+        Args:
+            batch: The micro-batch's tokens.
+            outputs: Log-probs and entropies, with gradients.
 
         Returns:
-            A scalar loss, and detached one-dimensional tensors by name, an element for each token, sample or pair: each
-            is averaged over all its elements in the step, those whose name ends in `_max` are maximised.
+            A scalar loss, and detached one-dimensional tensors by name with one element per token, sample or pair. The
+            metric is their mean over the step, or their maximum if the name ends in `_max`.
         """
 
     def value_loss(self, batch: TokenBatch, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The micro-batch's share of the critic's loss, and values to log; objectives with a critic have it.
+        """Computes the micro-batch's share of the critic's loss and the values to log, for algorithms with a critic.
 
         Args:
-            batch: with `values` before the update and `returns`.
-            values: [t] float32 the critic's values now, with gradients.
+            batch: The micro-batch's tokens, with `returns` and the `values` before the update.
+            values: [t] float32 current values of the critic, with gradients.
 
         Returns:
             As `loss`.
@@ -112,8 +109,8 @@ class Algorithm(ABC):
         raise NotImplementedError(f"{type(self).__name__} has no critic")
 
     def state_dict(self) -> dict[str, Any]:
-        """What changes while training and has to be resumed, as plain data."""
+        """The state that changes during training, as plain data."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from what `state_dict` returned."""
+        """Loads a state that `state_dict` returned."""

@@ -1,4 +1,4 @@
-"""GRPO: group-relative policy optimisation, as the paper runs it."""
+"""GRPO: group relative policy optimization."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from rlmt.types import Experience
 
 
 class GRPO(CriticFree):
-    """Group-relative policy optimisation (arXiv 2402.03300) with the RLMT authors' settings as defaults.
+    """Group relative policy optimization (arXiv 2402.03300) with the RLMT authors' settings as defaults.
 
     Args:
-        normalize_std: divide group advantages by the group's standard deviation, as the authors' code does; Dr. GRPO
-            does not.
-        **options: those of `CriticFree`.
+        normalize_std: Whether advantages are divided by the group's standard deviation, as in the authors' code;
+            Dr. GRPO does not divide.
+        **options: Options of `CriticFree`.
 
     Raises:
-        UserError: an argument is out of its range.
+        UserError: An option is out of range.
     """
 
     def __init__(self, normalize_std: bool = True, **options: Any) -> None:
@@ -28,5 +28,5 @@ class GRPO(CriticFree):
         self.normalize_std = normalize_std
 
     def advantages(self, rewards: Tensor, experience: Experience) -> Tensor:
-        """Advantage of each sample against its group."""
+        """Computes the advantage of each sample relative to its group."""
         return group_advantages(rewards, experience.group, self.normalize_std)

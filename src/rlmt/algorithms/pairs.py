@@ -1,4 +1,4 @@
-"""Pairs from rewards: of each prompt's samples the best and the worst. Pure functions."""
+"""Preference pairs from rewards, as pure functions: the best and the worst sample of each prompt."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Pairs:
-    """The pairs of one rollout batch, and why prompts have none; each prompt counts once."""
+    """The pairs of one rollout batch, and the number of prompts without one by reason; each prompt counts once."""
 
     pairs: Tensor
-    """[N, 2] int64 chosen and rejected sample, in the order of the prompts."""
+    """[N, 2] int64 indices of the chosen and the rejected sample, in the order of the prompts."""
     malformed: int
-    """Prompts with too few well-formed samples."""
+    """Number of prompts with too few well-formed samples."""
     margin: int
-    """Prompts whose best and worst rewards are equal or too close."""
+    """Number of prompts whose best and worst rewards are equal or too close."""
     length: int
-    """Prompts whose best or worst sample is too long."""
+    """Number of prompts whose best or worst sample is too long."""
 
 
 def best_and_worst(
@@ -35,21 +35,21 @@ def best_and_worst(
     min_margin: float,
     max_tokens: int | None,
 ) -> Pairs:
-    """The best and the worst well-formed sample of each prompt (RLMT, arXiv 2509.20357).
+    """Pairs the best and the worst well-formed sample of each prompt (RLMT, arXiv 2509.20357).
 
-    Malformed samples are never in a pair: their rewards are made up. A truncated sample is, if it is well formed, as in
-    the authors' code: its response was scored as it stands. A pair with a sample that is too long is dropped and not
-    replaced by the next best one.
+    Malformed samples are never in a pair: their rewards are not from the reward model. A truncated sample can be, if it
+    is well formed, as in the authors' code: the reward model scored its truncated response. A pair with a sample that
+    is too long is dropped, not replaced by the next best one.
 
     Args:
-        rewards: [B] float.
-        valid: B flags, whether the sample is well formed.
-        group: [B] int64, which prompt each sample belongs to, 0..P-1; samples of a prompt need not be adjacent.
-        tokens: [B] int64, prompt and completion together.
-        ties: B numbers; of equally good samples the one with the highest is the best, and with the lowest the worst.
-        min_valid: prompts with fewer well-formed samples are skipped; at least 2.
-        min_margin: prompts whose rewards are closer are skipped; equal ones always are, since none is preferred.
-        max_tokens: longest sample, or None.
+        rewards: [B] float rewards.
+        valid: B flags, True for a well-formed sample.
+        group: [B] int64 prompt of each sample, 0..P-1; samples of a prompt can be interleaved with others.
+        tokens: [B] int64 length of prompt and completion together, in tokens.
+        ties: B tie-breakers; among samples of equal reward the highest is the best, and the lowest the worst.
+        min_valid: Minimum number of well-formed samples, at least 2; prompts with fewer are skipped.
+        min_margin: Minimum difference of rewards; prompts with less are skipped, as are those with equal rewards.
+        max_tokens: Maximum length of a sample in tokens; None for no limit.
 
     Returns:
         The pairs, on the device of `group`.
@@ -79,12 +79,12 @@ def best_and_worst(
 
 
 def tie_key(seed: int, prompt_index: int, completion_ids: Sequence[int]) -> int:
-    """What tells samples of equal reward apart: a hash, the same in whichever batch, order or epoch the sample comes.
+    """Computes a tie-breaker for samples of equal reward: a hash that does not depend on batch, order or epoch.
 
     Args:
-        seed: another seed, another choice.
-        prompt_index: the prompt's row number.
-        completion_ids: the sample's tokens.
+        seed: Seed of the hash.
+        prompt_index: Row number of the prompt.
+        completion_ids: Token ids of the sample.
 
     Returns:
         An integer in [0, 2**64).

@@ -1,4 +1,4 @@
-"""What the policy-gradient objectives share: the clipped surrogate, the KL penalty and the entropy bonus."""
+"""Base class of the policy-gradient algorithms: clipped surrogate, KL penalty and entropy bonus."""
 
 from __future__ import annotations
 
@@ -8,71 +8,63 @@ from torch import Tensor
 from rlmt.algorithms import policy_loss
 from rlmt.algorithms.base import Algorithm
 from rlmt.algorithms.policy_loss import Aggregation, KLEstimator
+from rlmt.options import FloatAboveOne, NonNegativeFloat, OpenUnitInterval, PositiveFloat, PositiveInt, check_ranges
 from rlmt.types import PolicyOutputs, TokenBatch
 
 OFF_POLICY_CAP = 2.0
-"""Largest importance weight of samples that other weights drew, where `importance_cap` says nothing."""
+"""Maximum importance weight of off-policy samples if `importance_cap` is null."""
 
 
 class PolicyGradient(Algorithm):
-    """A clipped policy gradient; a subclass says in `prepare` what the advantages are.
+    """A clipped policy gradient; subclasses compute the advantages in `prepare`.
 
-    Loss of a token = w · clipped surrogate + kl_coef · KL - entropy_coef · entropy, over thought and response alike,
-    where w is 1 or the truncated importance weight; tokens are added up by `loss_aggregation`.
+    Loss of a token = w · clipped surrogate + kl_coef · KL - entropy_coef · entropy, for tokens of thought and response,
+    where w is 1 or the truncated importance weight; `loss_aggregation` sets the weights of the tokens.
 
     Args:
-        loss_aggregation: `token_mean` over the whole optimizer step, `sequence_mean` (what the authors' run computed)
-            or `constant` (Dr. GRPO).
-        clip_low: clip range below a ratio of 1.
-        clip_high: clip range above it.
-        dual_clip: bound for negative advantages, or null.
-        kl_coef: weight of the KL penalty; 0 needs no reference model.
-        kl_estimator: k1, k2 or k3.
-        entropy_coef: weight of the entropy bonus.
-        update_epochs: passes over a rollout batch.
-        minibatches: optimizer steps a pass.
-        mask_truncated: leave samples cut at the length limit out of the loss; they stay in their group's baseline.
-        importance_cap: largest weight of the correction for engine and trainer log-probs that differ; null corrects
-            samples of other weights only.
+        loss_aggregation: Weights of the tokens: `token_mean` over the optimizer step, `sequence_mean` (as in the
+            authors' run) or `constant` (Dr. GRPO).
+        clip_low: Clip range below a ratio of 1.
+        clip_high: Clip range above a ratio of 1.
+        dual_clip: Bound of the loss for negative advantages (dual clip); null is off.
+        kl_coef: Weight of the KL penalty; 0 needs no reference model.
+        kl_estimator: KL estimator: k1, k2 or k3.
+        entropy_coef: Weight of the entropy bonus.
+        update_epochs: Number of passes over a rollout batch.
+        minibatches: Number of optimizer steps per pass.
+        mask_truncated: Whether truncated samples are left out of the loss; they still count in their group's baseline.
+        importance_cap: Maximum importance weight, which corrects for a mismatch of engine and trainer log-probs; null
+            corrects off-policy samples only.
 
     Raises:
-        UserError: an argument is out of its range.
+        UserError: An option is out of range.
     """
 
     def __init__(
         self,
         loss_aggregation: Aggregation = "token_mean",
-        clip_low: float = 0.2,
-        clip_high: float = 0.2,
-        dual_clip: float | None = 3.0,
-        kl_coef: float = 0.001,
+        clip_low: OpenUnitInterval = 0.2,
+        clip_high: PositiveFloat = 0.2,
+        dual_clip: FloatAboveOne | None = 3.0,
+        kl_coef: NonNegativeFloat = 0.001,
         kl_estimator: KLEstimator = "k3",
-        entropy_coef: float = 0.001,
-        update_epochs: int = 1,
-        minibatches: int = 1,
+        entropy_coef: NonNegativeFloat = 0.001,
+        update_epochs: PositiveInt = 1,
+        minibatches: PositiveInt = 1,
         mask_truncated: bool = False,
-        importance_cap: float | None = None,
+        importance_cap: PositiveFloat | None = None,
     ) -> None:
+        check_ranges(PolicyGradient, locals())
         self.loss_aggregation = loss_aggregation
         self.clip_low, self.clip_high, self.dual_clip = clip_low, clip_high, dual_clip
         self.kl_coef, self.kl_estimator, self.entropy_coef = kl_coef, kl_estimator, entropy_coef
         self.update_epochs, self.minibatches = update_epochs, minibatches
         self.mask_truncated = mask_truncated
         self.importance_cap = importance_cap
-        self._require(
-            clip_low=(0 < clip_low < 1, "must be between 0 and 1"),
-            clip_high=(clip_high > 0, "must be positive"),
-            dual_clip=(dual_clip is None or dual_clip > 1, "must be above 1, or null"),
-            kl_coef=(kl_coef >= 0, "must not be negative"),
-            entropy_coef=(entropy_coef >= 0, "must not be negative"),
-            update_epochs=(update_epochs >= 1, "must be at least 1"),
-            minibatches=(minibatches >= 1, "must be at least 1"),
-            importance_cap=(importance_cap is None or importance_cap > 0, "must be positive, or null"),
-        )
 
     @property
     def needs_reference(self) -> bool:
-        """Only for the KL penalty."""
+        """True with a KL penalty."""
         return self.kl_coef > 0
 
     @property
@@ -86,15 +78,15 @@ class PolicyGradient(Algorithm):
         return f"importance weights truncated at {self.importance_cap or OFF_POLICY_CAP:g}"
 
     def token_weights(self, lengths: Tensor, mask: Tensor, max_new_tokens: int) -> Tensor:
-        """By `loss_aggregation`."""
+        """Computes the weights of `loss_aggregation`; see `policy_loss.token_weights`."""
         return policy_loss.token_weights(lengths, mask, self.loss_aggregation, max_new_tokens)
 
     def log_ratio(self, logprobs: Tensor, old: Tensor, batch: TokenBatch) -> Tensor:
-        """[t] log of the ratio that is clipped: each token's own; GSPO takes its sequence's."""
+        """Log of the ratio that is clipped, [t]: the token's own, in GSPO its sequence's."""
         return logprobs - old
 
     def loss(self, batch: TokenBatch, outputs: PolicyOutputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """Surrogate, KL penalty and entropy bonus of one micro-batch."""
+        """Computes surrogate, KL penalty and entropy bonus of one micro-batch."""
         assert batch.advantages is not None
         now = outputs.logprobs.detach()
         old = now if batch.old_logprobs is None else batch.old_logprobs

@@ -1,4 +1,4 @@
-"""The pieces that policy-gradient objectives are made of: pure functions over flat token tensors."""
+"""Loss terms of policy-gradient algorithms: pure functions of flat token tensors."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ KLEstimator = Literal["k1", "k2", "k3"]
 Aggregation = Literal["token_mean", "sequence_mean", "constant"]
 
 MAX_LOG_RATIO = 20.0
-"""Log-ratios are clamped to ± this, so that one absurd token gives a large number and not an infinite one."""
+"""Log-ratios are clamped to this absolute value, so that one extreme token gives a large number and not infinity."""
 
 
 def clipped_surrogate(
     log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None
 ) -> Tensor:
-    """Per-token PPO loss with a dual clip (arXiv 1707.06347, eq. 7; dual clip: arXiv 1912.09729, eq. 5).
+    """Computes the PPO loss per token with a dual clip (arXiv 1707.06347, eq. 7; dual clip: arXiv 1912.09729, eq. 5).
 
-    -min(r·A, clip(r, 1 - clip_low, 1 + clip_high)·A), and where A < 0 no more than -dual_clip·A.
+    -min(r·A, clip(r, 1 - clip_low, 1 + clip_high)·A), and if A < 0 at most -dual_clip·A.
 
     Args:
-        log_ratio: [t] log-prob now minus log-prob before the update.
-        advantages: [t].
-        clip_low: how far the ratio may fall below 1.
-        clip_high: how far it may rise above 1.
-        dual_clip: bound on the loss of a token with negative advantage, > 1, or None.
+        log_ratio: [t] current log-probs minus those before the update.
+        advantages: [t] advantages.
+        clip_low: Clip range below a ratio of 1.
+        clip_high: Clip range above a ratio of 1.
+        dual_clip: Bound on the loss of a token with negative advantage, > 1; None is off.
 
     Returns:
         [t] losses.
@@ -39,16 +39,16 @@ def clipped_surrogate(
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator) -> Tensor:
-    """Per-token estimate of KL(policy ‖ reference) from the policy's own samples.
+    """Estimates KL(policy ‖ reference) per token from the policy's own samples.
 
     With d = log pi - log ref: k1 = d, k2 = d²/2, k3 = exp(-d) - 1 + d (Schulman, "Approximating KL divergence", 2020).
-    As a loss, k1 has no useful gradient (its expectation is 0); k2's is that of the true KL, k3's
-    that of the reverse KL.
+    As a loss, k1 has no useful gradient (its expectation is 0); k2 has the gradient of the true KL, and k3 that of the
+    reverse KL.
 
     Args:
-        logprobs: [t] of the policy, with gradient.
-        ref_logprobs: [t] of the reference.
-        estimator: which.
+        logprobs: [t] log-probs of the policy, with gradients.
+        ref_logprobs: [t] log-probs of the reference.
+        estimator: KL estimator.
 
     Returns:
         [t] estimates.
@@ -64,37 +64,37 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator) -
 
 
 def truncated_importance(logprobs: Tensor, engine_logprobs: Tensor, cap: float) -> Tensor:
-    """Weights that correct for an engine whose log-probs differ from the trainer's: min(exp(trainer - engine), cap).
+    """Computes truncated importance weights for a mismatch of engine and trainer: min(exp(trainer - engine), cap).
 
     Args:
-        logprobs: [t] of the trainer at the weights that drew the samples; detached here.
-        engine_logprobs: [t] of the engine.
-        cap: largest weight.
+        logprobs: [t] log-probs of the trainer before the update; they are detached.
+        engine_logprobs: [t] log-probs of the engine.
+        cap: Maximum weight.
 
     Returns:
-        [t] weights without gradient.
+        [t] weights without gradients.
     """
     return (logprobs.detach() - engine_logprobs).clamp(max=MAX_LOG_RATIO).exp().clamp(max=cap)
 
 
 def token_weights(lengths: Tensor, mask: Tensor, aggregation: Aggregation, max_new_tokens: int) -> Tensor:
-    """Each token's share in the loss of one optimizer step.
+    """Computes the weight of each token in the loss of one optimizer step.
 
     - `token_mean`: 1 / tokens of the step: every token counts the same (DAPO, arXiv 2503.14476).
     - `sequence_mean`: 1 / (samples · tokens of the sample): every sample counts the same, tokens of long ones less.
-      What the authors' run really computed, since it averaged micro-batches of one sample.
-    - `constant`: 1 / (samples · max_new_tokens): no length enters (Dr. GRPO, arXiv 2503.20783).
+      The authors' run computed this, because it averaged over micro-batches of one sample.
+    - `constant`: 1 / (samples · max_new_tokens): independent of lengths (Dr. GRPO, arXiv 2503.20783).
 
-    Masked samples weigh 0 and count in no denominator; when all are masked every weight is 0.
+    Masked samples have weight 0 and do not count in denominators; if all samples are masked, every weight is 0.
 
     Args:
-        lengths: [n] completion lengths of the step's samples.
-        mask: [n] bool, samples that take part.
-        aggregation: which.
-        max_new_tokens: completion length limit.
+        lengths: [n] completion lengths of the step's samples, in tokens.
+        mask: [n] bool, True for samples in the loss.
+        aggregation: Loss aggregation.
+        max_new_tokens: Maximum completion length in tokens.
 
     Returns:
-        [sum of lengths] float32, samples end to end.
+        [sum of lengths] float32 weights, sample after sample.
     """
     samples, tokens = mask.sum().clamp(min=1).float(), lengths.float()
     match aggregation:

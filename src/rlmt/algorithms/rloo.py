@@ -8,21 +8,22 @@ from torch import Tensor
 
 from rlmt.algorithms.advantages import leave_one_out_advantages
 from rlmt.algorithms.critic_free import CriticFree
+from rlmt.options import NonNegativeFloat
 from rlmt.types import Experience
 
 
 class RLOO(CriticFree):
     """REINFORCE leave-one-out (https://arxiv.org/abs/2402.14740).
 
-    A whole completion is one action, so its tokens' log-probs are added up, not averaged; the KL penalty is part of the
-    reward. With one update a rollout the ratio is 1 and nothing is clipped, as in the paper.
+    A completion is one action, so the log-probs of its tokens are summed, not averaged; the KL penalty is part of the
+    reward. With one update per rollout batch the ratio is 1 and nothing is clipped, as in the paper.
 
     Args:
-        reward_kl_coef: weight of the KL penalty in the reward.
-        **options: those of `CriticFree` that the paper leaves open.
+        reward_kl_coef: Weight of the KL penalty in the reward.
+        **options: Options of `CriticFree` that the paper does not fix.
     """
 
-    def __init__(self, reward_kl_coef: float = 0.001, **options: Any) -> None:
+    def __init__(self, reward_kl_coef: NonNegativeFloat = 0.001, **options: Any) -> None:
         super().__init__(
             reward_kl_coef=reward_kl_coef,
             kl_coef=0.0,
@@ -33,5 +34,5 @@ class RLOO(CriticFree):
         )
 
     def advantages(self, rewards: Tensor, experience: Experience) -> Tensor:
-        """Each sample against the mean of the others of its group."""
+        """Computes the advantage of each sample relative to the mean of the others of its group."""
         return leave_one_out_advantages(rewards, experience.group)

@@ -1,7 +1,7 @@
-"""Named variants, each a few lines over what it varies. A class fixes what its paper says; the rest stays an option.
+"""Named variants of GRPO and REINFORCE; each fixes the values of its paper and leaves the rest as options.
 
-Fixed values cannot be set: other values are what `GRPO` with options is for. So a run that is switched to one of them
-keeps nothing of another objective's configuration that would make it something else under that name.
+Fixed values cannot be set; use `GRPO` with options for other values. So a run that switches to a variant keeps no
+option of another algorithm that would contradict the variant's name.
 """
 
 from __future__ import annotations
@@ -14,14 +14,22 @@ from torch import Tensor
 from rlmt.algorithms.advantages import sum_before, whitened
 from rlmt.algorithms.critic_free import CriticFree
 from rlmt.algorithms.grpo import GRPO
+from rlmt.options import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    OpenUnitInterval,
+    PositiveFloat,
+    UnitIntervalAboveZero,
+    check_ranges,
+)
 from rlmt.types import Experience, TokenBatch
 
 
 class DrGRPO(GRPO):
-    """GRPO done right (https://arxiv.org/abs/2503.20783): no division by the group's spread or a sample's length.
+    """GRPO done right (https://arxiv.org/abs/2503.20783): no division by standard deviation or sample length.
 
     Args:
-        **options: those of `GRPO` that the paper leaves open.
+        **options: Options of `GRPO` that the paper does not fix.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -33,18 +41,22 @@ class DrGRPO(GRPO):
 class DAPO(GRPO):
     """Decoupled clip and dynamic sampling (https://arxiv.org/abs/2503.14476).
 
-    Clip-higher, the mean over tokens, fresh prompts for groups of equal rewards, a soft penalty on overlong
-    completions, neither KL penalty nor entropy bonus.
+    Clip-higher, the mean over tokens, new prompts for groups of equal rewards, a soft penalty on overlong completions,
+    no KL penalty and no entropy bonus.
 
     Args:
-        dynamic_sampling: most extra draws a step.
-        overlong_penalty: what a completion of `max_new_tokens` loses; the paper's rewards are 1 and -1.
-        overlong_buffer: share of `max_new_tokens` over which the penalty rises; the paper's is 4,096 of 20,480 tokens.
-        **options: those of `GRPO` that the paper leaves open.
+        dynamic_sampling: Maximum number of extra rollout batches per step.
+        overlong_penalty: Penalty of a completion of `max_new_tokens`; the paper's rewards are 1 and -1.
+        overlong_buffer: Fraction of `max_new_tokens` over which the penalty rises; 4,096 of 20,480 in the paper.
+        **options: Options of `GRPO` that the paper does not fix.
     """
 
     def __init__(
-        self, dynamic_sampling: int = 4, overlong_penalty: float = 1.0, overlong_buffer: float = 0.2, **options: Any
+        self,
+        dynamic_sampling: NonNegativeInt = 4,
+        overlong_penalty: NonNegativeFloat = 1.0,
+        overlong_buffer: UnitIntervalAboveZero = 0.2,
+        **options: Any,
     ) -> None:
         super().__init__(
             dynamic_sampling=dynamic_sampling,
@@ -62,23 +74,22 @@ class DAPO(GRPO):
 
 
 class GSPO(GRPO):
-    """Group sequence policy optimisation (https://arxiv.org/abs/2507.18071): one ratio a sequence, clipped as a whole.
+    """Group sequence policy optimization (https://arxiv.org/abs/2507.18071): one clipped ratio per sequence.
 
     Args:
-        sequence_clip_low: clip range of a sequence's ratio below 1; a mean over tokens moves far less than a token.
-        sequence_clip_high: clip range above it.
-        **options: those of `GRPO` that the paper leaves open.
+        sequence_clip_low: Clip range of a sequence's ratio below 1; it varies far less than a token's ratio.
+        sequence_clip_high: Clip range of a sequence's ratio above 1.
+        **options: Options of `GRPO` that the paper does not fix.
 
     Raises:
-        UserError: an argument is out of its range.
+        UserError: An option is out of range.
     """
 
-    def __init__(self, sequence_clip_low: float = 3e-4, sequence_clip_high: float = 4e-4, **options: Any) -> None:
+    def __init__(
+        self, sequence_clip_low: OpenUnitInterval = 3e-4, sequence_clip_high: PositiveFloat = 4e-4, **options: Any
+    ) -> None:
+        check_ranges(GSPO, locals())
         self.sequence_clip_low, self.sequence_clip_high = sequence_clip_low, sequence_clip_high
-        self._require(
-            sequence_clip_low=(0 < sequence_clip_low < 1, "must be between 0 and 1"),
-            sequence_clip_high=(sequence_clip_high > 0, "must be positive"),
-        )
         super().__init__(
             loss_aggregation="sequence_mean",
             clip_low=sequence_clip_low,
@@ -89,33 +100,33 @@ class GSPO(GRPO):
         )
 
     def log_ratio(self, logprobs: Tensor, old: Tensor, batch: TokenBatch) -> Tensor:
-        """[t] the mean log-ratio of the sequence that each token belongs to (eq. 7)."""
+        """Mean log-ratio of each token's sequence, [t] (eq. 7)."""
         sums = torch.zeros_like(batch.lengths, dtype=logprobs.dtype).index_add(0, batch.sample, logprobs - old)
         return (sums / batch.lengths)[batch.sample]
 
 
 class REINFORCEPlusPlus(CriticFree):
-    """REINFORCE++ (https://arxiv.org/abs/2501.03262): rewards to go, normalised over all tokens of the step.
+    """REINFORCE++ (https://arxiv.org/abs/2501.03262): rewards-to-go, whitened over all tokens of the step.
 
-    No group is compared, so one sample a prompt is enough. The KL penalty is part of each token's reward, and a token
-    pays for itself and those after it.
+    Samples of one prompt are not compared, so one sample per prompt is enough. The KL penalty is part of each token's
+    reward, so a token's reward-to-go includes the penalties of itself and of later tokens.
 
     Args:
-        reward_kl_coef: weight of the KL penalty in the reward.
-        **options: those of `CriticFree` that the paper leaves open.
+        reward_kl_coef: Weight of the KL penalty in the reward.
+        **options: Options of `CriticFree` that the paper does not fix.
     """
 
-    def __init__(self, reward_kl_coef: float = 0.001, **options: Any) -> None:
+    def __init__(self, reward_kl_coef: NonNegativeFloat = 0.001, **options: Any) -> None:
         super().__init__(reward_kl_coef=reward_kl_coef, kl_coef=0.0, dual_clip=None, entropy_coef=0.0, **options)
 
     def check(self, group_size: int) -> None:
-        """Groups matter to dynamic sampling only."""
+        """Raises UserError for groups of one sample with dynamic sampling, which alone compares samples of a group."""
         if self.dynamic_sampling:
             super().check(group_size)
 
     def advantages(self, rewards: Tensor, experience: Experience) -> Tensor:
-        """One a token: the sample's reward, less the KL penalty of this token and those after it, normalised."""
+        """Computes whitened rewards-to-go per token: the reward minus the KL penalties of this and later tokens."""
         to_go = rewards.repeat_interleave(experience.lengths)
-        if self.reward_kl_coef:  # `rewards` have paid for all tokens
+        if self.reward_kl_coef:  # `rewards` include the penalties of all tokens, so the earlier ones are added back
             to_go = to_go + sum_before(self.kl_in_reward(experience), experience.lengths)
         return whitened(to_go, torch.ones_like(to_go, dtype=torch.bool))

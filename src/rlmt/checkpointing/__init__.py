@@ -1,4 +1,4 @@
-"""Checkpoints: what they hold, how they are written, and when. A killed run resumes as if it had not been killed."""
+"""Checkpoints: contents, atomic files, signals and timeouts. A resumed run equals one that was never interrupted."""
 
 from rlmt.checkpointing.csv_logger import ResumableCSVLogger
 from rlmt.checkpointing.files import AtomicCheckpointIO

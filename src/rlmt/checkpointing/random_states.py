@@ -1,4 +1,4 @@
-"""The random states of a process as plain data, so that a checkpoint can hold them."""
+"""Random states of a process as plain data for checkpoints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlmt.distributed.collectives import rank
 
 
 def random_states() -> dict[str, Any]:
-    """States of Python's, NumPy's and torch's generators, as tensors, numbers, strings and lists."""
+    """Copies the states of Python's, NumPy's and torch's generators as tensors, numbers, strings and lists."""
     name, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -22,14 +22,14 @@ def random_states() -> dict[str, Any]:
     }
 
 
-def restore_random_states(everyone: list[dict[str, Any]]) -> None:
-    """Undoes `random_states`; states of GPUs are taken up by as many as there are.
+def restore_random_states(ranks: list[dict[str, Any]]) -> None:
+    """Restores states from `random_states`; those of missing GPUs are ignored.
 
     Args:
-        everyone: states of each rank, since ranks draw apart: dropout takes as many numbers as a rank has tokens. Where
-            there are more ranks now, several go on from the same one.
+        ranks: States of each rank. They differ, because dropout uses as many random numbers as a rank has tokens. If
+            there are more ranks now, several restore the same states.
     """
-    states = everyone[rank() % len(everyone)]
+    states = ranks[rank() % len(ranks)]
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = states["numpy"]

@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: it saves, and leaves with the exit status that schedulers expect."""
+"""Signals that stop a run: it saves a checkpoint and exits with the status that schedulers expect."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from rlmt.distributed.lightning_internals import cluster_environment
 
 
 class StoppedBySignal(SystemExit):
-    """A signal asked the process to end.
+    """The process stops because of a signal.
 
     Args:
-        number: of the signal; the exit status is 128 + number, as a shell gives it.
-        shared: whether all ranks of the run end at the same point.
+        number: Number of the signal; the exit status is 128 + number, as in a shell.
+        shared: Whether all ranks stop at the same point.
     """
 
     def __init__(self, number: int, shared: bool = False) -> None:
@@ -33,13 +33,13 @@ class StoppedBySignal(SystemExit):
 
 
 class SignalHandler:
-    """Turns signals into `Stopped`: at once where the run can be saved as it is, else at the end of the step.
+    """Turns signals into `StoppedBySignal`: at once if a checkpoint can be written, else at the end of the step.
 
     The signals are Ctrl-C, SIGTERM and, in a SLURM job that Lightning would requeue, its preemption signal. A second
-    one of them does not wait.
+    signal raises at once.
 
     Args:
-        savable: whether an exception now would leave a moment that can be saved.
+        savable: Returns True if a checkpoint can be written after an exception at this point.
     """
 
     def __init__(self, savable: Callable[[], bool]) -> None:
@@ -47,12 +47,12 @@ class SignalHandler:
         self._before: dict[int, Any] = {}
         self._requeue_signal: int | None = None
         self.asked: int | None = None
-        """The signal that came, if one did."""
+        """Number of the signal that was received; None if there was none."""
 
     def listen(self, trainer: Trainer) -> None:
-        """Takes over the signals from Lightning, which would end a step early, save within one, or leave with 0.
+        """Installs the handlers in place of Lightning's, which end or save within a step or exit with status 0.
 
-        Only the main thread can; in another one signals stay as they are.
+        This works only in the main thread; in another thread it does nothing.
         """
         self.asked = None
         if threading.current_thread() is not threading.main_thread():
@@ -67,22 +67,22 @@ class SignalHandler:
             self._before[number] = signal.signal(number, self._on_signal)
 
     def leave(self) -> None:
-        """Gives the signals back; harmless when called twice."""
+        """Restores the previous handlers; a second call does nothing."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
 
     def check(self, shared: bool = False) -> None:
-        """Raises `Stopped` where a signal came; to be called where the run can be saved.
+        """Raises `StoppedBySignal` if a signal was received; call it where a checkpoint can be written.
 
         Args:
-            shared: whether all ranks have agreed that one came.
+            shared: Whether all ranks raise here.
         """
         if self.asked is not None:
             raise StoppedBySignal(self.asked, shared)
 
     def requeue(self) -> None:
-        """Has SLURM start the job again, where its preemption signal was the one."""
+        """Requeues the SLURM job if its preemption signal was received."""
         if self.asked is not None and self.asked == self._requeue_signal:
             array, job = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_JOB_ID", "")
             job = f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID', '')}" if array else job
@@ -97,5 +97,5 @@ class SignalHandler:
         if again or self._savable():
             raise StoppedBySignal(number)
         name = signal.Signals(number).name
-        # Not by print: the signal may have come in the middle of one.
-        os.write(2, f"rlmt: {name}: leaving at the end of this step, or at once if sent again\n".encode())
+        # os.write, because the signal can interrupt a print.
+        os.write(2, f"rlmt: {name}: stopping at the end of this step, or at once if sent again.\n".encode())

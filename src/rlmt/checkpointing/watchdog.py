@@ -1,4 +1,4 @@
-"""A limit on how long one piece of work may take: a run that hangs ends, instead of holding its GPU all weekend."""
+"""A time limit for one operation, so that a run that hangs ends and frees its GPU."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from contextlib import contextmanager
 from rlmt.checkpointing.signals import StoppedBySignal
 
 STATUS = 75
-"""Exit status of a run that hung (EX_TEMPFAIL of sysexits.h: try again later)."""
+"""Exit status after a timeout (EX_TEMPFAIL of sysexits.h: try again later)."""
 
 GRACE = 60.0
-"""Seconds that the run is given to save and leave by itself, where it still obeys."""
+"""Seconds in which the run can save and exit by itself."""
 
 _STDERR = 2
-"""The process's own, since faulthandler writes to a descriptor and not to what took the place of sys.stderr."""
+"""File descriptor of stderr: faulthandler cannot write to an object that replaces sys.stderr."""
 
 
 class TimedOut(SystemExit):
-    """Work that came to no end was stopped; the exit status is `STATUS`."""
+    """An operation exceeded its time limit; the exit status is `STATUS`."""
 
     def __init__(self, message: str) -> None:
         super().__init__(STATUS)
@@ -32,29 +32,29 @@ class TimedOut(SystemExit):
 
 @contextmanager
 def time_limit(seconds: float | None, what: str, option: str) -> Iterator[None]:
-    """Ends the process if the work inside takes longer.
+    """Ends the process if the code inside takes longer.
 
-    A thread then says so, prints where every thread stands, and sends SIGTERM: a run that waits in Python saves what it
-    has and leaves. One that does not for another minute, since it hangs in C, is ended with status 75; the last
-    checkpoint is whole. For work that holds Python's lock, where no thread of Python can act, there is a limit in C.
+    A thread then prints a message and the stack of every thread, and sends SIGTERM: a run that waits in Python saves a
+    checkpoint and exits. A run that hangs in C is ended after another minute with status 75; the last checkpoint is
+    complete. If the hanging code holds the GIL, no Python thread runs, and faulthandler's timer in C ends the process.
 
     Args:
-        seconds: the limit; None is none.
-        what: who is at work, for the message.
-        option: the option that the limit comes from.
+        seconds: Time limit in seconds; None for no limit.
+        what: Name of the operation for the message.
+        option: Option that sets the limit, for the message.
 
     Raises:
-        Hung: the work came to an end, or was stopped, after the limit.
+        TimedOut: The code inside ended, or was stopped, after the limit.
     """
     if seconds is None:
         yield
         return
-    done, late = threading.Event(), threading.Event()
+    done, timed_out = threading.Event(), threading.Event()
 
     def watch() -> None:
         if done.wait(seconds):
             return
-        late.set()
+        timed_out.set()
         print(f"rlmt: error: {what} has not answered for {seconds:g} s ({option}); the run ends.", file=sys.stderr)
         sys.stderr.flush()
         faulthandler.dump_traceback(file=_STDERR)
@@ -65,16 +65,16 @@ def time_limit(seconds: float | None, what: str, option: str) -> Iterator[None]:
     watcher = threading.Thread(target=watch, name="rlmt-watchdog", daemon=True)
     faulthandler.dump_traceback_later(seconds + 2 * GRACE, exit=True, file=_STDERR)
     watcher.start()
-    hung = TimedOut(f"{what} took longer than {seconds:g} s ({option})")
+    timeout = TimedOut(f"{what} took longer than {seconds:g} s ({option})")
     try:
         yield
     except StoppedBySignal as stopped:
-        if late.is_set():
-            raise hung from stopped
+        if timed_out.is_set():
+            raise timeout from stopped
         raise
     finally:
         done.set()
         faulthandler.cancel_dump_traceback_later()
         watcher.join()
-    if late.is_set():
-        raise hung
+    if timed_out.is_set():
+        raise timeout

@@ -1,4 +1,4 @@
-"""The `rlmt` command: one file a command, and what they share."""
+"""The `rlmt` command line, one file a command."""
 
 from rlmt.cli.commands import main
 

@@ -1,7 +1,7 @@
-"""`rlmt chat`: talk to a policy in the terminal, its thought dimmed and its answer not.
+"""`rlmt chat`: chat with a policy in the terminal; thoughts are printed dimmed, responses are not.
 
-Left out: tools, images, several users. What is sampled is what training would have sampled: same rendering, same stops,
-same split.
+Samples come from the distribution that training samples from: same rendering, same stop conditions, same split. Left
+out: tools, images, several users.
 """
 
 from __future__ import annotations
@@ -22,44 +22,50 @@ from rlmt.engines.transformers import stream
 from rlmt.errors import UserError
 from rlmt.formats.thinking import FILE_NAME, FormatName, ThinkingFormat
 from rlmt.models.loading import load_policy, load_tokenizer, max_positions
+from rlmt.options import NonNegativeFloat, PositiveInt, UnitIntervalAboveZero, check_ranges
 from rlmt.types import Message, Sampling, Split, Status
 
-COMMANDS = """/thought  show the last thought
-/fold     fold thoughts, or unfold them again
-/new      begin a new conversation
-/quit     leave (so does Ctrl-D); Ctrl-C cuts an answer short"""
+COMMANDS = """/thought  print the last thought
+/fold     fold thoughts, or unfold them
+/new      start a new conversation
+/quit     quit (also Ctrl-D); Ctrl-C stops a response"""
 
-_TROUBLE = {
-    Status.UNOPENED: "the completion does not begin as the format wants",
-    Status.UNCLOSED: "the thought never ended; give more --max_new_tokens",
-    Status.STRAY_TAG: "a tag of the format stands in the answer",
-    Status.EMPTY_RESPONSE: "there is a thought and no answer",
+_MALFORMED = {
+    Status.UNOPENED: "the completion does not start with the format's opening tag",
+    Status.UNCLOSED: "the thought is not closed; raise --max_new_tokens",
+    Status.STRAY_TAG: "the response contains a tag of the format",
+    Status.EMPTY_RESPONSE: "the response after the thought is empty",
 }
 
 
 @dataclass
-class Speaker:
-    """A policy, and all that it takes to hear it think and answer."""
+class ChatPolicy:
+    """A policy with its tokenizer, thinking format and sampling options."""
 
     policy: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     format: ThinkingFormat
     sampling: Sampling
     seed: int
-    """Of the first completion; each further one takes the next."""
+    """Seed of the next completion; each completion increments it."""
     ids: list[int] = field(default_factory=list)
-    """Tokens of the latest completion."""
+    """Token ids of the last completion."""
 
-    def say(self, messages: list[Message]) -> Iterator[Split]:
-        """Answers a conversation and yields what is there after each token; a half-written tag is held back.
+    def stream_reply(self, messages: list[Message]) -> Iterator[Split]:
+        """Generates a reply to a conversation and yields its split after each token, without a partial tag at its end.
+
+        Args:
+            messages: The conversation, a user turn last.
 
         Raises:
-            UserError: the conversation leaves no room within the policy's context.
+            UserError: The conversation fills the policy's context.
         """
         prompt = self.format.render(messages, self.tokenizer)
         room = max_positions(self.policy.config) - len(prompt)
         if room < 1:
-            raise UserError(f"the conversation of {len(prompt)} tokens fills the policy's context: begin a new one")
+            raise UserError(
+                f"The conversation of {len(prompt)} tokens fills the policy's context; start a new one or shorten it."
+            )
         sampling = Sampling(
             temperature=self.sampling.temperature,
             max_new_tokens=min(self.sampling.max_new_tokens, room),
@@ -72,24 +78,24 @@ class Speaker:
         for token in stream(self.policy, prompt, sampling, seed):
             self.ids.append(token)
             text = self.format.decode(self.ids, self.tokenizer)
-            yield self.format.split(_without_half_tag(text, self.format.tags))
+            yield self.format.split(_trim_partial_tag(text, self.format.tags))
             if any(stop in text for stop in sampling.stop):
                 return
 
     @property
-    def latest(self) -> Split:
-        """The latest completion, taken apart."""
+    def last_split(self) -> Split:
+        """Thought, response and status of the last completion."""
         return self.format.split(self.format.decode(self.ids, self.tokenizer))
 
     @property
-    def counts(self) -> tuple[int, int]:
-        """Tokens of the latest completion: thought, rest."""
+    def token_counts(self) -> tuple[int, int]:
+        """Number of tokens of the last completion in its thought and in the rest."""
         thought = self.format.thought_tokens(self.ids, self.tokenizer)
         return thought, len(self.ids) - thought
 
 
-def _without_half_tag(text: str, tags: tuple[str, ...]) -> str:
-    """`text` up to a tag that its end may be the beginning of; half a character at the end waits as well."""
+def _trim_partial_tag(text: str, tags: tuple[str, ...]) -> str:
+    """Removes a suffix that may become a tag, and a partially decoded character at the end."""
     text = text.rstrip("\ufffd")
     cut = max((n for tag in tags for n in range(1, len(tag)) if text.endswith(tag[:n])), default=0)
     return text[: len(text) - cut]
@@ -98,84 +104,85 @@ def _without_half_tag(text: str, tags: tuple[str, ...]) -> str:
 def chat(
     model: Path,
     prompt: str | None = None,
-    format: FormatName | None = None,  # noqa: A002 - the word users write
+    format: FormatName | None = None,  # noqa: A002 - the name of the option
     system: str | None = None,
-    temperature: float = 0.7,
-    top_p: float = 1.0,
-    max_new_tokens: int = 4096,
+    temperature: NonNegativeFloat = 0.7,
+    top_p: UnitIntervalAboveZero = 1.0,
+    max_new_tokens: PositiveInt = 4096,
     fold: bool = False,
     seed: int = 0,
     device: str | None = None,
 ) -> None:
-    """Talks to a policy in the terminal; with --prompt or a pipe it answers once and prints the answer alone.
+    """Chats with a policy in the terminal; with --prompt or piped input, prints one response and exits.
 
     Args:
         model: Checkpoint of a run, exported folder, or any Hugging Face folder of a causal language model.
-        prompt: Answer this and leave; without it, what comes through a pipe is answered, or else a conversation begins.
-        format: How the policy writes thoughts; only for folders that do not say so themselves.
+        prompt: Prompt to respond to once; by default piped input is the prompt, and a terminal starts a conversation.
+        format: Thinking format of the policy; only for folders that do not store it.
         system: System prompt.
-        temperature: Sampling temperature; 0 always takes the likeliest token.
+        temperature: Sampling temperature; 0 is greedy decoding.
         top_p: Nucleus mass in (0, 1].
-        max_new_tokens: Length limit of thought and answer together.
-        fold: Show one line in place of a thought.
-        seed: Of the samples: same seed, same answers.
-        device: Where to run, as in cuda:1; by default a GPU if there is one.
+        max_new_tokens: Maximum number of tokens of thought and response together.
+        fold: Print one line in place of a thought.
+        seed: Seed of the samples.
+        device: Device to run on, such as cuda:1; by default a GPU if one is available.
 
     Raises:
-        UserError: The model cannot be read, an option is out of range, or (for one answer) the completion is malformed.
+        UserError: The model cannot be read, an option is out of range, or (with one prompt) the completion is
+            malformed.
     """
-    if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
-        raise UserError("--temperature must not be negative, --top_p within (0, 1], --max_new_tokens at least 1")
-    once = prompt if prompt is not None else None if sys.stdin.isatty() else sys.stdin.read()
-    if once is not None and not once.strip():
-        raise UserError("there is nothing to answer: give a --prompt or pipe some text in")
+    check_ranges(chat, locals())
+    single_prompt = prompt if prompt is not None else None if sys.stdin.isatty() else sys.stdin.read()
+    if single_prompt is not None and not single_prompt.strip():
+        raise UserError("--prompt: the prompt is empty; pass some text, or pipe it in.")
     sampling = Sampling(temperature, max_new_tokens, top_p=top_p)
-    speaker = _load(model, format, sampling, seed, device)
-    begin = [] if system is None else [Message(role="system", content=system)]
-    if once is not None:
-        _answer_once(speaker, [*begin, Message(role="user", content=once)])
+    policy = _load(model, format, sampling, seed, device)
+    system_turn = [] if system is None else [Message(role="system", content=system)]
+    if single_prompt is not None:
+        _respond_once(policy, [*system_turn, Message(role="user", content=single_prompt)])
     else:
-        _converse(speaker, begin, Console(highlight=False, soft_wrap=True), fold)
+        _converse(policy, system_turn, Console(highlight=False, soft_wrap=True), fold)
 
 
-def _load(model: Path, name: FormatName | None, sampling: Sampling, seed: int, device: str | None) -> Speaker:
-    """Reads a folder, or a checkpoint by way of a temporary export."""
+def _load(model: Path, name: FormatName | None, sampling: Sampling, seed: int, device: str | None) -> ChatPolicy:
+    """Loads a model folder; a checkpoint is first exported to a temporary one."""
     if not model.exists():
-        raise UserError(f"{model}: no such checkpoint or folder")
+        raise UserError(f"{model}: no such checkpoint or folder; pass one that exists.")
     if model.is_file() or (model / "meta.pt").is_file():
-        from rlmt.export.checkpoints import export
+        from rlmt.export.checkpoints import write_export
 
         with tempfile.TemporaryDirectory(prefix="rlmt-chat-") as folder:
-            export(model, Path(folder, "policy"))
+            write_export(model, Path(folder, "policy"))
             return _load(Path(folder, "policy"), name, sampling, seed, device)
     saved = ThinkingFormat.load(model) if (model / FILE_NAME).is_file() else None
-    wanted = ThinkingFormat(name) if name is not None else saved
-    if wanted is None:
-        raise UserError(f"{model}: does not say how it thinks ({FILE_NAME} is not there); give --format")
-    if saved is not None and wanted != saved:
-        raise UserError(f"{model}: was trained with {saved}; leave --format out")
+    thinking_format = ThinkingFormat(name) if name is not None else saved
+    if thinking_format is None:
+        raise UserError(f"{model}: stores no thinking format ({FILE_NAME} is missing); pass --format.")
+    if saved is not None and thinking_format != saved:
+        raise UserError(f"{model}: was trained with {saved}; omit --format.")
     tokenizer = load_tokenizer(model)
-    wanted.check(tokenizer, str(model))
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    thinking_format.check(tokenizer, str(model))
+    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
     policy: Any = load_policy(model, "auto")
-    return Speaker(policy.to(where), tokenizer, wanted, sampling, seed)
+    return ChatPolicy(policy.to(target), tokenizer, thinking_format, sampling, seed)
 
 
-def _answer_once(speaker: Speaker, messages: list[Message]) -> None:
-    """Prints the answer and nothing else, as it comes; the thought goes to a terminal behind stderr, dimmed."""
-    aside = Console(stderr=True, highlight=False, soft_wrap=True)
-    with _Shown(Console(highlight=False, soft_wrap=True), aside if aside.is_terminal else None) as shown:
-        for split in speaker.say(messages):
-            shown.update(split)
-        shown.update(speaker.latest)
-    if not speaker.latest.ok:
-        raise UserError(f"no answer: {_TROUBLE[speaker.latest.status]}")
+def _respond_once(policy: ChatPolicy, messages: list[Message]) -> None:
+    """Streams the response to stdout, and the thought, dimmed, to stderr where that is a terminal."""
+    stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+    with _StreamPrinter(Console(highlight=False, soft_wrap=True), stderr if stderr.is_terminal else None) as printer:
+        for split in policy.stream_reply(messages):
+            printer.update(split)
+        printer.update(policy.last_split)
+    if not policy.last_split.ok:
+        raise UserError(f"The completion is malformed: {_MALFORMED[policy.last_split.status]}.")
 
 
-def _converse(speaker: Speaker, begin: list[Message], console: Console, fold: bool) -> None:
-    console.print(Text(f"format {speaker.format.name} · /help for commands", style="dim"))
-    messages = list(begin)
-    while (line := _ask(console)) is not None:
+def _converse(policy: ChatPolicy, system_turn: list[Message], console: Console, fold: bool) -> None:
+    """Reads lines until /quit or the end of input; each one is a command or a user turn."""
+    console.print(Text(f"format {policy.format.name} · /help for commands", style="dim"))
+    messages = list(system_turn)
+    while (line := _read_line(console)) is not None:
         match line:
             case "":
                 continue
@@ -184,20 +191,20 @@ def _converse(speaker: Speaker, begin: list[Message], console: Console, fold: bo
             case "/help":
                 console.print(COMMANDS)
             case "/new":
-                messages = list(begin)
+                messages = list(system_turn)
             case "/fold":
                 fold = not fold
                 console.print(Text(f"thoughts are {'folded' if fold else 'shown'}", style="dim"))
             case "/thought":
-                console.print(Text(speaker.latest.thought if speaker.ids else "nothing was thought yet", style="dim"))
+                console.print(Text(policy.last_split.thought if policy.ids else "no thought yet", style="dim"))
             case _ if line.startswith("/"):
-                console.print(Text(f"there is no command {line.split()[0]}; /help lists them", style="red"))
+                console.print(Text(f"{line.split()[0]} is not a command; /help lists them", style="red"))
             case _:
-                messages = _turn(speaker, [*messages, Message(role="user", content=line)], console, fold)
+                messages = _run_turn(policy, [*messages, Message(role="user", content=line)], console, fold)
 
 
-def _ask(console: Console) -> str | None:
-    """A line of the user's; None when there are no more."""
+def _read_line(console: Console) -> str | None:
+    """The next line of input; None at its end."""
     try:
         return console.input("[bold]> [/bold]").strip()
     except (EOFError, KeyboardInterrupt):
@@ -205,51 +212,51 @@ def _ask(console: Console) -> str | None:
         return None
 
 
-def _turn(speaker: Speaker, messages: list[Message], console: Console, fold: bool) -> list[Message]:
-    """Lets the policy answer, and returns the conversation with the answer, or without the turn that got none."""
-    cut = False
+def _run_turn(policy: ChatPolicy, messages: list[Message], console: Console, fold: bool) -> list[Message]:
+    """Generates a reply; returns the conversation with it, or without the user turn if there is no valid reply."""
+    interrupted = False
     try:
-        with _Shown(console, None if fold else console) as shown:
-            for split in speaker.say(messages):
-                shown.update(split)
-            shown.update(speaker.latest)
+        with _StreamPrinter(console, None if fold else console) as printer:
+            for split in policy.stream_reply(messages):
+                printer.update(split)
+            printer.update(policy.last_split)
     except KeyboardInterrupt:
-        cut = True
+        interrupted = True
     except UserError as error:
         console.print(Text(str(error), style="red"))
         return messages[:-1]
-    thought, rest = speaker.counts
-    counts = f"{thought} tokens of thought, {rest} of answer" if speaker.format.thinks else f"{rest} tokens"
-    console.print(Text(f"({counts}{', cut short' if cut else ''})", style="dim"))
-    final = speaker.latest
+    thought, rest = policy.token_counts
+    counts = f"{thought} tokens of thought, {rest} of response" if policy.format.thinks else f"{rest} tokens"
+    console.print(Text(f"({counts}{', interrupted' if interrupted else ''})", style="dim"))
+    final = policy.last_split
     if not final.ok:
-        console.print(Text(f"no answer: {_TROUBLE[final.status]}", style="red"))
+        console.print(Text(f"malformed: {_MALFORMED[final.status]}", style="red"))
         return messages[:-1]
     return [*messages, Message(role="assistant", content=final.response)]
 
 
-class _Shown:
-    """What of a growing completion is on the screen; prints what is new.
+class _StreamPrinter:
+    """Prints a growing completion incrementally.
 
     Args:
-        console: where the response goes.
-        thoughts: where the thought goes; None folds it away.
+        console: Console for the response.
+        thought_console: Console for the thought; None folds it.
     """
 
-    def __init__(self, console: Console, thoughts: Console | None) -> None:
-        self.console, self.thoughts = console, thoughts
+    def __init__(self, console: Console, thought_console: Console | None) -> None:
+        self.console, self.thought_console = console, thought_console
         self.thought = self.response = ""
-        self._thinking = console.status("thinking …") if thoughts is None and console.is_terminal else None
+        self._spinner = console.status("thinking …") if thought_console is None and console.is_terminal else None
 
-    def __enter__(self) -> _Shown:
-        if self._thinking is not None:
-            self._thinking.start()
+    def __enter__(self) -> _StreamPrinter:
+        if self._spinner is not None:
+            self._spinner.start()
         return self
 
     def update(self, split: Split) -> None:
-        """Prints what was added to the thought (where thoughts are shown) and to the response."""
-        if self.thoughts is not None and split.thought.startswith(self.thought):
-            self.thoughts.print(Text(split.thought[len(self.thought) :], style="dim italic"), end="")
+        """Prints what is new in the thought (unless folded) and in the response."""
+        if self.thought_console is not None and split.thought.startswith(self.thought):
+            self.thought_console.print(Text(split.thought[len(self.thought) :], style="dim italic"), end="")
             self.thought = split.thought
         if split.response and split.response.startswith(self.response):
             if not self.response:
@@ -258,16 +265,17 @@ class _Shown:
             self.response = split.response
 
     def _begin_response(self) -> None:
-        if self._thinking is not None:
-            self._thinking.stop()
-        if self.thought and self.thoughts is not None:
-            self.thoughts.print("\n")
+        """Stops the spinner, or ends the thought with an empty line."""
+        if self._spinner is not None:
+            self._spinner.stop()
+        if self.thought and self.thought_console is not None:
+            self.thought_console.print("\n")
 
     def __exit__(self, *_: object) -> None:
-        """Ends the line."""
-        if self._thinking is not None:
-            self._thinking.stop()
+        """Stops the spinner and ends the line."""
+        if self._spinner is not None:
+            self._spinner.stop()
         if self.response:
             self.console.print()
-        elif self.thought and self.thoughts is not None:
-            self.thoughts.print()
+        elif self.thought and self.thought_console is not None:
+            self.thought_console.print()

@@ -1,4 +1,7 @@
-"""The `rlmt` command. Nothing heavy is imported until a command needs it."""
+"""The `rlmt` command: a table of its subcommands.
+
+Each subcommand imports its dependencies when it runs, so that `rlmt --help` answers at once.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from rlmt import __version__
+from rlmt.cli.quiet import silence_third_party
 from rlmt.configs import resolve_configs
 from rlmt.errors import AllRanksUserError, UserError
 
@@ -14,30 +18,30 @@ HELP = f"""rlmt {__version__}: train language models that think before they chat
 
 usage: rlmt COMMAND [options]
 
-  fit       train: rlmt fit --config base --config grpo --config tiny
-  validate  reward and lengths on the held-out prompts
-  test      the same, for prompts given by --data.val_prompts at the end of a project
-  predict   samples and scores of every prompt, written to parquet
-  plan      the memory that a run will take, before anything is loaded: rlmt plan --config … --memory 24
-  export    turn a checkpoint into a Hugging Face folder: rlmt export CKPT OUT
-  chat      talk to a checkpoint or an exported folder: rlmt chat CKPT_OR_FOLDER [--prompt TEXT]
-  study     many runs from one file, with seeds, and a report over them: rlmt study --config study/mini
-  mini      write a miniature world in which thinking pays, to train everything from scratch: rlmt mini [OUT]
-  tiny      make small random models to try everything out on a laptop: rlmt tiny [OUT] [--corpus FILE]
+  fit       train a model: rlmt fit --config base --config grpo --config tiny
+  validate  compute reward and lengths on the validation prompts
+  test      the same for a final test set, passed as --data.val_prompts
+  predict   generate and score samples for every prompt, and write them to parquet
+  plan      print the memory a run takes, before any weights are loaded: rlmt plan --config … --memory 24
+  export    convert a checkpoint to a Hugging Face folder: rlmt export CKPT OUT
+  chat      chat with a checkpoint or an exported folder: rlmt chat CKPT_OR_FOLDER [--prompt TEXT]
+  study     run many runs from one file, with seeds, and report on them: rlmt study --config study/mini
+  mini      write data for a miniature task that rewards thinking, to train everything from scratch: rlmt mini [OUT]
+  tiny      write small random models, to try everything on a laptop: rlmt tiny [OUT] [--corpus FILE]
 
-Configs are composed, later ones win: --config takes a file or the name of a shipped one (base, grpo, no_think, …).
-Every key of a config is an option, too: --model.format no_think --data.prompts my.jsonl --trainer.max_steps 20
-`rlmt COMMAND --help` tells more."""
+Configs compose and later ones take precedence: --config takes a file or the name of a shipped config (base, grpo, …).
+Every config key is also an option: --model.format no_think --data.prompts my.jsonl --trainer.max_steps 20
+`rlmt COMMAND --help` prints the options of a command."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-        argv: arguments without the program's name; the process's own by default.
+        argv: Arguments without the program's name; those of the process by default.
 
     Returns:
-        Exit status: 0, 2 for a mistake of the user's, 128 + the signal's number when one ended it (130 for Ctrl-C).
+        Exit status: 0 on success, 2 after a user error, 128 + the signal's number after a signal (130 for Ctrl-C).
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help", "help"):
@@ -47,32 +51,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     command, *rest = args
+    silence_third_party()
     try:
         run = _COMMANDS.get(command)
         if run is None:
-            raise UserError(f"There is no command {command!r}; choose one of {', '.join(_COMMANDS)} (rlmt --help).")
+            raise UserError(f"{command!r} is not a command; choose one of {', '.join(_COMMANDS)} (rlmt --help).")
         return run(command, rest)
     except KeyboardInterrupt:
         print("rlmt: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        mistake = _mistake_behind(error)
-        if mistake is None:
+        user_error = _user_error_from(error)
+        if user_error is None:
             raise
-        if not (isinstance(mistake, AllRanksUserError) and mistake.reported_elsewhere):
-            print(f"rlmt: error: {mistake}", file=sys.stderr)
+        if not (isinstance(user_error, AllRanksUserError) and user_error.reported_elsewhere):
+            print(f"rlmt: error: {user_error}", file=sys.stderr)
         return 2
 
 
-def _mistake_behind(error: BaseException | None) -> UserError | None:
-    """The UserError that an exception is or was caused by: jsonargparse wraps those of constructors in its own.
+def _user_error_from(error: BaseException | None) -> UserError | None:
+    """The UserError in the chain of an exception's causes; jsonargparse wraps errors of constructors in its own.
 
-    A full disk is one, whatever did not fit.
+    A full disk counts as a user error, whichever file it concerns.
     """
     while error is not None and not isinstance(error, UserError):
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            what = f" for {error.filename}" if error.filename else ""
-            return UserError(f"no room is left on the disk{what}: make some; a run goes on with --ckpt_path last.")
+            subject = f"{error.filename}: the" if error.filename else "The"
+            return UserError(f"{subject} disk is full; free some space, then resume the run with --ckpt_path last.")
         error = error.__cause__ or error.__context__
     return error
 

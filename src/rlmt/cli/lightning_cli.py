@@ -1,12 +1,9 @@
-"""`rlmt fit | validate | test | predict`: the LightningCLI of rlmt."""
+"""`rlmt fit`, `validate`, `test` and `predict`: a LightningCLI."""
 
 from __future__ import annotations
 
-import logging
-import os
 import signal
 import sys
-import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,7 @@ import rlmt.algorithms
 import rlmt.data
 import rlmt.engines
 import rlmt.modules
-import rlmt.rewards  # noqa: F401 - imported so that their classes can be named without a module path
+import rlmt.rewards  # noqa: F401 - importing them lets options name their classes without a module path
 from rlmt.checkpointing.config_changes import ConfigInCheckpoint, warn_about_changes
 from rlmt.checkpointing.csv_logger import ResumableCSVLogger
 from rlmt.checkpointing.files import AtomicCheckpointIO, read_checkpoint
@@ -34,62 +31,50 @@ from rlmt.errors import AllRanksUserError, UserError
 from rlmt.formats.thinking import FILE_NAME, ThinkingFormat
 
 KEYWORDS = ("last", "best", "hpc", "registry")
-"""Values of `--ckpt_path` that Lightning resolves itself."""
-
-QUIET = (
-    ".*does not have many workers.*",  # loaders yield text; rollouts are drawn elsewhere
-    ".*module\\(s\\) in eval mode at the start of training.*",  # the reference and the reward, on purpose
-    ".*Checkpoint directory .* exists and is not empty.*",  # resuming is the ordinary case
-    ".*set_vital.*",
-    ".*torch.distributed.reduce_op.*",
-    ".*torch.distributed.nn.functional.all_gather is deprecated.*",
-    ".*treespec.*",
-    ".*sync_dist=True.*when logging on epoch level.*",  # vLLM's process group of one is no distributed run
-    "Total length of `list` across ranks is zero.*",  # no validation prompts, as asked for
-    "Using ModelCheckpoint with manual optimization.*",  # the state after the optimizer's step is the one wanted
-)
-"""Warnings of libraries about things that are as they should be."""
+"""Values of `--ckpt_path` that Lightning resolves."""
 
 
-def check_manual(config: Any) -> None:
-    """Checks the trainer's options for a module that takes its optimizer steps itself; Lightning raises its own error.
+def check_manual_optimization(config: Any) -> None:
+    """Checks the Trainer's options for a module with manual optimization; Lightning would raise an error of its own.
 
     Args:
-        config: options of the trainer.
+        config: Options of the Trainer.
 
     Raises:
-        UserError: one of them is about optimizer steps.
+        UserError: An option controls optimizer steps, which the module takes itself.
     """
     if config.accumulate_grad_batches not in (None, 1):
         raise UserError(
-            f"--trainer.accumulate_grad_batches is {config.accumulate_grad_batches}: each batch is a whole step, in "
-            "micro-batches of --model.tokens_per_micro_batch; set --data.batch_size to the rows of a step instead."
+            f"--trainer.accumulate_grad_batches is {config.accumulate_grad_batches}, but each batch is a whole step, "
+            "split into micro-batches of --model.tokens_per_micro_batch; set --data.batch_size to the rows of a step."
         )
     if config.gradient_clip_val:
         raise UserError(
-            f"--trainer.gradient_clip_val is {config.gradient_clip_val}: set --model.max_grad_norm instead."
+            f"--trainer.gradient_clip_val is {config.gradient_clip_val}, but the module clips gradients itself; set "
+            "--model.max_grad_norm instead."
         )
 
 
 class RLMTCLI(LightningCLI):
-    """LightningCLI with the run folder's layout, a CSV log that is always on, and errors of one line."""
+    """LightningCLI with the layout of a run folder, a CSV logger in every run, and one-line errors."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """One seed for everything: samples and the order of prompts follow `--seed_everything`."""
+        """Links the data's seed to `--seed_everything`, which so determines samples and the order of prompts, too."""
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Adds the CSV logger, puts checkpoints inside `trainer.default_root_dir`, and has them written whole.
+        """Adds the CSV logger and atomic checkpoint writes, and places checkpoints in `trainer.default_root_dir`.
 
-        `{format}` in that folder stands for the format's name, so that runs that differ in it alone lie apart.
+        `{format}` in that folder is replaced by the name of the thinking format, so that runs that differ only in it
+        get folders of their own.
         """
         config = self._get(self.config_init, "trainer")
         if not self.model.automatic_optimization:
-            check_manual(config)
+            check_manual_optimization(config)
         name = getattr(getattr(self.model, "format", None), "name", "{format}")
         root = Path((config.default_root_dir or "runs/default").replace("{format}", name))
-        given = config.logger
-        loggers: list[Logger] = given if isinstance(given, list) else [given] if isinstance(given, Logger) else []
+        logger = config.logger
+        loggers: list[Logger] = logger if isinstance(logger, list) else [logger] if isinstance(logger, Logger) else []
         if not any(isinstance(logger, CSVLogger) for logger in loggers):
             loggers = [ResumableCSVLogger(root), *loggers]
         for callback in config.callbacks or []:
@@ -98,65 +83,65 @@ class RLMTCLI(LightningCLI):
         plugins = config.plugins if isinstance(config.plugins, list) else [config.plugins] if config.plugins else []
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins = [*plugins, AtomicCheckpointIO()]
-        own = {"logger": loggers, "default_root_dir": str(root), "plugins": plugins}
-        return super().instantiate_trainer(**own, **kwargs)
+        overrides = {"logger": loggers, "default_root_dir": str(root), "plugins": plugins}
+        return super().instantiate_trainer(**overrides, **kwargs)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Keeps the arguments where Lightning looks for them when it starts the other processes of a run."""
+        """Stores the arguments in `sys.argv`, from which Lightning launches the other processes of a run."""
         super().parse_arguments(parser, args)
         sys.argv = [sys.argv[0], *map(str, args)]
 
     def _parse_ckpt_path(self) -> None:
-        """Nothing: Lightning would read all of the checkpoint for hyper-parameters, which rlmt keeps in none."""
+        """Does nothing; Lightning would read the whole checkpoint for hyperparameters, which rlmt does not store."""
 
     def check_checkpoint(self) -> None:
-        """Refuses a checkpoint that is not there or does not fit the run, before any model is loaded.
+        """Checks before any model is loaded that `--ckpt_path` exists and fits the run.
 
         Raises:
-            UserError: `--ckpt_path` is such a one.
+            UserError: The checkpoint does not exist, is damaged or does not fit the run.
         """
-        given = self._get(self.config_init, "ckpt_path")
-        if given is None:
+        ckpt_path = self._get(self.config_init, "ckpt_path")
+        if ckpt_path is None:
             return
-        checkpoint = self._last_checkpoint() if given == "last" else Path(given)
-        # A training job that is queued again and again may say `last` from its first start.
-        optional = given in KEYWORDS and (given != "last" or self.subcommand == "fit")
-        if not checkpoint.exists() and not optional:
-            raise UserError(f"--ckpt_path {given}: there is no {checkpoint}; give a .ckpt written by `rlmt fit`.")
-        if checkpoint.is_file() and not zipfile.is_zipfile(checkpoint):
-            raise UserError(f"--ckpt_path {given}: {checkpoint} is torn or no checkpoint; give an earlier one.")
-        saved = checkpoint.parent / "policy"
-        if (saved / FILE_NAME).is_file() and hasattr(self.model, "check_format"):
-            self.model.check_format(ThinkingFormat.load(saved), f"--ckpt_path {given}")
-        held = read_checkpoint(checkpoint, map_location="cpu", mmap=True) if checkpoint.is_file() else None
-        if held is not None and "rlmt" in held and hasattr(self.model, "check_checkpoint"):
-            self.model.check_checkpoint(held, self.subcommand == "fit")
-        if held is not None and self.subcommand == "fit":
-            self._go_on(held, given)
+        path = self._last_checkpoint() if ckpt_path == "last" else Path(ckpt_path)
+        # A job that a cluster requeues may pass `last` from its first start on.
+        optional = ckpt_path in KEYWORDS and (ckpt_path != "last" or self.subcommand == "fit")
+        if not path.exists() and not optional:
+            raise UserError(f"--ckpt_path {ckpt_path}: {path} does not exist; pass a checkpoint of `rlmt fit`.")
+        if path.is_file() and not zipfile.is_zipfile(path):
+            raise UserError(f"--ckpt_path {ckpt_path}: {path} is truncated or not a checkpoint; pass an earlier one.")
+        policy_folder = path.parent / "policy"
+        if (policy_folder / FILE_NAME).is_file() and hasattr(self.model, "check_format"):
+            self.model.check_format(ThinkingFormat.load(policy_folder), f"--ckpt_path {ckpt_path}")
+        checkpoint = read_checkpoint(path, map_location="cpu", mmap=True) if path.is_file() else None
+        if checkpoint is not None and "rlmt" in checkpoint and hasattr(self.model, "check_checkpoint"):
+            self.model.check_checkpoint(checkpoint, self.subcommand == "fit")
+        if checkpoint is not None and self.subcommand == "fit":
+            self._prepare_resume(checkpoint, ckpt_path)
 
     before_fit = before_validate = before_test = before_predict = check_checkpoint
 
     def _last_checkpoint(self) -> Path:
-        """Where `last.ckpt` is, if there is one."""
+        """Path of `last.ckpt`, whether it exists or not."""
         folders = (getattr(callback, "dirpath", None) for callback in self.trainer.checkpoint_callbacks)
         return Path(next(filter(None, folders), Path(self.trainer.default_root_dir, "checkpoints")), "last.ckpt")
 
-    def _go_on(self, checkpoint: dict[str, Any], given: str) -> None:
-        """Says which options are new, and with `--ckpt_path last` goes on with the same metrics.csv.
+    def _prepare_resume(self, checkpoint: dict[str, Any], ckpt_path: str) -> None:
+        """Warns about changed options and, with `--ckpt_path last`, resumes metrics.csv.
 
-        A checkpoint that is named by its path may be an old one to branch from, so its log is left alone.
+        A checkpoint passed by its path may be an old one that a new run branches from, so its log stays as it is.
         """
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-        keeper = next((c for c in callbacks if isinstance(c, ConfigInCheckpoint)), None)
-        if keeper is not None:
-            warn_about_changes(checkpoint.get("config"), keeper.plain, f"--ckpt_path {given}")
+        config = next((c for c in callbacks if isinstance(c, ConfigInCheckpoint)), None)
+        if config is not None:
+            warn_about_changes(checkpoint.get("config"), config.plain, f"--ckpt_path {ckpt_path}")
         run = checkpoint.get("run") or {}
         for logger in self.trainer.loggers:
-            if given == "last" and isinstance(logger, ResumableCSVLogger) and run.get("version") is not None:
+            if ckpt_path == "last" and isinstance(logger, ResumableCSVLogger) and run.get("version") is not None:
                 logger.go_on(run["version"], run["step"])
 
     def predict(self, **kwargs: Any) -> None:
-        """Does not gather predictions in memory: a callback writes them."""
+        """Runs prediction without collecting the results in memory; a callback writes them."""
         self.trainer.predict(**{**kwargs, "return_predictions": False})
 
 
@@ -164,21 +149,16 @@ def run(args: list[str], cli: type[RLMTCLI] = RLMTCLI) -> int:
     """Runs a Trainer command.
 
     Args:
-        args: the command and its options.
-        cli: what runs it.
+        args: The command and its options.
+        cli: Class that parses and runs it.
 
     Returns:
-        Exit status: 0, or 128 + the signal's number where one ended the run.
+        Exit status: 0, or 128 + the signal's number if a signal ended the run.
 
     Raises:
-        UserError: a mistake in the configuration or the data.
+        UserError: The configuration or the data is invalid.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for message in QUIET:
-        warnings.filterwarnings("ignore", message=message)
-    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(lambda record: "litlogger" not in record.getMessage())
-    sys.argv = [sys.argv[0]]  # LightningCLI warns of arguments given twice
+    sys.argv = [sys.argv[0]]  # LightningCLI warns when it is passed arguments and sys.argv has some, too
     try:
         cli(
             parser_class=Parser,
@@ -191,15 +171,15 @@ def run(args: list[str], cli: type[RLMTCLI] = RLMTCLI) -> int:
         )
     except (StoppedBySignal, TimedOut) as stop:
         if isinstance(stop, StoppedBySignal) and stop.shared:
-            collectives.all_gather_object(None)  # as below
+            collectives.all_gather_object(None)  # waits for the other ranks, as below
         return int(stop.code or 0)
     except SIGTERMException:
         return 128 + signal.SIGTERM
     except AllRanksUserError:
-        collectives.all_gather_object(None)  # Lightning kills a first rank that is still busy when others have left
+        collectives.all_gather_object(None)  # Lightning kills rank 0 if it is still busy when the others have exited
         raise
     except SystemExit as stop:
         if not isinstance(stop.__context__, KeyboardInterrupt):
             raise
-        return 128 + signal.SIGINT  # Lightning makes a 1 of it
+        return 128 + signal.SIGINT  # Lightning exits with status 1 on Ctrl-C
     return 0

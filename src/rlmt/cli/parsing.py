@@ -1,4 +1,4 @@
-"""jsonargparse with errors of one line."""
+"""jsonargparse with one-line errors."""
 
 from __future__ import annotations
 
@@ -18,13 +18,17 @@ _NOISE = re.compile(
 
 
 class Parser(LightningArgumentParser):
-    """Raises UserError where jsonargparse would print its usage, a nested report, and exit."""
+    """Raises UserError where jsonargparse would print its usage and a nested report, and exit."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Tells of a mistake in one line.
+        """Reports an error in one line.
+
+        Args:
+            message: Report of jsonargparse.
+            ex: Exception that the report is about.
 
         Raises:
-            UserError: always, but in the parsers that jsonargparse makes on its way: those report to their parent.
+            UserError: Always, except in parsers that jsonargparse creates internally; these report to their parent.
         """
         if not self.exit_on_error:
             super().error(message, ex)
@@ -34,19 +38,19 @@ class Parser(LightningArgumentParser):
 def run_function(
     command: str, function: Callable[..., object], args: Sequence[str], optional_positional: str | None = None
 ) -> int:
-    """Runs a function whose command-line options are its arguments, required ones by position.
+    """Runs a function with its parameters as command-line options; required parameters are positional arguments.
 
     Args:
-        command: its name after `rlmt`.
-        function: with type hints and a Google-style docstring, from which the help is made.
-        args: the command line after the command's name.
-        optional_positional: an argument with a default that is given by position, too.
+        command: Name of the command after `rlmt`.
+        function: Function with type hints and a Google-style docstring, which becomes the help text.
+        args: Command line after the command's name.
+        optional_positional: Name of a parameter with a default that is a positional argument, too.
 
     Returns:
         Exit status 0.
 
     Raises:
-        UserError: bad arguments, or whatever the function raises.
+        UserError: The arguments are invalid, or the function raises it.
     """
     parser = Parser(prog=f"rlmt {command}", description=(function.__doc__ or "").split("\n")[0])
     skip: set[str | int] = set()
@@ -62,29 +66,34 @@ def run_function(
 
 
 def one_line(message: str) -> str:
-    """Jsonargparse's nested report as one line: the option's full name, and why it was refused.
+    """Converts jsonargparse's nested report to one line: the option's full name, and why its value is invalid.
 
-    The report nests a level for each key and repeats the value at each; the names on the way make up the option, and
-    the innermost reason is the one to show.
+    The report has a level for each key and repeats the value at each one. The keys on the way make up the option's
+    name, and the innermost reason is the one to print.
+
+    Args:
+        message: Report of jsonargparse, of several lines.
     """
     keys: list[str] = []
     owner = ""
     reasons: list[str] = []
     for line in message.splitlines():
         text = line.strip().removeprefix("- ").strip()
-        if key := re.match(r'Parser key "(.+?)":\s*(.*)', text):
+        if key := re.match(r'(?:Type .+ callable class: )?Parser key "(.+?)":\s*(.*)', text):
             keys.append(key[1])
             text = key[2]
-        if where := re.match(r"Problem with given class_path '(.+?)':\s*(.*)", text):
-            owner, text = where[1].rpartition(".")[2], where[2]
+        if class_path := re.match(r"Problem with given class_path '(.+?)':\s*(.*)", text):
+            owner, text = class_path[1].rpartition(".")[2], class_path[2]
         if text and not _NOISE.match(text):
             reasons.append(text)
     option = "--" + ".".join(keys)
     reason = "; ".join(dict.fromkeys(reasons)) or " ".join(message.split())
     if unknown := re.match(r"Option '(.+?)' is not accepted", reason):
         return f"{option}.{unknown[1]}: {owner} has no option {unknown[1]!r}; `{option}.help {owner}` lists them."
+    if out_of_range := re.search(r"Not of type \w+: (is .+?: must be .+?\.)(?=\. Got value|; |$)", reason):
+        return f"{option} {out_of_range[1]}"
     if missing := re.match(r"the following arguments are required: (.+)", reason):
-        return f"{option}.{missing[1]} is missing; give it, or a --config that has it."
+        return f"{option}.{missing[1]} is required; pass it, or a --config that sets it."
     if reason.startswith("unrecognized arguments: "):
-        return f"{reason.removeprefix('unrecognized arguments: ')}: there is no such option; `--help` lists them."
+        return f"{reason.removeprefix('unrecognized arguments: ')}: no such option; `--help` lists the options."
     return f"{option}: {reason}" if keys else reason

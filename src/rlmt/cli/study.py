@@ -1,4 +1,4 @@
-"""`rlmt study`: many runs from one file, with seeds, and a report over them."""
+"""`rlmt study`: runs many jobs from one file, over several seeds, and reports on them."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from rlmt.study.command import study
 
 
 def run(args: Sequence[str]) -> int:
-    """Reads the command line, with configs, and runs the study.
+    """Parses the command line and its configs, and runs the study.
 
     Args:
-        args: after `rlmt study`.
+        args: Arguments after `rlmt study`.
 
     Returns:
         Exit status: 0, or 130 when interrupted.
 
     Raises:
-        UserError: a mistake in the configuration, or jobs failed.
+        UserError: The configuration is invalid, or jobs failed.
     """
-    parser = Parser(prog="rlmt study", description="Many runs from one file, with seeds, and a report over them.")
-    parser.add_argument("--config", action="config", help="a study, such as study/mini; later ones win")
+    parser = Parser(prog="rlmt study", description="Runs many jobs from one file, over seeds, and reports on them.")
+    parser.add_argument("--config", action="config", help="study file or name, such as study/mini; later ones override")
     parser.add_function_arguments(study, skip={"command"})
     options = parser.instantiate_classes(parser.parse_args(resolve_configs(args))).as_dict()
     options.pop("config", None)
     try:
         study(**options, command=shlex.join(["rlmt", "study", *args]))
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
+        print("rlmt: interrupted; the same command resumes the study", file=sys.stderr)
         return 130
     return 0

@@ -1,4 +1,4 @@
-"""Prompts, their order over epochs and ranks, and the data module that turns them into rollouts."""
+"""Data modules for rollouts, demonstrations and preferences, and the order of rows over epochs and ranks."""
 
 from rlmt.data.demonstrations import SFTDataModule
 from rlmt.data.generation import PolicySource

@@ -1,18 +1,18 @@
-"""Demonstrations to fine-tune on: reading them, and writing them out in a thinking format.
+"""Demonstrations for supervised fine-tuning: reads them and encodes them in a thinking format.
 
-A row is one of three, told apart by the columns that are filled:
+There are three kinds of rows, distinguished by the columns that are filled:
 
 - `response`, with `prompt` (text or a list of messages) and `thought`;
-- `messages`, a chat that ends with an assistant's turn; a turn's thought stands in it as `<think>…</think>`;
+- `messages`, a chat that ends with an assistant turn; a turn contains its thought as `<think>…</think>`;
 - `text`, a document without turns, such as pre-training text mixed in.
 
-The thought is taken out of a turn by the same split rule as everywhere, and written again by the format that is
-trained. So the same file serves think and no_think, and which turns are trained does not depend on the format: those
-that hold a thought, and all of a chat without any.
+The thought is split from a turn by the one split rule of `ThinkingFormat`, and written again in the format that is
+trained. So the same file works for think and no_think. Which turns are trained does not depend on the format: those
+with a thought, or all turns of a chat without thoughts.
 
-Every trained turn is a sequence of its own: the conversation before it as the policy will see it when it samples, past
-turns without their thoughts, and then the target. One sequence for all turns would show later turns the thoughts of
-earlier ones.
+Every trained turn is a separate sequence: the conversation before it as the policy sees it when it samples, past turns
+without their thoughts, then the target. A single sequence for all turns would show the thoughts of earlier turns to
+later ones.
 """
 
 from __future__ import annotations
@@ -30,69 +30,73 @@ from rlmt.data.tables import Cells, parse_rows, read_table
 from rlmt.errors import UserError
 from rlmt.formats.thinking import ThinkingFormat
 from rlmt.formats.tokenizer import control_strings, encode, one_bos, shield, turn_end
+from rlmt.options import PositiveInt
 from rlmt.types import Message
 
 COLUMNS = ("prompt", "thought", "response", "messages", "text")
 """The columns that are read."""
 
 _DATA_FORMAT = ThinkingFormat("think", prefill=True)
-"""How a thought stands in the data; the opening tag may be missing, as in what a policy with `prefill` wrote."""
+"""How thoughts are written in the data; the opening tag is optional, because policies with `prefill` omit it."""
 _TAGS = ("<think>", "</think>")
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One assistant's turn to train on."""
+    """One assistant turn to train on."""
 
     context: list[Message]
-    """The conversation up to it, without thoughts."""
+    """The conversation before it, without thoughts."""
     thought: str
     """Its thought, or ""."""
     response: str
-    """What the user sees."""
+    """The text that the user sees."""
 
 
 @dataclass(frozen=True)
 class Demonstration:
-    """One row."""
+    """One row of the dataset."""
 
     index: int
     """Row number, from 0."""
     turns: list[Turn]
-    """The turns to train on; none in a document."""
+    """The turns to train on; empty for a document."""
     text: str = ""
-    """The document, if it is one."""
+    """The document, or ""."""
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedDemonstration(EncodedRow):
-    """A row as tokens: one sequence a trained turn, prompt and target."""
+    """A row as tokens: one sequence per trained turn, prompt and target."""
 
     prompts: list[int]
-    """How many tokens of each sequence are its prompt, at least 1: the rest is the target."""
+    """Number of prompt tokens of each sequence, at least 1; the rest is the target."""
 
 
 def load_demonstrations(source: str, thinks: bool, system: str | None = None) -> list[Demonstration]:
-    """Reads all demonstrations of a file or a hub data set.
+    """Reads all demonstrations of a file or a Hub dataset.
 
     Args:
-        source: path or hub name.
-        thinks: whether thoughts are trained, so that a row must have one.
-        system: system prompt for rows that have none.
+        source: Path or Hub name.
+        thinks: Whether thoughts are trained, so that every row requires one.
+        system: System prompt for rows without one.
+
+    Returns:
+        The demonstrations, in the order of the rows.
 
     Raises:
-        UserError: the source cannot be read, lacks columns, is empty, or holds bad rows.
+        UserError: The source cannot be read, lacks columns, is empty, or has invalid rows.
     """
     check_system(system)
-    rows = read_table(source, lambda found: _choose(found, source), "demonstrations")
+    rows = read_table(source, lambda found: _select_columns(found, source), "demonstrations")
     return parse_rows(source, rows, lambda index, cells: _parse(index, cells, thinks, system))
 
 
-def _choose(found: Sequence[str], source: str) -> list[str]:
+def _select_columns(found: Sequence[str], source: str) -> list[str]:
     if not ({"messages", "text"}.intersection(found) or {"prompt", "response"} <= set(found)):
         raise UserError(
             f"{source} has neither a column 'messages' nor both 'prompt' and 'response', only "
-            f"{', '.join(map(repr, found))}: rename them"
+            f"{', '.join(map(repr, found))}; rename them."
         )
     return [name for name in COLUMNS if name in found]
 
@@ -101,9 +105,9 @@ def _parse(index: int, cells: Cells, thinks: bool, system: str | None) -> Demons
     if cells.get("response") is not None:
         if cells.get("messages") is not None:
             raise ValueError("both `messages` and `response` are filled")
-        return Demonstration(index, [_turn_of_columns(cells, thinks, system)])
+        return Demonstration(index, [_turn_from_columns(cells, thinks, system)])
     if cells.get("messages") is not None:
-        return Demonstration(index, _turns_of_chat(cells["messages"], thinks, system))
+        return Demonstration(index, _turns_from_chat(cells["messages"], thinks, system))
     if cells.get("text") is not None:
         if problem := text_problem(cells["text"]):
             raise ValueError(f"`text` {problem}")
@@ -111,12 +115,12 @@ def _parse(index: int, cells: Cells, thinks: bool, system: str | None) -> Demons
     raise ValueError(f"{' and '.join(f'`{name}`' for name in cells if name not in ('prompt', 'thought'))} missing")
 
 
-def _turn_of_columns(cells: Cells, thinks: bool, system: str | None) -> Turn:
+def _turn_from_columns(cells: Cells, thinks: bool, system: str | None) -> Turn:
     context = prompt_messages(cells.get("prompt"))
     thought, response = _split(cells["response"], "`response`")
     if cells.get("thought") is not None:
         if thought is not None:
-            raise ValueError("`response` holds a thought, and there is a `thought` besides")
+            raise ValueError("`response` contains a thought, and `thought` is filled, too")
         if not isinstance(cells["thought"], str):
             raise ValueError(f"`thought` is {type_name(cells['thought'])}, not text")
         thought = cells["thought"]
@@ -126,13 +130,13 @@ def _turn_of_columns(cells: Cells, thinks: bool, system: str | None) -> Turn:
     return Turn(with_system(context, system), thought or "", response)
 
 
-def _turns_of_chat(cell: object, thinks: bool, system: str | None) -> list[Turn]:
+def _turns_from_chat(cell: object, thinks: bool, system: str | None) -> list[Turn]:
     if not isinstance(cell, list):
         raise ValueError(f"`messages` is {type_name(cell)}, not a list of messages")
     messages = to_conversation(cell)
     check_turns(messages)
     if messages[-1]["role"] != "assistant":
-        raise ValueError("ends with a user's turn where a demonstration ends with an assistant's")
+        raise ValueError("ends with a user turn; a demonstration ends with an assistant turn")
     past: list[Message] = []
     found: list[tuple[Turn, str | None, str]] = []
     for number, message in enumerate(messages, start=1):
@@ -142,15 +146,15 @@ def _turns_of_chat(cell: object, thinks: bool, system: str | None) -> list[Turn]
             context = with_system(list(past), system)
             found.append((Turn(context, thought or "", response), thought, f"the thought of turn {number}"))
         past.append(Message(role=message["role"], content=response))
-    holding = [turn for turn in found if turn[1] is not None]
+    with_thought = [turn for turn in found if turn[1] is not None]
     if thinks:
-        for _, thought, where in holding or found[-1:]:
+        for _, thought, where in with_thought or found[-1:]:
             _check_thought(thought, where)
-    return [turn for turn, _, _ in holding or found]
+    return [turn for turn, _, _ in with_thought or found]
 
 
 def _split(text: object, where: str) -> tuple[str | None, str]:
-    """Thought, None if there is none, and response of an assistant's turn."""
+    """Splits an assistant turn into its thought, or None, and its response."""
     if problem := text_problem(text):
         raise ValueError(f"{where} {problem}")
     assert isinstance(text, str)
@@ -158,28 +162,30 @@ def _split(text: object, where: str) -> tuple[str | None, str]:
         return None, text
     split = _DATA_FORMAT.split(text)
     if not split.ok:
-        raise ValueError(f"{where} holds a thought that cannot be told from the response ({split.status})")
+        raise ValueError(f"{where} contains a thought that cannot be separated from the response ({split.status})")
     return split.thought, split.response
 
 
 def _check_thought(thought: str | None, where: str) -> None:
+    """Raises ValueError for a missing or blank thought."""
     if not (thought or "").strip():
-        raise ValueError(f"{where} is {'missing' if thought is None else 'empty'}, and the format thinks")
+        raise ValueError(f"{where} is {'missing' if thought is None else 'empty'}, but the format requires one")
 
 
 def _without_thought(message: Message, where: str) -> Message:
+    """Removes the thought from an assistant message; other messages are returned unchanged."""
     if message["role"] != "assistant":
         return message
     return Message(role="assistant", content=_split(message["content"], where)[1])
 
 
 def prompt_messages(cell: object) -> list[Message]:
-    """The conversation in a cell of the column `prompt`: text, or messages that end with a user's turn."""
+    """The conversation in a cell of the column `prompt`: text, or messages that end with a user turn."""
     if isinstance(cell, list):
         messages = to_conversation(cell)
         check_turns(messages)
         if messages[-1]["role"] != "user":
-            raise ValueError("`prompt` ends with an assistant's turn where a prompt ends with a user's")
+            raise ValueError("`prompt` ends with an assistant turn; a prompt ends with a user turn")
         return messages
     if problem := text_problem(cell):
         raise ValueError(f"`prompt` {problem}")
@@ -187,14 +193,14 @@ def prompt_messages(cell: object) -> list[Message]:
 
 
 class DemonstrationEncoder:
-    """Writes demonstrations out as tokens.
+    """Encodes demonstrations as tokens.
 
-    Prompts are exactly those that the policy samples from. A target is encoded on its own, as it is sampled, and ends
-    with the token that ends the assistant's turn. Control strings typed into a text are encoded as plain characters.
+    Prompts are exactly those that the policy samples from. A target is encoded separately, as it is sampled, and ends
+    with the token that ends the assistant turn. Control strings typed into a text are encoded as plain characters.
 
     Args:
-        format: how a thought is written.
-        tokenizer: the policy's tokenizer.
+        format: Thinking format of the targets.
+        tokenizer: The policy's tokenizer.
     """
 
     def __init__(self, format: ThinkingFormat, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -206,10 +212,16 @@ class DemonstrationEncoder:
         self._document_end = list(stops[:1])
 
     def __call__(self, row: Demonstration) -> EncodedDemonstration:
-        """A sequence for each trained turn, or one for a document.
+        """Encodes one sequence per trained turn, or one for a document.
+
+        Args:
+            row: The demonstration.
+
+        Returns:
+            Its token sequences and their prompt lengths.
 
         Raises:
-            UserError: the format cannot write a turn so that it is split again.
+            UserError: The format cannot write a turn so that `split` recovers it.
         """
         if not row.turns:
             document = one_bos(self._ids(row.text) + self._document_end, self.tokenizer)
@@ -223,31 +235,32 @@ class DemonstrationEncoder:
         return EncodedDemonstration(row.index, sequences, prompts)
 
     def _ids(self, text: str) -> list[int]:
+        """Token ids of a text, control strings in it as plain characters."""
         (message,), literals = shield([Message(role="assistant", content=text)], self._control)
         return encode(message["content"], literals, self.tokenizer)
 
 
 class SFTDataModule(SupervisedDataModule[EncodedDemonstration]):
-    """Demonstrations, written out in the format of the module that they train.
+    """Demonstrations for supervised fine-tuning, in the thinking format of the module.
 
     Args:
-        path: file (.parquet, .jsonl, .json, .csv) or hub data set, see `rlmt.data.demonstrations` for its columns.
-        batch_size: demonstrations an optimizer step, over all ranks.
-        max_length: longer demonstrations, in tokens of prompt and target, are dropped, and counted aloud.
-        system: system prompt for rows that have none.
-        **options: those of `SupervisedDataModule`.
+        path: File (.parquet, .jsonl, .json, .csv) or Hub dataset; `rlmt.data.demonstrations` lists its columns.
+        batch_size: Demonstrations per optimizer step, over all ranks.
+        max_length: Maximum tokens of prompt and target. Longer demonstrations are dropped; their number is logged.
+        system: System prompt for rows without one.
+        **options: Options of `SupervisedDataModule`.
 
     Raises:
-        UserError: an argument is out of range.
+        UserError: An argument is out of range.
     """
 
-    what = "demonstrations"
+    row_noun = "demonstrations"
 
     def __init__(
         self,
         path: str,
-        batch_size: int = 16,
-        max_length: int = 20000,
+        batch_size: PositiveInt = 16,
+        max_length: PositiveInt = 20000,
         system: str | None = None,
         **options: Any,
     ) -> None:
@@ -255,13 +268,13 @@ class SFTDataModule(SupervisedDataModule[EncodedDemonstration]):
         self.system = system
 
     def read(self, source: str, module: Any) -> list[EncodedDemonstration]:
-        """Reads the demonstrations of a source and writes them out in the module's format."""
+        """Reads the demonstrations of a source and encodes them in the module's format."""
         module.format.check(module.tokenizer, module.tokenizer.name_or_path)
-        write = DemonstrationEncoder(module.format, module.tokenizer)
+        encode_row = DemonstrationEncoder(module.format, module.tokenizer)
         encoded = []
         for row in load_demonstrations(source, module.format.thinks, self.system):
             try:
-                encoded.append(write(row))
+                encoded.append(encode_row(row))
             except UserError as error:
                 raise UserError(f"{source}: row {row.index + 1}: {error}") from error
         return encoded

@@ -1,6 +1,6 @@
-"""Conversations as they stand in a data set: what a turn may be, and in which order turns may come.
+"""Validation of the conversations in a dataset: the content of each turn and the order of turns.
 
-A `ValueError` says in a few words what is wrong with a cell; `rlmt.data.tables.parse_rows` adds the file and the row.
+A `ValueError` describes what is wrong with a cell; `rlmt.data.tables.parse_rows` adds the file and the row.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from rlmt.types import Message
 
 
 def to_conversation(turns: Sequence[object]) -> list[Message]:
-    """The turns of a cell as messages; other keys than role and content are left out."""
+    """Converts the turns of a cell to messages; keys other than role and content are dropped."""
     return [_to_message(turn, number) for number, turn in enumerate(turns, start=1)]
 
 
 def check_turns(messages: Sequence[Message]) -> None:
-    """Raises ValueError unless user and assistant take turns, the user first, behind an optional system turn."""
+    """Raises ValueError unless user and assistant alternate, user first, after an optional system turn."""
     has_system = bool(messages) and messages[0]["role"] == "system"
     turns = messages[has_system:]
     if not turns:
@@ -25,24 +25,24 @@ def check_turns(messages: Sequence[Message]) -> None:
     for number, turn in enumerate(turns, start=1 + has_system):
         expected = "user" if (number - has_system) % 2 else "assistant"
         if turn["role"] != expected:
-            raise ValueError(f"turn {number} has role {turn['role']!r} where {expected!r} must stand")
+            raise ValueError(f"turn {number} has role {turn['role']!r}, expected {expected!r}")
 
 
 def check_system(system: str | None) -> None:
-    """Raises UserError where `--data.system` is given and is no text."""
+    """Raises UserError if `--data.system` is set to something that is not text."""
     if system is not None and (problem := text_problem(system)):
-        raise UserError(f"--data.system {problem}: leave it out or give it text")
+        raise UserError(f"--data.system {problem}; set it to text or leave it out.")
 
 
 def with_system(messages: list[Message], system: str | None) -> list[Message]:
-    """The conversation with a system turn first, if one is given and there is none."""
+    """Adds a system turn to a conversation that has none; None adds nothing."""
     if system is None or messages[0]["role"] == "system":
         return messages
     return [Message(role="system", content=system), *messages]
 
 
 def text_problem(text: object) -> str:
-    """What keeps a text from being a turn, or "" if nothing does."""
+    """Why a value cannot be the content of a turn, or "" if it can."""
     if not isinstance(text, str):
         return f"is {type_name(text)}, not text"
     if not text.strip():
@@ -50,12 +50,12 @@ def text_problem(text: object) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        return "holds a lone surrogate, which no tokenizer can encode"
+        return "contains a lone surrogate, which no tokenizer can encode"
     return ""
 
 
 def type_name(value: object) -> str:
-    """What a cell is, in words."""
+    """The type of a cell, for messages."""
     return "missing" if value is None else f"of type {type(value).__name__}"
 
 

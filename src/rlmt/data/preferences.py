@@ -1,17 +1,17 @@
-"""Preferences to train a reward model on: which of two or more responses to a prompt is the better one.
+"""Preference data for reward-model training: which of two or more responses to a prompt is better.
 
-A row is one of two, told apart by its columns:
+There are two kinds of rows, distinguished by their columns:
 
-- `chosen` and `rejected`, both text or both lists of messages. With text, or with lists that hold nothing but the
-  response's turn, `prompt` (text or a list of messages) holds the conversation before them; longer lists hold it
-  themselves. Optional: `margin`, a number by which the chosen response should win; `chosen_attributes` and
+- `chosen` and `rejected`, both text or both lists of messages. With text, or with lists of only the response's turn,
+  `prompt` (text or a list of messages) contains the conversation before them; longer lists contain it themselves.
+  Optional: `margin`, the number by which the chosen score should be higher; `chosen_attributes` and
   `rejected_attributes`, ratings.
-- `prompt`, `responses` (a list of texts) and `scores` (a number for each): all pairs whose scores differ are compared,
-  and each response goes through the model once. Optional: `attributes`, ratings of each response.
+- `prompt`, `responses` (a list of texts) and `scores` (one number per response): all pairs with different scores are
+  compared, and each response passes through the model once. Optional: `attributes`, ratings of each response.
 
 Ratings are a list of numbers, or an object of names and numbers. A column `subset` names the part of the data that a
-row belongs to; accuracy is told by subset. Responses that read the same teach nothing, whichever was chosen: such
-pairs are dropped and counted aloud.
+row belongs to; accuracy is logged per subset. Pairs of equal responses carry no learning signal: they are dropped, and
+their number is logged.
 """
 
 from __future__ import annotations
@@ -30,17 +30,18 @@ from rlmt.data.messages import check_turns, text_problem, to_conversation, type_
 from rlmt.data.supervised import EncodedRow, SupervisedDataModule
 from rlmt.data.tables import Cells, parse_rows, read_table
 from rlmt.errors import UserError
+from rlmt.options import PositiveInt
 from rlmt.types import Message
 
 _PAIR = ("chosen", "rejected")
-_RANKED = ("prompt", "responses", "scores")
-COLUMNS = (*_PAIR, *_RANKED, "margin", "subset", "chosen_attributes", "rejected_attributes", "attributes")
+_SCORED = ("prompt", "responses", "scores")
+COLUMNS = (*_PAIR, *_SCORED, "margin", "subset", "chosen_attributes", "rejected_attributes", "attributes")
 """The columns that are read."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One row: some responses to one prompt."""
+    """One row of the dataset: several responses to one prompt."""
 
     index: int
     """Row number, from 0."""
@@ -49,18 +50,18 @@ class Comparison:
     responses: list[str]
     """n responses."""
     pairs: list[tuple[int, int]]
-    """Which response is better than which; none where all read or score the same."""
+    """(better, worse) response indices; empty if all texts or all scores are equal."""
     margins: list[float]
-    """By how much at least, for each pair."""
+    """Minimum score difference of each pair."""
     subset: str | None
-    """Which part of the data the row belongs to."""
+    """The part of the data that the row belongs to."""
     attributes: dict[str, list[float]]
-    """Name → n ratings, one a response; empty without ratings. Names of a list are its positions."""
+    """Name → n ratings, one per response; empty without ratings. Ratings in a list are named by position."""
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedComparison(EncodedRow):
-    """A row as tokens: one sequence a response, the whole conversation as the reward model reads it."""
+    """A row as tokens: one sequence per response, the whole conversation as the reward model reads it."""
 
     pairs: list[tuple[int, int]]
     """As in `Comparison`."""
@@ -69,57 +70,62 @@ class EncodedComparison(EncodedRow):
     subset: str | None
     """As in `Comparison`."""
     attributes: list[list[float]]
-    """n lists of k ratings; k is 0 without."""
+    """n lists of k ratings; k is 0 without ratings."""
 
 
 def load_preferences(source: str) -> list[Comparison]:
-    """Reads all rows of a file or a hub data set.
+    """Reads all rows of a file or a Hub dataset.
 
     Args:
-        source: path or hub name.
+        source: Path or Hub name.
+
+    Returns:
+        The comparisons, in the order of the rows.
 
     Raises:
-        UserError: the source cannot be read, lacks columns, is empty, or holds bad rows.
+        UserError: The source cannot be read, lacks columns, is empty, or has invalid rows.
     """
-    rows = read_table(source, lambda found: _choose(found, source), "preferences")
+    rows = read_table(source, lambda found: _select_columns(found, source), "preferences")
     parsed = parse_rows(source, rows, _parse)
     for (place, _), comparison in zip(rows, parsed, strict=True):
         if list(comparison.attributes) != list(parsed[0].attributes):
             raise UserError(
-                f"{source}: {place}: has ratings of {', '.join(comparison.attributes) or 'nothing'} where {rows[0][0]} "
-                f"has {', '.join(parsed[0].attributes) or 'none'}: give all rows the same"
+                f"{source}: {place} has the ratings {', '.join(comparison.attributes) or '(none)'}, but {rows[0][0]} "
+                f"has {', '.join(parsed[0].attributes) or '(none)'}; use the same ratings in all rows."
             )
     return parsed
 
 
-def _choose(found: Sequence[str], source: str) -> list[str]:
-    if not (set(_PAIR) <= set(found) or set(_RANKED) <= set(found)):
+def _select_columns(found: Sequence[str], source: str) -> list[str]:
+    if not (set(_PAIR) <= set(found) or set(_SCORED) <= set(found)):
         raise UserError(
-            f"{source} has neither the columns {' and '.join(map(repr, _PAIR))} nor {', '.join(map(repr, _RANKED))}, "
-            f"only {', '.join(map(repr, found))}: rename them"
+            f"{source} has neither the columns {' and '.join(map(repr, _PAIR))} nor {', '.join(map(repr, _SCORED))}, "
+            f"only {', '.join(map(repr, found))}; rename them."
         )
     one_sided = {"chosen_attributes", "rejected_attributes"}.intersection(found)
     if len(one_sided) == 1:
-        raise UserError(f"{source} has a column {one_sided.pop()!r} alone: rate both responses, or remove it")
+        raise UserError(f"{source} has a column {one_sided.pop()!r} alone; rate both responses, or remove it.")
     return [name for name in COLUMNS if name in found]
 
 
 def _parse(index: int, cells: Cells) -> Comparison:
     subset = None if cells.get("subset") is None else str(cells["subset"])
     if cells.get("chosen") is None and cells.get("responses") is not None:
-        return _parse_ranked(index, cells, subset)
-    context, chosen, rejected = _pair(cells)
+        return _parse_scored(index, cells, subset)
+    context, chosen, rejected = _parse_pair(cells)
     margin = _number(cells["margin"], "`margin`") if "margin" in cells else 0.0
     if margin < 0:
-        raise ValueError(f"`margin` is {margin:g}: by how much the chosen response wins cannot be negative")
+        raise ValueError(f"`margin` is {margin:g}; it must not be negative")
     ratings = [
         _ratings(cells[name], f"`{name}`") for name in ("chosen_attributes", "rejected_attributes") if name in cells
     ]
     pairs = [] if chosen.strip() == rejected.strip() else [(0, 1)]
-    return Comparison(index, context, [chosen, rejected], pairs, [margin] * len(pairs), subset, _by_name(ratings))
+    return Comparison(
+        index, context, [chosen, rejected], pairs, [margin] * len(pairs), subset, _ratings_by_name(ratings)
+    )
 
 
-def _parse_ranked(index: int, cells: Cells, subset: str | None) -> Comparison:
+def _parse_scored(index: int, cells: Cells, subset: str | None) -> Comparison:
     context = prompt_messages(cells.get("prompt"))
     responses = [_response(text, f"response {n}") for n, text in enumerate(_list(cells, "responses"), start=1)]
     scores = [_number(score, f"score {n}") for n, score in enumerate(_list(cells, "scores"), start=1)]
@@ -129,27 +135,28 @@ def _parse_ranked(index: int, cells: Cells, subset: str | None) -> Comparison:
     for name, values in (("scores", scores), ("attributes", ratings)):
         if values and len(values) != len(responses):
             raise ValueError(f"there are {len(responses)} responses and {len(values)} {name}")
-    read = [response.strip() for response in responses]
-    pairs = [(i, j) for i, j in permutations(range(len(read)), 2) if scores[i] > scores[j] and read[i] != read[j]]
-    return Comparison(index, context, responses, pairs, [0.0] * len(pairs), subset, _by_name(ratings))
+    texts = [response.strip() for response in responses]
+    pairs = [(i, j) for i, j in permutations(range(len(texts)), 2) if scores[i] > scores[j] and texts[i] != texts[j]]
+    return Comparison(index, context, responses, pairs, [0.0] * len(pairs), subset, _ratings_by_name(ratings))
 
 
-def _pair(cells: Cells) -> tuple[list[Message], str, str]:
+def _parse_pair(cells: Cells) -> tuple[list[Message], str, str]:
     """The conversation before the responses, and both responses."""
     chosen, rejected = cells["chosen"], cells["rejected"]
     if isinstance(chosen, list) and isinstance(rejected, list):
-        before, good = _response_of_chat(chosen, "chosen", cells)
-        other, bad = _response_of_chat(rejected, "rejected", cells)
+        before, good = _response_from_chat(chosen, "chosen", cells)
+        other, bad = _response_from_chat(rejected, "rejected", cells)
         if before != other:
             raise ValueError("`chosen` and `rejected` answer different conversations")
         return before, good, bad
     if isinstance(chosen, list) or isinstance(rejected, list):
-        raise ValueError("one of `chosen` and `rejected` is a list of messages, the other is not")
+        raise ValueError("one of `chosen` and `rejected` is a list of messages and the other is not")
     context = prompt_messages(cells.get("prompt"))
     return context, _response(chosen, "`chosen`"), _response(rejected, "`rejected`")
 
 
-def _response_of_chat(turns: list[object], name: str, cells: Cells) -> tuple[list[Message], str]:
+def _response_from_chat(turns: list[object], name: str, cells: Cells) -> tuple[list[Message], str]:
+    """The conversation before the response, and the response, from a list of messages."""
     try:
         messages = to_conversation(turns)
         if len(messages) == 1 and messages[0]["role"] == "assistant":
@@ -160,7 +167,7 @@ def _response_of_chat(turns: list[object], name: str, cells: Cells) -> tuple[lis
     except ValueError as error:
         raise ValueError(f"`{name}`: {error}") from error
     if messages[-1]["role"] != "assistant":
-        raise ValueError(f"`{name}` ends with a user's turn where a response must stand")
+        raise ValueError(f"`{name}` ends with a user turn; the last turn must be a response")
     return context, _response(messages[-1]["content"], f"`{name}`")
 
 
@@ -168,7 +175,7 @@ def _response(text: object, where: str) -> str:
     if problem := text_problem(text):
         raise ValueError(f"{where} {problem}")
     if "<think>" in str(text) or "</think>" in str(text):
-        raise ValueError(f"{where} holds a thought, which a reward model must not see: give the response alone")
+        raise ValueError(f"{where} contains a thought, which a reward model must not see; use only the response")
     return str(text)
 
 
@@ -201,38 +208,38 @@ def _ratings(cell: object, where: str) -> dict[str, float]:
     return {name: _number(rating, f"{where} {name}") for name, rating in named}
 
 
-def _by_name(ratings: list[dict[str, float]]) -> dict[str, list[float]]:
+def _ratings_by_name(ratings: list[dict[str, float]]) -> dict[str, list[float]]:
     if any(set(rating) != set(ratings[0]) for rating in ratings):
         raise ValueError("the responses are rated by different attributes")
     return {name: [rating[name] for rating in ratings] for name in (ratings[0] if ratings else ())}
 
 
 class PreferenceDataModule(SupervisedDataModule[EncodedComparison]):
-    """Preferences, written out as the reward model that they train reads them.
+    """Preference data, encoded as the reward model reads it.
 
     Args:
-        path: file (.parquet, .jsonl, .json, .csv) or hub data set, see `rlmt.data.preferences` for its columns.
-        batch_size: rows an optimizer step, over all ranks.
-        max_length: rows with a longer conversation, in tokens, are dropped, and counted aloud.
-        **options: those of `SupervisedDataModule`.
+        path: File (.parquet, .jsonl, .json, .csv) or Hub dataset; `rlmt.data.preferences` lists its columns.
+        batch_size: Rows per optimizer step, over all ranks.
+        max_length: Maximum tokens of a conversation. Rows with a longer one are dropped; their number is logged.
+        **options: Options of `SupervisedDataModule`.
 
     Raises:
-        UserError: an argument is out of range.
+        UserError: An argument is out of range.
     """
 
-    what = "comparisons"
+    row_noun = "comparisons"
 
-    def __init__(self, path: str, batch_size: int = 64, max_length: int = 4096, **options: Any) -> None:
+    def __init__(self, path: str, batch_size: PositiveInt = 64, max_length: PositiveInt = 4096, **options: Any) -> None:
         super().__init__(path, batch_size, max_length, **options)
 
     @property
     def attributes(self) -> int:
-        """How many ratings a response of the training rows has."""
+        """Number of ratings per response in the training rows."""
         return len(self.train_rows[0].attributes[0]) if self.train_rows else 0
 
     @property
     def subsets(self) -> list[str]:
-        """Names of the parts that the validation rows belong to."""
+        """Names of the subsets in the validation rows."""
         return sorted({row.subset for row in self.val_rows if row.subset is not None})
 
     def read(self, source: str, module: Any) -> list[EncodedComparison]:
@@ -241,7 +248,7 @@ class PreferenceDataModule(SupervisedDataModule[EncodedComparison]):
         differing = [row for row in rows if row.pairs]
         if not differing:
             raise UserError(
-                f"{source}: in all {len(rows):,} rows the responses are equal: nothing can be learnt of them"
+                f"{source}: the responses are equal in all {len(rows):,} rows; use rows with a preferred response."
             )
         if len(differing) < len(rows):
             equal = len(rows) - len(differing)
@@ -249,6 +256,7 @@ class PreferenceDataModule(SupervisedDataModule[EncodedComparison]):
         return [self._encode(row, source, module) for row in differing]
 
     def _encode(self, row: Comparison, source: str, module: Any) -> EncodedComparison:
+        """Renders and encodes the conversation of each response."""
         try:
             texts = [module.reader.render(row.context, response) for response in row.responses]
         except UserError as error:

@@ -24,6 +24,15 @@ from rlmt.distributed import collectives
 from rlmt.engines import Engine, ReplayEngine
 from rlmt.engines.offline_rollouts import OfflineRollouts
 from rlmt.errors import UserError
+from rlmt.options import (
+    FinitePositiveFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    UnitIntervalAboveZero,
+    ZeroOrOne,
+    check_ranges,
+)
 from rlmt.types import Prompt, PromptBatch, RolloutBatch, Sampling
 
 
@@ -63,41 +72,23 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
         self,
         prompts: str,
         engine: Engine,
-        batch_size: int = 64,
-        group_size: int = 8,
-        temperature: float = 0.7,
-        top_p: float = 1.0,
-        max_prompt_tokens: int = 1024,
-        max_new_tokens: int = 4096,
+        batch_size: PositiveInt = 64,
+        group_size: PositiveInt = 8,
+        temperature: FinitePositiveFloat = 0.7,
+        top_p: UnitIntervalAboveZero = 1.0,
+        max_prompt_tokens: PositiveInt = 1024,
+        max_new_tokens: PositiveInt = 4096,
         column: str | None = None,
         system: str | None = None,
         val_prompts: str | None = None,
-        val_size: int | None = None,
+        val_size: NonNegativeInt | None = None,
         seed: int = 0,
         val_engine: Engine | None = None,
-        engine_timeout: float | None = 7200.0,
-        rollout_lag: int = 0,
+        engine_timeout: PositiveFloat | None = 7200.0,
+        rollout_lag: ZeroOrOne = 0,
     ) -> None:
+        check_ranges(RolloutDataModule, locals())
         super().__init__()
-        counts = {
-            "batch_size": batch_size,
-            "group_size": group_size,
-            "max_prompt_tokens": max_prompt_tokens,
-            "max_new_tokens": max_new_tokens,
-        }
-        for name, count in counts.items():
-            if count < 1:
-                raise UserError(f"--data.{name} is {count}: give at least 1")
-        if not 0 < temperature < float("inf"):
-            raise UserError(f"--data.temperature is {temperature}: give a number above 0")
-        if not 0 < top_p <= 1:
-            raise UserError(f"--data.top_p is {top_p}: give a number above 0, at most 1")
-        if val_size is not None and val_size < 0:
-            raise UserError(f"--data.val_size is {val_size}: give a number of prompts, or 0 for no validation")
-        if engine_timeout is not None and not engine_timeout > 0:
-            raise UserError(f"--data.engine_timeout is {engine_timeout}: give seconds above 0, or null for no limit")
-        if rollout_lag not in (0, 1):
-            raise UserError(f"--data.rollout_lag is {rollout_lag}: give 0, or 1 to draw one step ahead")
         self.prompts = prompts
         self.engine = engine
         self.batch_size = batch_size

@@ -1,7 +1,7 @@
-"""What SFT and reward-model training share of their data: rows encoded once, split, ordered and batched.
+"""Base data module of SFT and reward-model training: rows are encoded once, split, ordered and batched.
 
-A batch is this rank's rows of one optimizer step; the module cuts it into micro-batches by tokens. So nothing is padded
-here.
+A batch is this rank's rows of one optimizer step. The module splits it into micro-batches by tokens, so nothing is
+padded here.
 """
 
 from __future__ import annotations
@@ -22,32 +22,33 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from rlmt.data.sampler import PromptSampler, ResumableOrder, shuffled
 from rlmt.distributed import collectives
 from rlmt.errors import UserError
+from rlmt.options import NonNegativeInt, PositiveInt, check_ranges
 
 DEFAULT_VAL_SIZE = 64
-"""Rows split off for validation when neither `val_size` nor `val_path` is given."""
+"""Rows split off for validation if neither `val_size` nor `val_path` is set."""
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedRow:
-    """One row of a data set as tokens."""
+    """One row of a dataset as tokens."""
 
     index: int
-    """Row number in the data set as loaded, from 0."""
+    """Row number in the dataset as loaded, from 0."""
     sequences: list[Tensor]
-    """Token sequences of the row, each [n] int32: trained on together, in one optimizer step."""
+    """Token sequences of the row, each [n] int32; trained on together, in one optimizer step."""
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence."""
+        """Length of the longest sequence in tokens."""
         return max(map(len, self.sequences))
 
     def digest(self) -> bytes:
-        """Equal for equal rows."""
+        """A hash: equal for equal rows."""
         digest = blake2b(digest_size=16)
         for sequence in self.sequences:
             digest.update(sequence.numpy().tobytes() + b"/")
-        others = [getattr(self, field.name) for field in fields(self) if field.name != "sequences"]
-        digest.update(repr(others).encode())
+        other_fields = [getattr(self, field.name) for field in fields(self) if field.name != "sequences"]
+        digest.update(repr(other_fields).encode())
         return digest.digest()
 
 
@@ -55,14 +56,14 @@ Row = TypeVar("Row", bound=EncodedRow)
 
 
 class RowBatch(Generic[Row]):
-    """This rank's rows of one optimizer step. Neither a sequence nor a dataclass, so that Lightning leaves it alone."""
+    """This rank's rows of one optimizer step; not a sequence or dataclass, so Lightning does not convert its fields."""
 
     def __init__(self, rows: list[Row]) -> None:
         self.rows = rows
 
 
 class RowDataset(Dataset[Row]):
-    """A map-style data set over encoded rows held in memory."""
+    """A map-style dataset over encoded rows in memory."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = list(rows)
@@ -75,50 +76,45 @@ class RowDataset(Dataset[Row]):
 
     @property
     def keys(self) -> list[int]:
-        """Row number of each row, the identity that the order depends on."""
+        """Row number of each row; the order depends on it."""
         return [row.index for row in self.rows]
 
     def fingerprint(self) -> str:
-        """A digest of all rows: equal for equal rows in equal order, on every machine."""
+        """A hash of all rows: equal for equal rows in equal order, on every machine."""
         return blake2b(b"".join(row.digest() for row in self.rows), digest_size=16).hexdigest()
 
 
 class SupervisedDataModule(ResumableOrder, LightningDataModule, Generic[Row]):
-    """Reads rows, drops the over-long ones, splits some off for validation and batches the rest.
+    """Reads rows, drops those that are too long, splits some off for validation and batches the rest.
 
-    The order depends on the seed and each row's number alone. Rows left over after the last whole batch of an epoch sit
-    that epoch out.
+    The order depends only on the seed and each row's number. An incomplete last batch of an epoch is dropped.
 
     Args:
-        path: file (.parquet, .jsonl, .json, .csv) or hub data set.
-        batch_size: rows an optimizer step, over all ranks.
-        max_length: rows with more tokens in a sequence are dropped, and counted aloud.
-        val_path: file or hub data set to validate on; None splits validation rows off `path`.
-        val_size: number of validation rows, 0 for none; None takes 64 of `path`, or all of `val_path`.
-        seed: orders the rows.
+        path: File (.parquet, .jsonl, .json, .csv) or Hub dataset.
+        batch_size: Rows per optimizer step, over all ranks.
+        max_length: Maximum tokens of a sequence. Rows with a longer one are dropped; their number is logged.
+        val_path: File or Hub dataset to validate on; None splits validation rows off `path`.
+        val_size: Number of validation rows, 0 for none; None uses 64 rows of `path`, or all of `val_path`.
+        seed: Seed of the order of rows.
 
     Raises:
-        UserError: an argument is out of range.
+        UserError: An argument is out of range.
     """
 
-    what: str
-    """What a row is, in the plural, for messages."""
+    row_noun: str
+    """Plural noun for the rows, used in messages."""
 
     def __init__(
         self,
         path: str,
-        batch_size: int,
-        max_length: int,
+        batch_size: PositiveInt,
+        max_length: PositiveInt,
         val_path: str | None = None,
-        val_size: int | None = None,
+        val_size: NonNegativeInt | None = None,
         seed: int = 0,
     ) -> None:
+        check_ranges(SupervisedDataModule, locals())
         super().__init__()
-        for name, count in {"batch_size": batch_size, "max_length": max_length}.items():
-            if count < 1:
-                raise UserError(f"--data.{name} is {count}: give at least 1")
-        if val_size is not None and val_size < 0:
-            raise UserError(f"--data.val_size is {val_size}: give a number of {self.what}, or 0 for no validation")
         self.path = path
         self.batch_size = batch_size
         self.max_length = max_length
@@ -127,84 +123,93 @@ class SupervisedDataModule(ResumableOrder, LightningDataModule, Generic[Row]):
         self.seed = seed
         self.train_rows: list[Row] = []
         self.val_rows: list[Row] = []
-        self._read = False
+        self._is_loaded = False
 
     @abstractmethod
     def read(self, source: str, module: Any) -> list[Row]:
         """Reads and encodes all rows of a source.
 
         Args:
-            source: file or hub name.
-            module: the LightningModule that is trained, with its tokenizer.
+            source: File or Hub name.
+            module: The LightningModule that is trained, with its tokenizer.
+
+        Returns:
+            The encoded rows, in the order of the source.
 
         Raises:
-            UserError: it cannot be read, or holds bad rows.
+            UserError: The source cannot be read, or has invalid rows.
         """
 
     @collectives.rank_hook
     def setup(self, stage: str) -> None:
-        """Reads, drops and splits the rows (once).
+        """Reads, filters and splits the rows (once), and orders the training rows.
 
         Args:
             stage: fit, validate or test.
 
         Raises:
-            UserError: anything is wrong with the options or the rows.
+            UserError: The options or the rows are invalid, or do not fit the module.
         """
         assert self.trainer is not None
         module: Any = self.trainer.lightning_module
-        wanted = getattr(module, "data_module", "another one")
-        if wanted not in [kind.__name__ for kind in type(self).__mro__]:
-            raise UserError(f"--data is {type(self).__name__}, but --model {type(module).__name__} trains on {wanted}")
+        expected = getattr(module, "data_module", "another data module")
+        if expected not in [kind.__name__ for kind in type(self).__mro__]:
+            raise UserError(
+                f"--data is {type(self).__name__}, but --model {type(module).__name__} trains on {expected}."
+            )
         if self.max_length > module.max_positions:
             raise UserError(
-                f"--data.max_length {self.max_length:,} exceeds the model's context of {module.max_positions:,} tokens:"
-                " lower it"
+                f"--data.max_length is {self.max_length:,}, which exceeds the model's context of "
+                f"{module.max_positions:,} tokens; lower it."
             )
-        if not self._read:
+        if not self._is_loaded:
             self._load(module)
-            self._read = True
+            self._is_loaded = True
         self._sampler = None
         if stage == "fit":
             if self.batch_size > len(self.train_rows):
                 raise UserError(
-                    f"--data.batch_size is {self.batch_size:,}, but only {len(self.train_rows):,} {self.what} are left "
-                    f"to train on of {self.path}: lower it or --data.val_size"
+                    f"--data.batch_size is {self.batch_size:,}, but {self.path} has only {len(self.train_rows):,} "
+                    f"{self.row_noun} for training; lower it or --data.val_size."
                 )
             self._sampler = PromptSampler(RowDataset(self.train_rows), self.batch_size, *self._ranks, self.seed)
         elif not self.val_rows:
-            raise UserError("there is nothing to validate on: set --data.val_size above 0 or --data.val_path")
+            raise UserError("--data has no validation rows; set --data.val_size above 0 or --data.val_path.")
 
     def _load(self, module: Any) -> None:
-        fitting = self._fitting(self.path, module)
-        mixed = [fitting[i] for i in shuffled([row.index for row in fitting], self.seed, "split")]
-        held_out = mixed if self.val_path is None else self._fitting(self.val_path, module)
+        """Reads the rows and splits them into training and validation rows."""
+        rows = self._read_within_limit(self.path, module)
+        shuffled_rows = [rows[i] for i in shuffled([row.index for row in rows], self.seed, "split")]
+        held_out = shuffled_rows if self.val_path is None else self._read_within_limit(self.val_path, module)
         size = self.val_size
         if size is None:
             size = DEFAULT_VAL_SIZE if self.val_path is None else len(held_out)
         if size > len(held_out):
             raise UserError(
-                f"--data.val_size asks for {size:,} of {self.what}, but {self.val_path or self.path} has "
-                f"{len(held_out):,}: lower it, or give --data.val_path"
+                f"--data.val_size is {size:,}, but {self.val_path or self.path} has {len(held_out):,} {self.row_noun}; "
+                "lower it, or set --data.val_path."
             )
         self.val_rows = held_out[:size]
-        self.train_rows = mixed[size:] if self.val_path is None else mixed
-        rank_zero_info(f"{len(self.train_rows):,} {self.what} to train on, {len(self.val_rows):,} to validate on")
+        self.train_rows = shuffled_rows[size:] if self.val_path is None else shuffled_rows
+        rank_zero_info(f"{len(self.train_rows):,} {self.row_noun} to train on, {len(self.val_rows):,} to validate on")
 
-    def _fitting(self, source: str, module: Any) -> list[Row]:
+    def _read_within_limit(self, source: str, module: Any) -> list[Row]:
+        """Reads a source and drops rows with a sequence longer than `max_length`."""
         rows = self.read(source, module)
         fitting = [row for row in rows if row.longest <= self.max_length]
         if not fitting:
-            raise UserError(f"{source}: all {len(rows):,} {self.what} exceed --data.max_length {self.max_length:,}")
+            raise UserError(
+                f"{source}: all {len(rows):,} {self.row_noun} exceed --data.max_length {self.max_length:,}; raise it."
+            )
         if len(fitting) < len(rows):
             dropped = len(rows) - len(fitting)
             rank_zero_info(
-                f"dropped {dropped:,} of {len(rows):,} {self.what} of more than {self.max_length:,} tokens ({source})"
+                f"dropped {dropped:,} of {len(rows):,} {self.row_noun} over {self.max_length:,} tokens ({source})"
             )
         return fitting
 
     def train_dataloader(self) -> StatefulDataLoader:
-        """Batches of `batch_size` / ranks rows, reshuffled every epoch, resumable in the middle of one."""
+        """Batches of `batch_size` / ranks rows, reshuffled every epoch; resumable within an epoch."""
         sampler = self._sampler
         assert sampler is not None
         return StatefulDataLoader(
@@ -213,28 +218,29 @@ class SupervisedDataModule(ResumableOrder, LightningDataModule, Generic[Row]):
             sampler=sampler,
             collate_fn=RowBatch,
             drop_last=True,
-            # Starting an epoch draws a number, which must not be the run's: a resumed run starts one more.
+            # The loader samples a number at the start of an epoch. It must not come from the run's generator, because a
+            # resumed run starts one epoch more.
             generator=torch.Generator(),
         )
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """This rank's share of each batch of held-out rows, in order, as many on each; no loader if there are none."""
+        """This rank's share of each batch of validation rows, in order; no loader if there are no rows."""
         if not self.val_rows:
             return []
         size, rank = self._ranks
         starts = range(0, len(self.val_rows), self.batch_size)
         shares: Any = [RowBatch(self.val_rows[start : start + self.batch_size][rank::size]) for start in starts]
-        # Of this type, so that Lightning does not share them out once more.
+        # A DistributedSampler, so that Lightning does not shard the rows a second time.
         sampler: DistributedSampler[Any] = DistributedSampler(shares, num_replicas=1, rank=0, shuffle=False)
-        own = torch.Generator()  # for the same reason
-        return DataLoader(shares, batch_size=None, sampler=sampler, generator=own)
+        generator = torch.Generator()  # as in train_dataloader
+        return DataLoader(shares, batch_size=None, sampler=sampler, generator=generator)
 
     @property
     def _ranks(self) -> tuple[int, int]:
-        """How many there are, and which this is."""
+        """The number of ranks, and this rank."""
         assert self.trainer is not None
         return self.trainer.world_size, self.trainer.global_rank
 
     def test_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """The same as `val_dataloader`."""
+        """Same as `val_dataloader`."""
         return self.val_dataloader()

@@ -1,7 +1,7 @@
 """Collective operations over ranks; no-ops in a single process.
 
-Every rank has to call them at the same point. Small values travel as pickled objects, which works on every backend and
-device; gradients travel as tensors.
+Every rank must call them at the same point. Small values are sent as pickled objects, which works on every backend and
+device; `rlmt.distributed.gradients` sends gradients as tensors.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """Number of this rank, from 0."""
+    """Index of this rank, from 0."""
     return distributed.get_rank() if world_size() > 1 else 0
 
 
 @dataclass
 class _Failure:
-    """Sent by a rank that failed, in place of its value."""
+    """What a failed rank sends instead of its value."""
 
     message: str
     is_user_error: bool
@@ -49,7 +49,7 @@ def all_gather_object(value: T) -> list[T]:
         value: This rank's object: plain data, or tensors on the CPU.
 
     Returns:
-        The objects of all ranks, in the order of ranks.
+        The objects of all ranks, ordered by rank.
 
     Raises:
         AllRanksUserError: Another rank failed with a `UserError` in `run_on_all_ranks`.
@@ -71,11 +71,11 @@ def all_gather_object(value: T) -> list[T]:
 def run_on_all_ranks(work: Callable[[], T]) -> T:
     """Runs a function on every rank; if it fails on one rank, it fails on all, so that no rank waits for another.
 
-    A rank that fails sends its error with its next collective operation: at the end of this function, or within `work`
-    on the other ranks.
+    The failed rank sends its error in place of its value in the next `all_gather_object`: the one at the end of this
+    function, or one inside `work` on the other ranks.
 
     Args:
-        work: This rank's function. Ranks wait for each other after it, whether or not it failed.
+        work: This rank's function. All ranks synchronise after it, whether or not it failed.
 
     Returns:
         The result on this rank.
@@ -89,7 +89,7 @@ def run_on_all_ranks(work: Callable[[], T]) -> T:
     try:
         result = work()
     except (AllRanksUserError, RankFailed):
-        raise  # every rank has it already
+        raise  # every rank raises it already
     except Exception as error:
         is_user_error = isinstance(error, UserError)
         message = str(error) if is_user_error else f"{type(error).__name__}: {error}"
@@ -113,7 +113,7 @@ def rank_hook(method: Callable[P, T]) -> Callable[P, T]:
 
 
 def user_error_on_all_ranks(message: str) -> UserError:
-    """A `UserError` for an error that every rank finds at the same point; rank 0 prints it."""
+    """Creates a `UserError` for an error that every rank raises at the same point; only rank 0 prints it."""
     return UserError(message) if world_size() == 1 else AllRanksUserError(message, reported_elsewhere=rank() > 0)
 
 
@@ -121,7 +121,7 @@ def all_gather_tensor(values: Tensor) -> Tensor:
     """Concatenates a tensor over ranks.
 
     Args:
-        values: [n] this rank's elements; n may differ between ranks and be 0.
+        values: [n] this rank's elements; n can differ between ranks and can be 0.
 
     Returns:
         [sum of n] on the device of `values`.

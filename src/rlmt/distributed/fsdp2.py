@@ -6,8 +6,8 @@ unsharded on every rank; so does the head of a critic beside an adapter. With `o
 memory and copied to the device for the all-gather.
 
 A checkpoint is the file that a single process would write: tensors are all-gathered one at a time, and only rank 0
-stores them. So a run resumes from it on any number of ranks, sharded or not, and export and all checks read it like any
-other checkpoint.
+keeps them (`save_distributed_checkpoint=False`). So a run resumes from it on any number of ranks, sharded or not, and
+export and all checks read it like any other checkpoint.
 """
 
 from __future__ import annotations
@@ -84,13 +84,12 @@ class FSDP2(ModelParallelStrategy):
         """True: the optimizer's state is in the same file, and `load_optimizer_state_dict` loads it."""
         return True
 
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The unsharded weights on rank 0's CPU; an empty dict on other ranks."""
-        assert self.lightning_module is not None
-        return self._gather_to_rank_0(self.lightning_module.state_dict())
-
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The unsharded optimizer state on rank 0's CPU, with the keys of a single process; no state on other ranks."""
+        """The unsharded optimizer state on rank 0's CPU, with the keys of a single process; no state on other ranks.
+
+        Lightning's own keys are positions among all parameters of the module, frozen ones included. With LoRA they
+        differ from those of a single process, which are positions among the optimizer's parameters.
+        """
         plain: Any = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         saved = plain.state_dict()
         state = {index: self._gather_to_rank_0(values) for index, values in saved["state"].items()}
@@ -105,7 +104,11 @@ class FSDP2(ModelParallelStrategy):
         return gathered
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads the file on every rank; the module and the optimizer take their shards from it later."""
+        """Reads the file on every rank; the module and the optimizer take their shards from it later.
+
+        Lightning's own method loads weights past the module's `load_state_dict`, and so past its checks, and finds the
+        optimizer's state by the keys above.
+        """
         return self.checkpoint_io.load_checkpoint(checkpoint_path, map_location="cpu", weights_only=weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -195,7 +198,7 @@ def call_as_forward(model: nn.Module, function: Callable[..., T], *args: Any) ->
     return result
 
 
-def pad_with_no_ops(parts: Iterable[T], model: nn.Module, idle: T) -> list[T]:
+def pad_with_no_ops(parts: Iterable[T], model: nn.Module, no_op: T) -> list[T]:
     """Pads with no-op parts so that all ranks of a sharded model run the same number of forward passes.
 
     This is a collective operation if the model is sharded.
@@ -203,13 +206,13 @@ def pad_with_no_ops(parts: Iterable[T], model: nn.Module, idle: T) -> list[T]:
     Args:
         parts: This rank's parts; the model runs once for each.
         model: Model, sharded or not.
-        idle: The no-op part.
+        no_op: The no-op part.
 
     Returns:
         The parts, followed by no-op parts if another rank has more.
     """
     own = list(parts)
-    return own + [idle] * (max(all_gather_object(len(own))) - len(own)) if is_sharded(model) else own
+    return own + [no_op] * (max(all_gather_object(len(own))) - len(own)) if is_sharded(model) else own
 
 
 def compute_device(model: nn.Module) -> torch.device:

@@ -1,4 +1,4 @@
-"""Engines: whatever draws samples from the policy. Importing this package imports no vLLM."""
+"""Engines generate rollouts from the policy. Importing this package imports no vLLM."""
 
 from rlmt.engines.base import Engine
 from rlmt.engines.replay import ReplayEngine

@@ -1,9 +1,9 @@
-"""The Engine seam: whatever draws samples from the policy."""
+"""The Engine interface, and helpers that its implementations share."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,19 +16,19 @@ from rlmt.types import AdapterWeights, SampleRequest, Samples, Sampling
 
 
 class Engine(ABC):
-    """Draws samples with the weights it was last given.
+    """Generates samples with the weights of its last sync.
 
-    Order of calls: the checks before any model is loaded, `start` once the policy exists, then `sync` and
-    `generate` as often as needed, `close` at the end. The constructor only stores options.
+    Order of calls: the checks before any model is loaded, `start` once the policy exists, then `sync` and `generate` as
+    often as needed, `close` at the end. The constructor only stores options.
     """
 
     version: int | None = None
-    """Version of the weights held; None until the first sync, or after the weights were given up to save memory."""
+    """Version of the loaded weights; None before the first sync, and after the engine dropped them to save memory."""
     replays: bool = False
-    """Whether it returns recorded samples of the prompts that it `knows`. Other weights than the policy's drew them, so
-    it is not synced."""
+    """Whether it returns recorded samples of the prompts that it `knows`. They come from other weights than the
+    policy's, so it is not synced."""
     concurrent: bool = False
-    """Whether `generate` may run in another thread while the policy is trained; `close` then breaks it off."""
+    """Whether `generate` may run in another thread while the policy is trained; `close` then cancels it."""
 
     def check(self) -> None:
         """Raises UserError, naming what to install, when this engine cannot run on this machine."""
@@ -41,75 +41,102 @@ class Engine(ABC):
         group_size: int,
         max_model_len: int,
     ) -> None:
-        """Raises UserError, naming the option to change, when this engine cannot sample as the run asks for."""
+        """Checks that this engine supports the run's sampling settings.
+
+        Args:
+            format: The run's thinking format.
+            tokenizer: The policy's tokenizer.
+            sampling: The run's temperature, limits and stops.
+            group_size: Samples per prompt.
+            max_model_len: Longest prompt + completion in tokens.
+
+        Raises:
+            UserError: The engine does not support them; the message names the option to change.
+        """
 
     def knows(self, prompt_ids: Sequence[int]) -> bool:
-        """Whether this prompt can be sampled from."""
+        """Whether the engine can sample from this prompt."""
         return True
 
     def check_policy(self, config: PretrainedConfig) -> None:
-        """Raises UserError, naming the option to change, when this engine cannot hold such a policy.
+        """Checks that this engine supports the policy's architecture.
 
         Args:
-            config: the policy's.
+            config: The policy's configuration.
+
+        Raises:
+            UserError: The engine does not support it; the message names the option to change.
         """
 
     def check_adapter(self, config: dict[str, Any]) -> None:
-        """Raises UserError, with the reason and the cure, when this engine cannot serve such an adapter.
+        """Checks that this engine can serve the policy's adapter.
 
         Args:
             config: PEFT's adapter_config.json as plain data.
+
+        Raises:
+            UserError: The engine cannot serve it; the message holds the reason and the fix.
         """
 
     @abstractmethod
     def start(
         self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_model_len: int, dtype: torch.dtype
     ) -> None:
-        """Brings the engine up for a policy of this shape; its weights come by `sync`.
+        """Starts the engine for a policy of this architecture; `sync` brings the weights.
 
         Args:
-            policy: the trainer's policy, for its config and device.
-            tokenizer: the policy's tokenizer.
-            max_model_len: longest prompt + completion in tokens.
-            dtype: number format that the trainer's forward runs in.
+            policy: The trainer's policy, for its config and device.
+            tokenizer: The policy's tokenizer.
+            max_model_len: Longest prompt + completion in tokens.
+            dtype: Dtype of the trainer's forward.
         """
 
     @abstractmethod
     def sync(self, weights: Iterable[tuple[str, Tensor]], version: int, adapter: AdapterWeights | None = None) -> None:
-        """Takes over the policy's weights and drops every stale cache; by all ranks at once.
+        """Loads the policy's weights and drops every stale cache; collective over ranks.
 
         Args:
-            weights: all of the policy's weights (Hugging Face names, as in `state_dict()`); with an adapter the
-                frozen base's, which never change and are read only where the engine does not hold them. Made as they
-                are read.
-            version: version of these weights.
-            adapter: what makes the policy of the base; None: the weights are the policy's own.
+            weights: All weights of the policy (Hugging Face names, as in `state_dict()`). With an adapter, those of the
+                frozen base, which never change and are read only where the engine does not hold them. Each tensor is
+                made when it is read.
+            version: Version of these weights.
+            adapter: The adapter on top of the base; None when the weights are the policy's own.
         """
 
     def renew(self) -> None:
-        """Gives the weights that it holds to whatever of it has lost them; by all ranks at once, before `generate`."""
+        """Reloads the current weights where a part of the engine has lost them; collective over ranks.
+
+        Called before `generate`.
+        """
 
     @abstractmethod
     def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Samples:
         """Samples every request once per seed. A sample depends on its prompt, seed and the weights alone.
 
-        Each rank calls it for its own share. Those of a concurrent engine do not wait for each other within, where it
-        may run in another thread; of others several may share an engine, so all ranks call it together.
+        Each rank calls it with its own requests. The call has no collective operations in concurrent engines, where it
+        may run in another thread. In other engines several ranks may share an engine, so all ranks call it together.
         """
 
     def close(self) -> None:
-        """Gives back memory and processes; harmless when called twice or before `start`."""
+        """Releases memory and processes; harmless when called twice or before `start`."""
 
 
 def max_completion_tokens(prompt_tokens: int, max_model_len: int) -> int:
-    """Tokens that fit behind a prompt.
+    """Number of tokens that fit after a prompt.
 
     Raises:
-        UserError: not one does.
+        UserError: No token fits.
     """
     if prompt_tokens >= max_model_len:
         raise UserError(
             f"a prompt of {prompt_tokens} tokens leaves no room for a completion within {max_model_len} tokens: "
-            "lower data.max_prompt_tokens or raise data.max_new_tokens"
+            "lower --data.max_prompt_tokens or raise --data.max_new_tokens."
         )
     return max_model_len - prompt_tokens
+
+
+def track_loaded(weights: Iterable[tuple[str, Tensor]], missing: set[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yields the weights, and removes the name of each one from `missing`."""
+    for name, tensor in weights:
+        missing.discard(name)
+        yield name, tensor

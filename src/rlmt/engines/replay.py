@@ -1,7 +1,7 @@
-"""Recorded samples in the place of fresh ones: any objective can be trained from a rollout file.
+"""Engine that replays recorded samples, so that any objective can train from a rollout file.
 
-What is left out: choosing among the recorded samples. Which of a group make a pair, or which groups are dropped, is the
-objective's affair.
+Left out: the choice among the recorded samples. The objective decides which samples of a group form a pair, and which
+groups are dropped.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from rlmt.types import AdapterWeights, SampleRequest, Samples, Sampling
 
 
 class ReplayEngine(Engine):
-    """Returns samples that were recorded earlier, whatever the policy's weights are by now.
+    """Returns recorded samples, independent of the policy's current weights.
 
-    A prompt is found by its tokens. Where it was recorded several times, as in the rollouts of a run of several passes,
-    passes take its groups in turn, and begin again with the first when there are more passes than groups.
+    A prompt is identified by its tokens. If it was recorded several times, as in the rollouts of a run of several
+    epochs, each epoch takes the next of its groups, and starts over with the first after the last.
 
     Args:
-        path: file that `rlmt predict` wrote, or the `rollouts` folder of a run.
+        path: File that `rlmt predict` wrote, or the `rollouts` folder of a run.
     """
 
     replays = True
@@ -37,15 +37,15 @@ class ReplayEngine(Engine):
 
     @property
     def recording(self) -> OfflineRollouts:
-        """The samples; there after `check`."""
+        """The recorded samples; available after `check`."""
         assert self._recording is not None, "check has not run"
         return self._recording
 
     def check(self) -> None:
-        """Reads the samples.
+        """Reads the recorded samples.
 
         Raises:
-            UserError: they are missing, or are no samples.
+            UserError: The file or folder does not exist, or is not a valid recording.
         """
         if self._recording is None:
             try:
@@ -61,7 +61,18 @@ class ReplayEngine(Engine):
         group_size: int,
         max_model_len: int,
     ) -> None:
-        """Refuses samples of another format, tokenizer or temperature, too long ones and too few: see `Recording`."""
+        """Checks that the run can train on the recorded samples: see `OfflineRollouts.check`.
+
+        Args:
+            format: The run's thinking format.
+            tokenizer: The policy's tokenizer.
+            sampling: The run's temperature, limits and stops.
+            group_size: Samples per prompt.
+            max_model_len: Not used: the limits are those of `sampling`.
+
+        Raises:
+            UserError: The samples have another format, tokenizer or temperature, are too long, or are too few.
+        """
         self.recording.check(format, tokenizer, sampling, group_size)
 
     def knows(self, prompt_ids: Sequence[int]) -> bool:
@@ -71,25 +82,25 @@ class ReplayEngine(Engine):
     def start(
         self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_model_len: int, dtype: torch.dtype
     ) -> None:
-        """Does nothing: the recording was read by `check`."""
+        """Does nothing: `check` has read the recorded samples."""
 
     def sync(self, weights: Iterable[tuple[str, Tensor]], version: int, adapter: AdapterWeights | None = None) -> None:
-        """Does nothing but note the version: new weights do not change what was recorded."""
+        """Only stores the version: new weights do not change recorded samples."""
         self.version = version
 
     def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Samples:
-        """The first recorded samples of each prompt, as many as there are seeds, in recorded order.
+        """Returns the first recorded samples of each prompt, one per seed, in recorded order.
 
         Args:
-            requests: prompts that `knows` knows.
-            sampling: not used, since `check_run` compared it.
+            requests: Recorded prompts.
+            sampling: Not used: `check_run` has compared it.
 
         Returns:
-            Samples with the version of the weights that drew them, the lowest where they differ, and with reference
-            log-probs where the recording has them.
+            Samples with the version of the weights that generated them (the lowest if they differ), and with reference
+            log-probs if the recording has them.
 
         Raises:
-            UserError: a prompt was not recorded, or has fewer samples than seeds.
+            UserError: A prompt was not recorded, or has fewer samples than seeds.
         """
         recording = self.recording
         rows = [row for request in requests for row in self._rows(request)]
@@ -104,15 +115,16 @@ class ReplayEngine(Engine):
         )
 
     def _rows(self, request: SampleRequest) -> range:
+        """Rows of the recorded samples that answer a request."""
         groups = self.recording.groups_of(request.prompt_ids)
         if not groups:
             raise UserError(
-                f"{self.path} holds no samples of a prompt of {len(request.prompt_ids)} tokens: record them"
+                f"{self.path} has no samples of a prompt of {len(request.prompt_ids)} tokens; record the prompt."
             )
         rows = groups[request.epoch % len(groups)][: len(request.seeds)]
         if len(rows) < len(request.seeds):
             raise UserError(
-                f"{self.path} holds {len(rows)} samples of a prompt, and {len(request.seeds)} are asked for: lower "
-                "--data.group_size"
+                f"{self.path} has {len(rows)} samples of a prompt, but {len(request.seeds)} are requested; lower "
+                "--data.group_size."
             )
         return rows

@@ -1,8 +1,8 @@
-"""Samples from the training policy itself, with plain transformers: runs anywhere, needs no copy of the weights.
+"""Engine that generates with the training policy itself in plain transformers: it needs no copy of the weights.
 
-Each sample takes its random numbers from a generator of its own, one uniform number a token, so a sample depends on its
-prompt, its seed and the weights, and not on the samples beside it. `model.generate` is not used, because it mixes the
-policy's `generation_config` into every setting and keeps computing samples that have ended.
+Each sample has a random generator of its own and uses one uniform number per token, so a sample depends on its prompt,
+its seed and the weights, and not on the rest of the batch. `model.generate` is not used: it applies the policy's
+`generation_config` to every setting and keeps computing samples that have ended.
 """
 
 from __future__ import annotations
@@ -16,49 +16,51 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlmt.engines.base import Engine, max_completion_tokens
 from rlmt.models.logprobs import eval_mode
+from rlmt.options import PositiveInt, check_ranges
 from rlmt.types import AdapterWeights, FinishReason, SampleRequest, Samples, Sampling
 
 
 @dataclass
 class _Row:
-    """One sample on its way."""
+    """One sample in progress."""
 
     prompt_ids: list[int]
     seed: int
     limit: int
-    """Most tokens that it may get."""
+    """Maximum number of completion tokens."""
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish: FinishReason | None = None
 
 
 class TransformersEngine(Engine):
-    """Draws samples from the live policy in eval mode, in padded batches with a key-value cache.
+    """Generates with the live policy in eval mode, in padded batches with a KV cache.
 
     Args:
-        tokens_per_batch: most tokens of one batch, (longest prompt + max_new_tokens) × samples; bounds the memory of
-            the cache. A single sample may exceed it.
+        tokens_per_batch: Maximum number of tokens in a batch, (longest prompt + max_new_tokens) × samples; bounds the
+            memory of the KV cache. A single sample may exceed it.
     """
 
-    def __init__(self, tokens_per_batch: int = 65536) -> None:
+    def __init__(self, tokens_per_batch: PositiveInt = 65536) -> None:
+        check_ranges(TransformersEngine, locals())
         self.tokens_per_batch = tokens_per_batch
         self._policy: PreTrainedModel | None = None
 
     def start(
         self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_model_len: int, dtype: torch.dtype
     ) -> None:
-        """Takes a reference to the policy.
+        """Stores a reference to the policy.
 
         Args:
-            policy: the trainer's policy; sampled from as it is at each `generate`.
-            tokenizer: the policy's tokenizer; finds the stop strings.
-            max_model_len: longest prompt + completion in tokens.
-            dtype: number format of the forward, by autocast where it is not float32.
+            policy: The trainer's policy; `generate` uses its current weights.
+            tokenizer: The policy's tokenizer; finds the stop strings.
+            max_model_len: Longest prompt + completion in tokens.
+            dtype: Dtype of the forward, by autocast unless it is float32.
         """
         self._policy, self._tokenizer, self._max_model_len, self._dtype = policy, tokenizer, max_model_len, dtype
 
     def sync(self, weights: Iterable[tuple[str, Tensor]], version: int, adapter: AdapterWeights | None = None) -> None:
-        """Records the version; the policy's weights are already here, so nothing is read."""
+        """Stores the version; reads no weights, since the engine uses the policy itself."""
         self.version = version
 
     @torch.no_grad()  # not inference_mode: buffers that the policy makes here must be usable in training
@@ -66,27 +68,27 @@ class TransformersEngine(Engine):
         """Samples every request once per seed.
 
         Args:
-            requests: prompts as tokens, each with its seeds.
-            sampling: temperature, limits and stops; nothing else ends a sample, not even the end-of-text token.
+            requests: Prompts as tokens, each with its seeds.
+            sampling: Temperature, limits and stops; nothing else ends a sample, not even the end-of-text token.
 
         Returns:
-            Samples in the requests' order. At temperature 0 the log-probs are at temperature 1.
+            Samples in the order of the requests. At temperature 0 the log-probs are at temperature 1.
 
         Raises:
-            UserError: a prompt leaves no room for a token within max_model_len.
-            RuntimeError: no weights were synced.
+            UserError: A prompt leaves no room for a token within max_model_len.
+            RuntimeError: `start` or `sync` was not called.
         """
         if self._policy is None or self.version is None:
-            raise RuntimeError("TransformersEngine holds no weights: start and sync before generate")
+            raise RuntimeError("TransformersEngine has no weights: call start and sync before generate.")
         rows = [
             _Row(ids, seed, min(sampling.max_new_tokens, max_completion_tokens(len(ids), self._max_model_len)))
             for ids, seed in ((request.prompt_ids, seed) for request in requests for seed in request.seeds)
         ]
-        # In autocast as the trainer, also where the frozen base of an adapter is in this format already.
-        device, mixed = self._policy.device.type, self._dtype != torch.float32
-        with eval_mode(self._policy), torch.autocast(device, self._dtype, enabled=mixed):
+        # Under autocast like the trainer, even if the frozen base of an adapter has this dtype already.
+        device, autocast = self._policy.device.type, self._dtype != torch.float32
+        with eval_mode(self._policy), torch.autocast(device, self._dtype, enabled=autocast):
             for batch in self._batches(rows, sampling.max_new_tokens):
-                self._sample(self._policy, batch, sampling)
+                self._sample_batch(self._policy, batch, sampling)
         return Samples(
             completion_ids=[row.ids for row in rows],
             logprobs=[row.logprobs for row in rows],
@@ -95,11 +97,11 @@ class TransformersEngine(Engine):
         )
 
     def close(self) -> None:
-        """Lets go of the policy."""
+        """Releases the reference to the policy."""
         self._policy = self.version = None
 
     def _batches(self, rows: list[_Row], max_new_tokens: int) -> Iterator[list[_Row]]:
-        """Rows in batches of similar prompt length, longest first, so that memory runs out at once or never."""
+        """Batches rows of similar prompt length, longest first, so that memory runs out in the first batch or never."""
         batch: list[_Row] = []
         for row in sorted(rows, key=lambda row: len(row.prompt_ids), reverse=True):
             longest = len((batch or [row])[0].prompt_ids) + max_new_tokens
@@ -110,25 +112,25 @@ class TransformersEngine(Engine):
         if batch:
             yield batch
 
-    def _sample(self, policy: PreTrainedModel, rows: list[_Row], sampling: Sampling) -> None:
-        """Samples one batch to its end; rows leave the batch as they end."""
+    def _sample_batch(self, policy: PreTrainedModel, rows: list[_Row], sampling: Sampling) -> None:
+        """Samples one batch; rows that have ended leave the batch."""
         device = policy.device
         cache = DynamicCache(config=policy.config)
         logits, mask = _prefill(policy, cache, rows)
         uniforms = torch.stack([_uniforms(row.seed, sampling.max_new_tokens) for row in rows]).to(device)
         for step in range(sampling.max_new_tokens):
-            tokens, logprobs = _draw(logits, uniforms[:, step], sampling)
+            tokens, logprobs = _sample_token(logits, uniforms[:, step], sampling)
             for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
                 row.ids.append(token)
                 row.logprobs.append(logprob)
-                row.finish = self._finish(row, sampling)
-            going = [i for i, row in enumerate(rows) if row.finish is None]
-            if not going:
+                row.finish = self._finish_reason(row, sampling)
+            active = [i for i, row in enumerate(rows) if row.finish is None]
+            if not active:
                 return
-            if len(going) < len(rows):
-                index = torch.tensor(going, device=device)
+            if len(active) < len(rows):
+                index = torch.tensor(active, device=device)
                 cache.batch_select_indices(index)
-                rows = [rows[i] for i in going]
+                rows = [rows[i] for i in active]
                 tokens, mask, uniforms = tokens[index], mask[index], uniforms[index]
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             positions = mask.sum(1, keepdim=True) - 1
@@ -140,13 +142,13 @@ class TransformersEngine(Engine):
                 use_cache=True,
             ).logits[:, -1]
 
-    def _finish(self, row: _Row, sampling: Sampling) -> FinishReason | None:
-        """Why the row ends with its newest token, or None."""
+    def _finish_reason(self, row: _Row, sampling: Sampling) -> FinishReason | None:
+        """Finish reason of a row whose newest token ends it, or None."""
         if row.ids[-1] in sampling.stop_token_ids:
             return FinishReason.STOP
         if sampling.stop:
-            # The newest token completed a stop string if the last tokens hold one. A token that is not empty adds a
-            # byte at least, so that many tokens are enough; a few more, for a character cut at the window's start.
+            # The newest token completed a stop string if the last tokens contain one. A token that is not empty adds at
+            # least one byte, so the window has one token per byte, and 8 more for a character cut at its start.
             window = max(len(stop.encode()) for stop in sampling.stop) + 8
             text = self._tokenizer.decode(row.ids[-window:], skip_special_tokens=False)
             if any(stop in text for stop in sampling.stop):
@@ -156,21 +158,24 @@ class TransformersEngine(Engine):
 
 @torch.no_grad()
 def stream(policy: PreTrainedModel, prompt_ids: list[int], sampling: Sampling, seed: int) -> Iterator[int]:
-    """Samples one completion and yields each token as soon as it is drawn, the stopping one too.
+    """Samples one completion and yields each token as soon as it is sampled, including the stop token.
 
-    The tokens are those that the engine would draw for the same prompt and seed. Stop strings are the caller's to find:
-    it may leave the iterator at any token.
+    The tokens equal those of the engine for the same prompt and seed. The caller handles stop strings; it may abandon
+    the iterator at any token.
 
     Args:
-        policy: the model, in eval mode.
-        prompt_ids: rendered prompt.
-        sampling: temperature, limits and stop tokens.
-        seed: of the sample.
+        policy: The model, in eval mode.
+        prompt_ids: Rendered prompt.
+        sampling: Temperature, limits and stop tokens.
+        seed: Seed of the sample.
+
+    Yields:
+        Token ids.
     """
     cache = DynamicCache(config=policy.config)
     logits, _ = _prefill(policy, cache, [_Row(prompt_ids, seed, sampling.max_new_tokens)])
     for uniform in _uniforms(seed, sampling.max_new_tokens).to(policy.device):
-        token = _draw(logits, uniform[None], sampling)[0]
+        token = _sample_token(logits, uniform[None], sampling)[0]
         yield int(token)
         if int(token) in sampling.stop_token_ids:
             return
@@ -178,19 +183,19 @@ def stream(policy: PreTrainedModel, prompt_ids: list[int], sampling: Sampling, s
 
 
 def _prefill(policy: PreTrainedModel, cache: DynamicCache, rows: list[_Row]) -> tuple[Tensor, Tensor]:
-    """Computes each different prompt of the batch once and fills the cache for all rows.
+    """Computes each distinct prompt of the batch once and fills the KV cache for all rows.
 
     Returns:
-        Logits [rows, vocabulary] of the first completion token, and the attention mask [rows, longest prompt] with
-        prompts at its right edge.
+        Logits [rows, vocabulary] of the first completion token, and the attention mask [rows, longest prompt] of the
+        left-padded prompts.
     """
-    order: dict[tuple[int, ...], int] = {}
+    distinct: dict[tuple[int, ...], int] = {}
     for row in rows:
-        order.setdefault(tuple(row.prompt_ids), len(order))
-    longest = max(map(len, order))
-    ids = torch.zeros(len(order), longest, dtype=torch.long)
-    mask = torch.zeros(len(order), longest, dtype=torch.long)
-    for prompt, number in order.items():
+        distinct.setdefault(tuple(row.prompt_ids), len(distinct))
+    longest = max(map(len, distinct))
+    ids = torch.zeros(len(distinct), longest, dtype=torch.long)
+    mask = torch.zeros(len(distinct), longest, dtype=torch.long)
+    for prompt, number in distinct.items():
         ids[number, longest - len(prompt) :] = torch.tensor(prompt)
         mask[number, longest - len(prompt) :] = 1
     ids, mask = ids.to(policy.device), mask.to(policy.device)
@@ -202,26 +207,26 @@ def _prefill(policy: PreTrainedModel, cache: DynamicCache, rows: list[_Row]) -> 
         use_cache=True,
         logits_to_keep=1,
     ).logits[:, -1]
-    index = torch.tensor([order[tuple(row.prompt_ids)] for row in rows], device=policy.device)
+    index = torch.tensor([distinct[tuple(row.prompt_ids)] for row in rows], device=policy.device)
     cache.batch_select_indices(index)
     return logits[index], mask[index]
 
 
 def _uniforms(seed: int, count: int) -> Tensor:
-    """[count] float64 numbers in [0, 1) that depend on the seed alone."""
+    """Uniform random numbers [count] float64 in [0, 1), a function of the seed alone."""
     return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def _draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Draws one token a row by inverting the cumulative distribution at the row's uniform number.
+def _sample_token(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Samples one token per row by inverse transform sampling with the row's uniform number.
 
     Args:
-        logits: [rows, vocabulary].
-        uniforms: [rows] float64 in [0, 1).
-        sampling: temperature and nucleus.
+        logits: Logits [rows, vocabulary].
+        uniforms: Uniform numbers [rows] float64 in [0, 1).
+        sampling: Temperature and top_p.
 
     Returns:
-        tokens [rows] int64 and their log-probs [rows] float32 at the sampling temperature, within the nucleus.
+        Tokens [rows] int64 and their log-probs [rows] float32 at the sampling temperature, within the nucleus.
     """
     greedy = sampling.temperature == 0
     logprobs = torch.log_softmax(logits.float() / (1.0 if greedy else sampling.temperature), dim=-1)
@@ -230,11 +235,11 @@ def _draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor,
     else:
         if sampling.top_p < 1:
             probs, order = logprobs.exp().sort(dim=-1, descending=True)
-            outside = probs.cumsum(-1) - probs >= sampling.top_p  # mass before the token: the first one always stays
+            outside = probs.cumsum(-1) - probs >= sampling.top_p  # the first token always stays
             logprobs = logprobs.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), -torch.inf)
             logprobs = torch.log_softmax(logprobs, dim=-1)
         cumulative = logprobs.double().exp().cumsum(-1)
         targets = uniforms[:, None] * cumulative[:, -1:]
-        # right=True skips tokens of no mass; the clamp is for a product rounded up to the whole mass.
+        # right=True skips tokens of zero mass; the clamp covers a product that was rounded up to the total mass.
         tokens = torch.searchsorted(cumulative, targets, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]

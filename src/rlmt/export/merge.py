@@ -1,4 +1,4 @@
-"""Merges an adapter into its base, tensor by tensor from file to file, so that no model is ever in memory."""
+"""Merges an adapter into its base model tensor by tensor, from file to file, so that no full model is in memory."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from rlmt.models.quantization import round_trip_nf4
 from rlmt.types import AdapterWeights
 
 SHARD_BYTES = 2 * 2**30
-"""Largest file to write, unless a single tensor is larger; a merge takes the memory of about two."""
+"""Maximum size of a file, unless a single tensor is larger; a merge takes the memory of about two files."""
 
 OUTPUT_PROJECTION = "lm_head.weight"
-"""What a causal language model has and a classifier made of it has not."""
+"""Weight of a causal language model that a classifier made from it does not have."""
 
-_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_SINGLE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def adapted_layers(adapter: AdapterWeights) -> list[str]:
@@ -38,17 +38,17 @@ def adapted_layers(adapter: AdapterWeights) -> list[str]:
 
 @dataclass(frozen=True)
 class Base:
-    """The safetensors files of a model, opened anew for each tensor so that pages read before can go."""
+    """The safetensors files of a model; each read reopens its file, so that the pages read before can be freed."""
 
     source: str
     """Folder or hub name, for messages."""
     files: dict[str, Path]
     """The file of each tensor, in the order of the files."""
     tensors: dict[str, Tensor] = field(repr=False)
-    """Shape and number format of each tensor: on the meta device, without data."""
+    """Each tensor on the meta device, with shape and dtype but no data."""
 
     def read(self, name: str) -> Tensor:
-        """One tensor."""
+        """Reads one tensor."""
         with safe_open(self.files[name], "pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
@@ -58,10 +58,10 @@ def open_base(source: str) -> Base:
     """Finds the weights of a model without reading them.
 
     Args:
-        source: folder, or name on the hub; what is in the hub's cache is not downloaded again.
+        source: Folder or hub name; files in the hub's cache are not downloaded again.
 
     Raises:
-        UserError: they cannot be found, or a file of them is damaged.
+        UserError: The weights cannot be found, or a file is damaged.
     """
     folder = Path(source).expanduser()
     try:
@@ -70,53 +70,59 @@ def open_base(source: str) -> Base:
             folder = Path(snapshot_download(source, allow_patterns=["*.json", "model*.safetensors"]))
     except (UserError, OSError) as error:
         raise UserError(
-            f"{source}: the model that the adapter was trained on cannot be found (moved, or offline); name its folder "
-            "with --base"
+            f"{source}: the model that the adapter was trained on cannot be found (moved, or offline); pass its folder "
+            "as --base."
         ) from error
     if (folder / _INDEX).is_file():
-        names = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
-        wanted = sorted({folder / file for file in names.values()})
+        weight_map = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+        paths = sorted({folder / file for file in weight_map.values()})
     else:
-        wanted = [folder / _WHOLE]
-    if lacking := [path.name for path in wanted if not path.is_file()]:
-        raise UserError(f"{source}: holds no {lacking[0]}; name a folder with all safetensors weights with --base")
+        paths = [folder / _SINGLE_FILE]
+    if missing := [path.name for path in paths if not path.is_file()]:
+        raise UserError(
+            f"{source}: {missing[0]} is missing; pass a folder with all safetensors weights of the model as --base."
+        )
     files, tensors = {}, {}
-    for path in wanted:
+    for path in paths:
         try:
             with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118 - no mapping
+                for name in file.keys():  # noqa: SIM118 - not a mapping
                     files[name] = path
-                    tensors[name] = _meta(file.get_slice(name))
+                    tensors[name] = _meta_tensor(file.get_slice(name))
         except SafetensorError as error:
-            raise UserError(f"{path}: is damaged ({error}); copy it again") from error
+            raise UserError(f"{path}: the file is damaged ({error}); copy it again.") from error
     return Base(source, files, tensors)
 
 
-def _meta(part: Any) -> Tensor:
-    """A tensor of the shape and number format of a safetensors slice, without reading it."""
+def _meta_tensor(part: Any) -> Tensor:
+    """A meta tensor with the shape and dtype of a safetensors slice, which is not read."""
     empty: Tensor = part[(slice(0, 0), ...)] if part.get_shape() else part[...]
     return torch.empty(part.get_shape(), dtype=empty.dtype, device="meta")
 
 
 def check_fits(base: Base, adapter: AdapterWeights) -> None:
-    """Checks that every adapted layer is in the base and has the adapter's shape.
+    """Checks that the base has every adapted layer, in the adapter's shape.
+
+    Args:
+        base: Model to merge into.
+        adapter: Adapter to merge.
 
     Raises:
-        UserError: one is not, or the adapter is not whole.
+        UserError: A layer is missing or has another shape, or the adapter is incomplete.
     """
     for layer in adapted_layers(adapter):
         down, up = (adapter.tensors.get(f"{PEFT_PREFIX}{layer}.lora_{part}.weight") for part in "AB")
         weight = base.tensors.get(f"{layer}.weight")
         if weight is None:
             raise UserError(
-                f"{base.source}: has no {layer}.weight for the adapter to be merged into (a tied head has "
-                "none); name the adapter's model with --base, or export with --what adapter"
+                f"{base.source}: {layer}.weight, into which the adapter is merged, is missing (a tied output "
+                "projection is not stored); pass the adapter's model as --base, or export with --what adapter."
             )
         if up is None or down is None or tuple(weight.shape) != (up.shape[0], down.shape[1]):
-            wanted = None if up is None or down is None else (up.shape[0], down.shape[1])
+            required = None if up is None or down is None else (up.shape[0], down.shape[1])
             raise UserError(
-                f"{base.source}: {layer}.weight has shape {tuple(weight.shape)} and the adapter wants {wanted}; "
-                "name the model that it was trained on with --base"
+                f"{base.source}: {layer}.weight has shape {tuple(weight.shape)}, but the adapter requires {required}; "
+                "pass the model that it was trained on as --base."
             )
 
 
@@ -124,7 +130,7 @@ def merge(
     base: Base,
     adapter: AdapterWeights,
     out: Path,
-    held: torch.dtype,
+    training_dtype: torch.dtype,
     dtype: torch.dtype | None,
     quantized: Iterable[str] = (),
     double_quant: bool = False,
@@ -133,56 +139,56 @@ def merge(
     """Writes the base's weights with the adapter merged into them.
 
     Args:
-        base: where the weights are.
-        adapter: what was trained on them.
-        out: folder to write to.
-        held: number format that the trainer held the base in.
-        dtype: of the weights written; None leaves each in the base's own.
-        quantized: names of the weights that the trainer held in 4 bits.
-        double_quant: whether their scales were quantised, too.
-        head: weights trained in full, which take the place of the base's output projection.
+        base: Model to merge into.
+        adapter: Adapter trained on that model.
+        out: Folder to write to.
+        training_dtype: dtype in which the trainer stored the base; the merge is computed in it.
+        dtype: dtype of the written weights; None keeps that of each weight in the base.
+        quantized: Names of the weights that the trainer stored in NF4.
+        double_quant: Whether their scales were quantized, too.
+        head: Weights trained in full, which replace the base's output projection.
     """
     heads = head or {}
-    in_four_bits = frozenset(quantized)
+    nf4 = frozenset(quantized)
 
-    def made(name: str) -> Tensor:
+    def compute(name: str) -> Tensor:
         if name in heads:
             return heads[name] if dtype is None else heads[name].to(dtype)
         weight = base.read(name)
         if not weight.is_floating_point():
             return weight
-        kept = weight.dtype if dtype is None else dtype
-        weight = weight.to(held)
-        if name in in_four_bits:
+        out_dtype = weight.dtype if dtype is None else dtype
+        weight = weight.to(training_dtype)
+        if name in nf4:
             weight = round_trip_nf4(weight, double_quant)
-        return merge_adapter(name, weight, adapter).to(kept)
+        return merge_adapter(name, weight, adapter).to(out_dtype)
 
     kept = {name: t for name, t in base.tensors.items() if not (heads and name == OUTPUT_PROJECTION)}
-    formats = {
+    shapes = {
         name: torch.empty_like(
             t, dtype=dtype if t.is_floating_point() and dtype is not None else t.dtype, device="meta"
         )
         for name, t in {**kept, **heads}.items()
     }
-    _write(out, formats, made)
+    _write(out, shapes, compute)
 
 
-def _write(out: Path, formats: Mapping[str, Tensor], made: Callable[[str], Tensor]) -> None:
-    """Writes a model's weights a file at a time, as transformers splits and names them.
+def _write(out: Path, shapes: Mapping[str, Tensor], compute: Callable[[str], Tensor]) -> None:
+    """Writes a model's weights file by file, split and named as transformers does.
 
     Args:
-        out: folder to write to.
-        formats: shape and number format of each tensor, on the meta device.
-        made: gives a tensor by name.
+        out: Folder to write to.
+        shapes: Each tensor on the meta device, with shape and dtype.
+        compute: Computes a tensor by its name.
     """
-    split: Any = split_torch_state_dict_into_shards(dict(formats), max_shard_size=SHARD_BYTES)
+    split: Any = split_torch_state_dict_into_shards(dict(shapes), max_shard_size=SHARD_BYTES)
     order = [(file, name) for file, names in split.filename_to_tensors.items() for name in names]
-    parts: dict[str, Tensor] = {}
-    for place, (file, name) in enumerate(track(order, "merging", transient=True)):
-        parts[name] = made(name).contiguous()
-        if place + 1 == len(order) or order[place + 1][0] != file:
-            save_file(parts, out / file, metadata={"format": "pt"})
-            parts.clear()
+    tensors: dict[str, Tensor] = {}
+    for index, (file, name) in enumerate(track(order, "merging", transient=True)):
+        tensors[name] = compute(name).contiguous()
+        if index + 1 == len(order) or order[index + 1][0] != file:
+            save_file(tensors, out / file, metadata={"format": "pt"})
+            tensors.clear()
     if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (out / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        weight_index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (out / _INDEX).write_text(json.dumps(weight_index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

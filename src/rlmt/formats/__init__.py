@@ -1,4 +1,4 @@
-"""Thinking formats: how prompts are rendered, and how thought and response are written and split."""
+"""Thinking formats: rendering of prompts, and writing and splitting of thought and response."""
 
 from rlmt.formats.thinking import FormatName, ThinkingFormat
 

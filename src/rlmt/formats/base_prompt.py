@@ -1,4 +1,4 @@
-"""Prompts for base models, which have no chat template: plain text that says how to answer."""
+"""Plain-text prompts for base models, which have no chat template."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ _NO_THINK = "The assistant writes the answer that the user reads between <respon
 
 
 def base_prompt(messages: Sequence[Message], thinks: bool, opening: str) -> str:
-    """The plain-text prompt of a base model: preamble, system text, turns, and the assistant's cue.
+    """The plain-text prompt of a base model: preamble, system text, turns, and the start of the assistant turn.
 
     Args:
         messages: Turns, oldest first.
-        thinks: Whether a thought is asked for.
-        opening: Tag that the answer is begun with, or "".
+        thinks: Whether the preamble requests a thought.
+        opening: Tag that the prompt ends with, or "".
+
+    Returns:
+        The prompt text.
 
     Raises:
         UserError: A role is unknown.
@@ -39,5 +42,5 @@ def base_prompt(messages: Sequence[Message], thinks: bool, opening: str) -> str:
             # Past turns show what the user saw: the response without its thought.
             turns.append(f"Assistant: <response> {content} </response>")
         else:
-            raise UserError(f"a prompt has a turn of role {role!r}: use system, user or assistant")
+            raise UserError(f"the prompt has a turn with role {role!r}; use system, user or assistant.")
     return "\n\n".join(head) + "\n\n" + "\n".join([*turns, f"Assistant: {opening}".rstrip()])

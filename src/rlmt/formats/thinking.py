@@ -1,15 +1,15 @@
-"""The one definition of how a thought is written and told apart from the response.
+"""The single definition of how thought and response are written and split.
 
-SFT targets, the reward, evaluation and chat all go through `ThinkingFormat`, so they cannot disagree about where a
-thought ends. There is one split rule, *the first close tag*: the thought ends at the first ``</think>`` of the
-completion, whatever stands before it, and a response that holds a tag of the format is refused, because a second
-thought could hide in it. Nothing of a refused completion is ever shown to a reward model.
+SFT targets, rewards, evaluation and chat all use `ThinkingFormat`, so they agree about where a thought ends. There is
+one split rule, *the first close tag*: the thought ends at the first ``</think>`` of the completion, whatever precedes
+it. A response that contains a tag of the format is refused, because it could contain a second thought. A reward model
+never sees any part of a refused completion.
 
-Four formats (RLMT, arXiv 2509.20357): `think` and `no_think` go through the tokenizer's chat template and differ in
-nothing but the split and the target; `zero_think` and `zero_no_think` are for base models without a chat template,
-which read the format from a plain-text preamble.
+There are four formats (RLMT, arXiv 2509.20357). `think` and `no_think` use the tokenizer's chat template and differ
+only in the split and the target. `zero_think` and `zero_no_think` are for base models without a chat template, which
+read the format from a plain-text preamble.
 
-Left out on purpose: tags other than the paper's. One spelling for all models is what keeps checkpoints exchangeable.
+Tags other than the paper's are not supported: one spelling for all models keeps checkpoints exchangeable.
 """
 
 from __future__ import annotations
@@ -32,28 +32,29 @@ if TYPE_CHECKING:
 FormatName = Literal["think", "no_think", "zero_think", "zero_no_think"]
 
 FILE_NAME = "thinking_format.json"
-"""Name of the file that travels with every checkpoint and export."""
+"""Name of the file that is saved with every checkpoint and export."""
 
 _THINK = ("<think>", "</think>")
 _RESPONSE = ("<response>", "</response>")
 
 _INVISIBLE = frozenset({"Cc", "Cf", "Cs", "Zs", "Zl", "Zp", "Mn", "Me"})
 _FILLERS = frozenset("\u115f\u1160\u2800\u3164\uffa0")
-"""Letters and symbols by category that every font draws as empty space."""
+"""Letters and symbols, by Unicode category, that fonts draw as empty space."""
 
 
 @dataclass(frozen=True)
 class ThinkingFormat:
-    """How prompts are rendered, what a completion looks like, and how it is taken apart.
+    """Renders prompts, and writes, splits and decodes completions.
 
     Args:
-        name: `think` (chat template; thought, then response), `no_think` (chat template; response alone), `zero_think`
+        name: `think` (chat template; thought, then response), `no_think` (chat template; response only), `zero_think`
             and `zero_no_think` (the same for base models: plain-text preamble, response in its own tags).
-        prefill: Whether the prompt already ends with the opening tag, so that completions start inside it.
-        instruction: Text for the system turn, after the conversation's own system text if there is any.
+        prefill: Whether the prompt ends with the opening tag, so that completions start after it.
+        instruction: Text appended to the system turn, which is added if the conversation has none.
 
     Raises:
-        UserError: Unknown name, a blank instruction, or prefill with `no_think`, which has no tag to open.
+        UserError: The name is unknown, the instruction is blank, or `prefill` is set for `no_think`, which has no
+            opening tag.
 
     Example:
         >>> ThinkingFormat().split("<think>They greet me.</think>Hello!")
@@ -66,103 +67,105 @@ class ThinkingFormat:
 
     def __post_init__(self) -> None:
         if self.name not in get_args(FormatName):
-            raise UserError(f"thinking format {self.name!r} is unknown: use one of {', '.join(get_args(FormatName))}")
+            raise UserError(f"thinking format {self.name!r} is unknown; use one of {', '.join(get_args(FormatName))}.")
         if not isinstance(self.prefill, bool):
-            raise UserError(f"thinking format prefill is {self.prefill!r}: use true or false")
+            raise UserError(f"thinking format prefill is {self.prefill!r}; use true or false.")
         if self.prefill and self.name == "no_think":
-            raise UserError("thinking format no_think has no opening tag to prefill: set prefill to false")
+            raise UserError("thinking format no_think has no opening tag to prefill; set prefill to false.")
         if self.instruction is not None and not (isinstance(self.instruction, str) and self.instruction.strip()):
-            raise UserError(f"thinking format instruction is {self.instruction!r}: write some text, or null for none")
+            raise UserError(f"thinking format instruction is {self.instruction!r}; use text, or null for none.")
 
     @property
     def thinks(self) -> bool:
-        """Whether completions hold a thought."""
+        """Whether completions contain a thought."""
         return self.name in ("think", "zero_think")
 
     @property
     def zero(self) -> bool:
-        """Whether prompts are plain text for a base model instead of a chat template's."""
+        """Whether prompts are plain text for a base model, without a chat template."""
         return self.name in ("zero_think", "zero_no_think")
 
     @property
     def tags(self) -> tuple[str, ...]:
-        """All tags of the format's family, thinking or not: none of them may stand in a response."""
+        """All tags of the format and its non-thinking counterpart; a response must contain none of them."""
         return _THINK + _RESPONSE if self.zero else _THINK
 
     @property
     def stop(self) -> tuple[str, ...]:
-        """Strings that end a sample once complete: text after them would be trained on but never scored."""
+        """Strings that end a sample: text after them would be trained on but never scored."""
         return (_RESPONSE[1],) if self.zero else ()
 
     @property
     def _opening(self) -> str:
-        """The first tag of a full target with its white space, which `prefill` moves into the prompt."""
+        """The first tag of a complete target with its white space; `prefill` moves it into the prompt."""
         if self.zero:
             return _THINK[0] if self.thinks else _RESPONSE[0]
         return _THINK[0] + "\n" if self.thinks else ""
 
     def check(self, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
-        """Refuse a tokenizer that cannot render or end this format.
+        """Checks that a tokenizer can render and end this format.
 
         Args:
             tokenizer: The policy's tokenizer.
-            source: Where it came from (folder or hub name), for the message.
+            source: Its folder or Hub name, for messages.
 
         Raises:
-            UserError: A chat format, and the tokenizer has no chat template, its template refuses a system turn that
-                `instruction` needs, opens a thought by itself without `prefill`, or no token can end a turn.
+            UserError: For a chat format: there is no chat template, it refuses the system turn that `instruction`
+                requires, it opens a thought without `prefill`, or the tokenizer has no end-of-turn token.
         """
         if self.zero:
             return
         if tokenizer.chat_template is None:
             raise UserError(
-                f"{source}: the tokenizer has no chat template, which format {self.name} needs: "
-                "use an instruct model, or format zero_think or zero_no_think for a base model"
+                f"{source}: the tokenizer has no chat template, which format {self.name} requires; "
+                "use an instruct model, or format zero_think or zero_no_think for a base model."
             )
         try:
-            opens = self._template_opens(tokenizer)
+            opens_thought = self._template_opens_thought(tokenizer)
         except UserError as error:
             raise UserError(f"{source}: {error}") from error
-        if opens and not self.prefill:
-            cure = "set prefill to true" if self.thinks else "use a model whose chat template does not, or format think"
-            raise UserError(f"{source}: the chat template opens a thought by itself, unlike format {self.name}: {cure}")
+        if opens_thought and not self.prefill:
+            fix = "set prefill to true" if self.thinks else "use a model whose chat template does not, or format think"
+            raise UserError(f"{source}: the chat template opens a thought, unlike format {self.name}; {fix}.")
         if not self.stop_token_ids(tokenizer):
-            raise UserError(f"{source}: the tokenizer has no end-of-turn token: set eos_token in tokenizer_config.json")
+            raise UserError(
+                f"{source}: the tokenizer has no end-of-turn token; set eos_token in tokenizer_config.json."
+            )
 
     def render(self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """Turn a conversation into prompt tokens.
+        """Renders a conversation as prompt tokens.
 
-        Control strings typed into a message (``<|im_end|>``, ``<s>``) are encoded as the plain characters they are, so
-        a prompt cannot end its own turn. Other text is passed on as typed, a ``</query>`` or ``<think>`` in it too:
-        prompts are never parsed.
+        Control strings typed into a message (``<|im_end|>``, ``<s>``) are encoded as plain characters, so a prompt
+        cannot end its own turn. Other text is unchanged, including a ``</query>`` or ``<think>`` in it: prompts are
+        never parsed.
 
         Args:
-            messages: Turns, oldest first; the last one is the user's.
+            messages: Turns, oldest first; the last one is a user turn.
             tokenizer: The policy's tokenizer.
 
         Returns:
-            Token ids. They begin with exactly one BOS if the chat template or the post-processor writes one.
+            Token ids. They start with exactly one BOS if the chat template or the post-processor adds one.
 
         Raises:
-            UserError: The last turn is not the user's, a role is unknown, or the template refuses the conversation.
+            UserError: The last turn is not a user turn, a role is unknown, or the template refuses the conversation.
         """
         if not messages or messages[-1]["role"] != "user":
-            raise UserError("a prompt's last turn is not the user's: drop the row or its trailing turns")
+            raise UserError("the last turn of the prompt is not a user turn; drop the row or its trailing turns.")
         turns, literals = shield(self._turns(messages), control_strings(tokenizer, self.tags))
         if self.zero:
             text = base_prompt(turns, self.thinks, self._opening if self.prefill else "")
         else:
             text = chat_text(turns, tokenizer)
-            if self.prefill and not self._template_opens(tokenizer):
+            if self.prefill and not self._template_opens_thought(tokenizer):
                 text += self._opening
         return one_bos(encode(text, literals, tokenizer), tokenizer)
 
     def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
         """Token ids that end a sample.
 
-        They are the tokenizer's eos token and, for chat formats, those well-known end-of-turn tokens that it holds as
-        added tokens: the eos token of many base models ends a document, while their chat template ends a turn with
-        another one (Qwen2.5: ``<|endoftext|>`` against ``<|im_end|>``).
+        They are the tokenizer's eos token and, for chat formats, the well-known end-of-turn tokens among its added
+        tokens. The eos token of many base models ends a document, and their chat template ends a turn with another
+        token (Qwen2.5: ``<|endoftext|>`` and ``<|im_end|>``).
 
         Args:
             tokenizer: The policy's tokenizer.
@@ -177,7 +180,7 @@ class ThinkingFormat:
         return tuple(dict.fromkeys(ids))
 
     def _turns(self, messages: Sequence[Message]) -> list[Message]:
-        """The conversation with `instruction` in its system turn."""
+        """Adds `instruction` to the system turn of a conversation."""
         turns = list(messages)
         if self.instruction is None:
             return turns
@@ -185,24 +188,25 @@ class ThinkingFormat:
             return [Message(role="system", content=self.instruction), *turns]
         return [Message(role="system", content=f"{turns[0]['content']}\n\n{self.instruction}"), *turns[1:]]
 
-    def _template_opens(self, tokenizer: PreTrainedTokenizerBase) -> bool:
-        """Whether the template's generation prompt ends with an opening tag (as those of reasoning models do)."""
+    def _template_opens_thought(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Whether the generation prompt of the chat template ends with an opening tag, as for reasoning models."""
         probe = chat_text(self._turns([Message(role="user", content="Hi")]), tokenizer)
         return probe.rstrip().endswith(_THINK[0])
 
     def target(self, thought: str, response: str) -> str:
-        """Write the completion that SFT trains on.
+        """Writes the completion that SFT trains on.
 
         Args:
             thought: Thought text; ignored by formats that do not think.
             response: Response text.
 
         Returns:
-            Completion text without the prefilled opening and without an end-of-turn token. `split` gives back both
+            Completion text without the prefilled opening tag and without an end-of-turn token. `split` returns both
             parts, stripped, with status OK.
 
         Raises:
-            UserError: `split` would not: the response is blank, or a part holds a tag where it changes the meaning.
+            UserError: `split` does not recover the parts: the response is blank, or a part contains a tag that changes
+                the split.
         """
         thought, response = thought.strip(), response.strip()
         if self.zero:
@@ -213,36 +217,37 @@ class ThinkingFormat:
         text = text.removeprefix(self._opening) if self.prefill else text
         if self.split(text) != Split(thought if self.thinks else "", response, Status.OK):
             raise UserError(
-                f"a thought and response cannot be written in format {self.name} and split again: "
-                f"drop rows with a blank response or with one of {' '.join(self.tags)} in their text"
+                f"a thought and response cannot be written in format {self.name} and split again; "
+                f"drop rows with a blank response or with one of {' '.join(self.tags)} in their text."
             )
         return text
 
     def split(self, text: str) -> Split:
-        """Take a completion apart by the first close tag; never raises.
+        """Splits a completion at the first close tag; never raises.
 
-        The first rule that applies gives the status:
+        The first rule that applies determines the status:
 
-        1. thinking formats: no ``</think>`` is UNCLOSED (all text is thought); no leading ``<think>`` is UNOPENED (all
-           before the close tag is thought);
-        2. `zero_no_think`: a thought tag anywhere is STRAY_TAG;
-        3. zero formats: no ``<response>`` next is UNOPENED; the response ends at the first ``</response>``, or with the
-           text where the length limit or an eos token came first;
-        4. a tag of `tags` in what is left, or after ``</response>``, is STRAY_TAG;
-        5. a response without one visible character (white space, control and zero-width characters) is EMPTY_RESPONSE.
+        1. Thinking formats: without ``</think>`` it is UNCLOSED (all text is thought); without a leading ``<think>`` it
+           is UNOPENED (all text before the close tag is thought).
+        2. `zero_no_think`: a thought tag anywhere is STRAY_TAG.
+        3. Zero formats: without ``<response>`` next it is UNOPENED. The response ends at the first ``</response>``, or
+           at the end of the text if the length limit or an eos token came first.
+        4. A tag of `tags` in the rest, or after ``</response>``, is STRAY_TAG.
+        5. A response without a visible character (only white space, control and zero-width characters) is
+           EMPTY_RESPONSE.
 
-        White space around tags is ignored. With `prefill` the first tag may be left out, or be there once more. A tag
-        cut short (``</respon``) is text like any other.
+        White space around tags is ignored. With `prefill` the first tag is optional. A truncated tag (``</respon``) is
+        plain text.
 
         Args:
-            text: Completion from `decode`: without the prefilled opening.
+            text: Completion from `decode`, without the prefilled opening tag.
 
         Returns:
             Stripped parts and status; the response is empty unless the status is OK.
         """
         thought, rest = "", text
         if self.thinks:
-            opened, body = _after(rest, _THINK[0])
+            opened, body = _remove_prefix(rest, _THINK[0])
             thought, closed, rest = body.partition(_THINK[1])
             thought = thought.strip()
             if not closed:
@@ -253,30 +258,30 @@ class ThinkingFormat:
             return Split("", "", Status.STRAY_TAG)
         tail = ""
         if self.zero:
-            opened, body = _after(rest, _RESPONSE[0])
+            opened, body = _remove_prefix(rest, _RESPONSE[0])
             if not (opened or (self.prefill and not self.thinks)):
                 return Split(thought, "", Status.UNOPENED)
             rest, _, tail = body.partition(_RESPONSE[1])
         if any(tag in rest or tag in tail for tag in self.tags):
             return Split(thought, "", Status.STRAY_TAG)
-        if not any(map(_visible, rest)):
+        if not any(map(_is_visible, rest)):
             return Split(thought, "", Status.EMPTY_RESPONSE)
         return Split(thought, rest.strip(), Status.OK)
 
     def decode(self, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
-        """Turn sampled tokens into the text that `split` reads.
+        """Decodes sampled tokens to the text that `split` reads.
 
         Args:
             ids: Completion token ids, the stopping token included.
             tokenizer: The policy's tokenizer.
 
         Returns:
-            Text without special tokens, but with the format's tags even where the tokenizer has them as special tokens.
+            Text without special tokens, but with the format's tags, even if they are special tokens of the tokenizer.
         """
         return self._decoder(tokenizer)(ids)
 
     def _decoder(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], str]:
-        """`decode` for one tokenizer, its special tokens looked up once."""
+        """`decode` for one tokenizer; looks up its special tokens once."""
         drop = set(control_strings(tokenizer, self.tags).values())
 
         def decode(ids: Sequence[int]) -> str:
@@ -286,15 +291,16 @@ class ThinkingFormat:
         return decode
 
     def thought_tokens(self, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int:
-        """Count the sampled tokens that belong to the thought.
+        """Counts the sampled tokens that belong to the thought.
 
         Args:
             ids: Completion token ids.
             tokenizer: The policy's tokenizer.
 
         Returns:
-            Tokens up to and with the one that completes the first close tag; all of them when it never closes, 0 for
-            formats that do not think. Found by bisection: text up to a complete tag stays as more tokens follow.
+            Number of tokens up to and including the one that completes the first close tag; all tokens if there is
+            none, 0 for formats that do not think. The count is found by bisection: text up to a complete tag does not
+            change when more tokens follow.
         """
         if not self.thinks:
             return 0
@@ -318,48 +324,50 @@ class ThinkingFormat:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ThinkingFormat:
-        """Undo `to_dict`.
+        """Inverse of `to_dict`.
 
         Raises:
-            UserError: `values` is not a mapping of exactly this class's fields, or a value is invalid.
+            UserError: `values` is not a mapping with exactly the fields of this class, or a value is invalid.
         """
-        wanted = [field.name for field in fields(cls)]
-        if not isinstance(values, Mapping) or set(values) != set(wanted):
+        required = [field.name for field in fields(cls)]
+        if not isinstance(values, Mapping) or set(values) != set(required):
             found = ", ".join(map(str, values)) if isinstance(values, Mapping) else f"a {type(values).__name__}"
-            raise UserError(f"a thinking format needs exactly the keys {', '.join(wanted)}; found {found or 'none'}")
+            raise UserError(
+                f"a thinking format requires exactly the keys {', '.join(required)}; found {found or 'none'}."
+            )
         return cls(**values)
 
     def save(self, folder: str | Path) -> None:
-        """Write `thinking_format.json` into `folder`, which is made if it is missing."""
+        """Writes `thinking_format.json` to a folder and creates the folder if necessary."""
         path = Path(folder) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path) -> ThinkingFormat:
-        """Read `thinking_format.json` from `folder`.
+        """Reads `thinking_format.json` from a folder.
 
         Raises:
-            UserError: The file is missing, is not JSON, or is not a thinking format; the message names it.
+            UserError: The file is missing, is not JSON, or is not a thinking format.
         """
         path = Path(folder) / FILE_NAME
         try:
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}): use a folder that rlmt has saved") from error
+            raise UserError(f"{path}: cannot be read ({error.strerror}); use a folder that rlmt saved.") from error
         except ValueError as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"{path}: not valid JSON ({reason}): restore it from the checkpoint") from error
+            raise UserError(f"{path}: not valid JSON ({reason}); restore it from the checkpoint.") from error
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
 
 
-def _after(text: str, tag: str) -> tuple[bool, str]:
-    """Whether `text` starts with `tag`, white space aside, and what follows it (all of `text` if it does not)."""
+def _remove_prefix(text: str, tag: str) -> tuple[bool, str]:
+    """Whether a text starts with a tag, ignoring white space, and the text after it (all of it if not)."""
     stripped = text.lstrip()
     return (True, stripped[len(tag) :]) if stripped.startswith(tag) else (False, text)
 
 
-def _visible(char: str) -> bool:
-    """Whether a character leaves a mark on the page by itself; one that Python does not know yet counts as visible."""
+def _is_visible(char: str) -> bool:
+    """Whether a character is visible by itself; characters that Python does not know count as visible."""
     return unicodedata.category(char) not in _INVISIBLE and char not in _FILLERS

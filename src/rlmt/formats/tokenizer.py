@@ -1,6 +1,6 @@
-"""What rendering and decoding need of a tokenizer: control strings, plain text without them, chat template, BOS.
+"""Tokenizer helpers for rendering and decoding: control strings, chat templates, end-of-turn tokens and BOS.
 
-They are apart from `rlmt.formats.thinking` because they know nothing of thoughts.
+They are separate from `rlmt.formats.thinking` because they do not depend on the thinking format.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end_of_text|>", "<|endoftext|>")
-"""Tokens that end a turn in common chat templates; a base model's tokenizer often names another as its eos token."""
+"""Tokens that end a turn in common chat templates; the eos token of a base model is often a different one."""
 
 _MARK, _MARK_END = "\ue000", "\ue001"
-"""Private-use characters around the number of a control string that `shield` took out of a message."""
+"""Private-use characters around the number of a control string that `shield` replaced."""
 
 
 def control_strings(tokenizer: PreTrainedTokenizerBase, tags: Sequence[str]) -> dict[str, int]:
-    """Special tokens and their ids, except those that spell a tag of the format."""
+    """Special tokens and their ids, except those that contain a tag of the format."""
     named = set(tokenizer.all_special_tokens)
     return {
         token.content: index
@@ -33,10 +33,14 @@ def control_strings(tokenizer: PreTrainedTokenizerBase, tags: Sequence[str]) -> 
 
 
 def shield(messages: Sequence[Message], control: Mapping[str, int]) -> tuple[list[Message], list[str]]:
-    """Replace control strings in the messages by numbered marks, so that a template's own ones can be told from them.
+    """Replaces control strings in messages by numbered marks, to distinguish them from those of the chat template.
+
+    Args:
+        messages: Turns, oldest first.
+        control: Control strings and their ids.
 
     Returns:
-        Messages with marks, and the string behind each mark's number. A mark typed by a user is itself replaced.
+        Messages with marks, and the replaced string of each mark number. A mark typed by a user is replaced, too.
     """
     literals: list[str] = []
 
@@ -50,7 +54,14 @@ def shield(messages: Sequence[Message], control: Mapping[str, int]) -> tuple[lis
 
 
 def chat_text(turns: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat template's text up to where the assistant's turn begins.
+    """Renders the chat template up to the start of the assistant turn.
+
+    Args:
+        turns: Turns, oldest first.
+        tokenizer: The policy's tokenizer.
+
+    Returns:
+        The rendered text.
 
     Raises:
         UserError: The template refuses the turns.
@@ -63,19 +74,19 @@ def chat_text(turns: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> s
     except TemplateError as error:
         roles = ", ".join(turn["role"] for turn in turns)
         reason = " ".join(str(error).split())
-        raise UserError(f"the chat template refuses turns {roles} ({reason}): use roles that it knows") from error
+        raise UserError(f"the chat template refuses the turns {roles} ({reason}); use supported roles.") from error
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int], plain: bool) -> list[int]:
-    """The token that ends an assistant's turn in training data: one that the policy's samples stop at.
+    """The token that ends an assistant turn in training data; sampling stops at it, too.
 
     Args:
         tokenizer: The policy's tokenizer.
         stop_token_ids: Ids that end a sample, the eos token first.
-        plain: Whether prompts are plain text, so that no chat template says how a turn ends.
+        plain: Whether prompts are plain text, without a chat template that ends turns.
 
     Returns:
-        The first stop token that the chat template writes behind an assistant's turn, else the eos token; empty for a
+        The first stop token that the chat template writes after an assistant turn, else the eos token; empty for a
         tokenizer with neither.
     """
     if not plain:
@@ -88,9 +99,17 @@ def turn_end(tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int], 
 
 
 def encode(text: str, literals: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Encode `text` without BOS or EOS, each mark in it as the plain characters of its literal.
+    """Encodes text without BOS or EOS; each mark is encoded as the plain characters of its control string.
 
-    Text without marks, which is nearly all of it, is encoded in one go as in training; marks cut it into pieces.
+    Text without marks, the usual case, is encoded in one call, as in training. Marks split it into pieces.
+
+    Args:
+        text: Text with marks from `shield`.
+        literals: Control string of each mark number.
+        tokenizer: The policy's tokenizer.
+
+    Returns:
+        Token ids.
     """
     ids: list[int] = []
     for position, piece in enumerate(re.split(f"{_MARK}(\\d+){_MARK_END}", text)):
@@ -102,9 +121,16 @@ def encode(text: str, literals: Sequence[str], tokenizer: PreTrainedTokenizerBas
 
 
 def one_bos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Make the prompt start with exactly one BOS if a template or the post-processor starts with one.
+    """Makes a prompt start with exactly one BOS if the template or the post-processor adds one.
 
-    Later BOS tokens are left alone: some templates open every turn with that token.
+    Later BOS tokens are unchanged: some templates start every turn with that token.
+
+    Args:
+        ids: Token ids of the prompt.
+        tokenizer: The policy's tokenizer.
+
+    Returns:
+        Token ids with at most one leading BOS.
     """
     bos = tokenizer.bos_token_id
     start = next((i for i, token in enumerate(ids) if token != bos), len(ids))

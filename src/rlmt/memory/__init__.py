@@ -1,1 +1,1 @@
-"""Memory of a run, computed from model configs before any weights are loaded (`rlmt plan`)."""
+"""Memory of a run, estimated from model configs before any weights are loaded (`rlmt plan`)."""

@@ -1,10 +1,10 @@
-"""The memory budget of a run on each of its devices: weights, what trains them, activations, caches, phase by phase.
+"""The memory budget of a run per device and phase: weights, optimizer states, activations and caches.
 
-Weights, adapters, gradients and optimizer states are counted from the models' configs; activations come from running
-the trainer's code without data (`rlmt.memory.activations`); what vLLM takes is what it is granted. Two figures are
-assumed, and their names say so.
+Weights, adapters, gradients and optimizer states are computed from the models' configs. Activations are measured by
+running the trainer's code on fake tensors (`rlmt.memory.activations`). vLLM's share is the one that its options grant.
+Two figures are assumed, and their names say so.
 
-Left out: fragmentation of torch's allocator, and memory of the host.
+Left out: fragmentation of torch's allocator, and host memory.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
-from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
@@ -21,41 +20,41 @@ from rlmt.data import RolloutDataModule
 from rlmt.engines import TransformersEngine, VLLMEngine
 from rlmt.engines.vllm.tensor_parallel import check_ranks
 from rlmt.errors import UserError
-from rlmt.memory.activations import BatchShape, Footprint, forward_footprint, update_footprint
+from rlmt.memory.activations import forward_footprint, update_footprint
 from rlmt.memory.bytes import (
-    Devices,
-    gathered_bytes,
-    head_of,
+    Parallelism,
+    all_gather_bytes,
     kv_bytes,
-    largest_shard,
+    largest_micro_batch,
     logits_bytes,
     optimizer_bytes,
-    step_bytes,
+    optimizer_step_bytes,
+    output_projection,
     tensor_bytes,
     weight_bytes,
 )
+from rlmt.memory.meta_models import adapter_options, meta_critic, meta_from_config, meta_policy
 from rlmt.models import loading
-from rlmt.models.micro_batch import hidden_states
 from rlmt.models.quantization import quantized_weights
 from rlmt.modules import RLMTModule
 from rlmt.rewards import ClassifierReward
 
 GIB = 2**30
-CONTEXT = 3 * GIB // 4
-"""Assumed: the CUDA context and the libraries' own memory."""
-VLLM_REST = GIB
-"""Assumed: what vLLM holds beside weights and cache; its CUDA graphs stay while it sleeps."""
+CUDA_CONTEXT = 3 * GIB // 4
+"""Assumed: the CUDA context and memory of CUDA libraries."""
+VLLM_OVERHEAD = GIB
+"""Assumed: memory of vLLM besides weights and cache; its CUDA graphs stay while it sleeps."""
 
 Phase = Literal["rollout", "reward", "update"]
 PHASES: tuple[Phase, ...] = ("rollout", "reward", "update")
 
-_ENGINE_WEIGHT = {"fp8_per_tensor": 1.0, "fp8_per_channel": 1.0, "mxfp4": 17 / 32}
-"""Bytes of a linear layer's weight in the formats that vLLM can round to; 4-bit ones have a scale for 32 weights."""
+_BYTES_PER_WEIGHT = {"fp8_per_tensor": 1.0, "fp8_per_channel": 1.0, "mxfp4": 17 / 32}
+"""By vLLM's online quantization method, for linear layers; the 4-bit one has a scale for 32 weights."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """One line of the budget, in bytes."""
+class BudgetLine:
+    """One line of the budget, in bytes per phase."""
 
     name: str
     rollout: int = 0
@@ -63,291 +62,247 @@ class Part:
     update: int = 0
 
     @classmethod
-    def always(cls, name: str, size: int) -> Part:
-        """Something that stays through all phases."""
+    def all_phases(cls, name: str, size: int) -> BudgetLine:
+        """A line with the same size in all phases."""
         return cls(name, size, size, size)
 
 
 @dataclass
 class Budget:
-    """What a run holds on one device."""
+    """Memory of a run on one device."""
 
     memory: int
-    """Bytes that the device has."""
-    parts: list[Part] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)
+    """Memory of the device in bytes."""
+    lines: list[BudgetLine] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    """Why the run cannot start although the sums may be small enough."""
+    """Reasons why the run cannot start even if the totals fit."""
 
     def total(self, phase: Phase) -> int:
-        """Bytes held in a phase."""
-        return sum(getattr(part, phase) for part in self.parts)
+        """Bytes of a phase."""
+        return sum(getattr(line, phase) for line in self.lines)
 
     @property
     def peak(self) -> Phase:
-        """The phase that holds the most."""
+        """The phase with the largest total."""
         return max(PHASES, key=self.total)
 
     @property
     def fits(self) -> bool:
-        """Whether every phase fits."""
+        """Whether every phase fits and there are no problems."""
         return not self.problems and self.total(self.peak) <= self.memory
 
 
 def make_budget(
-    module: RLMTModule, data: RolloutDataModule, compute: torch.dtype, memory: int, spread: Devices | None = None
+    module: RLMTModule, data: RolloutDataModule, compute: torch.dtype, memory: int, devices: Parallelism | None = None
 ) -> Budget:
-    """The budget of a run on one of its devices.
+    """Computes the budget of a run on one of its devices.
 
     Args:
-        module: with its options; nothing is loaded into it.
-        data: with its engine.
-        compute: number format of the forward.
-        memory: bytes that the device has.
-        spread: over which devices the run is spread; None is one.
+        module: RL module with its options; no weights are loaded into it.
+        data: Data module with its engine.
+        compute: dtype of the forward.
+        memory: Memory of the device in bytes.
+        devices: Number of devices and sharding; None is a single device.
 
     Raises:
-        UserError: the config of a model cannot be read or is one of something else, or the adapter cannot be made or
+        UserError: The config of a model cannot be read or is of the wrong kind, or the adapter cannot be built or
             served.
     """
-    budget, spread = Budget(memory), spread or Devices()
+    budget, devices = Budget(memory), devices or Parallelism()
     loading.check_causal_lm(module.policy_config, module.policy_path)
-    _add_policy(budget, module, data, compute, spread)
-    _add_reward(budget, module, data, spread)
-    _add_engine(budget, module, data, compute, spread)
-    budget.parts.append(Part.always("CUDA context (assumed)", CONTEXT))
+    _add_policy(budget, module, data, compute, devices)
+    _add_rewards(budget, module, data, devices)
+    _add_engine(budget, module, data, compute, devices)
+    budget.lines.append(BudgetLine.all_phases("CUDA context (assumed)", CUDA_CONTEXT))
     return budget
 
 
 def _add_policy(
-    budget: Budget, module: RLMTModule, data: RolloutDataModule, compute: torch.dtype, spread: Devices
+    budget: Budget, module: RLMTModule, data: RolloutDataModule, compute: torch.dtype, devices: Parallelism
 ) -> None:
-    """Policy, adapters, critic, reference, and all that training them takes."""
-    lora, quantization = _adapter_options(module)
-    config, add = module.policy_config, budget.parts.append
-    held = torch.float32 if lora is None else compute
-    policy = _policy(module, held)
+    """Adds the policy, adapters, critic and reference, and everything that training them takes."""
+    lora, quantization = adapter_options(module)
+    config, add = module.policy_config, budget.lines.append
+    dtype = torch.float32 if lora is None else compute
+    policy = meta_policy(module, dtype)
     trained: list[Tensor] = [p for p in policy.parameters() if p.requires_grad]
-    base = _meta(AutoModelForCausalLM, config, held)
+    base = meta_from_config(AutoModelForCausalLM, config, dtype)
     if quantization is None:
         size = weight_bytes(base)
     else:
         size = weight_bytes(base, quantized_weights(config), quantization.double_quant)
-    add(Part.always(f"policy weights ({_how(base, held, quantization)})", spread.held(size)))
+    add(BudgetLine.all_phases(f"policy weights ({_describe(base, dtype, quantization)})", devices.shard_bytes(size)))
     if lora is not None:
-        add(Part.always(f"LoRA adapter (rank {lora.rank})", tensor_bytes(trained)))
+        add(BudgetLine.all_phases(f"LoRA adapter (rank {lora.rank})", tensor_bytes(trained)))
     elif module.algorithm.needs_reference:
-        add(Part.always(f"reference weights ({_how(base, held, None)})", spread.held(size)))
+        add(BudgetLine.all_phases(f"reference weights ({_describe(base, dtype, None)})", devices.shard_bytes(size)))
 
-    steps = module.algorithm.minibatches
-    tokens = largest_shard(
+    shape = largest_micro_batch(
         module.tokens_per_micro_batch,
         data.max_prompt_tokens,
         data.max_new_tokens,
-        data.batch_size * data.group_size // (steps * spread.ranks),
+        data.batch_size * data.group_size // (module.algorithm.minibatches * devices.ranks),
         data.group_size,
-        shared=not (module.gradient_checkpointing or spread.sharded) and data.group_size > 1,
+        shared_prefix=not (module.gradient_checkpointing or devices.sharded) and data.group_size > 1,
     )
     autocast = compute if compute is not torch.float32 else None
-    together = gathered_bytes(policy, compute)
-    footprint = update_footprint(policy, tokens, autocast)
-    critic, values = _critic(module, held, tokens, autocast)
-    if wanted := module.algorithm.critic:
-        # A copy of a policy in 4 bits is in 4 bits, too; a critic from another model is not.
-        copied = wanted.init == "policy" and not wanted.shared
-        weights = tensor_bytes(critic) - (weight_bytes(base) - size if copied else 0)
-        own = tensor_bytes(p for p in critic if p.requires_grad) if lora is not None else 0
-        add(Part.always("critic weights", spread.held(weights - own) + own))
+    gathered = all_gather_bytes(policy, compute)
+    footprint = update_footprint(policy, shape, autocast)
+    critic, critic_footprint = meta_critic(module, dtype, shape, autocast)
+    if critic_options := module.algorithm.critic:
+        # A copy of a 4-bit policy is in 4 bits, too; a critic from another model is not.
+        is_copy = critic_options.init == "policy" and not critic_options.shared
+        weights = tensor_bytes(critic) - (weight_bytes(base) - size if is_copy else 0)
+        adapter = tensor_bytes(p for p in critic if p.requires_grad) if lora is not None else 0
+        add(BudgetLine.all_phases("critic weights", devices.shard_bytes(weights - adapter) + adapter))
         trained += [p for p in critic if p.requires_grad]
-    kept = spread.held if lora is None else int  # adapters are whole on every device
-    add(Part.always("optimizer states", kept(optimizer_bytes(module.optimizer_factory, trained))))
-    add(Part("gradients", update=kept(tensor_bytes(trained))))
-    if spread.sharded:
-        add(Part("blocks put together", update=together))
-    elif spread.ranks > 1:
-        add(Part.always("DDP's buffers", tensor_bytes(trained)))
+    per_device = devices.shard_bytes if lora is None else int  # adapters are not sharded
+    add(BudgetLine.all_phases("optimizer states", per_device(optimizer_bytes(module.optimizer_factory, trained))))
+    add(BudgetLine("gradients", update=per_device(tensor_bytes(trained))))
+    if devices.sharded:
+        add(BudgetLine("all-gathered blocks", update=gathered))
+    elif devices.ranks > 1:
+        add(BudgetLine.all_phases("DDP gradient buckets", tensor_bytes(trained)))
 
-    add(Part(f"activations ({tokens.rows} × {_length(tokens)} tokens)", update=footprint.kept))
-    logits = logits_bytes(tokens.rows * tokens.completion, head_of(base), compute)
-    add(Part("logits chunk", update=logits))
-    rest = (
-        max(footprint.peak, values.peak, kept(step_bytes(module.optimizer_factory, trained))) - footprint.kept - logits
-    )
-    largest = max((p.numel() for name, p in base.named_parameters() if ".layers." in name), default=0)
-    # A 4-bit layer makes its weight in full when it computes.
-    rest += 0 if quantization is None else largest * compute.itemsize
-    add(Part("working memory", update=max(rest, 0)))
-
-
-def _adapter_options(module: RLMTModule) -> tuple[Any, Any]:
-    """LoRA and 4-bit options of the policy, or None."""
-    return getattr(module, "lora", None), getattr(module, "quantization", None)
+    add(BudgetLine(f"activations ({shape.rows} × {shape.row_length} tokens)", update=footprint.saved))
+    logits = logits_bytes(shape.rows * shape.completion, output_projection(base), compute)
+    add(BudgetLine("logits chunk", update=logits))
+    step = per_device(optimizer_step_bytes(module.optimizer_factory, trained))
+    rest = max(footprint.peak, critic_footprint.peak, step) - footprint.saved - logits
+    if quantization is not None:  # a 4-bit layer dequantizes its weight to compute
+        largest = max((p.numel() for name, p in base.named_parameters() if ".layers." in name), default=0)
+        rest += largest * compute.itemsize
+    add(BudgetLine("working memory", update=max(rest, 0)))
 
 
-def _policy(module: RLMTModule, held: torch.dtype, config: PretrainedConfig | None = None) -> PreTrainedModel:
-    """The policy as it is trained, or another model trained so, without data; 4-bit layers stand there in full."""
-    lora, _ = _adapter_options(module)
-    # Other kernels than the eager one keep as much as torch's own, and may not be there to ask.
-    eager = {"attn_implementation": "eager"} if module.attn_implementation == "eager" else {}
-    policy = _meta(AutoModelForCausalLM, config or module.policy_config, held, **eager)
-    if lora is not None:
-        policy.requires_grad_(False)
-        options = LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=lora.targets(policy),
-            use_dora=lora.dora,
-            use_rslora=lora.rslora,
-        )
-        policy.add_adapter(options, adapter_name="default")
-        for module_ in policy.modules():
-            for name, parameter in list(module_._parameters.items()):
-                if parameter is not None and parameter.requires_grad:
-                    module_._parameters[name] = nn.Parameter(parameter.float())
-    policy.train()
-    if module.gradient_checkpointing:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
-    return policy
-
-
-def _critic(
-    module: RLMTModule, held: torch.dtype, tokens: BatchShape, autocast: torch.dtype | None
-) -> tuple[list[Tensor], Footprint]:
-    """Parameters of the critic on the meta device and its footprint; none for objectives without one."""
-    options = module.algorithm.critic
-    if options is None:
-        return [], Footprint(0, 0)
-    same = options.shared or options.init == "policy"
-    model = _policy(module, held, None if same else loading.load_config(options.init))
-    lora, _ = _adapter_options(module)
-    if options.shared:
-        # The value head reads the policy's backbone; under LoRA through an adapter of its own.
-        own = [] if lora is None else [p for p in model.parameters() if p.requires_grad]
-    else:
-        own = list(cast(nn.Module, cast(Any, model).get_decoder()).parameters())
-    head = torch.empty(cast(Any, model.config).get_text_config().hidden_size + 1, device="meta", requires_grad=True)
-    footprint = update_footprint(
-        model, tokens, autocast, lambda model, batch: hidden_states(model.get_decoder(), batch).float().sum(1)
-    )
-    return [*own, head], footprint
-
-
-def _add_reward(budget: Budget, module: RLMTModule, data: RolloutDataModule, spread: Devices) -> None:
-    """Every classifier among the rewards, held-out ones too: its weights, and a forward of the largest."""
-    work, trained = 0, list(module.reward.modules())
-    for reward in (*trained, *module.held_out.modules()):  # both are loaded with the policy, and stay
+def _add_rewards(budget: Budget, module: RLMTModule, data: RolloutDataModule, devices: Parallelism) -> None:
+    """Adds the weights of all reward models, held-out ones included, and the largest of their forwards."""
+    forward, training_rewards = 0, list(module.reward.modules())
+    # Held-out reward models are loaded together with the policy and stay loaded.
+    for reward in (*training_rewards, *module.held_out.modules()):
         if not isinstance(reward, ClassifierReward):
             continue
         config = loading.load_config(reward.source)
         stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
         dtype = stored if reward.dtype == "auto" else cast(torch.dtype, getattr(torch, reward.dtype))
         quantization = getattr(reward, "quantization", None)
-        model = _meta(AutoModelForSequenceClassification, config, dtype)
-        packed: frozenset[str] = frozenset()
+        model = meta_from_config(AutoModelForSequenceClassification, config, dtype)
+        quantized: frozenset[str] = frozenset()
         if quantization is not None:
-            packed = quantized_weights(config, AutoModelForSequenceClassification)
-        size = weight_bytes(model, packed, quantization is not None and quantization.double_quant)
-        kind = "reward weights" if reward in trained else "held-out reward weights"
-        held = spread.held(size) if quantization is None else size
-        together = gathered_bytes(model.requires_grad_(False), dtype) if spread.sharded and quantization is None else 0
-        budget.parts.append(Part.always(f"{kind} ({_how(model, dtype, quantization)})", held))
+            quantized = quantized_weights(config, AutoModelForSequenceClassification)
+        size = weight_bytes(model, quantized, quantization is not None and quantization.double_quant)
+        kind = "reward weights" if reward in training_rewards else "held-out reward weights"
+        per_device, gathered = size, 0
+        if quantization is None:
+            per_device = devices.shard_bytes(size)
+            gathered = all_gather_bytes(model.requires_grad_(False), dtype) if devices.sharded else 0
+        budget.lines.append(BudgetLine.all_phases(f"{kind} ({_describe(model, dtype, quantization)})", per_device))
         length = min(
             reward.max_length or loading.max_positions(config),
             reward.tokens_per_batch,
             data.max_prompt_tokens + data.max_new_tokens,
         )
-        samples = data.batch_size * data.group_size // spread.ranks
+        samples = data.batch_size * data.group_size // devices.ranks
         rows = min(max(1, reward.tokens_per_batch // length), max(1, samples))
-        work = max(work, together + forward_footprint(model, rows, length).peak)
-    if work:
-        budget.parts.append(Part("reward forward", reward=work))
+        forward = max(forward, gathered + forward_footprint(model, rows, length).peak)
+    if forward:
+        budget.lines.append(BudgetLine("reward forward", reward=forward))
 
 
 def _add_engine(
-    budget: Budget, module: RLMTModule, data: RolloutDataModule, compute: torch.dtype, spread: Devices
+    budget: Budget, module: RLMTModule, data: RolloutDataModule, compute: torch.dtype, devices: Parallelism
 ) -> None:
-    """The engine's weights and cache."""
-    engine, config = data.engine, module.policy_config
-    length = data.max_prompt_tokens + data.max_new_tokens
+    """Adds the weights and KV cache of the engine."""
+    engine = data.engine
     if isinstance(engine, TransformersEngine):
-        room = max(engine.tokens_per_batch, length)
-        budget.parts.append(Part(f"KV cache ({room:,} tokens)", rollout=room * kv_bytes(config, compute)))
-        return
-    if not isinstance(engine, VLLMEngine):
-        budget.remarks.append(f"{type(engine).__name__} is taken to hold nothing on this device.")
-        return
+        tokens = max(engine.tokens_per_batch, data.max_prompt_tokens + data.max_new_tokens)
+        cache = tokens * kv_bytes(module.policy_config, compute)
+        budget.lines.append(BudgetLine(f"KV cache ({tokens:,} tokens)", rollout=cache))
+    elif isinstance(engine, VLLMEngine):
+        _add_vllm(budget, engine, module, data, compute, devices)
+    else:
+        budget.notes.append(f"{type(engine).__name__} is assumed to take no memory on this device.")
+
+
+def _add_vllm(
+    budget: Budget,
+    engine: VLLMEngine,
+    module: RLMTModule,
+    data: RolloutDataModule,
+    compute: torch.dtype,
+    devices: Parallelism,
+) -> None:
+    """Adds vLLM in process, with notes on the samples that its cache holds and on `gpu_memory_utilization`."""
+    config, length = module.policy_config, data.max_prompt_tokens + data.max_new_tokens
     dtype = compute if engine.dtype is None else cast(torch.dtype, getattr(torch, engine.dtype))
-    parts = engine.tensor_parallel_size
-    check_ranks(parts, spread.ranks)
+    tensor_parallel_size = engine.tensor_parallel_size
+    check_ranks(tensor_parallel_size, devices.ranks)
     engine.check_policy(config)
-    size = _engine_weights(config, dtype, getattr(engine, "quantization", None)) // parts
-    lora, _ = _adapter_options(module)
+    quantization = getattr(engine, "quantization", None)
+    weights = _vllm_weight_bytes(config, dtype, quantization) // tensor_parallel_size
+    lora, _ = adapter_options(module)
     if lora is not None:
-        engine.check_adapter(lora.config(_meta(AutoModelForCausalLM, config, dtype)))
-        adapter = [p for p in _policy(module, dtype).parameters() if p.requires_grad]
-        size += sum(p.numel() for p in adapter) * dtype.itemsize
-    granted = round(engine.gpu_memory_utilization * budget.memory) - size - VLLM_REST
-    each = kv_bytes(config, dtype, parts)
-    held = (lambda name, size: Part(name, rollout=size)) if engine.sleep else Part.always
-    budget.parts.append(held(f"vLLM weights ({_name(getattr(engine, 'quantization', None) or dtype)})", size))
-    budget.parts.append(held("vLLM KV cache (granted)", max(granted, 0)))
-    budget.parts.append(Part.always("vLLM, the rest (assumed)", VLLM_REST))
-    wanted = min(engine.max_num_seqs, data.batch_size * data.group_size * parts // spread.ranks)
-    tokens = max(granted, 0) // each
-    if tokens < length:
-        least = (size + VLLM_REST + length * each) / budget.memory
+        engine.check_adapter(lora.config(meta_from_config(AutoModelForCausalLM, config, dtype)))
+        adapter = [p for p in meta_policy(module, dtype).parameters() if p.requires_grad]
+        weights += sum(p.numel() for p in adapter) * dtype.itemsize
+    cache = max(round(engine.gpu_memory_utilization * budget.memory) - weights - VLLM_OVERHEAD, 0)
+    line = (lambda name, size: BudgetLine(name, rollout=size)) if engine.sleep else BudgetLine.all_phases
+    budget.lines.append(line(f"vLLM weights ({_dtype_name(quantization or dtype)})", weights))
+    budget.lines.append(line("vLLM KV cache (granted)", cache))
+    budget.lines.append(BudgetLine.all_phases("vLLM overhead (assumed)", VLLM_OVERHEAD))
+    token_bytes = kv_bytes(config, dtype, tensor_parallel_size)
+    sequences = min(engine.max_num_seqs, data.batch_size * data.group_size * tensor_parallel_size // devices.ranks)
+    if (tokens := cache // token_bytes) < length:
+        minimum = (weights + VLLM_OVERHEAD + length * token_bytes) / budget.memory
         budget.problems.append(
-            f"vLLM's cache cannot hold one sample of {length:,} tokens: data.engine.gpu_memory_utilization would have "
-            f"to be at least {least:.2f}."
+            f"vLLM's KV cache cannot hold one sample of {length:,} tokens: set data.engine.gpu_memory_utilization to "
+            f"at least {minimum:.2f}."
         )
     else:
-        budget.remarks.append(
-            f"vLLM's cache holds {tokens:,} tokens: {tokens // length:,} samples of the greatest length ({length:,}) "
-            f"at a time; it decodes up to {wanted:,} while they are shorter."
+        budget.notes.append(
+            f"vLLM's KV cache holds {tokens:,} tokens: {tokens // length:,} samples of the maximum length "
+            f"({length:,}), or up to {sequences:,} shorter ones, at a time."
         )
-    beside = budget.total("rollout") - max(granted, 0) - size - VLLM_REST + CONTEXT
-    share = (budget.memory - beside) / budget.memory
-    budget.remarks.append(
-        f"Beside the trainer's {gib(beside)} GiB, data.engine.gpu_memory_utilization may be up to {share:.2f}."
+    trainer = budget.total("rollout") - cache - weights - VLLM_OVERHEAD + CUDA_CONTEXT
+    share = (budget.memory - trainer) / budget.memory
+    budget.notes.append(
+        f"The trainer takes {format_gib(trainer)} GiB: data.engine.gpu_memory_utilization can be at most {share:.2f}."
         if share > 0
-        else "The trainer alone leaves vLLM no room."
+        else "The trainer alone leaves no memory for vLLM."
     )
 
 
-def _engine_weights(config: PretrainedConfig, dtype: torch.dtype, quantization: str | None) -> int:
-    model = _meta(AutoModelForCausalLM, config, dtype)
+def _vllm_weight_bytes(config: PretrainedConfig, dtype: torch.dtype, quantization: str | None) -> int:
+    """Bytes of the policy's weights in vLLM.
+
+    Raises:
+        UserError: The size of a weight under this quantization is not known.
+    """
+    model = meta_from_config(AutoModelForCausalLM, config, dtype)
     size = weight_bytes(model)
     if quantization is None:
         return size
-    if quantization not in _ENGINE_WEIGHT:
+    if quantization not in _BYTES_PER_WEIGHT:
         raise UserError(
-            f"--data.engine.quantization {quantization}: `rlmt plan` does not know how many bytes it takes."
+            f"--data.engine.quantization {quantization}: `rlmt plan` does not know the size of its weights; choose one "
+            f"of {', '.join(_BYTES_PER_WEIGHT)}."
         )
     layers = cast(nn.Module, cast(Any, model).get_decoder()).modules()
     weights = sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear))
-    return size - round(weights * (dtype.itemsize - _ENGINE_WEIGHT[quantization]))
+    return size - round(weights * (dtype.itemsize - _BYTES_PER_WEIGHT[quantization]))
 
 
-def _meta(auto: Any, config: PretrainedConfig, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
-    """The model of a config without data."""
-    with torch.device("meta"):
-        return cast(PreTrainedModel, auto.from_config(config, dtype=dtype, **options))
-
-
-def _how(model: PreTrainedModel, dtype: torch.dtype, quantization: Any) -> str:
+def _describe(model: PreTrainedModel, dtype: torch.dtype, quantization: object | None) -> str:
+    """Number of parameters and dtype of a model."""
     billions = sum(p.numel() for p in model.parameters()) / 1e9
-    return f"{billions:.2f}B, {_name(dtype) if quantization is None else 'NF4'}"
+    return f"{billions:.2f}B, {_dtype_name(dtype) if quantization is None else 'NF4'}"
 
 
-def _name(dtype: torch.dtype | str) -> str:
+def _dtype_name(dtype: torch.dtype | str) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _length(tokens: BatchShape) -> int:
-    return tokens.completion - 1 + (0 if tokens.shared else tokens.prompt)
-
-
-def gib(size: float) -> str:
+def format_gib(size: float) -> str:
     """Bytes as GiB with two decimals."""
     return f"{size / GIB:.2f}"

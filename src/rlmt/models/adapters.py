@@ -1,7 +1,7 @@
-"""Adapters on a frozen base: LoRA by PEFT, inside the model's own class, so that the rest of rlmt sees no wrapper.
+"""LoRA adapters on a frozen base: PEFT layers injected into the model, without PEFT's wrapper class.
 
-The base is never written to: no merge, no unmerge. What needs merged weights (an engine without LoRA, an export) gets
-them from `merged`, one tensor at a time and on a copy.
+The base is never written to: no merge, no unmerge. Engines without LoRA and the export get merged weights from
+`merge_adapter`, one tensor at a time and on a copy.
 """
 
 from __future__ import annotations
@@ -20,54 +20,50 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlmt.errors import UserError
+from rlmt.options import FinitePositiveFloat, PositiveInt, UnitIntervalBelowOne, check_ranges
 from rlmt.types import AdapterWeights
 
 POLICY = "default"
-"""Name of the adapter that makes the policy."""
+"""Name of the policy's adapter."""
 CRITIC = "critic"
-"""Name of the adapter that makes the critic, where both share a base."""
+"""Name of the critic's adapter if policy and critic share a base."""
 
-_DECISIVE = ("r", "lora_alpha", "target_modules", "use_dora", "use_rslora")
-"""Of PEFT's options those that make the adapter's weights mean what they mean; dropout is none."""
+_FUNCTION_OPTIONS = ("r", "lora_alpha", "target_modules", "use_dora", "use_rslora")
+"""PEFT options that change the function of the adapter's weights; dropout does not."""
 PEFT_PREFIX = "base_model.model."
-"""What PEFT's file format puts before each name."""
+"""Prefix of names in PEFT's file format."""
 
 
 class LoRA:
     """Low-rank adapters (arXiv 2106.09685): a linear layer W becomes W + scale · B A, and only A and B are trained.
 
-    A starts random and B at zero, so training starts from the base. Their scale is alpha / rank. The adapter is held in
-    float32 whatever the base is held in.
+    A is random and B is zero at first, so training starts from the base. The scale is alpha / rank. The adapter is
+    float32 whatever dtype the base has.
 
     Args:
-        rank: rows of A and columns of B.
-        alpha: the update's weight, before it is divided by the rank.
-        dropout: share of the adapter's inputs that training drops; 0 keeps the engine's function and the trainer's the
-            same.
-        target_modules: last parts of the names of the linear layers to adapt, such as q_proj, or `all-linear` for all
-            below the head. The output projection cannot be one: log-probs are taken from its weight.
-        dora: learn the size of each row of W beside its direction (DoRA, arXiv 2402.09353).
-        rslora: scale by alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732), for high ranks.
+        rank: Number of rows of A and columns of B.
+        alpha: Scale of the update, before it is divided by the rank.
+        dropout: Dropout probability of the adapter's inputs in training; with 0 the engine and the trainer compute the
+            same function.
+        target_modules: Last parts of the names of linear layers, such as q_proj, or `all-linear` for all below the
+            head. The output projection cannot have an adapter: log-probs are computed from its weight.
+        dora: Whether the norm of each row of W is trained beside its direction (DoRA, arXiv 2402.09353).
+        rslora: Whether the scale is alpha / sqrt(rank), for high ranks (rsLoRA, arXiv 2312.03732).
 
     Raises:
-        UserError: an option is out of range, or later, the model has no such layers.
+        UserError: An option is out of range, or later: the model has no such layers.
     """
 
     def __init__(
         self,
-        rank: int = 16,
-        alpha: float = 32,
-        dropout: float = 0.0,
+        rank: PositiveInt = 16,
+        alpha: FinitePositiveFloat = 32,
+        dropout: UnitIntervalBelowOne = 0.0,
         target_modules: Literal["all-linear"] | list[str] = "all-linear",
         dora: bool = False,
         rslora: bool = False,
     ) -> None:
-        if rank < 1:
-            raise UserError(f"lora.rank is {rank}: it must be at least 1.")
-        if not 0 < alpha < float("inf"):
-            raise UserError(f"lora.alpha is {alpha}: it must be positive.")
-        if not 0 <= dropout < 1:
-            raise UserError(f"lora.dropout is {dropout}: it must be at least 0 and below 1.")
+        check_ranges(LoRA, locals())
         if not target_modules or (isinstance(target_modules, str) and target_modules != "all-linear"):
             raise UserError(f"lora.target_modules is {target_modules!r}: give all-linear or a list of layers.")
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
@@ -75,25 +71,28 @@ class LoRA:
         self.dora, self.rslora = dora, rslora
 
     def targets(self, model: PreTrainedModel) -> list[str]:
-        """Last parts of the names of the layers that get an adapter, in order; the weights are not read.
+        """Lists the last parts of the names of the layers that get an adapter, sorted; no weights are read.
+
+        Args:
+            model: The model, possibly on the meta device.
 
         Raises:
-            UserError: the model has no such linear layer below its head.
+            UserError: The model has no such linear layer below its head.
         """
         modules = model.base_model.named_modules()
         below = {name.rpartition(".")[2] for name, layer in modules if isinstance(layer, nn.Linear | BaseTunerLayer)}
-        below -= {"base_layer", POLICY, CRITIC}  # inside of a layer that has an adapter already
-        wanted = below if self.target_modules == "all-linear" else set(self.target_modules)
-        if unknown := sorted(wanted - below):
+        below -= {"base_layer", POLICY, CRITIC}  # inside a layer that already has an adapter
+        selected = below if self.target_modules == "all-linear" else set(self.target_modules)
+        if unknown := sorted(selected - below):
             raise UserError(
-                f"lora.target_modules names {unknown[0]}, and {type(model).__name__} has no such linear layer below "
+                f"lora.target_modules names {unknown[0]}, but {type(model).__name__} has no such linear layer below "
                 f"its head; choose from {', '.join(sorted(below))}."
             )
-        if not wanted:
+        if not selected:
             raise UserError(f"{type(model).__name__} has no linear layers that LoRA could adapt: use another model.")
-        return sorted(wanted)
+        return sorted(selected)
 
-    def _peft(self, model: PreTrainedModel) -> LoraConfig:
+    def _peft_config(self, model: PreTrainedModel) -> LoraConfig:
         return LoraConfig(
             r=self.rank,
             lora_alpha=cast(int, int(self.alpha) if float(self.alpha).is_integer() else self.alpha),
@@ -105,29 +104,29 @@ class LoRA:
         )
 
     def config(self, model: PreTrainedModel) -> dict[str, Any]:
-        """The adapter's configuration for this model, as `adapter_config` gives it once the adapter is there.
+        """Computes the configuration that the adapter will have on this model; equals `adapter_config` after `add_to`.
 
         Raises:
-            UserError: the model has no such linear layers.
+            UserError: The model has no such linear layers.
         """
-        return _plain(self._peft(model))
+        return _plain(self._peft_config(model))
 
     def add_to(self, model: PreTrainedModel, adapter_name: str = POLICY) -> None:
-        """Puts a new adapter on a model, in place, and freezes all of the model but its adapters.
+        """Adds an adapter to a model in place, and freezes everything except the adapters.
 
-        Where there is one already, both are trained, and the first stays the one that the model runs with.
+        If the model already has an adapter, both are trained, and the first stays active.
 
         Args:
-            model: a causal language model or a classifier; its head gets no adapter.
-            adapter_name: what to call it.
+            model: A causal language model or a classifier; its head gets no adapter.
+            adapter_name: Name of the new adapter.
 
         Raises:
-            UserError: the model has no such linear layers.
+            UserError: The model has no such linear layers.
         """
         first = next(iter(adapter_names(model)), adapter_name)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter, on purpose
-            inject_adapter_in_model(self._peft(model), model, adapter_name)
+            inject_adapter_in_model(self._peft_config(model), model, adapter_name)
         model.requires_grad_(False)
         for layer in model.modules():
             if isinstance(layer, LoraLayer):
@@ -139,7 +138,7 @@ class LoRA:
 
 
 def _reset_magnitude(layer: Any, adapter: str) -> None:
-    """Makes DoRA's row sizes those of the base in float32: PEFT rounds them to the base's number format."""
+    """Recomputes DoRA's row norms of the base in float32: PEFT rounds them to the base's dtype."""
     layer.lora_magnitude_vector[adapter].update_layer(
         base_layer=layer.get_base_layer(),
         lora_A=layer.lora_A[adapter].weight,
@@ -150,13 +149,13 @@ def _reset_magnitude(layer: Any, adapter: str) -> None:
 
 @contextmanager
 def use_adapter(model: nn.Module, adapter: str | None) -> Iterator[None]:
-    """Runs the model with another adapter, or None for its frozen base alone; which are trained stays as it is.
+    """Activates another adapter, or with None only the frozen base; `requires_grad` does not change.
 
-    Harmless on a model without adapters.
+    A no-op on a model without adapters.
     """
     layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
-    # PEFT's own switches also change requires_grad, and a graph of one adapter would lose its leaves to the other.
+    # PEFT's own methods also change requires_grad, and the graph of the other adapter would lose its leaves.
     for layer in layers:
         layer._disable_adapters = adapter is None
         if adapter is not None:
@@ -169,7 +168,7 @@ def use_adapter(model: nn.Module, adapter: str | None) -> Iterator[None]:
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """What is trained of a policy or of a critic: on a shared base each has its own."""
+    """The trainable parameters of a policy or a critic; on a shared base each has its own."""
     own = getattr(model, "own_parameters", None)
     if own is not None:
         return list(own())
@@ -177,12 +176,12 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    """Names of the adapters on a model, oldest first; none on a model without."""
+    """Names of the adapters on a model, oldest first."""
     return list(getattr(model, "peft_config", {}))
 
 
 def adapter_config(model: nn.Module, adapter: str = POLICY) -> dict[str, Any] | None:
-    """An adapter's configuration as PEFT writes it to adapter_config.json, as plain data; None if there is none."""
+    """An adapter's configuration as PEFT writes it to adapter_config.json, as plain data; None without the adapter."""
     if adapter not in adapter_names(model):
         return None
     configs: Any = model.peft_config
@@ -190,13 +189,13 @@ def adapter_config(model: nn.Module, adapter: str = POLICY) -> dict[str, Any] | 
 
 
 def _plain(config: LoraConfig) -> dict[str, Any]:
-    """PEFT's configuration as JSON would give it back: sets as sorted lists, enumerations as their words."""
+    """PEFT's configuration as plain JSON data: sets become sorted lists, enumerations strings."""
     plain: Any = config.to_dict()  # type: ignore[no-untyped-call]
     return cast(dict[str, Any], json.loads(json.dumps(plain, default=sorted)))
 
 
 def adapter_weights(model: PreTrainedModel, adapter: str = POLICY) -> AdapterWeights | None:
-    """An adapter as PEFT writes it to a folder: configuration, and the tensors themselves; None if there is none."""
+    """An adapter as PEFT writes it to a folder, with the tensors themselves, not copies; None without the adapter."""
     config = adapter_config(model, adapter)
     if config is None:
         return None
@@ -206,58 +205,60 @@ def adapter_weights(model: PreTrainedModel, adapter: str = POLICY) -> AdapterWei
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter of a model is part of an adapter."""
+    """True if the name of a model's parameter belongs to an adapter."""
     return ".lora_" in name
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The model's weights without its adapters, under their plain Hugging Face names; tied ones under each.
+    """The model's weights without its adapters under their Hugging Face names; tied weights under each name.
 
-    Weights in 4 bits are as they are held: see `rlmt.models.quantization.dequantized`.
+    Weights in 4 bits stay packed: see `rlmt.models.quantization.dequantize`.
     """
-    # state_dict and not named_parameters: the latter names tied weights once, and an engine's head would go stale.
+    # state_dict, because named_parameters names tied weights only once, and an engine's head would become stale.
     state = model.state_dict(keep_vars=True)
     return {
         name.replace(".base_layer.", "."): tensor
         for name, tensor in state.items()
-        if not (is_adapter(name) or ".weight." in name)  # bitsandbytes puts a weight's statistics below its name
+        if not (is_adapter(name) or ".weight." in name)  # bitsandbytes stores a weight's statistics under its name
     }
 
 
-def check_same_adapter(saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Refuses to go on from a checkpoint of another adapter or another base: its weights would mean something else.
+def check_same_adapter(saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Checks that a checkpoint has the adapter options and the base of this run.
 
     Args:
-        saved: the checkpoint's `adapter` (as `adapter_config` gives it) and `quantization`; None where there is none.
-        wanted: this run's.
+        saved: The checkpoint's `adapter` (from `adapter_config`) and `quantization`; each can be None.
+        current: Those of this run.
 
     Raises:
-        UserError: they differ in something that makes the policy another function.
+        UserError: They differ in an option that changes the policy's function.
     """
-    cure = "give the --model.lora and --model.quantization of the run that wrote it."
-    theirs, ours = saved.get("adapter"), wanted["adapter"]
+    fix = "give the --model.lora and --model.quantization of the run that wrote it."
+    theirs, ours = saved.get("adapter"), current["adapter"]
     if theirs is None or ours is None:
         if theirs is not ours:
-            words = ["all weights" if adapter is None else "a LoRA adapter" for adapter in (theirs, ours)]
-            raise UserError(f"--ckpt_path: the checkpoint holds {words[0]}, and this run trains {words[1]}; {cure}")
+            contents = ["all weights" if adapter is None else "a LoRA adapter" for adapter in (theirs, ours)]
+            raise UserError(
+                f"--ckpt_path: the checkpoint holds {contents[0]}, and this run trains {contents[1]}; {fix}"
+            )
         return
-    pairs = {f"lora {key}": (theirs[key], ours[key]) for key in _DECISIVE}
-    pairs["quantization"] = (saved.get("quantization"), wanted["quantization"])
+    pairs = {f"lora {key}": (theirs[key], ours[key]) for key in _FUNCTION_OPTIONS}
+    pairs["quantization"] = (saved.get("quantization"), current["quantization"])
     for option, (theirs, ours) in pairs.items():
         if theirs != ours:
-            raise UserError(f"--ckpt_path: the checkpoint has {option} {theirs}, this run {ours}; {cure}")
+            raise UserError(f"--ckpt_path: the checkpoint has {option} {theirs}, this run {ours}; {fix}")
 
 
 @torch.no_grad()
 def merge_adapter(name: str, weight: Tensor, adapter: AdapterWeights) -> Tensor:
-    """One of the base's weights with the adapter in it, on a copy; a weight without adapter is returned as it is.
+    """Merges the adapter into a copy of one weight of the base; a weight without adapter is returned as it is.
 
-    W + s B A with s = alpha / rank (rsLoRA: alpha / sqrt(rank)), and with DoRA each row scaled to its learned size.
+    W + s B A with s = alpha / rank (rsLoRA: alpha / sqrt(rank)); with DoRA each row is scaled to its trained norm.
 
     Args:
-        name: plain Hugging Face name of the weight.
-        weight: [out, in] the frozen weight, in any floating-point format.
-        adapter: as `adapter_weights` gives it.
+        name: Hugging Face name of the weight.
+        weight: [out, in] frozen weight, in any floating-point dtype.
+        adapter: The adapter, from `adapter_weights`.
 
     Returns:
         [out, in] float32.

@@ -1,7 +1,7 @@
 """Reads configs, tokenizers and policies from local folders or the hub, safetensors only and never running remote code.
 
-Everything that a user can get wrong (a folder that is not there, weights in another format, a classifier in the place
-of a policy) ends in one `UserError` line; nothing is downloaded or unpickled to find out.
+Errors of the user (a missing folder, weights in another format, a classifier in place of a policy) become a `UserError`
+of one line, before anything is downloaded or unpickled.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from rlmt.errors import UserError
+from rlmt.errors import UserError, first_line
 from rlmt.models.quantization import NF4
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-"""Precision to hold weights in; `auto` is the one that they are stored in."""
+"""Dtype of the weights; `auto` is the checkpoint's."""
 
 _DTYPES: dict[str, torch.dtype | str] = {
     "auto": "auto",
@@ -43,7 +43,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 
 
 def load_config(path: str | Path) -> PretrainedConfig:
-    """Reads a model's config; no weights are touched.
+    """Reads a model's config; no weights are read.
 
     Args:
         path: A local folder or a hub name.
@@ -52,18 +52,18 @@ def load_config(path: str | Path) -> PretrainedConfig:
         The config.
 
     Raises:
-        UserError: If there is no such folder or hub repository, it holds no config.json, or it needs remote code.
+        UserError: The folder or hub repository does not exist, has no config.json, or needs remote code.
     """
     source = _source(path, ("config.json",), "config.json")
-    with _told_in_one_line(source, "config.json"):
+    with _one_line_errors(source, "config.json"):
         return cast(PretrainedConfig, AutoConfig.from_pretrained(source, trust_remote_code=False))
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Reads a tokenizer.
 
-    Where it has no pad token, end-of-sequence pads, in memory only: nothing is added to the vocabulary, so the model's
-    embeddings still fit, and padding never enters a loss.
+    A missing pad token becomes the end-of-sequence token, in memory only: the vocabulary does not grow, so the model's
+    embeddings still fit, and padding is never part of a loss.
 
     Args:
         path: A local folder or a hub name.
@@ -72,15 +72,15 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         The tokenizer.
 
     Raises:
-        UserError: If there is no such folder or hub repository, it holds no tokenizer, it needs remote code, or it has
-            neither a pad nor an end-of-sequence token.
+        UserError: The folder or hub repository does not exist, has no tokenizer, needs remote code, or the tokenizer
+            has neither a pad nor an end-of-sequence token.
     """
     source = _source(path, _TOKENIZER_FILES, "tokenizer (tokenizer.json)")
-    with _told_in_one_line(source, "tokenizer"):
+    with _one_line_errors(source, "tokenizer"):
         tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(source, trust_remote_code=False))
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise UserError(f"{source}: the tokenizer has neither a pad nor an eos token; set eos_token in its config")
+            raise UserError(f"{source}: the tokenizer has neither a pad nor an eos token; set eos_token in its config.")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -95,30 +95,30 @@ def load_policy(
 
     Args:
         path: A local folder or a hub name.
-        dtype: Precision to hold the weights in.
+        dtype: Dtype of the weights.
         attn_implementation: transformers' attention kernel (`sdpa`, `eager`, `flash_attention_2`, ...); None is its
             default.
-        quantization: How to hold the weights of linear layers in 4 bits, for a model that is frozen; `dtype` is then
-            what they compute in. None holds them as they are.
+        quantization: Stores the linear layers of a frozen model in 4 bits; `dtype` is then their compute dtype. None
+            does not quantize.
 
     Returns:
-        The model, in eval mode, on the CPU; in 4 bits on the device that tensors are made on.
+        The model, in eval mode, on the CPU; in 4 bits on torch's default device.
 
     Raises:
-        UserError: If there is no such folder or hub repository, its weights are not (whole) safetensors, do not cover
-            the model or are in 4 or 8 bits, it is not a causal language model, or it needs remote code.
+        UserError: The folder or hub repository does not exist, its weights are not safetensors, are damaged, incomplete
+            or in 4 or 8 bits, it is not a causal language model, or it needs remote code.
     """
     if dtype not in _DTYPES:
-        raise UserError(f"dtype {dtype!r} is not known; choose one of {', '.join(_DTYPES)}")
+        raise UserError(f"dtype {dtype!r} is not known; choose one of {', '.join(_DTYPES)}.")
     config = load_config(path)
     check_causal_lm(config, str(path))
     if getattr(config, "quantization_config", None) is not None:
-        raise UserError(f"{path}: its weights are quantised; give the folder of the weights in full")
+        raise UserError(f"{path}: the weights are quantized; give the folder of the unquantized weights.")
     source = _source(path, _WEIGHT_FILES, "safetensors weights (model.safetensors)")
     options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     if quantization is not None:
         options |= quantization.loading_options()
-    with _told_in_one_line(source, "safetensors weights"):
+    with _one_line_errors(source, "safetensors weights"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
@@ -130,38 +130,38 @@ def load_policy(
         )
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
-        # transformers would fill these with random numbers and go on.
-        raise UserError(f"{source}: its weights lack {len(missing)} tensors of the model, such as {missing[0]}")
+        # transformers would initialise these at random and continue.
+        raise UserError(f"{source}: the weights lack {len(missing)} tensors, such as {missing[0]}; copy them again.")
     if quantization is not None:
-        quantization.finish(model)
+        quantization.finish_loading(model)
     return cast(PreTrainedModel, model.eval())
 
 
 def meta_model(config: PretrainedConfig, auto: Any = AutoModelForCausalLM) -> PreTrainedModel:
-    """The model of a config without weights: its modules and names, in no memory.
+    """Builds a model on the meta device: its modules and names, without memory for weights.
 
     Args:
-        config: The config.
-        auto: Class that makes it: a causal language model by default.
+        config: Config of the model.
+        auto: transformers' class that builds it; by default a causal language model.
     """
     with torch.device("meta"):
         return cast(PreTrainedModel, auto.from_config(config))
 
 
 def random_policy(path: str | Path, attn_implementation: str | None = None) -> PreTrainedModel:
-    """Draws the weights of a causal language model, in float32, as its config says (`initializer_range`).
+    """Initialises a causal language model at random in float32, by its config (`initializer_range`).
 
-    The draw depends on torch's seed alone, not on what was drawn before.
+    The weights depend only on torch's seed, not on random numbers generated before.
 
     Args:
-        path: A local folder or a hub name with config.json; weights in it are not read.
+        path: A local folder or a hub name with config.json; its weights are not read.
         attn_implementation: As for `load_policy`.
 
     Returns:
         The model, in eval mode, on the CPU.
 
     Raises:
-        UserError: There is no such config, or it is not one of a causal language model.
+        UserError: The config does not exist, or it is not one of a causal language model.
     """
     config = load_config(path)
     check_causal_lm(config, str(path))
@@ -173,135 +173,135 @@ def random_policy(path: str | Path, attn_implementation: str | None = None) -> P
 
 @contextmanager
 def safetensors_source(path: str | Path) -> Iterator[str]:
-    """Gives the name under which transformers finds a model's safetensors; errors of reading them are one line.
+    """Yields the name under which transformers finds a model's safetensors; errors inside become one line.
 
     Raises:
-        UserError: There is no such folder or hub repository, or its weights are not safetensors or are damaged.
+        UserError: The folder or hub repository does not exist, or its weights are not safetensors or are damaged.
     """
     source = _source(path, _WEIGHT_FILES, "safetensors weights (model.safetensors)")
-    with _told_in_one_line(source, "safetensors weights"):
+    with _one_line_errors(source, "safetensors weights"):
         yield source
 
 
 @contextmanager
 def seeded_init() -> Iterator[None]:
-    """Random numbers of torch inside depend on its seed alone, and those outside not on how many are drawn inside."""
+    """Inside, random numbers of torch depend only on its seed; outside, they do not depend on the code inside."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch.initial_seed())
         yield
 
 
 def check_causal_lm(config: PretrainedConfig, source: str) -> None:
-    """Checks that a config is one of a causal language model, so that a classifier is not trained as a policy.
+    """Checks that a config is one of a causal language model, so that no classifier is trained as a policy.
 
     Args:
-        config: The config.
-        source: Where it is from, for the message.
+        config: Config of the model.
+        source: Folder or hub name for the message.
 
     Raises:
-        UserError: If its model type has no causal language model, or its weights were saved from another class.
+        UserError: The model type has no causal language model, or the weights were saved from another class.
     """
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise UserError(f"{source}: {config.model_type} is not a causal language model that transformers knows")
+        raise UserError(
+            f"{source}: {config.model_type} is not a causal language model that transformers supports; use another."
+        )
     classes: set[str] = set()
     for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         classes.update([names] if isinstance(names, str) else names)
     saved = config.architectures or []
     if saved and not classes.intersection(saved):
-        raise UserError(f"{source}: holds a {saved[0]}, not a causal language model; give the folder of a policy")
+        raise UserError(f"{source}: holds a {saved[0]}, not a causal language model; give the folder of a policy.")
 
 
 def check_head(config: PretrainedConfig, source: str) -> None:
-    """Checks that logits are hidden states times the output projection and nothing more.
+    """Checks that logits are just hidden states times the output projection.
 
-    Log-probs are made from the two in chunks, without the model's own head.
+    Log-probs are computed from the two in chunks, without the model's own head.
 
     Args:
-        config: The config.
-        source: What to call the model.
+        config: Config of the model.
+        source: Folder or hub name for the message.
 
     Raises:
-        UserError: If this family scales, caps or shifts its logits.
+        UserError: This model type scales, caps or shifts its logits.
     """
     text = config.get_text_config()
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
         if getattr(text, name, None) not in (None, 1, 1.0):
             raise UserError(
                 f"{source}: {config.model_type} changes its logits after the output projection ({name}), and rlmt's "
-                "log-probs would not be the model's; use another family, such as Llama, Qwen or Mistral"
+                "log-probs would not be the model's; use another family, such as Llama, Qwen or Mistral."
             )
 
 
 def max_positions(config: PretrainedConfig) -> int:
-    """The longest sequence, in tokens, that a model takes.
+    """Reads the context length of a model.
 
     Args:
-        config: The model's config; of a multimodal model its text part counts.
+        config: Config of the model; for a multimodal model its text config is used.
 
     Returns:
-        Tokens of prompt and completion together.
+        Maximum length of prompt and completion together, in tokens.
 
     Raises:
-        UserError: If the config does not say.
+        UserError: The config has no context length.
     """
     length = getattr(config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(length, int) or length <= 0:
         raise UserError(
-            f"{config.name_or_path or config.model_type}: config.json names no max_position_embeddings; "
-            "add it, so that prompts can be checked against the context length"
+            f"{config.name_or_path or config.model_type}: config.json has no max_position_embeddings; "
+            "add it, so that prompts can be checked against the context length."
         )
     return length
 
 
 def absolute_path(path: str | Path) -> str:
-    """A model's folder by its full path, for use from elsewhere; a hub name as it is."""
+    """The absolute path of a model's folder; a hub name as it is."""
     folder = Path(path).expanduser()
     return str(folder.resolve()) if folder.is_dir() else str(path)
 
 
 def _source(path: str | Path, any_of: tuple[str, ...], what: str) -> str:
-    """`path` as transformers wants it, once a local folder is known to hold what is sought."""
+    """`path` as an argument for transformers, after a check that a local folder has one of the files."""
     source = str(path)
     folder = Path(source).expanduser()
     if folder.is_dir():
         if not any((folder / name).is_file() for name in any_of):
-            raise UserError(f"{source}: the folder holds no {what}; give a folder as save_pretrained writes it")
+            raise UserError(f"{source}: the folder has no {what}; give a folder that save_pretrained wrote.")
         return str(folder)
     if folder.is_file():
-        raise UserError(f"{source}: is a file; give the folder that holds the model")
+        raise UserError(f"{source}: is a file; give the model's folder.")
     if source.startswith("runs/tiny"):
-        raise UserError(f"{source}: no such folder; run `rlmt tiny` first")
+        raise UserError(f"{source}: no such folder; run `rlmt tiny` first.")
     if source.startswith("runs/paper/warm-start") and not folder.exists():
-        raise UserError(f"{source}: no such folder; train and export it first, as docs/paper.md says")
+        raise UserError(f"{source}: no such folder; train and export it first, as docs/paper.md says.")
     if not _HUB_NAME.fullmatch(source):
-        raise UserError(f"{source}: no such folder")
+        raise UserError(f"{source}: no such folder; give a folder or a hub name.")
     return source
 
 
 @contextmanager
-def _told_in_one_line(source: str, what: str) -> Iterator[None]:
-    """Turns transformers' errors about a folder or hub name into one `UserError` line; lets all others through."""
+def _one_line_errors(source: str, what: str) -> Iterator[None]:
+    """Turns transformers' errors about a folder or hub name into a `UserError` of one line; others pass."""
     try:
         yield
     except SafetensorError as error:
-        raise UserError(f"{source}: a safetensors file is damaged ({_first_line(error)}); copy it again") from error
+        raise UserError(f"{source}: a safetensors file is damaged ({first_line(error)}); copy it again.") from error
     except json.JSONDecodeError as error:
-        raise UserError(f"{source}: {what} is not valid JSON ({_first_line(error)})") from error
+        raise UserError(f"{source}: {what} is not valid JSON ({first_line(error)}); copy it again.") from error
     except OSError as error:
         if Path(source).is_dir():
-            raise UserError(f"{source}: {what} cannot be read: {_first_line(error)}") from error
+            raise UserError(f"{source}: {what} cannot be read ({first_line(error)}); copy it again.") from error
         raise UserError(
-            f"{source}: no such folder, and no {what} under that name could be had from the hub "
-            "(name wrong, access not granted, or offline); download it and give its folder"
+            f"{source}: no such folder, and the hub returned no {what} under that name "
+            "(wrong name, no access, or offline); download it and give its folder."
         ) from error
     except ValueError as error:
         message = str(error)
         if "trust_remote_code" in message:
-            raise UserError(f"{source}: needs code from its repository, which rlmt never runs; use another") from error
+            raise UserError(f"{source}: needs code from its repository, which rlmt never runs; use another.") from error
         if "model type" in message or "model_type" in message or "Unrecognized model" in message:
-            raise UserError(f"{source}: its model type is not one that this transformers knows; upgrade it") from error
+            raise UserError(
+                f"{source}: this version of transformers does not support its model type; upgrade transformers."
+            ) from error
         raise
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

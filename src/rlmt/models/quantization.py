@@ -1,4 +1,4 @@
-"""Frozen weights in 4 bits (QLoRA): NormalFloat by bitsandbytes."""
+"""Frozen weights in 4 bits (QLoRA): bitsandbytes' NormalFloat."""
 
 from __future__ import annotations
 
@@ -12,45 +12,46 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedCon
 from rlmt.errors import UserError
 
 BLOCK = 64
-"""Weights that share a scale."""
+"""Number of weights that share a scale."""
 _SCALES = 256
-"""Scales that share a scale of their own under double quantisation."""
+"""Number of scales that share a scale of their own with double quantization."""
 
 
 class NF4:
     """4-bit NormalFloat for the linear layers of a frozen model (QLoRA, arXiv 2305.14314); needs bitsandbytes.
 
-    Embeddings, norms and heads stay as they are. The layers compute in the number format of the rest of the model.
+    Embeddings, norms and heads are not quantized. The layers compute in the dtype of the rest of the model.
 
     Args:
-        double_quant: quantise the scales of the blocks of 64 weights, too: 4.13 bits a weight instead of 4.5.
+        double_quant: Whether the scales of the blocks of 64 weights are quantized too: 4.13 bits per weight instead of
+            4.5.
     """
 
     def __init__(self, double_quant: bool = True) -> None:
         self.double_quant = double_quant
 
     def check(self) -> None:
-        """Raises UserError when bitsandbytes is not installed."""
+        """Raises UserError if bitsandbytes is not installed."""
         if importlib.util.find_spec("bitsandbytes") is None:
             raise UserError("NF4 needs bitsandbytes, which is not installed: pip install 'rlmt[quantization]'.")
 
     def loading_options(self) -> dict[str, Any]:
-        """What `from_pretrained` takes to quantise while loading, on the device that tensors are made on."""
+        """Arguments of `from_pretrained` that quantize while loading, on torch's default device."""
         self.check()
         config = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=self.double_quant
         )
         return {"quantization_config": config, "device_map": {"": torch.get_default_device()}}
 
-    def finish(self, model: Any) -> None:
-        """Makes a model just loaded compute what its weights say, on any machine; its config forgets the 4 bits."""
+    def finish_loading(self, model: Any) -> None:
+        """Sets the compute dtype of a loaded model on every machine, and removes the quantization from its config."""
         from bitsandbytes.nn.modules import Linear4bit
 
         for layer in model.modules():
             if isinstance(layer, Linear4bit):
                 layer.compute_dtype, layer.compute_type_is_set = model.dtype, True
-                # On CPUs that have bfloat16 instructions, bitsandbytes rewrites the weights in place at the first
-                # forward in eval mode. From then on the layer computes in bfloat16 and passes no gradient on.
+                # On CPUs with bfloat16 instructions, bitsandbytes rewrites the weights in place at the first forward
+                # pass in eval mode. From then on the layer computes in bfloat16 and has no gradient.
                 layer.support_avx512bf16_for_cpu = False
         del model.config.quantization_config
 
@@ -60,7 +61,7 @@ class NF4:
 
 
 def dequantize(weight: Tensor) -> Tensor:
-    """A weight in full: of a 4-bit one the very numbers that its layer computes with, any other as it is."""
+    """The dequantized weight, with exactly the numbers its 4-bit layer computes with; any other weight as it is."""
     if type(weight).__name__ != "Params4bit":
         return weight.detach()
     from bitsandbytes.functional import dequantize_4bit
@@ -69,11 +70,11 @@ def dequantize(weight: Tensor) -> Tensor:
 
 
 def quantized_weights(config: PretrainedConfig, auto: Any = AutoModelForCausalLM) -> frozenset[str]:
-    """Names of the weights that transformers holds in 4 bits: those of linear layers, but not of the head.
+    """Names of the weights that transformers stores in 4 bits: those of linear layers, but not the head.
 
     Args:
-        config: of the model; nothing else of it is read.
-        auto: class that loads it.
+        config: Config of the model; nothing else is read.
+        auto: transformers' class that loads the model.
 
     Raises:
         UserError: bitsandbytes is not installed.
@@ -90,11 +91,14 @@ def quantized_weights(config: PretrainedConfig, auto: Any = AutoModelForCausalLM
 
 
 def round_trip_nf4(weight: Tensor, double_quant: bool) -> Tensor:
-    """The numbers that a 4-bit layer computes with: a weight quantised to NF4 and dequantised, in its own dtype.
+    """Quantizes a weight to NF4 and dequantizes it: the numbers that a 4-bit layer computes with.
 
     Args:
-        weight: [out, in].
-        double_quant: whether the scales are quantised, too.
+        weight: [out, in] weight.
+        double_quant: Whether the scales are quantized too.
+
+    Returns:
+        [out, in] in the weight's dtype.
     """
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
@@ -106,11 +110,14 @@ def round_trip_nf4(weight: Tensor, double_quant: bool) -> Tensor:
 
 
 def nf4_bytes(weights: int, double_quant: bool) -> int:
-    """Bytes of a quantised tensor: two weights a byte, its scales and its two code books.
+    """Computes the size of a quantized tensor: two weights per byte, the scales and two code books.
 
     Args:
-        weights: how many the tensor holds.
-        double_quant: a scale takes one byte and a share of another scale, not four bytes.
+        weights: Number of weights of the tensor.
+        double_quant: Whether a scale takes one byte and a share of another scale, instead of four bytes.
+
+    Returns:
+        Size in bytes.
     """
     scales = -(-weights // BLOCK)
     total = -(-weights // 2) + 16 * 4

@@ -54,18 +54,18 @@ def classifier_config(source: str) -> PretrainedConfig:
     if config.num_labels != 1:
         raise UserError(
             f"reward model {source!r} has {config.num_labels} outputs but must have one (num_labels: 1 in its "
-            "config.json): give a scalar reward model, not a chat model or a multi-objective one"
+            "config.json): give a scalar reward model, not a chat model or a multi-objective one."
         )
     if "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {}):
         code = ", ".join(config.architectures or ["?"])
         raise UserError(
             f"reward model {source!r} has a head of its own code ({code}), which is never run: give a plain "
-            "sequence classifier"
+            "sequence classifier."
         )
     if not _has_decoder_classifier(config):
         raise UserError(
             f"reward model {source!r} is of type {config.model_type!r}, which has no decoder classifier in "
-            "transformers: give a Llama, Qwen, Gemma 2 or Mistral reward model"
+            "transformers: give a Llama, Qwen, Gemma 2 or Mistral reward model."
         )
     return config
 
@@ -84,12 +84,12 @@ def classifier_tokenizer(source: str) -> PreTrainedTokenizerBase:
     except (OSError, ValueError) as error:
         raise UserError(
             f"reward model {source!r} has no readable tokenizer ({first_line(error)}): put its tokenizer files beside "
-            "its weights"
+            "its weights."
         ) from error
     if not tokenizer.chat_template:
         raise UserError(
             f"the tokenizer of reward model {source!r} has no chat template: put the one it was trained with beside it "
-            "as chat_template.jinja"
+            "as chat_template.jinja."
         )
     return tokenizer
 
@@ -114,15 +114,15 @@ def load_classifier(source: str, dtype: str = "auto", quantization: NF4 | None =
             source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
     except OSError as error:
-        raise UserError(f"reward model {source!r}: {first_line(error)}; give safetensors weights") from error
+        raise UserError(f"reward model {source!r}: {first_line(error)}; give safetensors weights.") from error
     missing = sorted(info["missing_keys"])
     if missing:  # transformers only warns, and would score with random weights
         raise UserError(
             f"reward model {source!r} lacks the weights {', '.join(missing[:3])} ({len(missing)} missing): "
-            "give a trained sequence classifier"
+            "give a trained sequence classifier."
         )
     if quantization is not None:
-        quantization.finish(model)
+        quantization.finish_loading(model)
     return cast(PreTrainedModel, model.eval())
 
 
@@ -165,13 +165,13 @@ def score_states(model: PreTrainedModel, states: Tensor) -> Tensor:
 def _read_classifier_config(source: str) -> PretrainedConfig:
     if not Path(source).is_dir() and (source.startswith(("runs/", ".", "/", "~")) or source.count("/") > 1):
         fix = "make it with `rlmt tiny`" if source.startswith("runs/tiny") else "give a folder or a hub name"
-        raise UserError(f"reward model folder {source!r} does not exist: {fix}")
+        raise UserError(f"reward model folder {source!r} does not exist: {fix}.")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise UserError(
             f"reward model {source!r} has no readable configuration ({first_line(error)}): give a folder with a "
-            "config.json or a hub name that can be reached"
+            "config.json or a hub name that can be reached."
         ) from error
     return config
 
@@ -196,12 +196,12 @@ def reward_config(path: str | Path) -> PretrainedConfig:
     if not _has_decoder_classifier(config):
         raise UserError(
             f"{path}: {config.model_type} has no decoder classifier in transformers; start from a Llama, Qwen, Gemma 2 "
-            "or Mistral model"
+            "or Mistral model."
         )
     if _is_classifier(config) and config.num_labels != 1:
         raise UserError(
             f"{path}: is a classifier with {config.num_labels} outputs where a reward model has one; start from a "
-            "causal language model or a scalar reward model"
+            "causal language model or a scalar reward model."
         )
     config.num_labels = 1
     return config
@@ -235,7 +235,7 @@ def load_reward_model(
     config = reward_config(path)
     auto: Any = AutoModelForSequenceClassification
     if not from_scratch and getattr(config, "quantization_config", None) is not None:
-        raise UserError(f"{path}: its weights are quantised; give the folder of the weights in full")
+        raise UserError(f"{path}: the weights are quantized; give the folder of the unquantized weights.")
     options: dict[str, Any] = {"dtype": dtype}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
@@ -257,9 +257,11 @@ def load_reward_model(
                 )
             missing = sorted(set(info["missing_keys"]) - ({"score.weight"} if new_head else set()))
             if missing:
-                raise UserError(f"{path}: its weights lack {len(missing)} tensors of the model, such as {missing[0]}")
+                raise UserError(
+                    f"{path}: the weights lack {len(missing)} tensors, such as {missing[0]}; copy them again."
+                )
         if quantization is not None:
-            quantization.finish(model)
+            quantization.finish_loading(model)
         model.score.float()
         if new_head:
             torch.nn.init.normal_(model.score.weight, std=1 / (config.get_text_config().hidden_size + 1))

@@ -27,8 +27,9 @@ from rlmt.modules.checkpoints import (
     rlmt_state,
     trainable_names,
 )
-from rlmt.modules.checks import check_adapter_options, check_options
+from rlmt.modules.checks import check_adapter_options
 from rlmt.modules.optimizers import LRSchedulerCallable, OptimizerCallable, with_schedule
+from rlmt.options import PositiveFloat, PositiveInt, check_ranges
 
 
 class TrainingModule(LightningModule):
@@ -60,17 +61,17 @@ class TrainingModule(LightningModule):
         self,
         optimizer: OptimizerCallable = AdamW,
         scheduler: LRSchedulerCallable | None = None,
-        tokens_per_micro_batch: int = 16384,
-        max_grad_norm: float = 1.0,
+        tokens_per_micro_batch: PositiveInt = 16384,
+        max_grad_norm: PositiveFloat = 1.0,
         gradient_checkpointing: bool = False,
         attn_implementation: str | None = None,
         lora: LoRA | None = None,
         quantization: NF4 | None = None,
     ) -> None:
+        check_ranges(TrainingModule, locals())
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False  # frozen models are in no checkpoint; `load_state_dict` checks the rest
-        check_options({"tokens_per_micro_batch": tokens_per_micro_batch, "max_grad_norm": max_grad_norm})
         check_adapter_options(lora, quantization)
         self.optimizer_factory, self.scheduler_factory = optimizer, scheduler
         self.tokens_per_micro_batch = tokens_per_micro_batch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -20,20 +19,6 @@ from rlmt.models.quantization import NF4
 
 PRECISIONS = ("32-true", "bf16-mixed")
 """Trained weights are float32 in both; Lightning's other precisions cast the whole module, positions and reward too."""
-
-
-def check_options(positive: dict[str, float], not_negative: dict[str, float] | None = None) -> None:
-    """Checks the range of module options.
-
-    Raises:
-        UserError: An option is out of range.
-    """
-    for name, value in positive.items():
-        if not value > 0:
-            raise UserError(f"--model.{name} is {value}: it must be positive.")
-    for name, value in (not_negative or {}).items():
-        if not 0 <= value < math.inf:
-            raise UserError(f"--model.{name} is {value}: it must be 0 or positive.")
 
 
 def check_trainer(trainer: Trainer) -> None:

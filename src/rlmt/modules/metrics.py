@@ -16,6 +16,14 @@ from rlmt.distributed.collectives import all_gather_object, all_gather_tensor
 from rlmt.errors import UserError
 from rlmt.types import Experience
 
+PROGRESS_BAR = {
+    "reward/mean": "reward",
+    "length/thought_mean": "thought",
+    "policy/kl": "kl",
+    "dpo/accuracy": "accuracy",
+}
+"""Metrics on the progress bar, and their names there."""
+
 
 def length_metrics(experience: Experience) -> dict[str, float]:
     """Lengths of thoughts and responses in tokens. All ranks have to call it.

@@ -12,6 +12,7 @@ from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from rlmt.errors import UserError
+from rlmt.options import NonNegativeFloat, NonNegativeInt, PositiveInt, UnitIntervalBelowOne, check_ranges
 
 OptimizerCallable = Callable[[Any], Optimizer]
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
@@ -42,13 +43,14 @@ class MuonAdamW(Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 3e-3,
-        muon_lr: float = 0.01,
+        lr: NonNegativeFloat = 3e-3,
+        muon_lr: NonNegativeFloat = 0.01,
         betas: tuple[float, float] = (0.9, 0.95),
-        momentum: float = 0.95,
-        ns_steps: int = 5,
-        weight_decay: float = 0.01,
+        momentum: NonNegativeFloat = 0.95,
+        ns_steps: NonNegativeInt = 5,
+        weight_decay: NonNegativeFloat = 0.01,
     ) -> None:
+        check_ranges(MuonAdamW, locals())
         super().__init__(params, {"lr": lr})
         if not all("param_names" in group for group in self.param_groups):
             raise UserError(
@@ -113,11 +115,10 @@ class CosineWithWarmup(LambdaLR):
         UserError: an argument is out of its range.
     """
 
-    def __init__(self, optimizer: Optimizer, steps: int | None = None, warmup: float = 0.05) -> None:
-        if steps is not None and steps < 1:
-            raise UserError(f"--model.scheduler.steps is {steps}: it must be positive, or null for the whole run.")
-        if not 0 <= warmup < 1:
-            raise UserError(f"--model.scheduler.warmup is {warmup}: it must be at least 0 and below 1.")
+    def __init__(
+        self, optimizer: Optimizer, steps: PositiveInt | None = None, warmup: UnitIntervalBelowOne = 0.05
+    ) -> None:
+        check_ranges(CosineWithWarmup, locals())
         self.steps, self.warmup = steps, warmup
         super().__init__(optimizer, lambda step: self._factor(step))
 

@@ -24,8 +24,9 @@ from rlmt.models.assets import REWARD_ASSETS, save_reward_assets
 from rlmt.models.micro_batch import batches_by_length
 from rlmt.models.reward_model import load_reward_model, reward_config, score_states, states_at_end
 from rlmt.modules.checkpoints import checkpoint_folders
-from rlmt.modules.checks import check_options, check_trainer, weights_dtype
+from rlmt.modules.checks import check_trainer, weights_dtype
 from rlmt.modules.supervised import SupervisedModule
+from rlmt.options import FiniteNonNegativeFloat, check_ranges
 from rlmt.rewards.conversation import ConversationReader
 
 
@@ -76,12 +77,12 @@ class RewardModeling(SupervisedModule):
     def __init__(
         self,
         model: str,
-        centering: float = 0.0,
-        attribute_weight: float = 1.0,
+        centering: FiniteNonNegativeFloat = 0.0,
+        attribute_weight: FiniteNonNegativeFloat = 1.0,
         **options: Any,
     ) -> None:
+        check_ranges(RewardModeling, locals())
         super().__init__(**options)
-        check_options({}, {"centering": centering, "attribute_weight": attribute_weight})
         self.model_path = model
         self.centering = centering
         self.attribute_weight = attribute_weight

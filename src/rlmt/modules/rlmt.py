@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlmt.algorithms import Algorithm
@@ -28,22 +27,16 @@ from rlmt.modules.base import PolicyMixin, TrainingModule
 from rlmt.modules.checkpoints import check_has_critic, save_assets_beside_checkpoints, weights_to_load
 from rlmt.modules.checks import check_held_out, check_minibatches, check_sharded_run, check_trainer, weights_dtype
 from rlmt.modules.dynamic_sampling import resample
-from rlmt.modules.metrics import StepTimer, step_metrics
+from rlmt.modules.metrics import PROGRESS_BAR, StepTimer, step_metrics
 from rlmt.modules.offline_rollouts import add_reference_logprobs, check_offline_rollouts
 from rlmt.modules.skipped_steps import SkippedSteps
 from rlmt.modules.update import PolicyUpdate, has_no_learning_signal
-from rlmt.rewards import ClassifierReward, Reward
+from rlmt.options import FiniteFloat, PositiveInt, check_ranges
+from rlmt.rewards import Reward
+from rlmt.rewards.classifier import shardable_models
 from rlmt.rewards.held_out import HeldOutRewards
 from rlmt.rewards.scoring import MalformedMode, score
 from rlmt.types import AdapterWeights, Experience, PromptBatch, RolloutBatch
-
-PROGRESS_BAR = {
-    "reward/mean": "reward",
-    "length/thought_mean": "thought",
-    "policy/kl": "kl",
-    "dpo/accuracy": "accuracy",
-}
-"""Metrics on the progress bar, and their names there."""
 
 
 class RLMTModule(PolicyMixin, TrainingModule):
@@ -80,18 +73,14 @@ class RLMTModule(PolicyMixin, TrainingModule):
         algorithm: Algorithm,
         format: FormatName | ThinkingFormat = "think",  # noqa: A002 - the option's name
         malformed: MalformedMode | None = "penalty",
-        malformed_reward: float = -10.0,
-        max_skipped: int = 5,
-        max_idle: int = 50,
+        malformed_reward: FiniteFloat = -10.0,
+        max_skipped: PositiveInt = 5,
+        max_idle: PositiveInt = 50,
         held_out_rewards: list[Reward] | None = None,
         **options: Any,
     ) -> None:
+        check_ranges(RLMTModule, locals())
         super().__init__(**options)
-        for name, value in {"max_skipped": max_skipped, "max_idle": max_idle}.items():
-            if value < 1:
-                raise UserError(f"--model.{name} is {value}: it must be positive.")
-        if not math.isfinite(malformed_reward):
-            raise UserError(f"--model.malformed_reward is {malformed_reward}: it must be a finite number.")
         self.format = format if isinstance(format, ThinkingFormat) else ThinkingFormat(format)
         self.policy_path = policy.replace("{format}", self.format.name)
         self.reward = reward
@@ -413,9 +402,3 @@ class RLMTModule(PolicyMixin, TrainingModule):
         if self.fitting:
             self._skipped_steps.load_state_dict(saved["no_updates"])
             self.algorithm.load_state_dict(saved["algorithm"])
-
-
-def shardable_models(rewards: nn.Module) -> list[PreTrainedModel]:
-    """The loaded reward models that FSDP2 can shard; it cannot shard weights in 4 bits."""
-    found = [reward for reward in rewards.modules() if isinstance(reward, ClassifierReward)]
-    return [reward.model for reward in found if reward.model is not None and reward.quantization is None]

@@ -19,8 +19,9 @@ from rlmt.models.logprobs import token_logprobs
 from rlmt.models.micro_batch import MicroBatch, batches_by_length, no_op_micro_batch
 from rlmt.modules.base import PolicyMixin
 from rlmt.modules.checkpoints import save_assets_beside_checkpoints
-from rlmt.modules.checks import check_options, check_trainer, weights_dtype
+from rlmt.modules.checks import check_trainer, weights_dtype
 from rlmt.modules.supervised import SupervisedModule
+from rlmt.options import FiniteNonNegativeFloat, check_ranges
 
 
 class SFT(PolicyMixin, SupervisedModule):
@@ -48,11 +49,11 @@ class SFT(PolicyMixin, SupervisedModule):
         self,
         policy: str,
         format: FormatName | ThinkingFormat = "think",  # noqa: A002 - the word users write
-        prompt_weight: float = 0.0,
+        prompt_weight: FiniteNonNegativeFloat = 0.0,
         **options: Any,
     ) -> None:
+        check_ranges(SFT, locals())
         super().__init__(**options)
-        check_options({}, {"prompt_weight": prompt_weight})
         self.policy_path = policy
         self.format = format if isinstance(format, ThinkingFormat) else ThinkingFormat(format)
         self.prompt_weight = prompt_weight

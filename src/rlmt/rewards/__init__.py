@@ -1,4 +1,4 @@
-"""Rewards: whatever scores a response to a prompt, and the one function that decides what text they see."""
+"""Rewards that score responses to prompts, and the function that selects the text they see."""
 
 from rlmt.rewards.base import Reward
 from rlmt.rewards.classifier import ClassifierReward

@@ -1,4 +1,4 @@
-"""The Reward seam: whatever scores a response to a prompt."""
+"""The Reward protocol: a module that scores responses to prompts."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from rlmt.types import Message, Status
 
 
 class Reward(nn.Module):
-    """Scores responses. It is handed the prompt and the response text, and never a thought.
+    """Scores responses. It receives the prompt and the response text, never a thought.
 
-    A `Reward` is an `nn.Module` so that a reward model inside it moves with the trainer; it is always frozen. The
-    constructor only stores options: `check` looks for mistakes without loading anything, `load` loads.
+    A `Reward` is an `nn.Module` so that the trainer moves a reward model in it to the device. It is always frozen. The
+    constructor only stores options; `check` validates them without loading weights, and `load` loads the weights.
     """
 
     name: str = "reward"
-    """Under which its scores are logged."""
+    """Name under which the scores are logged."""
 
     def check(self) -> None:
-        """Raises UserError for mistakes that can be seen before any weights are read."""
+        """Raises UserError for errors that can be found before any weights are loaded."""
 
     def load(self) -> None:
-        """Reads weights, if there are any; called once, before the trainer moves the module to its device."""
+        """Loads weights, if any; called once, before the trainer moves the module to its device."""
 
     @abstractmethod
     def score(self, prompts: Sequence[list[Message]], responses: Sequence[str], statuses: Sequence[Status]) -> Tensor:
         """Scores B responses.
 
         Args:
-            prompts: B conversations as in the prompt set: no preamble or thinking instruction is in them. B may be 0.
+            prompts: B conversations as in the prompt set, without preamble or thinking instruction. B may be 0.
             responses: B response texts without thoughts.
-            statuses: B statuses of the completions the responses were split from; most rewards ignore them.
+            statuses: B split statuses of the completions; most rewards ignore them.
 
         Returns:
             [B] float32 scores on the CPU, all finite.
@@ -42,6 +42,15 @@ class Reward(nn.Module):
     def score_parts(
         self, prompts: Sequence[list[Message]], responses: Sequence[str], statuses: Sequence[Status]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The total as `score` gives it, and each part's raw scores by name."""
+        """Scores B responses and reports the raw scores of each part.
+
+        Args:
+            prompts: B conversations, as in `score`.
+            responses: B response texts, as in `score`.
+            statuses: B split statuses, as in `score`.
+
+        Returns:
+            [B] float32 total, the return value of `score`; and part name → [B] float32 raw scores.
+        """
         total = self.score(prompts, responses, statuses)
         return total, {self.name: total}

@@ -1,7 +1,7 @@
 """A trained reward model: a sequence classifier with one output, such as Skywork-Reward-Llama-3.1-8B-v0.2.
 
-What it reads is the conversation of the prompt set plus the response as the assistant's turn, written out by the reward
-model's own chat template and tokenizer. The policy's template, preamble and thinking instruction are no part of it.
+Its input is the conversation of the prompt set plus the response as the assistant turn, rendered with the reward
+model's own chat template and tokenizer. The policy's template, preamble and thinking instruction are not included.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rlmt.distributed.fsdp2 import call_as_forward, compute_device, pad_with_no_ops
@@ -25,29 +25,34 @@ from rlmt.models.reward_model import (
     score_states,
     states_at_end,
 )
+from rlmt.options import PositiveInt, check_ranges
 from rlmt.rewards.base import Reward
 from rlmt.rewards.conversation import ConversationReader
 from rlmt.types import Message, Status
 
 
 class ClassifierReward(Reward):
-    """Scores with a sequence classifier that has one output, at the conversation's last token, in float32.
+    """Scores with a sequence classifier with one output, at the last token of the conversation, in float32.
 
-    Works for every decoder whose classification model is Hugging Face's generic one (Llama, Qwen2, Qwen3, Gemma 2,
+    It supports every decoder whose classification model is Hugging Face's generic one (Llama, Qwen2, Qwen3, Gemma 2,
     Mistral, ...). The classifier is the submodule `model` after `load`; it is frozen and stays in evaluation mode.
 
-    Input longer than `max_length` tokens is cut, counted in `truncated` and warned of once. Cut on the left, the oldest
-    tokens go (the head of the conversation, up to and including the prompt where the response alone is too long); cut
-    on the right, the end of the response goes. Either way the BOS token and the template's closing tokens stay.
+    Input longer than `max_length` tokens is truncated and counted in `truncated`; the first one raises a warning.
+    Truncation on the left removes the oldest tokens: the start of the conversation, or all of the prompt if the
+    response alone is too long. Truncation on the right removes the end of the response. The BOS token and the
+    template's closing tokens always stay.
 
     Args:
-        model: Folder or hub name of the reward model; its tokenizer, with a chat template, lies beside the weights.
-        dtype: What the weights are kept and run in; `auto` takes the checkpoint's. The score head runs in float32.
-        max_length: Longest input in tokens; by default the model's context, or `tokens_per_batch` where that is less.
-        truncation_side: Which side of a longer input is cut.
+        model: Folder or Hub name of the reward model, with a tokenizer that has a chat template.
+        dtype: Dtype of the weights and the forward; `auto` uses the checkpoint's. The score head runs in float32.
+        max_length: Maximum input in tokens; None uses the model's context, or `tokens_per_batch` if that is smaller.
+        truncation_side: Side on which longer input is truncated.
         tokens_per_batch: Tokens in one forward pass, padding included.
-        name: Under which the scores are logged.
-        quantization: Holds the linear layers in 4 bits, but not the score head.
+        name: Name under which the scores are logged.
+        quantization: Quantizes the linear layers, except the score head, to 4 bits.
+
+    Raises:
+        UserError: An argument is out of range.
 
     Example:
         >>> ClassifierReward("Skywork/Skywork-Reward-Llama-3.1-8B-v0.2", dtype="bfloat16").name
@@ -58,12 +63,13 @@ class ClassifierReward(Reward):
         self,
         model: str,
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-        max_length: int | None = None,
+        max_length: PositiveInt | None = None,
         truncation_side: Literal["left", "right"] = "left",
-        tokens_per_batch: int = 16384,
+        tokens_per_batch: PositiveInt = 16384,
         name: str = "reward_model",
         quantization: NF4 | None = None,
     ) -> None:
+        check_ranges(ClassifierReward, locals())
         super().__init__()
         self.source = model
         self.dtype = dtype
@@ -73,7 +79,7 @@ class ClassifierReward(Reward):
         self.name = name
         self.quantization = quantization
         self.truncated = 0
-        """How many inputs have been cut so far."""
+        """Number of inputs truncated so far."""
         self.model: PreTrainedModel | None = None
         self._reader: ConversationReader | None = None
 
@@ -81,50 +87,51 @@ class ClassifierReward(Reward):
         """Reads the model's configuration and tokenizer.
 
         Raises:
-            UserError: The model is missing, is no classifier with one output, has no chat template, or is asked for
-                longer input than it or `tokens_per_batch` can hold.
+            UserError: The model is missing, is not a classifier with one output, has no chat template, or `max_length`
+                exceeds its context or `tokens_per_batch`.
         """
         config = classifier_config(self.source)
         if self.quantization is not None:
             self.quantization.check()
-        self.max_length = self._checked_max_length(config)
+        self.max_length = self._resolve_max_length(config)
         self._reader = ConversationReader(classifier_tokenizer(self.source), self.source)
 
-    def _checked_max_length(self, config: PretrainedConfig) -> int:
+    def _resolve_max_length(self, config: PretrainedConfig) -> int:
+        """`max_length`, or its default; raises UserError if it exceeds the context or `tokens_per_batch`."""
         context = getattr(config.get_text_config(), "max_position_embeddings", None) or self.tokens_per_batch
         longest = min(context, self.tokens_per_batch)
         if self.max_length is None:
             return longest
-        if not 1 <= self.max_length <= longest:
-            what = f"reward model {self.source!r} reads" if longest == context else "tokens_per_batch allows"
-            raise UserError(f"reward max_length is {self.max_length} but {what} 1 to {longest} tokens: set it in there")
+        if self.max_length > longest:
+            limit = f"reward model {self.source!r} has a context of" if longest == context else "tokens_per_batch is"
+            raise UserError(f"reward max_length is {self.max_length}, but {limit} {longest} tokens; lower max_length.")
         return self.max_length
 
     def load(self) -> None:
-        """Reads the weights and freezes them.
+        """Loads the weights and freezes them.
 
         Raises:
-            UserError: As `check`, or the weights are unreadable or lack the score head.
+            UserError: As in `check`, or the weights cannot be read or lack the score head.
         """
         self.check()
         self.model = load_classifier(self.source, self.dtype, self.quantization).requires_grad_(False)
 
     def train(self, mode: bool = True) -> ClassifierReward:
-        """Stays in evaluation mode, whatever the parent module asks for."""
+        """Stays in evaluation mode, whatever the mode of the parent module."""
         super().train(False)
         return self
 
     def render(self, messages: list[Message], response: str) -> str:
-        """The conversation as the reward model's tokenizer reads it, before truncation; for logs and tests."""
-        return self._conversations.render(messages, response)
+        """Renders a conversation as the reward model's tokenizer reads it, before truncation; for logs and tests."""
+        return self._loaded_reader.render(messages, response)
 
     def score(self, prompts: Sequence[list[Message]], responses: Sequence[str], statuses: Sequence[Status]) -> Tensor:
-        """See `Reward.score`; the status is not looked at."""
-        rows = self._conversations.encode([self.render(p, r) for p, r in zip(prompts, responses, strict=True)])
-        rows = [self._fit(row) for row in rows]
+        """See `Reward.score`; the status is ignored."""
+        rows = self._loaded_reader.encode([self.render(p, r) for p, r in zip(prompts, responses, strict=True)])
+        rows = [self._truncate(row) for row in rows]
         scores = torch.empty(len(rows), dtype=torch.float32)
         batches = batches_by_length([len(row) for row in rows], self.tokens_per_batch)
-        for indices in pad_with_no_ops(batches, self._loaded, []):
+        for indices in pad_with_no_ops(batches, self._loaded_model, []):
             if indices:
                 scores[indices] = self._forward([rows[i] for i in indices]).cpu()
             else:
@@ -132,40 +139,42 @@ class ClassifierReward(Reward):
         return scores
 
     @property
-    def _conversations(self) -> ConversationReader:
+    def _loaded_reader(self) -> ConversationReader:
+        """The reader, made by `check` on first use."""
         if self._reader is None:
             self.check()
         assert self._reader is not None
         return self._reader
 
-    def _fit(self, row: list[int]) -> list[int]:
-        """Cuts a row of token ids to `max_length`, keeping a leading BOS and the template's closing tokens."""
+    def _truncate(self, row: list[int]) -> list[int]:
+        """Truncates a row of token ids to `max_length`; keeps a leading BOS and the template's closing tokens."""
         assert self.max_length is not None
         if len(row) <= self.max_length:
             return row
         if not self.truncated:
             warnings.warn(
-                f"an input of reward model {self.source!r} has {len(row)} tokens and is cut on the "
-                f"{self.truncation_side} to max_length {self.max_length}; further cuts are only counted",
+                f"an input of reward model {self.source!r} has {len(row)} tokens and is truncated on the "
+                f"{self.truncation_side} to max_length {self.max_length}; further truncations are only counted.",
                 stacklevel=3,
             )
         self.truncated += 1
         if self.truncation_side == "left":
-            head = row[: self._conversations.leading_bos(row)]
+            head = row[: self._loaded_reader.leading_bos(row)]
             return head + row[len(row) - self.max_length + len(head) :]
-        tail = self._conversations.suffix_length
+        tail = self._loaded_reader.suffix_length
         return row[: max(self.max_length - tail, 0)] + row[len(row) - min(tail, self.max_length) :]
 
     @torch.no_grad()
     def _forward(self, rows: list[list[int]]) -> Tensor:
-        """[b] float32 scores of b rows of token ids, on the model's device."""
-        model, device = self._loaded, compute_device(self._loaded)
-        # The trainer may run under autocast; the reward runs in its own dtype, and its head in float32.
+        """Computes the [b] float32 scores of b rows of token ids, on the model's device."""
+        model, device = self._loaded_model, compute_device(self._loaded_model)
+        # The trainer may use autocast. The reward runs in its own dtype, and its head in float32.
         with torch.autocast(device.type, enabled=False):
             return call_as_forward(model, _scores, [torch.tensor(row) for row in rows], device)
 
     @property
-    def _loaded(self) -> PreTrainedModel:
+    def _loaded_model(self) -> PreTrainedModel:
+        """The classifier; raises RuntimeError before `load`."""
         if self.model is None:
             raise RuntimeError(f"reward model {self.source!r} is not loaded: call load() before score()")
         return self.model
@@ -174,3 +183,9 @@ class ClassifierReward(Reward):
 def _scores(model: PreTrainedModel, rows: Sequence[Tensor], device: torch.device) -> Tensor:
     backbone = getattr(model, model.base_model_prefix)
     return score_states(model, states_at_end(backbone, rows, device))
+
+
+def shardable_models(rewards: nn.Module) -> list[PreTrainedModel]:
+    """The loaded reward models that FSDP2 can shard; it cannot shard weights in 4 bits."""
+    found = [reward for reward in rewards.modules() if isinstance(reward, ClassifierReward)]
+    return [reward.model for reward in found if reward.model is not None and reward.quantization is None]

@@ -1,8 +1,8 @@
-"""How a reward model reads a conversation: its own template and tokenizer, one BOS, no smuggled control tokens.
+"""Encoding of conversations for a reward model: its chat template and tokenizer, one BOS, no injected control tokens.
 
-A policy can spell out a special token of the reward model, such as `<|eot_id|>`, in its response. Tokenized as it
-stands that would close the assistant's turn, and the policy could write a second, flattering conversation behind it.
-So the literal strings of special tokens are taken out of every text before the template is applied.
+A policy can write a special token of the reward model, such as `<|eot_id|>`, as text in its response. Tokenized
+unchanged, it would end the assistant turn, and the policy could append a second, flattering conversation. So the
+strings of special tokens are removed from every text before the template is applied.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from rlmt.errors import UserError, first_line
 from rlmt.types import Message
 
 TEMPLATE_DATE = "26 Jul 2024"
-"""The date that Llama 3 templates are given: they would else print today's, and a resumed run would be scored anew."""
+"""Date passed to Llama 3 templates. They print today's date by default, so scores would change in a resumed run."""
 
 
 class ConversationReader:
-    """Writes a conversation out with one tokenizer's chat template, and turns it into tokens with exactly one BOS.
+    """Renders conversations with a tokenizer's chat template and encodes them with exactly one BOS.
 
     Args:
         tokenizer: A tokenizer with a chat template.
-        source: Where it came from, for error messages.
+        source: Its folder or Hub name, for messages.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
@@ -36,16 +36,23 @@ class ConversationReader:
         special.update(tokenizer.all_special_tokens)
         alternatives = sorted((re.escape(token) for token in special if token), key=len, reverse=True)
         self._special = re.compile("|".join(alternatives)) if alternatives else None
-        # Two conversations that differ only in the response end alike exactly where the template closes the turn.
+        # Two conversations that differ only in the response share exactly the suffix that closes the turn.
         probes = self.encode([self.render([{"role": "user", "content": "a"}], text) for text in ("x", "y")])
         self.suffix_length = len(os.path.commonprefix([row[::-1] for row in probes]))
-        """How many tokens the template writes after the response."""
+        """Number of tokens that the template writes after the response."""
 
     def render(self, messages: list[Message], response: str) -> str:
-        """The text that the tokenizer reads: `messages`, then `response` as the assistant's turn.
+        """Renders `messages`, followed by `response` as the assistant turn.
+
+        Args:
+            messages: The conversation before the response.
+            response: The response text.
+
+        Returns:
+            The text that `encode` reads.
 
         Raises:
-            UserError: The chat template refuses the conversation, as some do where there is a system turn.
+            UserError: The chat template refuses the conversation; some refuse system turns.
         """
         turns = [*messages, Message(role="assistant", content=response)]
         clean = [{"role": turn["role"], "content": self.neutralise(turn["content"])} for turn in turns]
@@ -55,14 +62,14 @@ class ConversationReader:
             roles = ", ".join(turn["role"] for turn in clean)
             raise UserError(
                 f"the chat template of reward model {self.source!r} refuses a conversation with the turns {roles}: "
-                f"{first_line(error)}; change the prompts or the reward model"
+                f"{first_line(error)}; change the prompts or the reward model."
             ) from error
         return str(text)
 
     def neutralise(self, text: str) -> str:
-        """`text` without the literal strings of special tokens, which would be read as control tokens.
+        """Removes the strings of special tokens, which would be encoded as control tokens.
 
-        Repeats until none is left, since removing one may join the ends of another: `<|eo<|eot_id|>t_id|>`.
+        Repeats until none is left, since removing one can create another: `<|eo<|eot_id|>t_id|>`.
         """
         while self._special is not None:
             clean = self._special.sub("", text)
@@ -72,21 +79,27 @@ class ConversationReader:
         return text
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of rendered conversations.
+        """Encodes rendered conversations.
 
-        Each starts with one BOS if the template writes any or the tokenizer normally adds one, and ends with the
-        template's last token: an EOS that the tokenizer would append to plain text is not wanted there.
+        Each row starts with one BOS if the template writes one or the tokenizer normally adds one. It ends with the
+        last token of the template, without an EOS that the tokenizer would append to plain text.
+
+        Args:
+            texts: Rendered conversations.
+
+        Returns:
+            One list of token ids per conversation.
         """
         rows = []
         for row in self._ids(texts, add_special_tokens=False):
-            extra = self._adds_bos and self.leading_bos(row) == 0
+            needs_bos = self._adds_bos and self.leading_bos(row) == 0
             while self.leading_bos(row[1:]) and self.leading_bos(row):
                 row = row[1:]
-            rows.append([self.tokenizer.bos_token_id, *row] if extra else row)
+            rows.append([self.tokenizer.bos_token_id, *row] if needs_bos else row)
         return rows
 
     def leading_bos(self, row: list[int]) -> int:
-        """1 if `row` starts with a BOS, else 0."""
+        """The number of leading BOS tokens to keep: 1 if `row` starts with a BOS, else 0."""
         return int(row[:1] == [self.tokenizer.bos_token_id])
 
     def _ids(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:

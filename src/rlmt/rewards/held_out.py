@@ -1,7 +1,7 @@
-"""Rewards that the policy is not trained on: where they part from the one that it is, it over-optimises.
+"""Held-out rewards: rewards that are only evaluated, to detect over-optimisation of the training reward.
 
-They score the responses to held-out prompts, under the same rule for malformed samples as the reward that is trained
-on, and are never part of a gradient.
+They score the responses to validation and test prompts, with the same rule for malformed samples as the training
+reward, and never contribute to a gradient.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from rlmt.rewards.scoring import MalformedMode, score
 from rlmt.rewards.weighted import leaf_names
 from rlmt.types import Experience
 
-TAKEN = ("reward_mean", "malformed", "thought_tokens", "response_tokens")
-"""What else is logged of held-out prompts, under `val/` and `test/`."""
+RESERVED_NAMES = ("reward_mean", "malformed", "thought_tokens", "response_tokens")
+"""Names of other metrics that are logged under `val/` and `test/`."""
 
 
 class HeldOutRewards(nn.Module):
-    """Any number of rewards, none included, that score validation and test responses only.
+    """Rewards, possibly none, that only score validation and test responses.
 
     Args:
         rewards: The rewards; each is logged under its own `name`.
@@ -42,24 +42,24 @@ class HeldOutRewards(nn.Module):
 
     @property
     def names(self) -> list[str]:
-        """Their names, in the order in which they were given."""
+        """Names of the rewards, in order."""
         return [reward.name for reward in self._rewards]
 
     def check(self, trained: Reward) -> None:
         """Checks the names, then every reward.
 
         Args:
-            trained: The reward that is trained on.
+            trained: The training reward.
 
         Raises:
-            UserError: A name is taken, by `trained` for one, or there is a mistake in a reward.
+            UserError: A name is used by another reward or metric, or a reward is invalid.
         """
-        counts = Counter([*self.names, *leaf_names(trained), *TAKEN])
+        counts = Counter([*self.names, *leaf_names(trained), *RESERVED_NAMES])
         for name in self.names:
             if counts[name] > 1:
                 raise UserError(
-                    f"--model.held_out_rewards: the name {name!r} is taken by another reward or metric: give the "
-                    "held-out reward another `name`"
+                    f"--model.held_out_rewards: the name {name!r} is used by another reward or metric; set another "
+                    "`name` for the held-out reward."
                 )
         for reward in self._rewards:
             reward.check()
@@ -70,15 +70,16 @@ class HeldOutRewards(nn.Module):
             reward.load()
 
     def means(self, experience: Experience, mode: MalformedMode, penalty: float) -> dict[str, float]:
-        """Mean score of a batch by name.
+        """Computes the mean score of a batch under each reward.
 
         Args:
             experience: B samples with their splits and texts.
-            mode: What a malformed sample gets.
-            penalty: Its score in mode `penalty`, or the lowest well-formed one where that is lower, reward by reward.
+            mode: How malformed samples are scored.
+            penalty: Score of a malformed sample in mode `penalty`; the lowest well-formed score of a reward replaces it
+                where that is lower.
 
         Returns:
-            Name of each reward → mean over all B samples, malformed ones included.
+            Reward name → mean over all B samples, malformed ones included.
         """
         rollouts = experience.rollouts
         conversations = [prompt.messages for prompt in rollouts.prompts for _ in range(rollouts.group_size)]

@@ -1,4 +1,4 @@
-"""Rewards that need no model: cheap checks to mix into a `WeightedSum`, or to train on alone in tests."""
+"""Rewards without a model: cheap checks to combine in a `WeightedSum`, or to train on alone in tests."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlmt.errors import UserError
+from rlmt.options import NonNegativeInt, PositiveInt, check_ranges
 from rlmt.rewards.base import Reward
 from rlmt.types import Message, Status
 
@@ -19,11 +20,11 @@ from rlmt.types import Message, Status
 class FormatReward(Reward):
     """1 for a well-formed completion, 0 for a malformed one.
 
-    It tells samples apart only where malformed ones are scored at all (`null` and `score_all`); under `penalty` they
-    never reach a reward and this one is 1 throughout.
+    It is only informative if malformed samples are scored (modes `null` and `score_all`). In mode `penalty` they never
+    reach a reward, and this one is always 1.
 
     Args:
-        name: Under which the scores are logged.
+        name: Name under which the scores are logged.
     """
 
     def __init__(self, name: str = "format") -> None:
@@ -36,20 +37,23 @@ class FormatReward(Reward):
 
 
 class LengthWindow(Reward):
-    """1 for a response of `min_chars` to `max_chars` characters, falling off in a straight line outside.
+    """1 for a response of `min_chars` to `max_chars` characters, decreasing linearly outside.
 
-    With n characters, white space around the response not counted, and d = max(min_chars - n, n - max_chars, 0) the
-    distance to the window, the score is max(0, 1 - d / margin). Characters rather than words, because not every
-    language puts spaces between words; rather than tokens, because those belong to one tokenizer.
+    Let n be the number of characters without surrounding white space, and d = max(min_chars - n, n - max_chars, 0) the
+    distance to the window. The score is max(0, 1 - d / margin). The length is in characters, not words, because some
+    languages do not separate words by spaces; and not tokens, because tokens depend on a tokenizer.
 
     Args:
-        min_chars: Shortest length with full score.
-        max_chars: Longest length with full score.
-        margin: At this distance from the window, in characters, the score reaches 0.
-        name: Under which the scores are logged.
+        min_chars: Minimum length with full score.
+        max_chars: Maximum length with full score.
+        margin: Distance from the window, in characters, at which the score is 0.
+        name: Name under which the scores are logged.
     """
 
-    def __init__(self, min_chars: int, max_chars: int, margin: int, name: str = "length_window") -> None:
+    def __init__(
+        self, min_chars: NonNegativeInt, max_chars: NonNegativeInt, margin: PositiveInt, name: str = "length_window"
+    ) -> None:
+        check_ranges(LengthWindow, locals())
         super().__init__()
         self.min_chars = min_chars
         self.max_chars = max_chars
@@ -57,14 +61,11 @@ class LengthWindow(Reward):
         self.name = name
 
     def check(self) -> None:
-        """Raises UserError for an empty window or a margin that is not positive."""
-        if not 0 <= self.min_chars <= self.max_chars:
+        """Raises UserError for an empty window."""
+        if self.min_chars > self.max_chars:
             raise UserError(
-                f"reward {self.name!r}: min_chars {self.min_chars} and max_chars {self.max_chars} make no window: "
-                "set 0 <= min_chars <= max_chars"
+                f"reward {self.name!r}: min_chars {self.min_chars} is above max_chars {self.max_chars}; lower it."
             )
-        if self.margin < 1:
-            raise UserError(f"reward {self.name!r}: margin is {self.margin}: set it to 1 or more characters")
 
     def score(self, prompts: Sequence[list[Message]], responses: Sequence[str], statuses: Sequence[Status]) -> Tensor:
         """See `Reward.score`."""
@@ -74,11 +75,12 @@ class LengthWindow(Reward):
 
 
 class RegexReward(Reward):
-    """1 where a regular expression is found anywhere in the response, else 0.
+    """1 if a regular expression matches anywhere in the response, else 0.
 
     Args:
-        pattern: Expression of Python's `re`; flags go inline: `(?i)` ignores case, `(?s)` lets `.` match line ends.
-        name: Under which the scores are logged.
+        pattern: Regular expression of Python's `re`. Flags are inline: `(?i)` ignores case, `(?s)` lets `.` match line
+            ends.
+        name: Name under which the scores are logged.
     """
 
     def __init__(self, pattern: str, name: str = "regex") -> None:
@@ -92,7 +94,7 @@ class RegexReward(Reward):
             re.compile(self.pattern)
         except re.error as error:
             raise UserError(
-                f"reward {self.name!r}: pattern {self.pattern!r} is no regular expression ({error}): mend the pattern"
+                f"reward {self.name!r}: pattern {self.pattern!r} is not a regular expression ({error}); fix it."
             ) from error
 
     def score(self, prompts: Sequence[list[Message]], responses: Sequence[str], statuses: Sequence[Status]) -> Tensor:
@@ -102,11 +104,11 @@ class RegexReward(Reward):
 
 
 class CallableReward(Reward):
-    """Scores with a function of the user's: `def fn(prompt: list[Message], response: str) -> float`.
+    """Scores with a user-defined function: `def fn(prompt: list[Message], response: str) -> float`.
 
     Args:
-        function: Import path, such as `my_rewards.politeness`; its folder must be on the import path (PYTHONPATH).
-        name: Under which the scores are logged; by default the function's name.
+        function: Import path, such as `my_rewards.politeness`; the module must be on PYTHONPATH.
+        name: Name under which the scores are logged; None uses the function's name.
     """
 
     def __init__(self, function: str, name: str | None = None) -> None:
@@ -115,14 +117,14 @@ class CallableReward(Reward):
         self.name = name or function.rpartition(".")[2]
 
     def check(self) -> None:
-        """Raises UserError where the function cannot be imported or is none."""
+        """Raises UserError if the function cannot be imported or is not callable."""
         self._import()
 
     def score(self, prompts: Sequence[list[Message]], responses: Sequence[str], statuses: Sequence[Status]) -> Tensor:
         """See `Reward.score`.
 
         Raises:
-            UserError: The function returned something else than a finite number.
+            UserError: The function did not return a finite number.
         """
         function = self._import()
         scores = []
@@ -135,7 +137,7 @@ class CallableReward(Reward):
             if not isinstance(value, numbers.Real) or not math.isfinite(value):
                 raise UserError(
                     f"reward function {self.function} returned {_excerpt(value)} for the response "
-                    f"{_excerpt(response)}: it must return a finite number"
+                    f"{_excerpt(response)}; it must return a finite number."
                 )
             scores.append(float(value))
         return torch.tensor(scores, dtype=torch.float32)
@@ -143,20 +145,20 @@ class CallableReward(Reward):
     def _import(self) -> Callable[[list[Message], str], object]:
         path, _, attribute = self.function.rpartition(".")
         if not path:
-            raise UserError(f"reward function {self.function!r} is no import path: write it as module.function")
+            raise UserError(f"reward function {self.function!r} is not an import path; use module.function.")
         try:
             function = getattr(importlib.import_module(path), attribute)
         except (ImportError, AttributeError) as error:
             raise UserError(
-                f"reward function {self.function!r} cannot be imported ({error}): put the folder of its module on "
-                "PYTHONPATH and check the spelling"
+                f"reward function {self.function!r} cannot be imported ({error}); add the folder of its module to "
+                "PYTHONPATH and check the spelling."
             ) from error
         if not callable(function):
-            raise UserError(f"reward function {self.function!r} is a {type(function).__name__}: name a function")
+            raise UserError(f"reward function {self.function!r} is a {type(function).__name__}; use a function.")
         return function  # type: ignore[no-any-return]
 
 
 def _excerpt(value: object) -> str:
-    """`value` as Python writes it, on one line and at most 80 characters long."""
+    """The `repr` of a value, on one line of at most 80 characters."""
     text = repr(value)
     return " ".join((text if len(text) <= 80 else text[:77] + "...").split())

@@ -1,6 +1,6 @@
-"""From splits to scores: which text of each sample a reward may see, and what a malformed sample gets.
+"""Scoring of samples: selects the text that a reward sees, and scores malformed samples.
 
-A reward sees the response and never the thought. The one exception has to be asked for by name: `score_all`.
+A reward sees the response and never the thought. The only exception is the mode `score_all`.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from rlmt.rewards.base import Reward
 from rlmt.types import Message, Scores, Split
 
 MalformedMode = Literal["penalty", "null", "score_all"]
-"""What a malformed sample gets.
+"""How a malformed sample is scored.
 
-`penalty`: no reward sees it; it gets the penalty, or the lowest score of a well-formed sample in the batch if that is
-    lower, so that it never does better than a well-formed one.
-`null`: the literal text `[NULL]` is scored in its place (the strict mode of the paper's code).
-`score_all`: ITS WHOLE TEXT IS SCORED, THE THOUGHT AND THE TAGS INCLUDED (the default mode of the paper's code). This is
-    the one way in which a thought can reach a reward: a policy that never closes its thought is rewarded for it. It is
-    here to reproduce runs of that code, not to train with.
+`penalty`: No reward sees it. Its score is the penalty, or the lowest score of a well-formed sample in the batch if that
+    is lower, so that it never scores higher than a well-formed one.
+`null`: The literal text `[NULL]` is scored instead (the strict mode of the paper's code).
+`score_all`: THE COMPLETE TEXT IS SCORED, INCLUDING THE THOUGHT AND THE TAGS (the default mode of the paper's code). It
+    is the only mode in which a thought can reach a reward: a policy that never closes its thought is rewarded for it.
+    Use it to reproduce runs of that code, not for training.
 """
 
-_CURE = ": mend it, and go on with --ckpt_path last"
+_FIX = "; fix it, and resume with --ckpt_path last."
 
 
 class BadScores(UserError, RuntimeError):
-    """A reward broke its contract."""
+    """A reward returned the wrong number of scores, or scores that are not finite."""
 
 
 NULL_TEXT = "[NULL]"
-"""What is scored in place of a malformed sample in mode `null`."""
+"""Text that is scored instead of a malformed sample in mode `null`."""
 
 
 def score(
@@ -46,39 +46,39 @@ def score(
     mode: MalformedMode = "penalty",
     penalty: float = -10.0,
 ) -> Scores:
-    """Scores B samples, malformed ones by `mode` (see `MalformedMode`).
+    """Scores B samples; `mode` determines the scores of malformed ones (see `MalformedMode`).
 
-    Every rank of a distributed run must call this together. In mode `penalty` the lowest well-formed score is that
-    of all ranks, so that the malformed samples of a batch fare alike however it is spread.
+    The call is collective: all ranks must make it. In mode `penalty` the lowest well-formed score is taken over all
+    ranks, so the score of malformed samples does not depend on how a batch is sharded.
 
     Args:
         reward: A loaded reward.
-        prompts: B conversations, one a sample.
+        prompts: B conversations, one per sample.
         splits: B splits.
         texts: B decoded completions with their tags; read only in mode `score_all`.
-        mode: What a malformed sample gets.
-        penalty: The score of a malformed sample in mode `penalty`.
+        mode: How malformed samples are scored.
+        penalty: Score of a malformed sample in mode `penalty`.
 
     Returns:
-        Scores on the CPU; in mode `penalty` the parts of a malformed sample are NaN and its text is None.
+        Scores on the CPU. In mode `penalty` the parts of a malformed sample are NaN and its text is None.
 
     Raises:
-        BadScores: A reward gave the wrong number of scores or one that is not finite.
-        UserError: Unknown mode.
+        BadScores: A reward returned the wrong number of scores, or scores that are not finite.
+        UserError: The mode is unknown.
     """
     if not len(prompts) == len(splits) == len(texts):
-        raise ValueError(f"{len(prompts)} prompts, {len(splits)} splits and {len(texts)} texts: need as many of each")
-    shown = [_shown_text(split, text, mode) for split, text in zip(splits, texts, strict=True)]
+        raise ValueError(f"{len(prompts)} prompts, {len(splits)} splits and {len(texts)} texts: the lengths must match")
+    shown = [_text_to_score(split, text, mode) for split, text in zip(splits, texts, strict=True)]
     rows = [i for i, text in enumerate(shown) if text is not None]
 
-    def scores() -> tuple[Tensor, dict[str, Tensor]]:
+    def score_shown() -> tuple[Tensor, dict[str, Tensor]]:
         total, parts = reward.score_parts(
             [prompts[i] for i in rows], [text for text in shown if text is not None], [splits[i].status for i in rows]
         )
-        total = _checked(total, reward.name, len(rows))
-        return total, {name: _checked(values, name, len(rows)) for name, values in parts.items()}
+        total = _check_scores(total, reward.name, len(rows))
+        return total, {name: _check_scores(values, name, len(rows)) for name, values in parts.items()}
 
-    scored, scored_parts = run_on_all_ranks(scores)
+    scored, scored_parts = run_on_all_ranks(score_shown)
     floor = min(all_gather_object(min([penalty, *scored.tolist()]))) if mode == "penalty" else penalty
     total = torch.full((len(splits),), floor, dtype=torch.float32)
     total[rows] = scored
@@ -89,8 +89,8 @@ def score(
     return Scores(total=total, parts=parts, texts=shown)
 
 
-def _shown_text(split: Split, text: str, mode: MalformedMode) -> str | None:
-    """What a reward sees of one sample, None for nothing."""
+def _text_to_score(split: Split, text: str, mode: MalformedMode) -> str | None:
+    """The text of a sample that a reward sees, or None."""
     if split.ok:
         return split.response
     match mode:
@@ -100,15 +100,15 @@ def _shown_text(split: Split, text: str, mode: MalformedMode) -> str | None:
             return NULL_TEXT
         case "score_all":
             return text
-    raise UserError(f"malformed mode {mode!r} is unknown: use penalty, null or score_all")
+    raise UserError(f"--model.malformed is {mode!r}, which is unknown; use penalty, null or score_all.")
 
 
-def _checked(scores: Tensor, name: str, count: int) -> Tensor:
-    """`scores` as float32 on the CPU, if they are `count` finite numbers."""
+def _check_scores(scores: Tensor, name: str, count: int) -> Tensor:
+    """Converts scores to float32 on the CPU; raises BadScores unless they are `count` finite numbers."""
     if scores.shape != (count,):
-        raise BadScores(f"reward {name!r} gave scores of shape {list(scores.shape)} for {count} responses{_CURE}")
+        raise BadScores(f"reward {name!r} returned scores of shape {list(scores.shape)} for {count} responses{_FIX}")
     scores = scores.detach().to("cpu", torch.float32)
     bad = int((~scores.isfinite()).sum())
     if bad:
-        raise BadScores(f"reward {name!r} gave {bad} of {count} scores that are not finite{_CURE}")
+        raise BadScores(f"reward {name!r} returned {bad} of {count} scores that are not finite{_FIX}")
     return scores

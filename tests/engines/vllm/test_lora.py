@@ -1,4 +1,4 @@
-"""Adapters served by vLLM: after each sync it is the policy, and the frozen base never changes."""
+"""LoRA adapters in vLLM: log-probs equal the policy's after each sync, and the frozen base never changes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlmt.engines import VLLMEngine
-from rlmt.engines.vllm.lora import adapter_folder, launch_options
+from rlmt.engines.vllm import engine as engine_module
+from rlmt.engines.vllm.lora import MAX_LORA_RANKS, adapter_folder, lora_engine_args
 from rlmt.errors import UserError
 from rlmt.models import NF4, LoRA, loading
 from rlmt.models.adapters import adapter_weights, base_tensors, trainable_parameters
@@ -24,7 +25,7 @@ needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 
 
 class World:
-    """A policy with an adapter, and an engine that serves it."""
+    """A policy with an adapter, and a running engine that serves it."""
 
     def __init__(self, policy: PreTrainedModel, helpers: Any, **options: Any) -> None:
         self.policy, self.helpers, self.version, self.base_reads = policy.train(), helpers, 0, 0
@@ -53,9 +54,18 @@ class World:
         return self.helpers.mismatch(self.policy, requests, samples, 0.7)  # type: ignore[no-any-return]
 
     def bits(self) -> dict[str, Tensor]:
-        """The frozen base as it lies in memory, and the statistics of 4-bit weights."""
+        """Copies of the frozen base's tensors, including the statistics of 4-bit weights."""
         state = self.policy.state_dict()
         return {name: tensor.clone() for name, tensor in state.items() if ".lora_" not in name}
+
+
+@pytest.fixture
+def memory_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Replaces /dev/shm, where other processes may have temporary folders."""
+    folder = tmp_path / "memory"
+    folder.mkdir()
+    monkeypatch.setattr("rlmt.engines.vllm.temporary_folders._MEMORY", folder)
+    return folder
 
 
 def load(helpers: Any, architecture: str, tmp_path: Path, quantization: NF4 | None) -> PreTrainedModel:
@@ -68,12 +78,20 @@ def load(helpers: Any, architecture: str, tmp_path: Path, quantization: NF4 | No
     ("architecture", "quantization", "options"),
     [
         ("llama-tied", None, {"rank": 12, "alpha": 12, "rslora": True}),
-        ("qwen2-untied", NF4(), {"rank": 16, "target_modules": ["q_proj", "v_proj", "down_proj"]}),
+        pytest.param(
+            *("qwen2-untied", NF4(), {"rank": 16, "target_modules": ["q_proj", "v_proj", "down_proj"]}),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["LoRA", "QLoRA"],
 )
-def test_a_hundred_syncs_leave_the_base_alone_and_the_engine_exact(
-    architecture: str, quantization: NF4 | None, options: dict[str, Any], helpers: Any, tmp_path: Path
+def test_base_is_unchanged_and_logprobs_exact_over_100_syncs(
+    architecture: str,
+    quantization: NF4 | None,
+    options: dict[str, Any],
+    helpers: Any,
+    tmp_path: Path,
+    memory_folder: Path,
 ) -> None:
     policy = load(helpers, architecture, tmp_path, quantization)
     LoRA(**options).add_to(policy)
@@ -87,11 +105,11 @@ def test_a_hundred_syncs_leave_the_base_alone_and_the_engine_exact(
                 assert world.mismatch(requests) < 1e-3
             if step == 0:
                 world.train()
-                assert world.mismatch(requests) > 1e-2  # the engine's prefixes are stale from here on
+                assert world.mismatch(requests) > 1e-2  # the engine's cached prefixes are stale from here on
                 continue
             world.train()
         assert world.base_reads == 1
-        assert not list(Path("/dev/shm").glob("rlmt-scratch-adapter-*"))
+        assert not list(memory_folder.iterdir())
         after = world.bits()
         assert after.keys() == bits.keys()
         assert all(torch.equal(after[name], tensor) for name, tensor in bits.items())
@@ -100,7 +118,7 @@ def test_a_hundred_syncs_leave_the_base_alone_and_the_engine_exact(
 
 
 @needs_vllm
-def test_merged_weights_serve_what_an_adapter_would_and_dora(helpers: Any, tmp_path: Path) -> None:
+def test_merged_weights_serve_dora_on_a_quantized_base(helpers: Any, tmp_path: Path) -> None:
     policy = load(helpers, "qwen2-tied", tmp_path, NF4())
     LoRA(rank=4, dora=True).add_to(policy)
     with pytest.raises(UserError, match=r"DoRA; use --data.engine.serve merged"):
@@ -122,71 +140,71 @@ def test_merged_weights_serve_what_an_adapter_would_and_dora(helpers: Any, tmp_p
 
 
 @needs_vllm
-def test_an_engine_that_rounds_the_base_is_near_the_policy_and_no_nearer(helpers: Any) -> None:
-    """Saves memory for a gap that is logged; the adapter on top is not rounded."""
+def test_quantized_engine_approximates_the_policy(helpers: Any) -> None:
+    """The base is quantized, which costs a measured mismatch; the adapter is not."""
     policy = helpers.policy("llama-untied").bfloat16()
     for p in policy.parameters():
-        p.data /= 4  # of an ordinary size, so that rounding is of an ordinary size
+        p.data /= 4  # weights of a usual scale, so that the rounding error has a usual scale
     LoRA(rank=8).add_to(policy)
     world = World(policy, helpers, quantization="fp8_per_channel")
     try:
         requests = [SampleRequest(prompt, [i, i + 9]) for i, prompt in enumerate(helpers.prompts(4, 70))]
-        gaps = []
+        mismatches = []
         for _ in range(3):
             world.sync()
-            gaps.append(world.mismatch(requests))
+            mismatches.append(world.mismatch(requests))
             world.train()
-        assert world.mismatch(requests) > 4 * max(gaps)  # stale: the adapter counts for more than the rounding
-        assert world.base_reads == 1 and all(1e-3 < gap < 0.5 for gap in gaps), gaps
+        assert world.mismatch(requests) > 4 * max(mismatches)  # stale: the adapter changes more
+        assert world.base_reads == 1 and all(1e-3 < value < 0.5 for value in mismatches), mismatches
     finally:
         world.engine.close()
 
 
 @needs_vllm
-def test_layers_that_vllm_does_not_know_are_refused_at_start(helpers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last word is vLLM's own, on the adapter itself."""
-    from rlmt.engines import vllm as module
-
+def test_adapter_of_unknown_layers_raises_at_start(
+    helpers: Any, memory_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM itself checks the adapter's layer names."""
     policy = helpers.policy("llama-tied")
     LoRA(rank=2, target_modules=["q_proj"]).add_to(policy)
-    whole = adapter_weights(policy)
-    assert whole is not None
-    renamed = {name.replace("q_proj", "query"): tensor for name, tensor in whole.tensors.items()}
-    monkeypatch.setattr(module, "adapter_weights", lambda policy: AdapterWeights(whole.config, renamed))
+    complete = adapter_weights(policy)
+    assert complete is not None
+    renamed = {name.replace("q_proj", "query"): tensor for name, tensor in complete.tensors.items()}
+    monkeypatch.setattr(engine_module, "adapter_weights", lambda policy: AdapterWeights(complete.config, renamed))
     engine = VLLMEngine(cpu_kv_cache_gib=0.1, max_num_seqs=8)
     with pytest.raises(
         UserError, match=r"cannot serve this adapter: .*query.*; use --data.engine.serve merged"
-    ) as told:
+    ) as caught:
         engine.start(policy, helpers.tokenizer(), helpers.max_len, torch.float32)
-    assert "\n" not in str(told.value)
-    assert engine._llm is None and not list(Path("/dev/shm").glob("rlmt-scratch-adapter-*"))
+    assert "\n" not in str(caught.value)
+    assert engine._llm is None and not list(memory_folder.iterdir())
 
 
-def test_adapters_that_vllm_cannot_serve_are_refused_with_the_cure(helpers: Any) -> None:
+def test_unsupported_adapters_raise_with_the_fix(helpers: Any) -> None:
     policy = helpers.policy("llama-tied")
     good = LoRA(rank=512).config(policy)
     VLLMEngine().check_adapter(good)
     bad = [LoRA(dora=True).config(policy), LoRA(rank=513).config(policy), good | {"modules_to_save": ["lm_head"]}]
-    for config, words in zip(bad, ("DoRA", "ranks up to 512, and this one is 513", "more than low-rank"), strict=True):
-        with pytest.raises(UserError, match=f"{words}.*; use --data.engine.serve merged"):
+    for config, reason in zip(
+        bad, ("DoRA", "ranks up to 512, but the adapter's rank is 513", "more than low-rank"), strict=True
+    ):
+        with pytest.raises(UserError, match=f"{reason}.*; use --data.engine.serve merged"):
             VLLMEngine().check_adapter(config)
         VLLMEngine(serve="merged").check_adapter(config)
 
 
 @needs_vllm
-def test_vllm_makes_room_for_the_next_larger_rank(helpers: Any) -> None:
+def test_max_lora_rank_is_the_next_larger_that_vllm_supports(helpers: Any) -> None:
     from typing import get_args
 
     from vllm.config.lora import MaxLoRARanks
 
-    from rlmt.engines.vllm.lora import RANKS
-
-    assert set(RANKS) <= set(get_args(MaxLoRARanks))
-    for rank, wanted in ((1, 8), (8, 8), (9, 16), (300, 320), (512, 512)):
-        assert launch_options({"r": rank})["max_lora_rank"] == wanted
+    assert set(MAX_LORA_RANKS) <= set(get_args(MaxLoRARanks))
+    for rank, expected in ((1, 8), (8, 8), (9, 16), (300, 320), (512, 512)):
+        assert lora_engine_args({"r": rank})["max_lora_rank"] == expected
 
 
-def test_the_folder_is_what_peft_loads_and_is_gone_afterwards(helpers: Any) -> None:
+def test_adapter_folder_loads_in_peft_and_is_temporary(helpers: Any) -> None:
     from peft import PeftModel
 
     policy = helpers.policy("llama-untied").eval()
@@ -198,39 +216,39 @@ def test_the_folder_is_what_peft_loads_and_is_gone_afterwards(helpers: Any) -> N
     with adapter_folder(adapter) as folder:
         files = {file.name for file in Path(folder).iterdir() if not file.name.startswith(".")}
         assert files == {"adapter_config.json", "adapter_model.safetensors"}
-        theirs: Any = PeftModel.from_pretrained(helpers.policy("llama-untied").eval(), folder)
+        loaded: Any = PeftModel.from_pretrained(helpers.policy("llama-untied").eval(), folder)
     assert not Path(folder).exists()
     ids = torch.arange(30)[None]
     with torch.no_grad():
-        torch.testing.assert_close(theirs(input_ids=ids).logits, policy(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(loaded(input_ids=ids).logits, policy(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
     with pytest.raises(RuntimeError, match="boom"), adapter_folder(adapter) as folder:
         raise RuntimeError("boom")
     assert not Path(folder).exists()
 
 
 @needs_vllm
-def test_after_sleeping_on_a_gpu_the_base_comes_again(helpers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stands in for vllm.LLM, since sleeping takes a GPU."""
+def test_base_is_reloaded_after_sleep_mode(helpers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaces vllm.LLM, since sleep mode needs a GPU."""
     calls: list[str] = []
 
     class Recorder:
         def __init__(self) -> None:
-            self.llm_engine, self.held = self, set[int]()
+            self.llm_engine, self.loras = self, set[int]()
 
         def collective_rpc(self, name: str, kwargs: dict[str, Any]) -> None:
             calls.append(f"{name} {len(list(kwargs['weights_iterator']))}")
-            self.held.clear()  # as vLLM does
+            self.loras.clear()  # as vLLM does
 
         def list_loras(self) -> set[int]:
-            return set(self.held)
+            return set(self.loras)
 
         def add_lora(self, request: Any) -> None:
             assert Path(request.lora_path, "adapter_model.safetensors").is_file()
-            self.held.add(request.lora_int_id)
+            self.loras.add(request.lora_int_id)
             calls.append(f"add {request.lora_int_id}")
 
         def remove_lora(self, number: int) -> None:
-            self.held.remove(number)
+            self.loras.remove(number)
             calls.append(f"remove {number}")
 
         def wake_up(self, tags: list[str]) -> None:

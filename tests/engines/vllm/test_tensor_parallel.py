@@ -1,8 +1,7 @@
-"""One vLLM over two processes, which both have to ask it. tests/test_fsdp.py trains with it."""
+"""Tensor parallelism of vLLM over two ranks; tests/end_to_end/test_fsdp.py trains with it."""
 
 import importlib.util
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,79 +20,88 @@ needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    script = Path(__file__).with_name("tp_ranks.py")
-    ranks = [subprocess.Popen([sys.executable, str(script), str(rank), str(folder)]) for rank in range(2)]
-    assert [rank.wait(timeout=500) for rank in ranks] == [0, 0]
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+def run_case(run_ranks: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """`run_case("merged")`: what a function of tp_ranks.py returns on each of two ranks."""
+
+    def run(case: str) -> list[Any]:
+        folder = tmp_path_factory.mktemp("ranks")
+        run_ranks(Path(__file__).with_name("tp_ranks.py"), folder, case)
+        return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def results(run_case: Callable[[str], Any]) -> list[dict[str, Any]]:
+    return run_case("all_weights")
 
 
 @needs_vllm
-def test_together_they_are_the_policy_and_each_holds_a_part(results: list[dict[str, Any]]) -> None:
-    for rank in results:
-        found = rank["all weights"]
-        assert found["shape"] == (384 // 2, 2 // 2)  # rows are filled up to a multiple of 64
+def test_logprobs_equal_the_policys_and_layers_are_sharded(results: list[dict[str, Any]]) -> None:
+    for found in results:
+        assert found["shape"] == (384 // 2, 2 // 2)  # rows are padded to a multiple of 64
         assert max(found["mismatch"]) < 1e-3 and found["stale"] > 1e-2
-        assert found["refused"].startswith("1 of the policy's weights were not passed to sync")
+        assert found["missing weight"].startswith("1 of the policy's weights were not passed to sync")
 
 
 @needs_vllm
-def test_a_sample_is_the_same_whichever_rank_asks_for_it(results: list[dict[str, Any]]) -> None:
-    first, second = (rank["all weights"] for rank in results)
+def test_samples_do_not_depend_on_the_rank_that_requests_them(results: list[dict[str, Any]]) -> None:
+    first, second = results
     assert [len(found["uneven"]) for found in (first, second)] == [6, 4]
-    assert [first["one rank asks"], second["one rank asks"]] == [first["uneven"] + second["uneven"], []]
+    assert [first["one rank requests"], second["one rank requests"]] == [first["uneven"] + second["uneven"], []]
     for found in (first, second):
-        assert found["afterwards"] == found["uneven"] and found["nobody asks"] == []
+        assert found["after an error"] == found["uneven"] and found["no rank requests"] == []
 
 
 @needs_vllm
-def test_a_prompt_without_room_is_told_by_all_its_ranks(results: list[dict[str, Any]]) -> None:
-    first, second = (rank["all weights"]["said"] for rank in results)
+def test_too_long_prompt_raises_on_all_ranks_of_the_group(results: list[dict[str, Any]]) -> None:
+    first, second = (rank["error"] for rank in results)
     assert first == second and "256 tokens leaves no room" in first
 
 
 @needs_vllm
-def test_merged_adapters_are_cut_as_well(results: list[dict[str, Any]]) -> None:
-    for rank in results:
-        fresh, stale = rank["merged"][::2], rank["merged"][1::2]
-        assert len(fresh) == 2 and max(fresh) < 1e-3 and min(stale) > 1e-2
+@pytest.mark.slow
+def test_merged_adapters_are_sharded(run_case: Callable[[str], Any]) -> None:
+    for mismatches in run_case("merged"):
+        synced, stale = mismatches[::2], mismatches[1::2]
+        assert len(synced) == 2 and max(synced) < 1e-3 and min(stale) > 1e-2
 
 
 @pytest.mark.parametrize(
-    ("size", "ranks", "says"),
+    ("size", "ranks", "message"),
     [
-        (2, 1, r"tensor_parallel_size is 2: .*this run has one; set .*--trainer\.devices 2"),
-        (3, 4, r"tensor_parallel_size is 3: it has to divide the 4 processes"),
-        (4, 2, r"tensor_parallel_size is 4: it has to divide the 2 processes"),
-        (0, 2, r"tensor_parallel_size is 0: give 1"),
+        (2, 1, r"tensor_parallel_size is 2, but this run has one process: set .*--trainer\.devices 2"),
+        (3, 4, r"tensor_parallel_size is 3: it must divide the 4 processes"),
+        (4, 2, r"tensor_parallel_size is 4: it must divide the 2 processes"),
     ],
 )
-def test_ranks_that_cannot_be_grouped_are_refused(size: int, ranks: int, says: str) -> None:
-    with pytest.raises(UserError, match=says) as caught:
+def test_check_ranks_rejects_indivisible_world_sizes(size: int, ranks: int, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
         check_ranks(size, ranks)
     assert "\n" not in str(caught.value)
 
 
-def test_ranks_that_can_be_grouped_pass() -> None:
+def test_check_ranks_accepts_divisible_world_sizes() -> None:
     for size, ranks in ((1, 1), (1, 3), (2, 2), (2, 6), (8, 16)):
         check_ranks(size, ranks)
 
 
-@pytest.mark.parametrize(("size", "says"), [(8, "12 attention heads"), (3, "4 key-value heads")])
-def test_heads_that_cannot_be_shared_out_are_refused(size: int, says: str) -> None:
+@pytest.mark.parametrize(("size", "message"), [(8, "12 attention heads"), (3, "4 key-value heads")])
+def test_check_policy_rejects_indivisible_heads(size: int, message: str) -> None:
     config = LlamaConfig(hidden_size=96, num_attention_heads=12, num_key_value_heads=4)
-    with pytest.raises(UserError, match=f"tensor_parallel_size is {size}: it has to divide the policy's {says}"):
+    with pytest.raises(UserError, match=f"tensor_parallel_size is {size}: it must divide the policy's {message}"):
         VLLMEngine(tensor_parallel_size=size).check_policy(config)
-    for fits in (1, 2, 4, 12):  # of key-value heads each of 12 ranks has a copy of one
-        check_heads(fits, config)
+    for divisor in (1, 2, 4, 12):  # with 12, each rank has a copy of one key-value head
+        check_heads(divisor, config)
 
 
 @needs_vllm
-@pytest.mark.parametrize(("ranks", "says"), [(1, "this run has one"), (8, "divide the policy's 2 attention heads")])
-def test_a_run_that_it_does_not_fit_ends_before_any_model_is_loaded(
+@pytest.mark.parametrize(
+    ("ranks", "message"), [(1, "run has one process"), (8, "divide the policy's 2 attention heads")]
+)
+def test_invalid_size_ends_the_run_before_any_model_is_loaded(
     ranks: int,
-    says: str,
+    message: str,
     tiny: Path,
     prompts_file: Path,
     tmp_path: Path,
@@ -104,7 +112,7 @@ def test_a_run_that_it_does_not_fit_ends_before_any_model_is_loaded(
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(loading, "load_policy", forbidden)
-    monkeypatch.setattr("rlmt.engines.vllm.engine.ranks", SimpleNamespace(size=lambda: ranks))
+    monkeypatch.setattr("rlmt.engines.vllm.engine.collectives", SimpleNamespace(world_size=lambda: ranks))
     options = {
         "--model.policy": tiny / "policy",
         "--model.reward.model": tiny / "reward",
@@ -120,4 +128,4 @@ def test_a_run_that_it_does_not_fit_ends_before_any_model_is_loaded(
     configs = [word for name in ("base", "grpo", "tiny") for word in ("--config", name)]
     assert main(["fit", *configs, *(str(word) for pair in options.items() for word in pair)]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rlmt: error")]
-    assert "--data.engine.tensor_parallel_size is 8" in line and says in line
+    assert "--data.engine.tensor_parallel_size is 8" in line and message in line

@@ -1,4 +1,4 @@
-"""One of two ranks, started by test_tensor_parallel.py: one vLLM over both."""
+"""One of two ranks of a tensor-parallel vLLM, started by test_tensor_parallel.py."""
 
 import sys
 from pathlib import Path
@@ -21,21 +21,21 @@ from rlmt.types import SampleRequest, Sampling  # noqa: E402
 SAMPLING = Sampling(0.7, 24)
 REQUESTS = [SampleRequest(prompt, [i, 2**63 - 1 - i]) for i, prompt in enumerate(Helpers.prompts(5, 70))]
 UNEVEN = [REQUESTS[:3], REQUESTS[3:]]
-"""What each rank asks for."""
+"""Requests of each rank."""
 
 
-def started(policy: PreTrainedModel, **options: Any) -> VLLMEngine:
+def start(policy: PreTrainedModel, **options: Any) -> VLLMEngine:
     engine = VLLMEngine(cpu_kv_cache_gib=0.1, max_num_seqs=64, tensor_parallel_size=2, **options)
     engine.start(policy, Helpers.tokenizer(), MAX_LEN, torch.float32)
     return engine
 
 
 def shape(model: Any) -> tuple[int, int]:
-    """Rows of the embeddings and attention heads that are here."""
+    """Rows of the embeddings and attention heads of this rank's shard."""
     return len(model.model.embed_tokens.weight), model.model.layers[0].self_attn.num_heads
 
 
-def said(engine: VLLMEngine, requests: list[SampleRequest]) -> str:
+def error_of(engine: VLLMEngine, requests: list[SampleRequest]) -> str:
     try:
         engine.generate(requests, SAMPLING)
     except UserError as error:
@@ -44,9 +44,9 @@ def said(engine: VLLMEngine, requests: list[SampleRequest]) -> str:
 
 
 def all_weights(number: int) -> dict[str, Any]:
-    """A policy that is trained in full."""
+    """A policy of which all weights are trained."""
     policy = Helpers.policy("qwen2-tied")
-    engine = started(policy)
+    engine = start(policy)
     found: dict[str, Any] = {"shape": engine._llm.apply_model(shape)[0], "mismatch": []}
     for version in (1, 2):
         engine.sync(policy.state_dict().items(), version)
@@ -56,51 +56,46 @@ def all_weights(number: int) -> dict[str, Any]:
     found["stale"] = Helpers.mismatch(policy, UNEVEN[number], samples, SAMPLING.temperature)
     assert samples.weight_version == 2
     found["uneven"] = samples.completion_ids
-    found["one rank asks"] = engine.generate([REQUESTS, []][number], SAMPLING).completion_ids
-    found["nobody asks"] = engine.generate([], SAMPLING).completion_ids
-    found["said"] = said(engine, [REQUESTS[0], SampleRequest([5] * MAX_LEN, [0])] if number else REQUESTS[:1])
-    found["afterwards"] = engine.generate(UNEVEN[number], SAMPLING).completion_ids
+    found["one rank requests"] = engine.generate([REQUESTS, []][number], SAMPLING).completion_ids
+    found["no rank requests"] = engine.generate([], SAMPLING).completion_ids
+    found["error"] = error_of(engine, [REQUESTS[0], SampleRequest([5] * MAX_LEN, [0])] if number else REQUESTS[:1])
+    found["after an error"] = engine.generate(UNEVEN[number], SAMPLING).completion_ids
     names = dict(policy.named_parameters())  # one name less than state_dict(), since embeddings are tied
     try:
         engine.sync(names.items(), 3)
     except ValueError as error:
-        found["refused"] = str(error)
+        found["missing weight"] = str(error)
     engine.close()
     assert distributed.is_initialized()  # the trainer's own
     return found
 
 
 def merged(number: int) -> list[float]:
-    """An adapter that vLLM gets within the weights: gaps after each sync, between them those of stale weights."""
+    """An adapter merged into the weights: mismatch after each sync, alternating with that of stale weights."""
     policy = Helpers.policy("qwen2-untied")
     torch.manual_seed(1)
     LoRA(rank=4, dora=True).add_to(policy)
-    engine = started(policy, serve="merged")
+    engine = start(policy, serve="merged")
     optimizer = torch.optim.AdamW(trainable_parameters(policy), lr=0.02)
     ids = torch.arange(40)[None] % 300
-    gaps = []
+    mismatches = []
     for version in (1, 2):
         policy(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         if version > 1:
-            gaps.append(gap(engine, policy, number))
+            mismatches.append(mismatch(engine, policy, number))
         engine.sync(base_tensors(policy).items(), version, adapter_weights(policy))
-        gaps.append(gap(engine, policy, number))
+        mismatches.append(mismatch(engine, policy, number))
     engine.close()
-    return gaps
+    return mismatches
 
 
-def gap(engine: VLLMEngine, policy: PreTrainedModel, number: int) -> float:
+def mismatch(engine: VLLMEngine, policy: PreTrainedModel, number: int) -> float:
     samples = engine.generate(UNEVEN[number], SAMPLING)
     return Helpers.mismatch(policy, UNEVEN[number], samples, SAMPLING.temperature)
 
 
-def main(number: int, folder: Path) -> None:
-    torch.set_num_threads(1)  # two processes on what may be two cores
+def main(number: int, folder: Path, case: str) -> None:
     distributed.init_process_group("gloo", f"file://{folder / 'store'}", world_size=2, rank=number)
-    torch.save({"all weights": all_weights(number), "merged": merged(number)}, folder / f"rank{number}.pt")
+    torch.save({"all_weights": all_weights, "merged": merged}[case](number), folder / f"rank{number}.pt")
     distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))

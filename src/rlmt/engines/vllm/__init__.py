@@ -1,4 +1,4 @@
-"""vLLM in the process of the trainer. Importing this package does not import vLLM."""
+"""Engine on vLLM in the trainer's process. Importing this package does not import vLLM."""
 
 from rlmt.engines.vllm.engine import VLLMEngine
 

@@ -1,4 +1,7 @@
-"""vLLM as a guest in the trainer's process: what it changes there is put back, and what it keeps to itself is heard."""
+"""Isolation of vLLM within the trainer's process.
+
+vLLM changes process-wide state, which is restored here, and reports some failures only in its log, which is read here.
+"""
 
 from __future__ import annotations
 
@@ -19,55 +22,55 @@ from rlmt.distributed import collectives
 
 @contextmanager
 def preserve_process_state() -> Iterator[None]:
-    """Puts back what vLLM changes in the process that it starts in."""
+    """Restores the process state that vLLM changes: random states, default dtype, threads and the exception hook."""
     dtype, threads, hook = torch.get_default_dtype(), torch.get_num_threads(), sys.excepthook
     set_num_threads = torch.set_num_threads
     try:
         with isolate_rng():  # vLLM seeds Python, NumPy and torch
             yield
     finally:
-        # vLLM's CPU worker replaces set_num_threads by a warning, since it binds threads in processes of its own. It
-        # binds none here.
+        # vLLM's CPU worker replaces set_num_threads by a warning, since it binds the threads of its worker processes.
+        # In this process it binds none.
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(threads)
         torch.set_default_dtype(dtype)
-        sys.excepthook = hook  # torch.distributed puts the rank before every line of a traceback
+        sys.excepthook = hook  # torch.distributed's hook prefixes every line of a traceback with the rank
 
 
 @contextmanager
 def rank_environment() -> Iterator[None]:
-    """Tells vLLM, which reads the environment, which rank of a run this process is; without effect on one process."""
+    """Sets the environment variables from which vLLM reads this process's rank; a no-op in a single process."""
     if collectives.world_size() == 1:
         yield
         return
-    number = str(collectives.rank())
-    # On GPUs vLLM takes it for the number of its own, which need not be the rank's (--trainer.devices "[2,3]").
+    rank = str(collectives.rank())
+    # vLLM uses LOCAL_RANK as the GPU index, which can differ from the rank (--trainer.devices "[2,3]").
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         local = str(torch.cuda.current_device())
     else:
-        local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or number
-    # On a CPU vLLM would bind the threads of every rank to the same cores.
-    names = {"RANK": number, "LOCAL_RANK": local, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    with mock.patch.dict(os.environ, names):
+        local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or rank
+    # On a CPU vLLM would bind the threads of all ranks to the same cores.
+    variables = {"RANK": rank, "LOCAL_RANK": local, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    with mock.patch.dict(os.environ, variables):
         yield
 
 
 @contextmanager
-def collect_not_loaded() -> Iterator[list[str]]:
-    """Collects vLLM's complaints about weights that a reload left as they were; it raises nothing."""
-    complaints: list[str] = []
+def collect_load_warnings() -> Iterator[list[str]]:
+    """Collects vLLM's warnings about weights that a reload did not load, since vLLM raises no exception for them."""
+    warnings: list[str] = []
 
     class Collector(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             if "not loaded" in record.getMessage():
-                complaints.append(record.getMessage())
+                warnings.append(record.getMessage())
 
     logger = logging.getLogger("vllm.model_executor.model_loader.reload.inplace")
     handler, level = Collector(), logger.level
     logger.addHandler(handler)
-    logger.setLevel(logging.WARNING)  # of this logger alone: the handler that prints keeps its own level
+    logger.setLevel(logging.WARNING)  # of this logger only: the handler that prints keeps its own level
     try:
-        yield complaints
+        yield warnings
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
@@ -75,7 +78,7 @@ def collect_not_loaded() -> Iterator[list[str]]:
 
 @contextmanager
 def keep_process_group() -> Iterator[None]:
-    """Keeps the trainer's default process group alive while vLLM, which destroys it without asking, shuts down."""
+    """Keeps the trainer's default process group alive while vLLM shuts down, which would destroy it."""
     destroy = distributed.destroy_process_group
 
     def destroy_others(group: Any = None) -> None:

@@ -1,56 +1,59 @@
-"""How an adapter reaches vLLM: a folder of PEFT's format in memory, gone as soon as vLLM has read it."""
+"""LoRA adapters in vLLM: served from a temporary folder in PEFT's format, or merged into the weights."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from rlmt.engines.vllm.temporary_folders import TemporaryFolder
+from rlmt.models.adapters import merge_adapter
 from rlmt.types import AdapterWeights
 
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Ranks that vLLM makes room for."""
+MAX_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values of vLLM's `max_lora_rank` in use here."""
 
 
 class LoRASlot:
-    """vLLM's one place for an adapter: holds the newest and no other, each under a name and a number of its own.
+    """The only adapter slot of a running vLLM: holds the newest adapter, each under a new name and id.
 
     Args:
-        engine: a running vLLM's `llm_engine`, started with `launch_options`.
+        engine: The `llm_engine` of a running `vllm.LLM` that was started with `lora_engine_args`.
     """
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
-        self._number = 0
+        self._id = 0
         self.request: Any = None
-        """What `LLM.generate` takes to sample with the adapter."""
+        """The LoRARequest for `LLM.generate`; None before the first adapter."""
 
-    def put(self, adapter: AdapterWeights) -> None:
+    def load(self, adapter: AdapterWeights) -> None:
         """Replaces the adapter.
 
         Raises:
-            ValueError: vLLM cannot serve such a one.
+            ValueError: vLLM cannot serve this adapter.
+            RuntimeError: vLLM holds another adapter beside it.
         """
         from vllm.lora.request import LoRARequest
 
         for old in self._engine.list_loras():
             self._engine.remove_lora(old)
-        self._number += 1
+        self._id += 1
         with adapter_folder(adapter) as folder:
-            self.request = LoRARequest(f"policy-{self._number}", self._number, folder)
+            self.request = LoRARequest(f"policy-{self._id}", self._id, folder)
             self._engine.add_lora(self.request)
-        if self._engine.list_loras() != {self._number}:
-            raise RuntimeError(f"vLLM holds the adapters {self._engine.list_loras()}, not {self._number} alone")
+        if self._engine.list_loras() != {self._id}:
+            raise RuntimeError(f"vLLM holds the adapters {self._engine.list_loras()} instead of only {self._id}.")
 
 
 @contextmanager
 def adapter_folder(adapter: AdapterWeights) -> Iterator[str]:
-    """Path of a folder that holds the adapter, in memory where the system has such a place; removed at the end."""
+    """Yields the path of a temporary folder with the adapter, in shared memory where the system has it."""
     with TemporaryFolder("adapter", in_memory=True) as folder:
         write_adapter(adapter, Path(folder))
         yield folder
@@ -63,18 +66,24 @@ def write_adapter(adapter: AdapterWeights, folder: Path) -> None:
     save_file(tensors, folder / "adapter_model.safetensors")
 
 
-def launch_options(config: dict[str, Any]) -> dict[str, Any]:
-    """What `vllm.LLM` takes to make room for an adapter of this configuration."""
-    rank = next(rank for rank in RANKS if rank >= config["r"])
+def merge_adapters(weights: Iterable[tuple[str, Tensor]], adapter: AdapterWeights) -> Iterator[tuple[str, Tensor]]:
+    """Yields the weights with the adapter merged into them, one copied tensor at a time."""
+    for name, tensor in weights:
+        yield name, merge_adapter(name, tensor, adapter)
+
+
+def lora_engine_args(config: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` that reserve a slot for an adapter of this configuration."""
+    rank = next(rank for rank in MAX_LORA_RANKS if rank >= config["r"])
     return {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1}
 
 
 def unsupported_reason(config: dict[str, Any]) -> str | None:
-    """Why vLLM cannot serve an adapter of this configuration, as far as that tells, or None."""
+    """Reason why vLLM cannot serve an adapter, as far as its configuration shows, or None."""
     if config["use_dora"]:
-        return "vLLM does not know DoRA"
-    if config["r"] > RANKS[-1]:
-        return f"vLLM takes ranks up to {RANKS[-1]}, and this one is {config['r']}"
+        return "vLLM does not support DoRA"
+    if config["r"] > MAX_LORA_RANKS[-1]:
+        return f"vLLM supports ranks up to {MAX_LORA_RANKS[-1]}, but the adapter's rank is {config['r']}"
     if config["bias"] != "none" or config["modules_to_save"]:
-        return "it changes more than low-rank matrices"
+        return "it trains more than low-rank matrices"
     return None

@@ -1,4 +1,4 @@
-"""How vLLM in the trainer's process is asked for one sample."""
+"""Sampling settings in vLLM's terms, for the engine in this process and for its OpenAI-compatible server."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 from rlmt.types import Sampling
 
 
-def sampling_params(sampling: Sampling, seed: int, space: int) -> Any:
-    """Makes the SamplingParams of one sample.
+def sampling_params(sampling: Sampling, seed: int, room: int) -> Any:
+    """Builds the `vllm.SamplingParams` of one sample.
 
     Args:
-        sampling: temperature, limits and stops; nothing else ends a sample, not even the end-of-text token.
-        seed: of this sample.
-        space: tokens that fit behind its prompt.
+        sampling: Temperature, limits and stops; nothing else ends a sample, not even the end-of-text token.
+        seed: Seed of this sample.
+        room: Number of tokens that fit after its prompt.
     """
     from vllm import SamplingParams
 
@@ -21,13 +21,38 @@ def sampling_params(sampling: Sampling, seed: int, space: int) -> Any:
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         seed=seed,
-        max_tokens=min(sampling.max_new_tokens, space),
+        max_tokens=min(sampling.max_new_tokens, room),
         stop=list(sampling.stop) or None,
         include_stop_str_in_output=True,
         stop_token_ids=list(sampling.stop_token_ids) or None,
         ignore_eos=True,
         detokenize=bool(sampling.stop),
         skip_special_tokens=False,
-        logprobs=0,  # of the sampled token alone
+        logprobs=0,  # of the sampled token only
         flat_logprobs=True,
     )
+
+
+def completion_options(sampling: Sampling, seed: int, room: int) -> dict[str, Any]:
+    """Builds the options of one sample for the OpenAI client's `completions.create`.
+
+    Args:
+        sampling: Temperature, limits and stops; nothing else ends a sample, not even the end-of-text token.
+        seed: Seed of this sample.
+        room: Number of tokens that fit after its prompt.
+    """
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "seed": seed,
+        "max_tokens": min(sampling.max_new_tokens, room),
+        "stop": list(sampling.stop),
+        "logprobs": 0,  # of the sampled token only
+        "extra_body": {
+            "include_stop_str_in_output": True,
+            "stop_token_ids": list(sampling.stop_token_ids),
+            "ignore_eos": True,
+            "skip_special_tokens": False,
+            "return_token_ids": True,
+        },
+    }

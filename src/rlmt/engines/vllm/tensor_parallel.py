@@ -1,7 +1,7 @@
-"""One vLLM over several ranks (tensor parallelism): which ranks hold it together, and how they share their requests.
+"""Tensor parallelism of the in-process vLLM over neighbouring ranks: checks, and the exchange of requests.
 
-Each rank of such a group runs vLLM's whole loop, on the same requests in the same order; only what its GPU computes is
-a part. So all of them have to be asked together, and all of them draw every sample.
+Each rank of a tensor-parallel group runs vLLM's whole scheduler loop on the same requests in the same order; only the
+model computation is sharded. So all ranks of a group call vLLM together, and all of them sample every completion.
 """
 
 from __future__ import annotations
@@ -21,65 +21,78 @@ _OPTION = "--data.engine.tensor_parallel_size"
 
 
 def check_ranks(size: int, ranks: int) -> None:
-    """Raises UserError unless a run of `ranks` processes can be cut into groups of `size`."""
+    """Checks that the ranks of a run can form tensor-parallel groups.
+
+    Args:
+        size: Ranks per group.
+        ranks: Ranks of the run.
+
+    Raises:
+        UserError: `size` does not divide `ranks`, or the run has a single process.
+    """
     if size > 1 and ranks == 1:
         raise UserError(
-            f"{_OPTION} is {size}: it cuts vLLM over the processes of a run, and this run has one; set "
-            f"--config ddp or fsdp with --trainer.devices {size}, or leave the option out"
+            f"{_OPTION} is {size}, but this run has one process: set --config ddp or fsdp with --trainer.devices "
+            f"{size}, or leave the option out."
         )
-    if size < 1:
-        raise UserError(f"{_OPTION} is {size}: give 1, or a divisor of the number of processes")
     if ranks % size:
-        raise UserError(f"{_OPTION} is {size}: it has to divide the {ranks} processes of this run")
+        raise UserError(f"{_OPTION} is {size}: it must divide the {ranks} processes of this run.")
 
 
 def check_heads(size: int, config: PretrainedConfig) -> None:
-    """Raises UserError unless vLLM can share a policy's attention heads out evenly.
+    """Checks that vLLM can divide the policy's attention heads evenly.
 
     Args:
-        size: ranks that hold the policy together.
-        config: the policy's.
+        size: Ranks per tensor-parallel group.
+        config: The policy's configuration.
+
+    Raises:
+        UserError: It cannot.
     """
     if size == 1:
         return
     text: Any = config.get_text_config()
     heads = text.num_attention_heads
     if heads % size:
-        raise UserError(f"{_OPTION} is {size}: it has to divide the policy's {heads} attention heads")
-    pairs = getattr(text, "num_key_value_heads", None) or heads
-    if pairs % size and size % pairs:
+        raise UserError(f"{_OPTION} is {size}: it must divide the policy's {heads} attention heads.")
+    key_value_heads = getattr(text, "num_key_value_heads", None) or heads
+    if key_value_heads % size and size % key_value_heads:
         raise UserError(
-            f"{_OPTION} is {size}: it has to divide the policy's {pairs} key-value heads, or be a multiple of them"
+            f"{_OPTION} is {size}: it must divide the policy's {key_value_heads} key-value heads, or be a multiple of "
+            "their number."
         )
 
 
-def requests_of_all(requests: Sequence[SampleRequest]) -> tuple[list[SampleRequest], slice]:
-    """What all ranks of this one's engine are asked for; collective among them, once the engine runs.
+def gather_requests(requests: Sequence[SampleRequest]) -> tuple[list[SampleRequest], slice]:
+    """Gathers the requests of all ranks of this rank's tensor-parallel group; collective within the running group.
 
     Args:
-        requests: this rank's; may be none.
+        requests: This rank's requests; may be empty.
 
     Returns:
-        The requests of all, in the order of ranks, and where this rank's samples are among theirs.
+        The requests of the group in the order of ranks, and the slice of its samples that belongs to this rank.
     """
     from vllm.distributed import get_tp_group
 
     group = get_tp_group()
-    each: list[list[SampleRequest]] = [[]] * group.world_size
-    distributed.all_gather_object(each, list(requests), group=group.cpu_group)
-    counts = [sum(len(request.seeds) for request in asked) for asked in each]
+    gathered: list[list[SampleRequest]] = [[]] * group.world_size
+    distributed.all_gather_object(gathered, list(requests), group=group.cpu_group)
+    counts = [sum(len(request.seeds) for request in of_rank) for of_rank in gathered]
     start = sum(counts[: group.rank_in_group])
-    return [request for asked in each for request in asked], slice(start, start + counts[group.rank_in_group])
+    return [request for of_rank in gathered for request in of_rank], slice(start, start + counts[group.rank_in_group])
 
 
 @contextmanager
-def over_gloo(wanted: bool) -> Iterator[None]:
-    """Lets the ranks of vLLM's CPU build talk over gloo while it starts, if that is wanted.
+def gloo_communicator(enabled: bool) -> Iterator[None]:
+    """Makes vLLM's CPU build communicate over gloo if it starts within this context.
 
-    Its own way is memory that they share, under a name that, for ranks started by others, is the same in every run of
-    a machine.
+    By default its ranks share memory under a name that, with the external launcher, is the same for every run on a
+    machine.
+
+    Args:
+        enabled: Whether to do so; otherwise the context is a no-op.
     """
-    if not wanted:
+    if not enabled:
         yield
         return
     from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator

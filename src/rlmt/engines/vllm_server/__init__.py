@@ -1,4 +1,4 @@
-"""vLLM servers in other processes, reached over HTTP."""
+"""Engine on vLLM servers in other processes, over HTTP."""
 
 from rlmt.engines.vllm_server.engine import VLLMServerEngine
 

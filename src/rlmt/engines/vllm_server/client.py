@@ -1,8 +1,7 @@
-"""One vLLM server over HTTP: what it is, which weights it holds, samples from it.
+"""HTTP client of one vLLM server: checks, weights sync and completions.
 
-What a server holds it tells itself: after its weights are loaded it is given their label (vLLM's `weight_version`),
-which is gone when it starts anew, and is another one after each load. So nothing here has to remember what became of a
-server.
+The server itself reports which weights it holds: after each load the client sets a new label there (vLLM's
+`weight_version`), which a restart resets. So the client does not have to track what happened to the server.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+from rlmt.engines.vllm.sampling import completion_options
 from rlmt.engines.vllm_server.weight_transfer import PublishedWeights
 from rlmt.errors import UserError
 from rlmt.types import FinishReason, Sampling
@@ -24,16 +24,16 @@ from rlmt.types import FinishReason, Sampling
 if TYPE_CHECKING:
     import httpx
 
-PATIENCE = 10.0
-"""Seconds to wait for a connection and for short answers."""
-SLOW_PATIENCE = 60.0
-"""Seconds to wait for a server's description of itself, which it gathers at the first call, and for its cache."""
+TIMEOUT = 10.0
+"""Seconds to wait for a connection, and for short answers."""
+SLOW_TIMEOUT = 60.0
+"""Seconds to wait for the server's configuration, which it collects at the first call, and for its prefix cache."""
 
-_DEV_MODE = "start it with VLLM_SERVER_DEV_MODE=1 in its environment (vLLM 0.32 or later), or weights cannot reach it"
+_DEV_MODE = "start it with VLLM_SERVER_DEV_MODE=1 in its environment (vLLM 0.32 or later), which weights sync requires"
 
 
 class ServerLost(Exception):
-    """The server cannot be used as it is; the message says why, and the cure where there is one."""
+    """The server is not usable; the message continues "vLLM server URL …" with the reason and, if known, the fix."""
 
 
 @dataclass(frozen=True)
@@ -46,285 +46,296 @@ class Completion:
 
 
 class ServerClient:
-    """A vLLM server at a URL; its methods want to be called while it is `connected`.
+    """A vLLM server at a URL; its methods require an open connection (`connect`).
 
     Args:
-        url: such as http://127.0.0.1:8000.
+        url: URL such as http://127.0.0.1:8000.
         key: API key, or None.
-        key_variable: environment variable that the key is from, for messages.
-        model: name of the model that it should serve; None takes whatever it serves.
-        timeout: seconds that a sample or a load of weights may take.
+        key_variable: Environment variable of the API key, for messages.
+        model: Name of the model that the server must serve; None accepts any.
+        timeout: Seconds that a sample or a load of weights may take.
     """
 
     def __init__(self, url: str, key: str | None, key_variable: str, model: str | None, timeout: float) -> None:
         self.url = url
         self.max_model_len = 0
-        """Longest prompt + completion in tokens; known after `look`."""
+        """Longest prompt + completion in tokens; set by `check_health`."""
         self.dtype = ""
-        """Number format that it computes in, as torch names it; known after `options`."""
+        """Dtype that the server computes in, as torch names it; set by `check_config`."""
         self._key, self._key_variable = key, key_variable
-        self._wanted, self._model = model, ""
+        self._required_model, self._model = model, ""
         self._timeout = timeout
         self._adapter: str | None = None
-        self._held: str | None = None
+        self._label: str | None = None
 
     @asynccontextmanager
-    async def connected(self) -> AsyncIterator[None]:
-        """Connections to the server, for one event loop."""
+    async def connect(self) -> AsyncIterator[None]:
+        """Opens connections to the server for one event loop."""
         import httpx
         from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
 
-        trusted = _certificates()
+        ssl_context = _ssl_context()
         headers = {} if self._key is None else {"Authorization": f"Bearer {self._key}"}
-        # Trying again is not the client's affair: it draws random numbers for it, and would ask the same server.
+        # The client must not retry: its retries use random numbers, and would go to the same server.
         client = AsyncOpenAI(
             api_key=self._key or "none",
             base_url=f"{self.url}/v1",
-            timeout=Timeout(self._timeout, connect=PATIENCE),
+            timeout=Timeout(self._timeout, connect=TIMEOUT),
             max_retries=0,
-            http_client=DefaultAsyncHttpxClient(verify=trusted),
+            http_client=DefaultAsyncHttpxClient(verify=ssl_context),
         )
-        http = httpx.AsyncClient(base_url=self.url, headers=headers, verify=trusted)
+        http = httpx.AsyncClient(base_url=self.url, headers=headers, verify=ssl_context)
         async with http as self._http, client as self._openai:
             yield
 
-    # What it is ------------------------------------------------------------------------------------------------------
+    # Checks -----------------------------------------------------------------------------------------------------------
 
-    async def introduce(self) -> None:
-        """Sees that the server can be used, and as what; raises as `look` and `options` do."""
-        await self.look()
-        await self.options()
+    async def check(self) -> None:
+        """Checks the server's health and configuration; raises as `check_health` and `check_config` do."""
+        await self.check_health()
+        await self.check_config()
 
-    async def look(self) -> None:
-        """Sees that the server is healthy, takes the key, and serves the model.
+    async def check_health(self) -> None:
+        """Checks that the server is healthy, accepts the API key, and serves the model.
 
         Raises:
-            Unusable: one of them is not so.
+            ServerLost: One of these checks fails.
         """
-        health = await self._ask("GET", "/health")
+        health = await self._request("GET", "/health")
         if health.status_code != 200:
             raise ServerLost(f"is not healthy (status {health.status_code} of /health); see its log")
         served = {model["id"]: model for model in await self._models() if model.get("parent") is None}
-        if self._wanted is not None and self._wanted not in served:
+        if self._required_model is not None and self._required_model not in served:
             raise ServerLost(
-                f"serves {' and '.join(served)}, not {self._wanted}; set --data.engine.model to what it serves, or "
-                f"start it with --served-model-name {self._wanted}"
+                f"serves {' and '.join(served)}, not {self._required_model}; set --data.engine.model to what it serves,"
+                f" or start it with --served-model-name {self._required_model}"
             )
-        self._model = self._wanted or next(iter(served))
+        self._model = self._required_model or next(iter(served))
         self.max_model_len = int(served[self._model]["max_model_len"])
 
     async def _models(self) -> list[dict[str, Any]]:
-        """The model, and the adapters on it."""
-        cure = "start a vLLM server of version 0.32 or later there"
-        models: list[dict[str, Any]] = (await self._json("GET", "/v1/models", cure)).get("data", [])
+        """The server's model and the adapters on it."""
+        fix = "start a vLLM server of version 0.32 or later there"
+        models: list[dict[str, Any]] = (await self._request_json("GET", "/v1/models", fix)).get("data", [])
         if not any("max_model_len" in model for model in models):
-            raise ServerLost(f"names no model of vLLM's in /v1/models; {cure}")
+            raise ServerLost(f"lists no vLLM model in /v1/models; {fix}")
         return models
 
-    async def options(self) -> dict[str, Any]:
-        """The configuration that the server runs with.
+    async def check_config(self) -> dict[str, Any]:
+        """Checks and returns the server's configuration.
 
         Raises:
-            Unusable: it does not let its weights be changed, or its samples would not be the policy's.
+            ServerLost: The server does not support weights sync, or its samples would differ from the policy's.
         """
-        told = await self._json("GET", "/server_info?config_format=json", _DEV_MODE, SLOW_PATIENCE)
-        options = told.get("vllm_config")
-        if not isinstance(options, dict):
-            raise ServerLost("does not tell its configuration in /server_info; start vLLM 0.32 or later")
-        self.dtype = str(options["model_config"].get("dtype"))
-        for name, wanted, why in (
+        info = await self._request_json("GET", "/server_info?config_format=json", _DEV_MODE, SLOW_TIMEOUT)
+        config = info.get("vllm_config")
+        if not isinstance(config, dict):
+            raise ServerLost("does not report its configuration in /server_info; start vLLM 0.32 or later")
+        self.dtype = str(config["model_config"].get("dtype"))
+        for name, required, consequence in (
             ("logprobs_mode", "processed_logprobs", "log-probs are not those at the sampling temperature"),
             ("generation_config", "vllm", "the model's generation_config.json changes how it samples"),
         ):
-            if (has := options["model_config"].get(name)) != wanted:
-                option = f"--{name.replace('_', '-')} {wanted}"
-                raise ServerLost(f"has {name} {has}, so {why}; start it with {option}")
-        return options
+            if (value := config["model_config"].get(name)) != required:
+                option = f"--{name.replace('_', '-')} {required}"
+                raise ServerLost(f"has {name} {value}, so {consequence}; start it with {option}")
+        return config
 
     async def check_adapters(self, rank: int) -> None:
-        """Sees that the server can be given adapters of a rank.
-
-        Raises:
-            Unusable: it cannot.
-        """
-        lora = (await self.options())["lora_config"]
-        if lora is None or lora["max_lora_rank"] < rank:
-            has = "serves no adapters" if lora is None else f"takes adapters up to rank {lora['max_lora_rank']}"
-            raise ServerLost(f"{has}; start it with --enable-lora --max-lora-rank {rank} or more")
-        if (await self._ask("GET", "/v1/load_lora_adapter")).status_code == 404:
-            raise ServerLost(
-                "does not let adapters be loaded; start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment"
-            )
-
-    async def check_tokens(self, text: str, ids: list[int]) -> None:
-        """Sees that the server takes text apart as the policy's tokenizer does: it finds the stop strings.
-
-        Raises:
-            Unusable: it has another tokenizer.
-        """
-        body = {"model": self._model, "prompt": text, "add_special_tokens": False}
-        if (await self._json("POST", "/tokenize", "start it with the policy's tokenizer", json=body))["tokens"] != ids:
-            raise ServerLost(f"serves {self._model} with another tokenizer than the policy's; start it with the policy")
-
-    # What it holds ----------------------------------------------------------------------------------------------------
-
-    async def bring_up(self, published: PublishedWeights, load: bool) -> None:
-        """Sees that the server can be used, and has it load what it lacks.
+        """Checks that the server can load adapters.
 
         Args:
-            published: weights that it has to hold.
-            load: whether to do so; of several processes that sample from a server one loads.
+            rank: LoRA rank of the adapters.
 
         Raises:
-            Unusable: it cannot be used, or does not hold them.
-            UserError: another run has put its weights there meanwhile.
+            ServerLost: It cannot.
         """
-        await self.look()
-        label = await self._label()
-        if self._held is not None and label.startswith("rlmt-") and not label.startswith(published.prefix):
+        lora = (await self.check_config())["lora_config"]
+        if lora is None or lora["max_lora_rank"] < rank:
+            support = "serves no adapters" if lora is None else f"serves adapters up to rank {lora['max_lora_rank']}"
+            raise ServerLost(f"{support}; start it with --enable-lora --max-lora-rank {rank} or more")
+        if (await self._request("GET", "/v1/load_lora_adapter")).status_code == 404:
+            raise ServerLost(
+                "does not allow adapters to be loaded; start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its "
+                "environment"
+            )
+
+    async def check_tokenizer(self, text: str, ids: list[int]) -> None:
+        """Checks that the server tokenizes like the policy's tokenizer, since the server finds the stop strings.
+
+        Args:
+            text: A text.
+            ids: Its tokens under the policy's tokenizer.
+
+        Raises:
+            ServerLost: The server has another tokenizer.
+        """
+        body = {"model": self._model, "prompt": text, "add_special_tokens": False}
+        fix = "start it with the policy's tokenizer"
+        if (await self._request_json("POST", "/tokenize", fix, json=body))["tokens"] != ids:
+            raise ServerLost(f"serves {self._model} with another tokenizer than the policy's; {fix}")
+
+    # Weights ----------------------------------------------------------------------------------------------------------
+
+    async def ensure_weights(self, published: PublishedWeights, load: bool) -> None:
+        """Checks that the server is healthy and holds the published weights, and loads what is missing.
+
+        Args:
+            published: Weights that the server must hold.
+            load: Whether to load them; of several ranks that use a server, one loads.
+
+        Raises:
+            ServerLost: The server is not usable, or does not hold the weights.
+            UserError: Another run has loaded its weights there meanwhile.
+        """
+        await self.check_health()
+        label = await self._weight_label()
+        if self._label is not None and label.startswith("rlmt-") and not label.startswith(published.prefix):
             raise UserError(
-                f"vLLM server {self.url}: another run loads its weights there, too; give each run servers of its own"
+                f"vLLM server {self.url}: another run loads its weights there; give each run servers of its own."
             )
         self._adapter = None if published.adapter is None else published.label
         if not label.startswith(f"{published.label}."):
             if not load:
                 raise ServerLost("does not hold the policy's weights")
             if published.adapter is None or not label.startswith(published.prefix):
-                await self._load(published.weights)
+                await self._reload_weights(published.weights)
             if published.adapter is not None:
                 await self._load_adapter(published.label, published.adapter)
-            await self._drop_cache()
+            await self._reset_prefix_cache()
             label = f"{published.label}.{uuid4().hex[:8]}"
-            await self._post("/update_weight_version", {"new_version": label}, "cannot be told its weights")
-        self._held = label
+            await self._post("/update_weight_version", {"new_version": label}, "could not set its weight version")
+        self._label = label
 
-    async def still_holds(self) -> bool:
-        """Whether the server has had the weights all the time since `bring_up`, and nobody has loaded them anew."""
-        return await self._label() == self._held
+    async def has_same_weights(self) -> bool:
+        """Whether the server was neither restarted nor loaded again since `ensure_weights`."""
+        return await self._weight_label() == self._label
 
-    async def _label(self) -> str:
-        return str((await self._json("GET", "/weight_info", _DEV_MODE))["weight_version"])
+    async def _weight_label(self) -> str:
+        """The label of the weights that the server holds."""
+        return str((await self._request_json("GET", "/weight_info", _DEV_MODE))["weight_version"])
 
-    async def _load(self, folder: str) -> None:
+    async def _reload_weights(self, folder: str) -> None:
+        """Makes the server load all weights."""
         body = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
-        trouble = (
-            f"could not load the policy's weights from {folder} (it has to serve the policy's architecture, and to see "
+        failure = (
+            f"could not load the policy's weights from {folder} (it must serve the policy's architecture and see "
             "--data.engine.shared_folder under the same path)"
         )
-        await self._post("/collective_rpc", body, trouble)
+        await self._post("/collective_rpc", body, failure)
 
     async def _load_adapter(self, name: str, folder: str) -> None:
-        """Loads an adapter in place of earlier ones, of this run or of one that is over."""
+        """Makes the server load an adapter and unload earlier ones, of this run or of one that has ended."""
         for old in (model["id"] for model in await self._models() if model.get("parent") is not None):
             if old.startswith("rlmt-"):
                 await self._post("/v1/unload_lora_adapter", {"lora_name": old}, f"could not unload the adapter {old}")
         body = {"lora_name": name, "lora_path": folder}
-        trouble = (
-            f"could not load the adapter from {folder} (if it cannot serve such a one, use --data.engine.serve merged)"
+        failure = (
+            f"could not load the adapter from {folder} (if vLLM does not support it, use --data.engine.serve merged)"
         )
-        await self._post("/v1/load_lora_adapter", body, trouble)
+        await self._post("/v1/load_lora_adapter", body, failure)
 
-    async def _drop_cache(self) -> None:
-        """Drops what was computed with other weights; that fails while requests run, as those do that were given up."""
-        began = monotonic()
-        while not (await self._json("POST", "/reset_prefix_cache", "see its log")).get("success"):
-            if monotonic() - began > SLOW_PATIENCE:
-                raise ServerLost("did not drop its prefix cache: it is still busy with other requests")
+    async def _reset_prefix_cache(self) -> None:
+        """Drops prefixes of other weights; retries while requests run, as those that were cancelled may."""
+        start = monotonic()
+        while not (await self._request_json("POST", "/reset_prefix_cache", "see its log")).get("success"):
+            if monotonic() - start > SLOW_TIMEOUT:
+                raise ServerLost("did not reset its prefix cache, since it is still busy with other requests")
             await asyncio.sleep(0.2)
 
-    # Samples ----------------------------------------------------------------------------------------------------------
+    # Completions ------------------------------------------------------------------------------------------------------
 
-    async def complete(self, prompt_ids: Sequence[int], seed: int, max_tokens: int, sampling: Sampling) -> Completion:
-        """Draws one sample.
+    async def complete(self, prompt_ids: Sequence[int], seed: int, room: int, sampling: Sampling) -> Completion:
+        """Generates one sample.
+
+        Args:
+            prompt_ids: Rendered prompt.
+            seed: Seed of the sample.
+            room: Number of tokens that fit after the prompt.
+            sampling: Temperature, limits and stops.
 
         Raises:
-            Unusable: the server is gone, or lost the weights.
-            RuntimeError: it refused the request.
+            ServerLost: The server cannot be reached, or failed.
+            RuntimeError: The server rejected the request.
         """
         from openai import APIConnectionError, APIStatusError, APITimeoutError
 
+        options = completion_options(sampling, seed, room)
         try:
             answer = await self._openai.completions.create(
-                model=self._adapter or self._model,
-                prompt=list(prompt_ids),
-                max_tokens=max_tokens,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                seed=seed,
-                stop=list(sampling.stop),
-                logprobs=0,  # of the sampled token alone
-                extra_body={
-                    "stop_token_ids": list(sampling.stop_token_ids),
-                    "include_stop_str_in_output": True,
-                    "ignore_eos": True,
-                    "skip_special_tokens": False,
-                    "return_token_ids": True,
-                },
+                model=self._adapter or self._model, prompt=list(prompt_ids), **options
             )
         except APITimeoutError as error:
-            raise ServerLost(f"gave no sample within {self._timeout:g} s (--data.engine.timeout)") from error
+            raise ServerLost(f"returned no sample within {self._timeout:g} s (--data.engine.timeout)") from error
         except APIConnectionError as error:
-            raise ServerLost(f"is gone ({_reason(error.__cause__ or error)})") from error
+            raise ServerLost(f"cannot be reached ({_describe(error.__cause__ or error)})") from error
         except APIStatusError as error:
             if error.status_code in (400, 422):
-                raise RuntimeError(f"vLLM server {self.url} refused a request: {_line(error.message)}") from error
-            raise ServerLost(f"answered with status {error.status_code}: {_line(error.message)}") from error
+                raise RuntimeError(f"vLLM server {self.url} rejected a request: {_one_line(error.message)}.") from error
+            raise ServerLost(f"answered with status {error.status_code}: {_one_line(error.message)}") from error
         choice: Any = answer.choices[0]
         if choice.finish_reason not in ("stop", "length"):
-            raise ServerLost(f"broke a sample off ({choice.finish_reason})")
+            raise ServerLost(f"aborted a sample (finish reason {choice.finish_reason})")
         return Completion(
             list(choice.token_ids), list(choice.logprobs.token_logprobs), FinishReason(choice.finish_reason)
         )
 
     # HTTP -------------------------------------------------------------------------------------------------------------
 
-    async def _ask(self, method: str, path: str, patience: float = PATIENCE, **options: Any) -> httpx.Response:
+    async def _request(self, method: str, path: str, timeout: float = TIMEOUT, **options: Any) -> httpx.Response:
+        """Sends a request; ServerLost if the server does not answer or rejects the API key."""
         import httpx
 
         try:
             response = await self._http.request(
-                method, path, timeout=httpx.Timeout(patience, connect=PATIENCE), **options
+                method, path, timeout=httpx.Timeout(timeout, connect=TIMEOUT), **options
             )
         except httpx.TransportError as error:
-            what = "does not answer" if isinstance(error, httpx.ReadTimeout) else "cannot be reached"
-            raise ServerLost(f"{what} ({_reason(error)})") from error
+            failure = "does not answer" if isinstance(error, httpx.ReadTimeout) else "cannot be reached"
+            raise ServerLost(f"{failure} ({_describe(error)})") from error
         if response.status_code in (401, 403):
-            state = "refuses the API key in" if self._key else "wants an API key, and there is none in"
-            raise ServerLost(f"{state} the environment variable {self._key_variable}; set it to the server's --api-key")
+            failure = "rejects the API key of" if self._key else "requires an API key, but none is set in"
+            raise ServerLost(
+                f"{failure} the environment variable {self._key_variable}; set it to the server's --api-key"
+            )
         return response
 
-    async def _json(
-        self, method: str, path: str, cure: str, patience: float = PATIENCE, **options: Any
+    async def _request_json(
+        self, method: str, path: str, fix: str, timeout: float = TIMEOUT, **options: Any
     ) -> dict[str, Any]:
-        response = await self._ask(method, path, patience, **options)
+        """Sends a request that must return a JSON object."""
+        response = await self._request(method, path, timeout, **options)
         try:
             if response.status_code == 200 and isinstance(body := response.json(), dict):
                 return body
         except ValueError:
             pass
-        raise ServerLost(f"has no {path.partition('?')[0]} (status {response.status_code}); {cure}")
+        raise ServerLost(f"has no {path.partition('?')[0]} (status {response.status_code}); {fix}")
 
-    async def _post(self, path: str, body: dict[str, Any], trouble: str) -> None:
-        response = await self._ask("POST", path, self._timeout, json=body)
+    async def _post(self, path: str, body: dict[str, Any], failure: str) -> None:
+        """Sends a request that must succeed; `failure` begins the message of the ServerLost error."""
+        response = await self._request("POST", path, self._timeout, json=body)
         if response.status_code != 200:
             try:
                 reason = str(response.json()["error"]["message"])
             except (ValueError, KeyError, TypeError):
                 reason = response.text
-            raise ServerLost(f"{trouble}: {_line(reason)}")
+            raise ServerLost(f"{failure}: {_one_line(reason)}")
 
 
 @cache
-def _certificates() -> ssl.SSLContext:
-    """Read once: that takes longer than most requests."""
+def _ssl_context() -> ssl.SSLContext:
+    """The SSL context, created once: loading certificates takes longer than most requests."""
     import httpx
 
     return httpx.create_ssl_context()
 
 
-def _reason(error: BaseException) -> str:
-    return _line(str(error)) or type(error).__name__
+def _describe(error: BaseException) -> str:
+    """The error's message, or its type if the message is empty."""
+    return _one_line(str(error)) or type(error).__name__
 
 
-def _line(text: str) -> str:
-    return " ".join(text.split())[:300]
+def _one_line(text: str) -> str:
+    """The text as one line of at most 300 characters, without a final full stop."""
+    return " ".join(text.split())[:300].rstrip(".")

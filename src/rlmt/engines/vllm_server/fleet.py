@@ -1,4 +1,4 @@
-"""Requests shared out among servers by how many each has outstanding."""
+"""Load balancing: requests go to the servers by their number of outstanding requests."""
 
 from __future__ import annotations
 
@@ -18,77 +18,81 @@ class NoServerLeft(Exception):
 
 
 class Fleet:
-    """The servers that can be used, and how busy each is.
+    """The usable servers, and the number of outstanding requests of each.
 
-    A request goes to the server with the fewest outstanding; those of one group go where its first one went as long as
-    there is room, since they share a prompt, which the server computes once.
+    A request goes to the server with the fewest outstanding requests. Requests of a group go to the server of their
+    first one as long as it has capacity: they share a prompt, so its prefix is computed only once.
 
     Args:
-        servers: those that can be used.
-        limit: most requests outstanding at a server; the others wait for whichever is ready first.
+        servers: The usable servers.
+        limit: Maximum number of outstanding requests per server; further requests wait for the first server with
+            capacity.
     """
 
     def __init__(self, servers: Sequence[ServerClient], limit: int) -> None:
-        self.living = list(servers)
+        self.usable = list(servers)
         """The servers that are not lost."""
         self._limit = limit
         self._outstanding: Counter[ServerClient] = Counter()
-        self._home: dict[int, ServerClient] = {}
-        self._room = asyncio.Condition()
+        self._server_of_group: dict[int, ServerClient] = {}
+        self._changed = asyncio.Condition()
 
     async def run(self, group: int, request: Callable[[ServerClient], Awaitable[T]]) -> tuple[ServerClient, T]:
-        """Makes a request of a server; if that is lost, of another.
+        """Sends a request to a server, and to another one if that server is lost.
 
         Args:
-            group: requests of one number had better go to one server.
-            request: makes it; where it raises `Unusable` the server gets no more requests.
+            group: Group of the request; requests of a group prefer the same server.
+            request: Sends the request; if it raises `ServerLost`, the server receives no more requests.
 
         Returns:
             The server that answered, and its answer.
 
         Raises:
-            NoneLeft: no server is left.
+            NoServerLeft: All servers are lost.
         """
         while True:
-            server = await self._take(group)
+            server = await self._acquire(group)
             try:
                 return server, await request(server)
             except ServerLost:
-                async with self._room:
-                    if server in self.living:
-                        self.living.remove(server)
-                    self._room.notify_all()
+                async with self._changed:
+                    if server in self.usable:
+                        self.usable.remove(server)
+                    self._changed.notify_all()
             finally:
-                async with self._room:
+                async with self._changed:
                     self._outstanding[server] -= 1
-                    self._room.notify()
+                    self._changed.notify()
 
-    async def _take(self, group: int) -> ServerClient:
-        async with self._room:
-            await self._room.wait_for(lambda: self._free() or not self.living)
-            free = self._free()
-            if not free:
+    async def _acquire(self, group: int) -> ServerClient:
+        """Waits for a server with capacity and counts one more request there."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._with_capacity() or not self.usable)
+            candidates = self._with_capacity()
+            if not candidates:
                 raise NoServerLeft
-            server = self._home.get(group)
-            if server not in free:
-                server = self._home[group] = min(free, key=lambda server: self._outstanding[server])
+            server = self._server_of_group.get(group)
+            if server not in candidates:
+                server = min(candidates, key=lambda server: self._outstanding[server])
+                self._server_of_group[group] = server
             self._outstanding[server] += 1
             return server
 
-    def _free(self) -> list[ServerClient]:
-        return [server for server in self.living if self._outstanding[server] < self._limit]
+    def _with_capacity(self) -> list[ServerClient]:
+        """Usable servers below the limit."""
+        return [server for server in self.usable if self._outstanding[server] < self._limit]
 
 
-async def open_connections(servers: Sequence[ServerClient], do: Callable[[], Awaitable[T]]) -> T:
-    """Does something while connected to servers."""
+async def run_connected(servers: Sequence[ServerClient], work: Callable[[], Awaitable[T]]) -> T:
+    """Awaits `work()` while connections to the servers are open."""
     async with AsyncExitStack() as connections:
         for server in servers:
-            await connections.enter_async_context(server.connected())
-        return await do()
+            await connections.enter_async_context(server.connect())
+        return await work()
 
 
-async def gather_all(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """The results of all; the first exception ends them all, so that none goes on without its connection."""
+async def gather_or_cancel(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Gathers all results; the first exception cancels the rest, so that none outlives its connection."""
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
         return await asyncio.gather(*tasks)

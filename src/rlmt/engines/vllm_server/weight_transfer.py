@@ -1,7 +1,7 @@
-"""Weights on their way to servers: safetensors in a folder that trainer and servers see under the same path.
+"""Weights sync to servers: safetensors in a folder that trainer and servers see under the same path.
 
-A set of weights is a folder of its own, written beside its final name and renamed when it is whole, so no server reads
-half of it. Each has a new name, which no cache of a network file system knows.
+Each version of the weights has its own folder, written under a temporary name and renamed when it is complete, so no
+server reads truncated files. Its name is new, so that no cache of a network file system holds an older version.
 """
 
 from __future__ import annotations
@@ -20,64 +20,64 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rlmt.engines.base import track_loaded
 from rlmt.engines.vllm.lora import write_adapter
-from rlmt.engines.weights import track_loaded
 from rlmt.errors import UserError
 from rlmt.types import AdapterWeights
 
-BUCKET = 2 * 2**30
-"""Bytes of weights in a file, and so the memory that writing takes; a larger tensor has a file to itself."""
+BUCKET_BYTES = 2 * 2**30
+"""Bytes of weights per file, which bounds the memory of writing; a larger tensor has a file of its own."""
 
 
 @dataclass(frozen=True)
 class PublishedWeights:
-    """The weights that servers have to hold."""
+    """Paths and version of the weights that servers have to load."""
 
     run: str
-    """Name of the run, distinct from that of any other."""
+    """Unique name of the run."""
     version: int
     """Version of the policy."""
     weights: str
-    """Folder of all weights: the policy's, or its frozen base's."""
+    """Folder of all weights: the policy's, or those of its frozen base."""
     adapter: str | None = None
-    """Folder of the adapter that makes the policy of them, in PEFT's format."""
+    """Folder of the adapter on top of them, in PEFT's format."""
 
     @property
     def prefix(self) -> str:
-        """What the labels of all of this run's weights begin with."""
+        """Prefix of the labels of all weights of this run."""
         return f"rlmt-{self.run}-"
 
     @property
     def label(self) -> str:
-        """What the label of a server that holds them begins with, up to a dot; also the adapter's name there."""
+        """Label of a server that holds these weights, up to its dot; also the adapter's name on the server."""
         return f"{self.prefix}{self.version}"
 
 
 class SharedFolder:
-    """This run's part of the shared folder: never more than one set of weights and one adapter.
+    """This run's part of the shared folder; holds at most one version of the weights and of the adapter.
 
     Args:
-        folder: the folder as trainer and servers see it; other runs may use it, too.
-        dtype: number format to write weights in.
+        folder: Path of the shared folder for trainer and servers; other runs may use it as well.
+        dtype: Dtype of the written weights.
 
     Raises:
-        UserError: it cannot be written to.
+        UserError: The folder cannot be written to.
     """
 
     def __init__(self, folder: str, dtype: torch.dtype) -> None:
         self._dtype = dtype
-        self._given = folder
-        self._written = ""
-        self._place = Path(folder).expanduser().resolve()
+        self._option = f"--data.engine.shared_folder {folder}"
+        self._weights = ""
+        self._root = Path(folder).expanduser().resolve()
         self._owner = f"{socket.gethostname()}-{os.getpid()}"
         self.run = uuid.uuid4().hex[:12]
         try:
-            self._place.mkdir(parents=True, exist_ok=True)
-            self._sweep()
-            self._own = self._place / f"{self._owner}-{self.run}"
+            self._root.mkdir(parents=True, exist_ok=True)
+            self._remove_abandoned()
+            self._own = self._root / f"{self._owner}-{self.run}"
             self._own.mkdir()
         except OSError as error:
-            raise UserError(f"--data.engine.shared_folder {folder} cannot be written to: {error}") from error
+            raise UserError(f"{self._option} cannot be written to ({error}): choose another folder.") from error
 
     def publish(
         self,
@@ -86,43 +86,48 @@ class SharedFolder:
         version: int,
         adapter: AdapterWeights | None = None,
     ) -> PublishedWeights:
-        """Writes what servers have to hold.
+        """Writes the weights that servers have to load.
 
         Args:
-            weights: as for `write_weights`; None leaves those that are there.
-            names: that have to be among them.
-            version: of the policy.
-            adapter: the policy's, if it has one.
+            weights: Weights as for `write_weights`; None keeps those of the last call.
+            names: Names that `weights` must contain.
+            version: Version of the policy.
+            adapter: The policy's adapter, if it has one.
+
+        Returns:
+            Paths and version of the weights.
 
         Raises:
-            ValueError: a name is missing; the servers would keep a stale weight.
-            UserError: they cannot be written, as on a full disk.
+            ValueError: A name is missing; the servers would keep a stale weight.
+            UserError: The weights cannot be written, for example on a full disk.
         """
         if weights is not None:
             missing = set(names)
-            self._written = self.write_weights(track_loaded(weights, missing), version)
+            self._weights = self.write_weights(track_loaded(weights, missing), version)
             if missing:
-                raise ValueError(f"{len(missing)} of the policy's weights were not passed to sync, as {min(missing)}")
-        slot = None if adapter is None else self.write_adapter(adapter, version)
-        return PublishedWeights(self.run, version, self._written, slot)
+                raise ValueError(
+                    f"{len(missing)} of the policy's weights were not passed to sync, such as {min(missing)}."
+                )
+        adapter_path = None if adapter is None else self.write_adapter(adapter, version)
+        return PublishedWeights(self.run, version, self._weights, adapter_path)
 
     def write_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> str:
-        """Writes weights file by file, in place of those before.
+        """Writes weights file by file and removes the previous version.
 
         Args:
-            weights: by name, made as they are read; each may be gone once the next one is asked for.
-            version: theirs.
+            weights: Names and tensors; each tensor is made when it is read, and may be freed when the next one is.
+            version: Version of the weights.
 
         Returns:
             Path of their folder.
         """
-        with self._replacing("weights", version) as folder:
+        with self._replace_version("weights", version) as folder:
             bucket: dict[str, Tensor] = {}
             files = size = 0
             for name, tensor in weights:
                 bucket[name] = tensor.detach().to("cpu", self._dtype, copy=True).contiguous()
                 size += bucket[name].nbytes
-                if size >= BUCKET:
+                if size >= BUCKET_BYTES:
                     save_file(bucket, folder / f"model-{files:05}.safetensors")
                     bucket, files, size = {}, files + 1, 0
             if bucket:
@@ -130,42 +135,42 @@ class SharedFolder:
         return str(self._own / f"weights-{version}")
 
     def write_adapter(self, adapter: AdapterWeights, version: int) -> str:
-        """Writes an adapter in PEFT's format, in place of the one before, and returns the path of its folder."""
-        with self._replacing("adapter", version) as folder:
+        """Writes an adapter in PEFT's format, removes the previous version, and returns the path of its folder."""
+        with self._replace_version("adapter", version) as folder:
             write_adapter(adapter, folder)
         return str(self._own / f"adapter-{version}")
 
     @contextmanager
-    def _replacing(self, kind: str, version: int) -> Iterator[Path]:
-        """A folder to write into, which then gets its name; that of an earlier version goes first, to save room."""
-        partial = self._own / f"partial-{kind}"
+    def _replace_version(self, kind: str, version: int) -> Iterator[Path]:
+        """Yields a temporary folder and renames it when complete; removes the previous version first to save space."""
+        temporary = self._own / f"partial-{kind}"
         try:
             for old in self._own.glob(f"{kind}-*"):
                 shutil.rmtree(old)
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            yield partial
-            partial.rename(self._own / f"{kind}-{version}")
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            yield temporary
+            temporary.rename(self._own / f"{kind}-{version}")
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"--data.engine.shared_folder {self._given}: the policy's weights cannot be written there ({error}); "
-                "make room, and go on with --ckpt_path last"
+                f"{self._option}: the policy's weights cannot be written ({error}); free disk space and resume with "
+                "--ckpt_path last."
             ) from error
 
-    def _sweep(self) -> None:
-        """Removes what runs on this machine have left that were killed."""
-        for folder in self._place.glob(f"{socket.gethostname()}-*-*"):
+    def _remove_abandoned(self) -> None:
+        """Removes the folders of runs on this machine that were killed."""
+        for folder in self._root.glob(f"{socket.gethostname()}-*-*"):
             process = folder.name.removeprefix(f"{socket.gethostname()}-").split("-")[0]
-            if process.isdigit() and not _alive(int(process)):
+            if process.isdigit() and not _is_alive(int(process)):
                 shutil.rmtree(folder, ignore_errors=True)
 
     def remove(self) -> None:
-        """Removes all that this run has written."""
+        """Removes everything that this run has written."""
         shutil.rmtree(self._own, ignore_errors=True)
 
 
-def _alive(process: int) -> bool:
-    """Whether this machine has a process of this number."""
+def _is_alive(process: int) -> bool:
+    """Whether a process of this id runs on this machine."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -1,9 +1,9 @@
-"""Batches of like length."""
+"""Batches of rows of similar length."""
 
 from rlmt.models.micro_batch import batches_by_length
 
 
-def test_plan_covers_every_sample_once_within_the_budget() -> None:
+def test_batches_cover_every_sample_once_within_the_budget() -> None:
     lengths = [5, 100, 7, 50, 51, 3, 99, 300]
     plan = batches_by_length(lengths, 200)
     assert sorted(i for batch in plan for i in batch) == list(range(8))
@@ -11,7 +11,7 @@ def test_plan_covers_every_sample_once_within_the_budget() -> None:
     assert plan == [[7], [1, 6], [4, 3, 2], [0, 5]]
 
 
-def test_a_row_over_the_budget_goes_alone() -> None:
+def test_row_over_the_budget_is_a_batch_of_its_own() -> None:
     assert batches_by_length([3, 9, 1, 4, 4], 9) == [[1], [3, 4], [0, 2]]
     assert batches_by_length([30, 2], 9) == [[0], [1]]
     assert batches_by_length([], 9) == []

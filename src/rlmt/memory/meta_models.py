@@ -1,0 +1,95 @@
+"""The models of a run on the meta device, configured as the run trains and loads them."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from rlmt.memory.activations import BatchShape, Footprint, update_footprint
+from rlmt.models import loading
+from rlmt.models.micro_batch import hidden_states
+from rlmt.modules import RLMTModule
+
+
+def meta_from_config(auto: Any, config: PretrainedConfig, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+    """A model on the meta device, without data.
+
+    Args:
+        auto: Auto class of transformers.
+        config: Config of the model.
+        dtype: dtype of its weights.
+        **options: Further options of `from_config`.
+    """
+    with torch.device("meta"):
+        return cast(PreTrainedModel, auto.from_config(config, dtype=dtype, **options))
+
+
+def adapter_options(module: RLMTModule) -> tuple[Any, Any]:
+    """LoRA and 4-bit options of the policy; None where it has none."""
+    return getattr(module, "lora", None), getattr(module, "quantization", None)
+
+
+def meta_policy(module: RLMTModule, dtype: torch.dtype, config: PretrainedConfig | None = None) -> PreTrainedModel:
+    """The policy as the module trains it, on the meta device; weights that the run quantizes are not quantized here.
+
+    Args:
+        module: RL module with its options.
+        dtype: dtype in which the weights are stored; adapters are in float32.
+        config: Config of another model that is trained with the same options.
+    """
+    lora, _ = adapter_options(module)
+    # The other attention kernels save as much as torch's own, and may not be installed here.
+    eager = {"attn_implementation": "eager"} if module.attn_implementation == "eager" else {}
+    policy = meta_from_config(AutoModelForCausalLM, config or module.policy_config, dtype, **eager)
+    if lora is not None:
+        policy.requires_grad_(False)
+        options = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=lora.targets(policy),
+            use_dora=lora.dora,
+            use_rslora=lora.rslora,
+        )
+        policy.add_adapter(options, adapter_name="default")
+        for submodule in policy.modules():
+            for name, parameter in list(submodule._parameters.items()):
+                if parameter is not None and parameter.requires_grad:
+                    submodule._parameters[name] = nn.Parameter(parameter.float())
+    policy.train()
+    if module.gradient_checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+    return policy
+
+
+def meta_critic(
+    module: RLMTModule, dtype: torch.dtype, shape: BatchShape, autocast: torch.dtype | None
+) -> tuple[list[Tensor], Footprint]:
+    """Parameters of the critic on the meta device and the footprint of its update; empty without a critic.
+
+    Args:
+        module: RL module with its options.
+        dtype: dtype in which the weights are stored.
+        shape: Size of the largest micro-batch.
+        autocast: dtype of the forward where it is not that of the weights.
+    """
+    options = module.algorithm.critic
+    if options is None:
+        return [], Footprint(0, 0)
+    from_policy = options.shared or options.init == "policy"
+    model = meta_policy(module, dtype, None if from_policy else loading.load_config(options.init))
+    lora, _ = adapter_options(module)
+    if options.shared:
+        # The value head shares the policy's backbone; under LoRA it has an adapter of its own.
+        own = [] if lora is None else [p for p in model.parameters() if p.requires_grad]
+    else:
+        own = list(cast(nn.Module, cast(Any, model).get_decoder()).parameters())
+    head = torch.empty(cast(Any, model.config).get_text_config().hidden_size + 1, device="meta", requires_grad=True)
+    footprint = update_footprint(
+        model, shape, autocast, lambda model, batch: hidden_states(model.get_decoder(), batch).float().sum(1)
+    )
+    return [*own, head], footprint

@@ -1,0 +1,71 @@
+"""The reference generated from the code, and the renderer of formulas."""
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+METRICS = (ROOT / "docs" / "reference" / "metrics.md").read_text(encoding="utf-8")
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / "hooks" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def reference() -> ModuleType:
+    return load("generate_reference")
+
+
+def test_configuration_has_every_class_of_the_shipped_configs(reference: ModuleType) -> None:
+    text = reference.configuration()
+    configs = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "configs").rglob("*.yaml"))
+    for name in set(re.findall(r"class_path: rlmt\.[\w.]*\.(\w+)", configs)):
+        assert f"### {name}\n" in text, name
+
+
+def test_options_have_type_default_and_meaning(reference: ModuleType) -> None:
+    from rlmt.algorithms import DrGRPO
+    from rlmt.modules import RLMTModule
+
+    rows = {name: (kind, default) for name, kind, default, meaning in reference.options(RLMTModule) if meaning}
+    assert rows["policy"] == ("str", "required") and rows["max_grad_norm"] == ("float", "`1.0`")
+    assert rows["gradient_checkpointing"] == ("bool", "`false`") and rows["lora"] == ("LoRA \\| null", "`null`")
+    fixed = {name for name, *_ in reference.options(DrGRPO)}
+    assert "clip_low" in fixed and "kl_coef" not in fixed  # what the class fixes is no option
+
+
+def test_every_option_has_a_meaning(reference: ModuleType) -> None:
+    missing = [
+        f"{cls.__name__}.{name}"
+        for _, package in reference.SECTIONS.values()
+        for cls in reference.configurable(package)
+        for name, _, _, meaning in reference.options(cls)
+        if not meaning
+    ]
+    assert not missing
+
+
+def test_commands_have_the_help_of_every_command(reference: ModuleType) -> None:
+    text = reference.commands()
+    assert (
+        "--dtype DTYPE" in text and "--must_fit" in text and "--trainer.max_steps" in text and "--prompt PROMPT" in text
+    )
+
+
+def test_configs_are_listed_with_their_purpose(reference: ModuleType) -> None:
+    assert "| `base` | What every RL run shares. |" in reference.configs()
+
+
+def test_formulas_become_svg() -> None:
+    render = load("render_math")
+    page = render.on_page_markdown("Half: $\\frac{1}{2}$, code: `$x$`.\n\n$$a_i = b$$\n")
+    assert page.count("<svg") == 2 and "`$x$`" in page and "$$" not in page
+    assert "currentColor" in page and "vertical-align" in page
