@@ -1,4 +1,4 @@
-"""How far a reward model's preferences can be believed."""
+"""Calibration of a reward model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from rlmt.options import PositiveInt, check_ranges
+from rlmt.rewards.calibration import calibration_bins
 
 from ._common import is_dry_run, run_folder
 
@@ -18,7 +19,8 @@ from ._common import is_dry_run, run_folder
 class Calibration(Callback):
     """Draws predicted against observed preference on held-out pairs into `calibration.png`, beside metrics.csv.
 
-    Each validation draws anew, and logs `val/calibration_error`, the mean gap between the two; testing `test/…`.
+    Each validation and test draws anew. The module logs the mean gap between the two as `val/calibration_error` and
+    `test/calibration_error`.
 
     Args:
         bins: Points of the curve; each stands for equally many pairs.
@@ -39,11 +41,11 @@ class Calibration(Callback):
         self._folder: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Finds the run's folder; a `fast_dev_run` leaves no picture behind."""
+        """Finds the run's folder; a `fast_dev_run` draws nothing."""
         self._folder = None if is_dry_run(trainer) else run_folder(trainer)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts anew."""
+        """Discards the pairs of the validation before."""
         self._differences = []
 
     on_test_epoch_start = on_validation_epoch_start
@@ -57,32 +59,25 @@ class Calibration(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keeps the batch's differences of scores.
+        """Collects the score differences of the batch.
 
         Raises:
-            TypeError: the module's step returned something else, so this callback does not belong in its trainer.
+            TypeError: The module's step returned something else, so the callback does not belong in its trainer.
         """
         if not isinstance(outputs, Mapping) or "differences" not in outputs:
-            raise TypeError('Calibration wants a module whose validation steps return {"differences": Tensor}')
+            raise TypeError('Calibration requires a module whose validation steps return {"differences": Tensor}')
         self._differences.append(outputs["differences"].cpu())
 
     on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draws and logs."""
-        self._tell(trainer, pl_module, "val")
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draws and logs."""
-        self._tell(trainer, pl_module, "test")
-
-    def _tell(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if not self._differences:
+        """Draws the picture."""
+        if self._folder is None or not self._differences or not trainer.is_global_zero or trainer.sanity_checking:
             return
         # Imported here because matplotlib takes a second to load and most commands never draw.
-        from rlmt.report.calibration import calibration_bins, calibration_error, draw_calibration
+        from rlmt.report.calibration import draw_calibration
 
         bins = calibration_bins(torch.cat(self._differences).double().numpy(), self.bins)
-        pl_module.log(f"{stage}/calibration_error", calibration_error(bins))
-        if self._folder is not None and trainer.is_global_zero and not trainer.sanity_checking:
-            draw_calibration(self._folder / "calibration.png", bins)
+        draw_calibration(self._folder / "calibration.png", bins)
+
+    on_test_epoch_end = on_validation_epoch_end

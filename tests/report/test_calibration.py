@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlmt.report.calibration import calibration_bins, calibration_error, draw_calibration
+from rlmt.report.calibration import draw_calibration
+from rlmt.rewards.calibration import calibration_bins, calibration_error
 
 
 def test_bins_equal_manual_calculation() -> None:

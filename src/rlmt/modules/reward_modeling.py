@@ -27,6 +27,7 @@ from rlmt.modules.checkpoints import checkpoint_folders
 from rlmt.modules.checks import check_trainer, weights_dtype
 from rlmt.modules.supervised import SupervisedModule
 from rlmt.options import FiniteNonNegativeFloat, check_ranges
+from rlmt.rewards.calibration import calibration_bins, calibration_error
 from rlmt.rewards.conversation import ConversationReader
 
 
@@ -89,6 +90,7 @@ class RewardModeling(SupervisedModule):
         self.model: PreTrainedModel | None = None
         self.attribute_head: nn.Linear | None = None
         self._subsets: list[str] = []
+        self._differences: list[Tensor] = []
         self._loss = MeanMetric(sync_on_compute=False)  # every rank updates it with the pairs of all ranks
         self._accuracy = BinaryAccuracy(sync_on_compute=False)
         self._by_subset = nn.ModuleList()
@@ -255,7 +257,17 @@ class RewardModeling(SupervisedModule):
             if len(here):
                 metric.update(here, torch.ones_like(here))  # type: ignore[operator]
             self.log(f"{stage}/accuracy/{name}", metric, on_epoch=True, batch_size=len(right))  # type: ignore[arg-type]
+        self._differences.append(differences)
         return {"differences": differences}
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the calibration error over all held-out pairs."""
+        if self._differences:
+            bins = calibration_bins(torch.cat(self._differences).double().numpy())
+            self.log(f"{'test' if self.trainer.testing else 'val'}/calibration_error", calibration_error(bins))
+        self._differences = []
+
+    on_test_epoch_end = on_validation_epoch_end
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from types import FrameType
 from rich.console import Console
 
 from rlmt.errors import UserError
+from rlmt.options import PositiveInt, check_ranges
 from rlmt.study.report import Comparison, Findings, comparison_sentences, terminal_table, write_report
 from rlmt.study.results import Estimate, Row, last_values, read_rows
 from rlmt.study.runner import JobState, Runner
@@ -31,7 +32,7 @@ def study(
     comparisons: list[Comparison] | None = None,
     picture: list[str] | None = None,
     only: list[str] | None = None,
-    jobs: int = 1,
+    jobs: PositiveInt = 1,
     command: str = "rlmt study",
 ) -> None:
     """Runs the jobs of a study that are not done yet, and writes a report on all of them.
@@ -53,6 +54,7 @@ def study(
     Raises:
         UserError: The configuration of the study is invalid, or jobs failed.
     """
+    check_ranges(study, locals())
     seeds = seeds or [0]
     _check_options(seeds, jobs, arms, metrics)
     comparisons = comparisons or []
@@ -118,8 +120,6 @@ def _check_options(seeds: list[int], jobs: int, arms: Mapping[str, object], metr
     """Raises a UserError for duplicate seeds, a number of jobs below 1, and a study without arms or metrics."""
     if len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds {seeds}: a seed occurs twice; pass each seed once.")
-    if jobs < 1:
-        raise UserError(f"--jobs {jobs}: the number of parallel jobs must be positive; pass 1 or more.")
     for option, entries in {"arms": arms, "metrics": metrics}.items():
         if not entries:
             raise UserError(f"--{option}: no entries; define at least one.")
