@@ -200,7 +200,7 @@ def test_non_finite_loss_stops_the_run_before_the_optimizer_step(
         return outputs
 
     monkeypatch.setattr(sft, "token_logprobs", infinite)
-    assert "StoppedBySignal before optimizer step 1" in error_line(capsys, command("fit", "sft"))
+    assert "Stopped before optimizer step 1" in error_line(capsys, command("fit", "sft"))
 
 
 def test_checkpoints_of_another_module_or_format_are_rejected(
