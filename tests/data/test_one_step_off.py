@@ -86,9 +86,13 @@ class Module(LightningModule):
     def policy_adapter(self) -> None:
         return None
 
+    def on_generated(self) -> None:
+        """The step has its rollouts."""
+
     def training_step(self, prompts: PromptBatch) -> None:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         batch = data.generate(prompts)
+        self.on_generated()
         self.seen.append(batch)
         data.engine.training.set()
         if self.policy_version == self.more:
@@ -201,9 +205,8 @@ def test_seconds_are_those_that_training_waited(
             super().close()
 
     class Training(Module):
-        def training_step(self, batch: RolloutBatch) -> None:
+        def on_generated(self) -> None:
             read.clear()
-            super().training_step(batch)
 
     monkeypatch.setattr(one_step_off, "perf_counter", clock)
     module, data = Training(byte_tokenizer), make(prompts, val_size=0, engine=Timed())
@@ -332,7 +335,7 @@ def test_samples_of_other_weights_than_asked_for_are_refused(byte_tokenizer: Any
             samples.weight_version -= threading.current_thread() is not self.main
             return samples
 
-    with pytest.raises(RuntimeError, match="stale rollout: drawn with weights -1, not with 0"):
+    with pytest.raises(RuntimeError, match="stale rollout: generated with weights -1, not with 0"):
         trainer(tmp_path, max_steps=5).fit(Module(byte_tokenizer), datamodule=make(prompts, engine=Stale()))
 
 

@@ -217,21 +217,21 @@ def test_options_out_of_range(prompts, option, value):
 
 
 @pytest.mark.parametrize(
-    ("options", "world_size", "stage", "says"),
+    ("options", "world_size", "stage", "message"),
     [
         ({"max_new_tokens": 81}, 1, "fit", r"max_prompt_tokens 20 \+ --data.max_new_tokens 81 .*context of 100 tokens"),
         ({"max_prompt_tokens": 8}, 1, "fit", "all 22 prompts are longer than --data.max_prompt_tokens 8"),
-        ({"batch_size": 21}, 1, "fit", "batch_size is 21, but only 20 training prompts"),
+        ({"batch_size": 21}, 1, "fit", "batch_size is 21, but .* has only 20 training prompts"),
         ({"batch_size": 6}, 4, "fit", "batch_size is 6, which is not divisible by 4 devices"),
-        ({"val_size": 3}, 2, "fit", "val_size is 3, which does not divide by 2 devices"),
+        ({"val_size": 3}, 2, "fit", "val_size is 3, which is not divisible by 2 devices"),
         ({"val_size": 23}, 1, "fit", "val_size is 23, but .* has 22 prompts"),
         ({"val_size": 22}, 1, "fit", "only 0 training prompts"),
-        ({"val_size": 0}, 1, "test", "nothing to test on"),
-        ({"val_size": 0}, 1, "validate", "nothing to validate on"),
+        ({"val_size": 0}, 1, "test", "no prompts to test on"),
+        ({"val_size": 0}, 1, "validate", "no prompts to validate on"),
     ],
 )
-def test_what_does_not_fit_is_told_in_one_line(tokenizer, prompts, options, world_size, stage, says):
-    with pytest.raises(UserError, match=says) as caught:
+def test_options_that_do_not_fit_are_refused_in_one_line(tokenizer, prompts, options, world_size, stage, message):
+    with pytest.raises(UserError, match=message) as caught:
         attached(make(prompts, **options), FakeModule(tokenizer), world_size, stage=stage)
     assert "\n" not in str(caught.value)
 

@@ -1,4 +1,4 @@
-"""Runs on several processes that cannot be had are refused in one line, before any model is loaded."""
+"""Unsupported strategies are refused in one line, before any model is loaded."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ from rlmt.engines.base import Engine
 from rlmt.errors import UserError
 from rlmt.models.adapters import LoRA
 from rlmt.models.quantization import NF4
-from rlmt.modules.checks import check_sharded_run, check_trainer
+from rlmt.modules.checks import check_trainer
 
 
 def trainer(strategy: Any = None, engine: Engine | None = None, world_size: int = 2, module: Any = None) -> Any:
@@ -30,8 +30,18 @@ def trainer(strategy: Any = None, engine: Engine | None = None, world_size: int 
 
 def plain(algorithm: Algorithm | None = None, quantization: NF4 | None = None, optimizer: Any = AdamW) -> Any:
     return SimpleNamespace(
-        algorithm=algorithm or GRPO(), quantization=quantization, lora=quantization and LoRA(), _optimizer=optimizer
+        algorithm=algorithm or GRPO(),
+        quantization=quantization,
+        lora=quantization and LoRA(),
+        optimizer_factory=optimizer,
     )
+
+
+def check(trainer: Any) -> None:
+    """Both checks of an RL run."""
+    check_trainer(trainer)
+    engine, module = trainer.datamodule.engine, trainer.lightning_module
+    check(trainer, None if module is None else module.algorithm.critic, [engine])
 
 
 def servers() -> VLLMServerEngine:
@@ -39,32 +49,31 @@ def servers() -> VLLMServerEngine:
 
 
 @pytest.mark.parametrize(
-    ("given", "says"),
+    ("given", "message"),
     [
-        (trainer(ModelParallelStrategy()), r"--trainer\.strategy is ModelParallelStrategy: .*--config ddp"),
+        (trainer(ModelParallelStrategy()), r"--trainer\.strategy is ModelParallelStrategy, .*--config ddp"),
         (trainer(FSDP2(), module=plain(quantization=NF4())), r"--model\.quantization: .*--config ddp"),
-        (trainer(FSDP2(), module=plain(PPO(critic_shared=True))), r"critic_shared: .*leave the option out"),
-        (trainer(FSDP2(), module=plain(optimizer=AdamW8bit)), r"optimizer AdamW8bit: .*torch\.optim\.AdamW"),
-        (trainer(FSDP2(), module=plain()), r"TransformersEngine samples with the policy itself.*VLLMEngine"),
+        (trainer(FSDP2(), module=plain(PPO(critic_shared=True))), r"critic_shared: .*Leave the option out"),
+        (trainer(FSDP2(), module=plain(optimizer=AdamW8bit)), r"optimizer is AdamW8bit: .*torch\.optim\.AdamW"),
+        (trainer(FSDP2(), module=plain()), r"TransformersEngine, which generates with the policy itself.*VLLMEngine"),
     ],
 )
-def test_what_cannot_be_spread_is_refused(given: Any, says: str) -> None:
-    with pytest.raises(UserError, match=says) as caught:
-        check_trainer(given)
-        check_sharded_run(given)
+def test_unsupported_strategy_is_refused(given: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        check(given)
     assert "\n" not in str(caught.value)
 
 
-def test_what_can_be_spread_passes() -> None:
-    check_sharded_run(trainer())
-    check_sharded_run(trainer(FSDP2(), VLLMEngine(), module=plain(PPO())))
-    check_sharded_run(trainer(FSDP2(), servers(), module=plain()))
-    check_sharded_run(trainer(ModelParallelStrategy(), servers(), world_size=1))
+def test_supported_strategy_passes() -> None:
+    check(trainer())
+    check(trainer(FSDP2(), VLLMEngine(), module=plain(PPO())))
+    check(trainer(FSDP2(), servers(), module=plain()))
+    check(trainer(ModelParallelStrategy(), servers(), world_size=1))
 
 
-def test_a_run_without_engines_asks_for_less() -> None:
+def test_supervised_runs_need_only_the_trainer_check() -> None:
     """SFT and reward models: their data modules have none."""
-    bare: Any = SimpleNamespace(quantization=None, lora=None, _optimizer=AdamW)
+    bare: Any = SimpleNamespace(quantization=None, lora=None, optimizer_factory=AdamW)
     for strategy in (DDPStrategy(), FSDP2()):
         check_trainer(trainer(strategy, module=bare))
     bare.quantization = NF4()
@@ -73,5 +82,5 @@ def test_a_run_without_engines_asks_for_less() -> None:
         check_trainer(trainer(FSDP2(), module=bare))
     bare.quantization, bare.optimizer_factory = None, AdamW8bit
     check_trainer(trainer(DDPStrategy(), module=bare))
-    with pytest.raises(UserError, match=r"optimizer AdamW8bit"):
+    with pytest.raises(UserError, match=r"optimizer is AdamW8bit"):
         check_trainer(trainer(FSDP2(), module=bare))

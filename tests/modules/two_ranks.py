@@ -154,7 +154,7 @@ def streamed(mesh: DeviceMesh) -> dict[str, int]:
     expected = {name: float(weight.double().sum()) for name, weight in policy.state_dict().items()}
     weights = [weight.nbytes for weight in policy.state_dict().values()]
     shard_model(policy, mesh, mixed=False)
-    module: Any = SimpleNamespace(_policy=policy)
+    module: Any = SimpleNamespace(trained_model=policy)
     next(iter(RLMTModule.policy_weights(module)))  # allocates gloo's own buffers
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = memory("VmRSS")

@@ -90,7 +90,7 @@ def test_every_kind_of_class_declares_ranges() -> None:
     names = {function.__name__ for function in FUNCTIONS}
     assert len(OPTIONS) > 70
     assert names >= {"LoRA", "PolicyGradient", "LengthWindow", "RolloutDataModule", "VLLMServerEngine", "chat"}
-    assert names >= {"SupervisedModule", "CosineWithWarmup", "SampleTable", "SupervisedDataModule"}
+    assert names >= {"TrainingModule", "CosineWithWarmup", "SampleTable", "SupervisedDataModule"}
     assert {kind for _, _, kind in OPTIONS} == set(EXAMPLES)
 
 

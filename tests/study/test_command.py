@@ -60,7 +60,7 @@ def test_two_runs_are_reported_and_not_repeated(tmp_path: Path, tiny: Path, caps
     [
         (["--only", "[nobody]"], {}, "--only: unknown arm 'nobody'; choose from rlmt, rlhf."),
         (["--seeds", "[1,1]"], {}, "--seeds [1, 1]: a seed occurs twice; pass each seed once."),
-        (["--jobs", "0"], {}, "--jobs 0: the number of parallel jobs must be positive; pass 1 or more."),
+        (["--jobs", "0"], {}, "--jobs is 0: must be an integer above 0."),
         ([], {"comparisons": [{"more": "rlmt", "than": "x"}]}, "--comparisons: unknown arm 'x'"),
         ([], {"comparisons": [{"more": "rlmt", "than": "rlhf", "by": "x"}]}, "--comparisons: unknown metric 'x'"),
         ([], {"picture": ["x"]}, "--picture: unknown arm 'x'"),
