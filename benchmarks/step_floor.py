@@ -54,18 +54,24 @@ class StepFloor(Callback):
     ) -> None:
         """Times the parts of the completed step."""
         step = time.perf_counter() - self._began
-        assert isinstance(pl_module, RLMTModule) and isinstance(batch, RolloutBatch)
+        assert isinstance(pl_module, RLMTModule)
         experience: Experience = outputs["experience"]
+        rollouts = experience.rollouts
         self.rows.append(
             {
-                "generate": self._timed(lambda: generate(trainer, batch)),
-                "forward + backward": self._timed(lambda: forward_backward(pl_module, batch, False)),
-                "forward + backward, shared prefix": self._timed(lambda: forward_backward(pl_module, batch, True)),
+                "generate": self._timed(lambda: generate(trainer, rollouts)),
+                "forward + backward": self._timed(lambda: forward_backward(pl_module, rollouts, False)),
+                "forward + backward, shared prefix": self._timed(lambda: forward_backward(pl_module, rollouts, True)),
                 "reward forward": self._timed(reward_forward(pl_module, experience)),
                 "step": step,
-                "tokens": float(sum(batch.lengths)),
+                "tokens": float(sum(rollouts.lengths)),
             }
-            | {name: value for name, value in outputs["metrics"].items() if name.startswith("time/")}
+            # time/step_s would include the measurements after the previous step.
+            | {
+                name: value
+                for name, value in outputs["metrics"].items()
+                if name.startswith("time/") and name != "time/step_s"
+            }
         )
         self._began = time.perf_counter()
 
@@ -115,7 +121,7 @@ def reward_forward(module: RLMTModule, experience: Experience) -> Callable[[], N
         for i, text in enumerate(experience.scores.texts)
         if text is not None
     ]
-    rows = reward._conversations.encode(texts)
+    rows = reward._loaded_reader.encode(texts)
     plan = batches_by_length([len(row) for row in rows], reward.tokens_per_batch)
     return lambda: [reward._forward([rows[i] for i in part]) for part in plan] and None
 
