@@ -117,7 +117,7 @@ def test_long_csv_fields_are_read_and_the_global_limit_is_restored(tmp_path):
             {"prompt": [user("A"), assistant("B"), {"role": "system", "content": "S"}]},
             "turn 3 has role 'system', expected 'user'",
         ),
-        ({"prompt": [user("A"), assistant("B")]}, "ends with an assistant's turn"),
+        ({"prompt": [user("A"), assistant("B")]}, "ends with an assistant turn"),
     ],
 )
 def test_error_names_the_file_and_line_of_an_invalid_row(tmp_path, row, expected):
@@ -186,7 +186,7 @@ def test_missing_files_and_folders_are_refused(tmp_path):
 def test_invalid_system_prompt_is_an_error(tmp_path):
     source = write(tmp_path / "rows.jsonl", ROWS)
     assert "--data.system is empty" in error_of(source, system=" ")
-    assert "--data.system holds a lone surrogate" in error_of(source, system="\ud800")
+    assert "--data.system contains a lone surrogate" in error_of(source, system="\ud800")
 
 
 def test_hub_datasets_are_read_by_name(monkeypatch):
