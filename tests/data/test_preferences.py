@@ -127,7 +127,7 @@ def test_error_for_missing_columns_lists_the_available_ones(tmp_path):
 
 def test_rows_must_have_the_ratings_of_the_first_row(tmp_path):
     rows = [PAIR | {"chosen_attributes": [1] * n, "rejected_attributes": [2] * n} for n in (1, 2)]
-    assert "line 2: has ratings of 1, 2 where line 1 has 1" in error_of(write(tmp_path / "rows.jsonl", *rows))
+    assert "line 2 has the ratings 1, 2, but line 1 has 1" in error_of(write(tmp_path / "rows.jsonl", *rows))
 
 
 class Module:

@@ -49,7 +49,7 @@ def test_long_rows_are_dropped_and_their_number_is_logged(source, byte_tokenizer
     """7 tokens of template and prompt, the response, and the end of the turn: 15 letters make 23."""
     with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
         data = set_up(SFTDataModule(source, batch_size=2, max_length=23, val_size=3), Module(byte_tokenizer))
-    assert f"dropped 5 of 20 demonstrations of more than 23 tokens ({source})" in caplog.text
+    assert f"dropped 5 of 20 demonstrations over 23 tokens ({source})" in caplog.text
     assert "12 demonstrations to train on, 3 to validate on" in caplog.text
     assert max(row.longest for row in data.train_rows + data.val_rows) == 23
 
@@ -61,7 +61,7 @@ def test_long_preferences_are_dropped_and_their_number_is_logged(tmp_path, byte_
     with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
         module = Module(byte_tokenizer, "PreferenceDataModule")
         data = set_up(PreferenceDataModule(str(path), batch_size=1, max_length=29, val_size=0), module)
-    assert "dropped 1 of 3 comparisons of more than 29 tokens" in caplog.text
+    assert "dropped 1 of 3 comparisons over 29 tokens" in caplog.text
     assert sorted(row.longest for row in data.train_rows) == [12, 29]
 
 

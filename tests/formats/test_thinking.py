@@ -290,7 +290,7 @@ def test_target_refuses_a_thought_that_closes_early(fmt: ThinkingFormat) -> None
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"name": "thnik"}, r"'thnik' is unknown: use one of think, no_think, zero_think, zero_no_think"),
+        ({"name": "thnik"}, r"'thnik' is unknown; use one of think, no_think, zero_think, zero_no_think"),
         ({"name": ["think"]}, "is unknown"),
         ({"name": "no_think", "prefill": True}, "no_think has no opening tag"),
         ({"prefill": "yes"}, "prefill is 'yes'"),

@@ -123,11 +123,15 @@ def test_parsed_values_are_plain_numbers(function: Callable[..., Any], option: s
 
 @pytest.mark.parametrize(("function", "option", "kind"), OPTIONS, ids=NAMES)
 def test_python_accepts_values_inside(function: Callable[..., Any], option: str, kind: Any) -> None:
-    arguments = {name: EXAMPLES[other][0][0] for name, other in ranges.ranges(function).items()}
+    arguments: dict[str, Any] = dict.fromkeys(inspect.signature(function).parameters)
+    arguments |= {name: EXAMPLES[other][0][0] for name, other in ranges.ranges(function).items()}
     for value in EXAMPLES[kind][0]:
         ranges.check_ranges(function, arguments | {option: value})
     if type(None) in get_args(inspect.signature(function, eval_str=True).parameters[option].annotation):
         ranges.check_ranges(function, arguments | {option: None})
+    else:
+        with pytest.raises(UserError, match=f"{option} is None"):
+            ranges.check_ranges(function, arguments | {option: None})
 
 
 def test_subclass_is_named_in_the_error() -> None:

@@ -183,7 +183,7 @@ def test_bfloat16_weights_give_float32_scores(reward_model: MakeModel) -> None:
     got = score(reward, ["a", "bcd"])
     with torch.no_grad():
         for text, value in zip(["a", "bcd"], got, strict=True):
-            ids = reward._conversations.encode([reward.render(user("hi"), text)])
+            ids = reward._loaded_reader.encode([reward.render(user("hi"), text)])
             hidden = model.model(torch.tensor(ids)).last_hidden_state[0, -1]
             exact = sum(h * w for h, w in zip(hidden.tolist(), model.score.weight[0].tolist(), strict=True))
             assert float(value) == pytest.approx(exact, abs=1e-2)
@@ -290,12 +290,12 @@ def test_folder_without_reward_model_is_refused(
     config |= {"architectures": ["Gated"], "auto_map": {"AutoModelForSequenceClassification": "modeling_custom.Gated"}}
     (own_code / "config.json").write_text(json.dumps(config))
     for folder, message in [
-        (str(own_code), r"has a head of its own code \(Gated\), which is never run"),
+        (str(own_code), r"has a head with custom code \(Gated\), which is never run"),
         (str(tmp_path / "empty"), "has no readable configuration"),
         (reward_model(num_labels=3), "has 3 outputs but must have one"),
         (no_template, "has no chat template"),
         (str(encoder), "is of type 'bert', which has no decoder classifier"),
-        (str(no_weights), "give safetensors weights"),
+        (str(no_weights), "use safetensors weights"),
     ]:
         with pytest.raises(UserError, match=message) as caught:
             ClassifierReward(folder).load()

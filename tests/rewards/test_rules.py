@@ -102,7 +102,7 @@ def test_callable_receives_prompt_and_response_and_cannot_change_the_prompt(func
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("length", "'length' is no import path"),
+        ("length", "'length' is not an import path"),
         ("no_such_module_here.f", "'no_such_module_here.f' cannot be imported"),
         ("my_reward_functions.missing", "'my_reward_functions.missing' cannot be imported"),
         ("my_reward_functions.NUMBER", "'my_reward_functions.NUMBER' is a int"),

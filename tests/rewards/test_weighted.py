@@ -39,7 +39,7 @@ def test_nested_sums_keep_the_names_of_their_parts() -> None:
 @pytest.mark.parametrize(
     ("rewards", "weights", "message"),
     [
-        ([A], [1.0, 2.0], "has 1 rewards and 2 weights: set one weight per reward"),
+        ([A], [1.0, 2.0], "has 1 rewards and 2 weights; set one weight per reward"),
         ([A, B], [1.0], "has 2 rewards and 1 weights"),
         ([], [], "has 0 rewards and 0 weights"),
         ([A, B], [1.0, float("nan")], "the weight of reward 'has_b' is nan"),

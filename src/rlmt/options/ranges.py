@@ -35,22 +35,27 @@ def check_ranges(function: Callable[..., Any], arguments: Mapping[str, Any]) -> 
     Raises:
         UserError: An argument is out of range.
     """
-    for option, kind in ranges(function).items():
-        value = arguments[option]
+    for option, parameter in signature(function, eval_str=True).parameters.items():
+        kind, value = _range_type(parameter.annotation), arguments[option]
+        if kind is None or (value is None and kind is not parameter.annotation):
+            continue
         required = numbers.Integral if kind._type is int else numbers.Real
-        if value is not None and not (isinstance(value, required) and _is_within(kind, value)):
+        if not (isinstance(value, required) and _is_within(kind, value)):
             owner = type(arguments["self"]) if "self" in arguments else function
             raise UserError(f"{owner.__name__}.{option} is {value!r}: must be {_DESCRIPTIONS[kind]}.")
 
 
 def ranges(function: Callable[..., Any]) -> dict[str, Any]:
     """The options of a class or function that have a range, with their types."""
-    found = {}
-    for option, parameter in signature(function, eval_str=True).parameters.items():
-        for kind in (parameter.annotation, *get_args(parameter.annotation)):
-            if isinstance(kind, type) and kind in _DESCRIPTIONS:
-                found[option] = kind
-    return found
+    parameters = signature(function, eval_str=True).parameters
+    kinds = {option: _range_type(parameter.annotation) for option, parameter in parameters.items()}
+    return {option: kind for option, kind in kinds.items() if kind is not None}
+
+
+def _range_type(annotation: Any) -> Any:
+    """The type of this module in an annotation, or None."""
+    candidates = (annotation, *get_args(annotation))
+    return next((kind for kind in candidates if isinstance(kind, type) and kind in _DESCRIPTIONS), None)
 
 
 def _number_type(name: str, base: type, *restrictions: tuple[str, float]) -> Any:
