@@ -11,6 +11,7 @@ LIGHTNING_REPORTS = (
     "Seed set to",
     "GPU available:",
     "Restoring states from the checkpoint path",
+    "Restored all states from the checkpoint",
     "`Trainer.fit` stopped:",
 )
 """Lines of Lightning that report on the run."""

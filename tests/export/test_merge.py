@@ -220,7 +220,7 @@ def test_invalid_bases_and_adapters_are_one_line_errors(tiny: Path, tmp_path: Pa
     config = LlamaConfig.from_pretrained(other)
     config.intermediate_size = 64
     AutoModelForCausalLM.from_config(config).save_pretrained(other)
-    check_error(r"mlp.* has shape \(64, 64\) but the adapter requires \(96, 64\)", base=str(other))
+    check_error(r"mlp.* has shape \(64, 64\), but the adapter requires \(96, 64\)", base=str(other))
     (moved / "model.safetensors").write_bytes((moved / "model.safetensors").read_bytes()[:1000])
     check_error("is damaged", base=str(moved))
     (moved / "model.safetensors").unlink()
