@@ -10,10 +10,10 @@ PYTEST = .venv/bin/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
-setup: ## make or catch up .venv (PYTHON=... and RLMT_DEVICE=cpu|cuda to choose)
+setup: ## create or update .venv (PYTHON=... and RLMT_DEVICE=cpu|cuda to choose)
 	@scripts/setup.sh
 
-quickstart: setup ## train a miniature world from scratch, with and without thoughts, and compare (goes on where it stopped)
+quickstart: setup ## train a miniature world from scratch, with and without thoughts, and compare (resumes after an interruption)
 	.venv/bin/rlmt study --config study/mini --config study/quickstart
 
 test: setup ## run the fast tests: every contract, 8 minutes on 2 cores (WORKERS=... for more processes)

@@ -19,7 +19,7 @@ from ._common import is_dry_run, run_folder
 class Calibration(Callback):
     """Draws predicted against observed preference on held-out pairs into `calibration.png`, beside metrics.csv.
 
-    Each validation and test draws anew. The module logs the mean gap between the two as `val/calibration_error` and
+    Each validation and test replaces it. The module logs the mean gap between the two as `val/calibration_error` and
     `test/calibration_error`.
 
     Args:

@@ -1,4 +1,4 @@
-"""The newest checkpoint: written every few steps, at the end, and when a run is stopped or fails."""
+"""The newest checkpoint: saved every few steps, at the end, and when a run is stopped or fails."""
 
 from __future__ import annotations
 
@@ -34,23 +34,24 @@ from ._common import step_number
 class PolicyCheckpoint(ModelCheckpoint):
     """Keeps one checkpoint, the newest, as `last.ckpt`: every N optimizer steps and at the end of training.
 
-    A checkpoint is of a whole step: trained, logged and, where that was due, validated; going on from it is the run
-    that was not broken off. Each replaces the one before at once, so a kill at any moment leaves a whole one.
+    A checkpoint is a snapshot at the end of a step: trained, logged and, if it was due, validated. A run resumed from
+    it equals the uninterrupted run. Each checkpoint replaces the previous one atomically, so a kill at any time leaves
+    a complete one.
 
-    When the run fails or a signal stops it (Ctrl-C, SIGTERM, SLURM's preemption signal), what was done since the last
-    checkpoint is saved as well. A signal is obeyed at once while the policy is as the last step left it, which it is
-    while samples are drawn and scored and until the first optimizer step on them; else when the step ends. On several
-    processes it is obeyed when the step ends, by all of them, whichever it reached; and only a failure that all of them
-    know of, such as that no rollout server is left, has them save.
+    If the run fails or a signal stops it (Ctrl-C, SIGTERM, SLURM's preemption signal), the steps since the last
+    checkpoint are saved, too. In a single process the run stops at once while the policy is unchanged since the last
+    step, that is while rollouts are generated and scored and until the first optimizer step on them; otherwise at the
+    end of the step. With several ranks all of them stop at the end of the step, whichever rank received the signal; and
+    they save after an error only if all of them raise it, such as when no rollout server is left.
 
     Args:
-        every_n_steps: Optimizer steps between checkpoints; a step of several on one rollout batch is not cut.
+        every_n_steps: Optimizer steps between checkpoints; several steps on one rollout batch are not split.
         dirpath: Folder; None is `checkpoints/` in the run's folder.
-        on_full: What to do where a checkpoint cannot be written, as on a full disk: `stop` ends the run, `continue`
-            warns and tries again after the next N steps. The checkpoint before it stays either way.
+        on_full: What to do if a checkpoint cannot be written, for example on a full disk: `stop` ends the run,
+            `continue` warns and tries again after the next N steps. The previous checkpoint is kept in both cases.
 
     Raises:
-        UserError: `every_n_steps` is not positive; while training, a checkpoint cannot be written.
+        UserError: `every_n_steps` is not positive; during training, a checkpoint cannot be written.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -65,149 +66,154 @@ class PolicyCheckpoint(ModelCheckpoint):
         super().__init__(dirpath, filename=self.CHECKPOINT_NAME_LAST, every_n_train_steps=every_n_steps)
         self.every_n_steps = every_n_steps
         self.on_full = on_full
-        self._stopping = SignalHandler(self._savable)
+        self._signals = SignalHandler(self._can_save)
         self._trainer: Trainer | None = None
         self._loops: LoopStates | None = None
         self._step = 0
-        self._moment: Snapshot | None = None
+        self._snapshot: Snapshot | None = None
         self._saved: Snapshot | None = None
         self._steps_saved = 0
         self._writing = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: a checkpoint does not depend on the ones before it."""
+        """Empty: a checkpoint does not depend on earlier ones."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Removes what a kill left half-written."""
+        """Removes unfinished files that a kill left."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and trainer.is_global_zero and self.dirpath:
             remove_unfinished(Path(self.dirpath))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listens to signals, and from now on sees the end of each step, which Lightning has no hook for."""
+        """Installs the signal handlers and the hook at the end of each step."""
         super().on_train_start(trainer, pl_module)
-        self._trainer, self._moment, self._saved = trainer, None, None
+        self._trainer, self._snapshot, self._saved = trainer, None, None
         self._steps_saved = trainer.global_step
         add_step_end_hook(trainer, lambda: self._on_step_end(trainer))
-        self._stopping.listen(trainer)
+        self._signals.install(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Notes where the loops stand."""
+        """Records the state of the loops."""
         self._loops, self._step = loops_after_train_batch(trainer), step_number(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The step is logged: the run can be saved with its validation still to come, unless it is the last one."""
+        """The step is logged: a snapshot with the validation still due is possible, unless it is the last step."""
         within_fit = trainer.state.fn == "fit" and not trainer.sanity_checking
         if within_fit and self._loops is not None and not is_last_step(trainer):
-            self._moment = Snapshot.of(trainer, loops_before_validation(self._loops), self._step)
-            self._stop_if_asked(trainer)
+            self._snapshot = Snapshot.take(trainer, loops_before_validation(self._loops), self._step)
+            self._stop_if_signalled(trainer)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here to the end of the step the validation's results are on their way to loggers and callbacks."""
-        self._moment = None
+        """Until the end of the step loggers and callbacks process the validation's results; no snapshot is valid."""
+        self._snapshot = None
 
     def _on_step_end(self, trainer: Trainer) -> None:
         if self._loops is None:
-            return  # a validation that a resumed run began with
-        self._moment, self._loops = Snapshot.of(trainer, loops_after_step(self._loops, trainer), self._step), None
+            return  # the validation at the start of a resumed run
+        self._snapshot, self._loops = Snapshot.take(trainer, loops_after_step(self._loops, trainer), self._step), None
         if trainer.global_step // self.every_n_steps > self._steps_saved // self.every_n_steps:
             self._save(trainer, may_fail=self.on_full == "continue")
         if not is_last_step(trainer):
-            self._stop_if_asked(trainer)
+            self._stop_if_signalled(trainer)
 
-    def _stop_if_asked(self, trainer: Trainer) -> None:
-        # Every rank or none: they are in the same step, and a signal may have reached one alone.
-        if asked := max(collectives.all_gather_object(self._stopping.asked or 0)):
-            self._stopping.asked = asked
-            if trainer.world_size > 1 and self._moment is not self._saved:
-                self._save(trainer, may_fail=True)  # here, together; while leaving, a rank would be on its own
-            self._stopping.check(shared=True)
+    def _stop_if_signalled(self, trainer: Trainer) -> None:
+        # All ranks stop in the same step, although a signal may have reached one of them only.
+        if received := max(collectives.all_gather_object(self._signals.received or 0)):
+            self._signals.received = received
+            if trainer.world_size > 1 and self._snapshot is not self._saved:
+                self._save(
+                    trainer, may_fail=True
+                )  # here, where all ranks take part; during the exit a rank would be alone
+            self._signals.check(shared=True)
 
-    def _stands(self) -> bool:
-        trainer, moment = self._trainer, self._moment
-        return trainer is not None and moment is not None and not self._writing and moment.is_now(trainer)
+    def _is_current(self) -> bool:
+        """Whether the snapshot has the current weights and optimizer state."""
+        trainer, snapshot = self._trainer, self._snapshot
+        if trainer is None or snapshot is None or self._writing:
+            return False
+        return snapshot.matches_weights(trainer)
 
-    def _savable(self) -> bool:
-        return self._stands() and self._trainer is not None and self._trainer.world_size == 1
+    def _can_save(self) -> bool:
+        return self._is_current() and self._trainer is not None and self._trainer.world_size == 1
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the steps since the last checkpoint."""
-        self._stopping.leave()
-        if self._moment is not None and self._moment is not self._saved:
+        self._signals.restore()
+        if self._snapshot is not None and self._snapshot is not self._saved:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing: the last step of an epoch is a step."""
+        """Does nothing: the end of an epoch is the end of a step."""
 
     on_validation_end = on_train_epoch_end
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Saves the steps since the last checkpoint, if it can be done, and tells where to go on from."""
-        possible = self._savable() or (isinstance(exception, AllRanksUserError) and self._stands())
-        if possible and self._moment is not self._saved and not isinstance(exception, _NotWritten):
+        """Saves the steps since the last checkpoint if possible, and prints how to resume."""
+        possible = self._can_save() or (isinstance(exception, AllRanksUserError) and self._is_current())
+        if possible and self._snapshot is not self._saved and not isinstance(exception, _CheckpointNotWritten):
             self._save(trainer, may_fail=True)
-        self._stopping.leave()
+        self._signals.restore()
         if trainer.is_global_zero:
-            self._stopping.requeue()
+            self._signals.requeue()
         if self._saved is not None and trainer.is_global_zero:
             error = "stopped" if isinstance(exception, UserError) else type(exception).__name__
             name = exception.signal.name if isinstance(exception, StoppedBySignal) else error
             print(
-                f"rlmt: {name}: {self.best_model_path} holds all up to step {self._saved.step}; the same command with "
-                "--ckpt_path last goes on from there",
+                f"rlmt: {name}: {self.best_model_path} has all steps up to {self._saved.step}; the same command with "
+                "--ckpt_path last resumes from there.",
                 file=sys.stderr,
             )
 
     def _save(self, trainer: Trainer, may_fail: bool = False) -> None:
-        """Writes the present moment.
+        """Writes the current snapshot.
 
         Raises:
-            UserError: it cannot be written, and `may_fail` is not set.
+            UserError: It cannot be written, and `may_fail` is not set.
         """
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        moment = self._moment
-        assert moment is not None and self.dirpath is not None
+        snapshot = self._snapshot
+        assert snapshot is not None and self.dirpath is not None
         path = Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
         checkpoint: dict[str, Any] = {}
         self._writing = True
         try:
-            failure = _failure(lambda: checkpoint.update(_checkpoint(trainer, moment)))
-            # Ranks exchange their parts of the moment, so all of them or none.
-            failure = failure or _failure(lambda: moment.put_into(checkpoint))
-            # Not before each rank has written what goes with it, its rollouts.
+            failure = _failure(lambda: checkpoint.update(_checkpoint(trainer, snapshot)))
+            # Ranks gather their parts of the snapshot, so all of them or none.
+            failure = failure or _failure(lambda: snapshot.update_checkpoint(checkpoint))
+            # After every rank has written the rollouts that belong to the checkpoint.
             failure = failure or _failure(lambda: trainer.strategy.save_checkpoint(checkpoint, path))
         finally:
             self._writing = False
         if failure:
             why = f"{path} cannot be written ({failure})"
             if not may_fail:
-                raise _NotWritten(
-                    f"{why}; the checkpoint before it is whole: make room, and go on with --ckpt_path last.",
+                raise _CheckpointNotWritten(
+                    f"{why}; the previous checkpoint is complete. Free disk space, and resume with --ckpt_path last.",
                     reported_elsewhere=collectives.rank() > 0,
                 )
-            rank_zero_warn(f"{why}; the checkpoint before it is whole.")
+            rank_zero_warn(f"{why}; the previous checkpoint is complete.")
             return
-        self._saved, self._steps_saved = moment, trainer.global_step
+        self._saved, self._steps_saved = snapshot, trainer.global_step
         self.best_model_path = str(path)
 
 
-def _checkpoint(trainer: Trainer, moment: Snapshot) -> dict[str, Any]:
-    """The checkpoint of a moment; callbacks write what goes with it."""
+def _checkpoint(trainer: Trainer, snapshot: Snapshot) -> dict[str, Any]:
+    """The checkpoint of a snapshot; callbacks write the files that belong to it."""
     checkpoint = dump_checkpoint(trainer)
     log = next((logger for logger in trainer.loggers if isinstance(logger, ResumableCSVLogger)), None)
-    checkpoint["run"] = {"version": log.version if log else None, "step": moment.step}
+    checkpoint["run"] = {"version": log.version if log else None, "step": snapshot.step}
     return checkpoint
 
 
 def _failure(work: Callable[[], None]) -> str:
-    """Why a piece of work failed to write, if on one rank alone; empty where it did not. Every rank has to call it."""
+    """Runs work that writes; returns why it failed on any rank, or "". All ranks have to call it."""
     reason = ""
     try:
         work()
@@ -216,5 +222,5 @@ def _failure(work: Callable[[], None]) -> str:
     return max(collectives.all_gather_object(reason))
 
 
-class _NotWritten(AllRanksUserError):
-    """A checkpoint could not be written, so trying again while ending is in vain."""
+class _CheckpointNotWritten(AllRanksUserError):
+    """A checkpoint could not be written; the exit does not try again."""

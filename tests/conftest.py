@@ -114,7 +114,7 @@ def allocated_peak(tmp_path: Path) -> Callable[[Callable[[], None]], int]:
 
 
 @pytest.fixture
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Disables plots, which take a third of a short run's time and have tests of their own."""
     monkeypatch.setattr("rlmt.report.curves.draw_curves", lambda path, *curves: path)
     monkeypatch.setattr("rlmt.report.calibration.draw_calibration", lambda path, bins: path)

@@ -40,6 +40,7 @@ def text_files() -> Iterator[Path]:
     for name in SCANNED:
         path = ROOT / name
         found = sorted(path.rglob("*")) if path.is_dir() else [path]
+        found = [file for file in found if not any(part.endswith(".egg-info") for part in file.parts)]
         yield from (file for file in found if file.is_file() and file.suffix in SUFFIXES)
 
 

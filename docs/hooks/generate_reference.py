@@ -22,6 +22,8 @@ from typing import Any
 import docstring_parser
 from jsonargparse import ArgumentParser
 
+from rlmt.options.ranges import _DESCRIPTIONS
+
 SECTIONS = {
     "Modules": ("model", "rlmt.modules"),
     "Data": ("data", "rlmt.data"),
@@ -164,6 +166,9 @@ def type_name(hint: Any) -> str:
         return f"{origin.__name__} of {', '.join(type_name(a) for a in arguments if a is not ...)}"
     if origin is not None and not inspect.isclass(hint):
         return str(getattr(origin, "__name__", origin))
+    if hint in _DESCRIPTIONS:
+        limits = _DESCRIPTIONS[hint].replace("of at least", "from")
+        return limits.replace("an integer", "int").replace("a finite number", "float").replace("a number", "float")
     return str(getattr(hint, "__name__", hint))
 
 

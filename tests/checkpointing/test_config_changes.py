@@ -83,7 +83,7 @@ def trained(optimizer: Any, scheduler: Any, steps: int, state: Any = None) -> tu
     made = optimizer([weight])
     schedule = scheduler(made) if scheduler else None
     if isinstance(schedule, CosineWithWarmup):
-        schedule.over(100)
+        schedule.set_run_length(100)
     options = optimizer_options(made, schedule)
     if state is not None:
         made.load_state_dict(state[0])

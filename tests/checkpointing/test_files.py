@@ -157,7 +157,7 @@ def test_resumed_log_continues_after_the_checkpoint(tmp_path: Path) -> None:
     assert path.read_text().splitlines() == ["loss,step,val", "0.0,0,", "0.5,1,", "1.0,2,", "1.5,3,", ",3,7.0"]
     path.write_text(path.read_text() + "9.0,4")  # truncated by a kill
     again = ResumableCSVLogger(tmp_path)
-    again.go_on(0, 1)
+    again.resume(0, 1)
     again.log_metrics({"loss": 1.0}, 2)
     again.log_metrics({"new": 2.0}, 2)
     again.finalize("success")

@@ -118,7 +118,7 @@ def test_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
 ) -> None:
     assert fit() == 2
     message = error_of(capsys)
-    assert "last.ckpt cannot be written (No space left on device)" in message and "make room" in message
+    assert "last.ckpt cannot be written (No space left on device)" in message and "Free disk space" in message
     assert saved_step(tmp_path / "run") == 1
     full_disk += [1] * 2
     assert fit("--ckpt_path", "last") == 0
@@ -127,7 +127,7 @@ def test_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
 
 
 def test_full_disk_only_warns_with_on_full_continue(fit: Fit, tmp_path: Path, full_disk: list[int]) -> None:
-    with pytest.warns(UserWarning, match="No space left on device.*the checkpoint before it is whole"):
+    with pytest.warns(UserWarning, match="No space left on device.*the previous checkpoint is complete"):
         assert fit("--trainer.max_steps", 5, on_full="continue") == 0
     assert saved_step(tmp_path / "run") == 4 and len(full_disk) == 5
 
@@ -141,7 +141,7 @@ def test_rollouts_wait_for_disk_space_and_are_written_after_a_resume(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     assert fit("--trainer.max_steps", 1) == 0
-    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="the checkpoint before it is whole"):
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="the previous checkpoint is complete"):
         patch.setattr("rlmt.engines.rollout_files.pq.write_table", full)
         patch.setattr("rlmt.report.curves.draw_curves", full)
         assert fit("--ckpt_path", "last", on_full="continue") == 2

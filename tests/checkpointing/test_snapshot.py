@@ -118,7 +118,7 @@ def run(
     torch.manual_seed(0)
     log = ResumableCSVLogger(folder)
     if start is not None:
-        log.go_on(0, torch.load(start, weights_only=True)["run"]["step"])
+        log.resume(0, torch.load(start, weights_only=True)["run"]["step"])
     checkpoint = PolicyCheckpoint(every_n_steps=1000 if stop else 1, dirpath=str(folder / "checkpoints"))
     trainer = Trainer(
         **{"max_steps": 2 * STEPS, "max_epochs": -1} | options,

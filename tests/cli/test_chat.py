@@ -144,7 +144,7 @@ def test_interrupted_reply_does_not_end_the_conversation(tiny: Path, monkeypatch
     [
         ({"model": Path("nowhere")}, "nowhere: no such checkpoint or folder"),
         ({"prompt": " "}, "the prompt is empty"),
-        ({"prompt": "x", "top_p": 0.0}, "--top_p must be in"),
+        ({"prompt": "x", "top_p": 0.0}, "chat.top_p is 0.0: must be a number above 0"),
         ({"prompt": "x"}, "stores no thinking format"),
         ({"prompt": "x", "format": "think", "max_new_tokens": 1}, "The completion is malformed: "),
         ({"prompt": "x" * 9000, "format": "no_think"}, "fills the policy's context"),

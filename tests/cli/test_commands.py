@@ -157,7 +157,7 @@ def test_non_finite_gradients_skip_steps_and_then_stop_the_run(
     monkeypatch.setattr(grpo, "group_advantages", sometimes_nan)
     options = ("--model.format", "no_think", "--model.max_skipped", 3, "--trainer.max_steps", 9)
     assert main(command("fit", *options)) == 2
-    assert "3 skipped optimizer steps in a row" in (message := one_line(capsys)) and "nan" in message
+    assert "3 consecutive skipped optimizer steps" in (message := one_line(capsys)) and "nan" in message
     rows = [row for row in metrics(tmp_path / "run") if row.get("reward/mean")]
     # Two steps are skipped, one is taken, then three are skipped; the last one stops the run before it is logged.
     assert [row["policy/skipped"] for row in rows] == ["1.0", "1.0", "0.0", "1.0", "1.0"]

@@ -40,7 +40,7 @@ def worlds(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
 
 @pytest.fixture
 def one_step(
-    worlds: dict[str, Path], prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pictures: None
+    worlds: dict[str, Path], prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_plots: None
 ) -> Callable[..., Path]:
     """Trains one step of a run on tiny models and few prompts, and returns its folder."""
     monkeypatch.chdir(tmp_path)

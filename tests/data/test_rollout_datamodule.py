@@ -325,11 +325,11 @@ class Recorded(FakeEngine):
         super().__init__()
         self.texts, self.asked, self.tokenizer = {f"say{i:02}" for i in known}, [], None
 
-    def check_run(self, format, tokenizer, sampling, group_size, max_model_len):
-        self.calls.append(("check_run", format.name, sampling.temperature, sampling.max_new_tokens, group_size))
+    def check_sampling(self, format, tokenizer, sampling, group_size, max_model_len):
+        self.calls.append(("check_sampling", format.name, sampling.temperature, sampling.max_new_tokens, group_size))
         self.tokenizer = tokenizer
 
-    def knows(self, prompt_ids):
+    def has_prompt(self, prompt_ids):
         return any(text in self.tokenizer.decode(prompt_ids) for text in self.texts)
 
     def generate(self, requests, sampling):
@@ -343,7 +343,7 @@ class Recorded(FakeEngine):
 def test_recorded_samples_are_off_policy_and_need_no_sync(tokenizer, prompts, tmp_path):
     module, data = FakeModule(tokenizer), make(prompts, engine=Recorded(), val_size=0)
     trainer(tmp_path, max_epochs=2).fit(module, datamodule=data)
-    assert data.engine.calls == ["check", ("check_run", "think", 0.7, 10, 2), ("start", 30), "close"]
+    assert data.engine.calls == ["check", ("check_sampling", "think", 0.7, 10, 2), ("start", 30), "close"]
     assert len(module.seen["train"]) == 6 and data.engine.asked == [0] * 18 + [1] * 18
     assert module.last.off_policy and module.last.weight_version == 40
     assert module.last.ref_logprobs.tolist() == [-3.0, -4.0] * 12
@@ -382,7 +382,7 @@ def test_prompts_without_recorded_samples_are_dropped_and_counted(tokenizer, pro
     assert said == [f"dropped {missing} of 20 prompts that were not recorded ({prompts})"]
     data = attached(make(prompts, engine=Recorded([7, 5])), FakeModule(tokenizer), stage="predict")
     assert [p.index for batch in data.predict_dataloader() for p in batch.prompts] == [5, 7]
-    with pytest.raises(UserError, match="none of the 22 prompts .* was recorded: give --data.prompts"):
+    with pytest.raises(UserError, match="has none of the 22 prompts .*: set --data.prompts"):
         attached(make(prompts, engine=Recorded([]), val_size=0), FakeModule(tokenizer))
 
 

@@ -40,7 +40,7 @@ def columns(path: Path) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("options", OWN)
-@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.usefixtures("no_plots")
 def test_own_classes_train(options: str, world: Callable[[Path], None], tmp_path: Path) -> None:
     world(OWN[options])
     small = {
@@ -65,7 +65,7 @@ def test_own_classes_train(options: str, world: Callable[[Path], None], tmp_path
         assert logged[column]
 
 
-@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.usefixtures("no_plots")
 def test_python_script_trains_and_its_metrics_are_documented(world: Callable[[Path], None], tmp_path: Path) -> None:
     page = HOW_TO / "python.md"
     world(page)

@@ -36,7 +36,7 @@ def test_options_have_type_default_and_meaning(reference: ModuleType) -> None:
     from rlmt.modules import RLMTModule
 
     rows = {name: (kind, default) for name, kind, default, meaning in reference.options(RLMTModule) if meaning}
-    assert rows["policy"] == ("str", "required") and rows["max_grad_norm"] == ("float", "`1.0`")
+    assert rows["policy"] == ("str", "required") and rows["max_grad_norm"] == ("float above 0", "`1.0`")
     assert rows["gradient_checkpointing"] == ("bool", "`false`") and rows["lora"] == ("LoRA \\| null", "`null`")
     fixed = {name for name, *_ in reference.options(DrGRPO)}
     assert "clip_low" in fixed and "kl_coef" not in fixed  # what the class fixes is no option
@@ -61,7 +61,7 @@ def test_commands_have_the_help_of_every_command(reference: ModuleType) -> None:
 
 
 def test_configs_are_listed_with_their_purpose(reference: ModuleType) -> None:
-    assert "| `base` | What every RL run shares. |" in reference.configs()
+    assert "| `base` | Settings that all RL runs share. |" in reference.configs()
 
 
 def test_formulas_become_svg() -> None:

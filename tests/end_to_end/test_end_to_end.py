@@ -12,7 +12,7 @@ import pytest
 
 from rlmt.cli.commands import main
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
+pytestmark = pytest.mark.usefixtures("no_plots")
 SEEDS = (0, 1, 2)
 
 

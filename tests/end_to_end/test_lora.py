@@ -17,7 +17,7 @@ from rlmt.modules import RLMTModule
 
 LORA = ("--model.lora", "LoRA", "--model.lora.rank", 64, "--model.lora.alpha", 64)
 QLORA = ("--model.lora", "LoRA", "--model.lora.rank", 8, "--model.quantization", "NF4")
-pytestmark = pytest.mark.usefixtures("no_pictures")
+pytestmark = pytest.mark.usefixtures("no_plots")
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
 

@@ -13,7 +13,7 @@ from rlmt.cli.commands import main
 from rlmt.models import loading
 from rlmt.modules import RLMTModule
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
+pytestmark = pytest.mark.usefixtures("no_plots")
 Command = Callable[..., list[str]]
 
 

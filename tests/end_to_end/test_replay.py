@@ -14,7 +14,7 @@ from rlmt.engines.rollout_files import read_rollouts
 from rlmt.models import loading
 from rlmt.modules import RLMTModule, reference_cache
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
+pytestmark = pytest.mark.usefixtures("no_plots")
 Run = Callable[..., list[dict[str, float]]]
 
 

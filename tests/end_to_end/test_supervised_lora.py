@@ -23,7 +23,7 @@ from rlmt.modules.supervised import SupervisedModule
 from rlmt.rewards import ClassifierReward
 from rlmt.types import Status
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
+pytestmark = pytest.mark.usefixtures("no_plots")
 Command = Callable[..., list[str]]
 IDS = torch.arange(40, 88).view(2, 24)
 LORA = ("--model.lora", "LoRA", "--model.lora.rank", 4, "--model.lora.alpha", 16)

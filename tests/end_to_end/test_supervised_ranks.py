@@ -10,7 +10,7 @@ import torch
 
 from rlmt.cli.commands import main
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
+pytestmark = pytest.mark.usefixtures("no_plots")
 Command = Callable[..., list[str]]
 # SGD with momentum has a state, and rounding errors in small gradients hardly change its steps.
 COMMON = (
@@ -66,9 +66,7 @@ def test_reward_model_on_one_rank_then_sharded_on_two_then_on_one(train: Callabl
     assert sum("rm/loss" in row for row in rows) == 6
     assert any({"val/accuracy", "val/accuracy/a", "val/calibration_error"} <= row.keys() for row in rows)
     assert saved["state_dict"]["attribute_head.weight"].abs().max() > 0
-    assert (
-        run / "version_0/calibration.png"
-    ).is_file()  # drawn by the two ranks: no_pictures patches this process only
+    assert (run / "version_0/calibration.png").is_file()  # drawn by the two ranks: no_plots patches this process only
     assert main(["export", str(run / "checkpoints/last.ckpt"), str(tmp_path / "model")]) == 0
     assert (tmp_path / "model/model.safetensors").is_file()
 

@@ -28,7 +28,7 @@ def rarely(prompt, response):
 def indifferent(prompt, response):
     return 1.0
 """
-pytestmark = pytest.mark.usefixtures("no_pictures")
+pytestmark = pytest.mark.usefixtures("no_plots")
 Fit = Callable[..., int]
 
 

@@ -79,7 +79,7 @@ def test_replayed_samples_equal_the_recorded(record: Any, tokenizer: Any, sampli
     write_rollouts(table, path)
     engine = ReplayEngine(str(path))
     engine.check()
-    engine.check_run(FORMAT, tokenizer, sampling, 3, 300)
+    engine.check_sampling(FORMAT, tokenizer, sampling, 3, 300)
     rows = table.to_pylist()
     for count in (3, 2):
         requests = [SampleRequest(prompt_ids(q, tokenizer), list(range(count))) for q in (1, 0)]
@@ -89,8 +89,8 @@ def test_replayed_samples_equal_the_recorded(record: Any, tokenizer: Any, sampli
         assert samples.logprobs == [row["engine_logprobs"] for row in expected]
         assert samples.finish == [row["finish"] for row in expected]
         assert samples.weight_version == 10 and samples.ref_logprobs is None
-    assert engine.knows(prompt_ids(0, tokenizer)) and not engine.knows(prompt_ids(2, tokenizer))
-    engine.recording.ref_logprobs = torch.arange(len(engine.recording.completion_ids)).float()
+    assert engine.has_prompt(prompt_ids(0, tokenizer)) and not engine.has_prompt(prompt_ids(2, tokenizer))
+    engine.rollouts.ref_logprobs = torch.arange(len(engine.rollouts.completion_ids)).float()
     samples = engine.generate([SampleRequest(prompt_ids(1, tokenizer), [0])], sampling)
     # Question 0 has samples of 3, 4 and 5 tokens, so question 1 starts at token 12.
     assert samples.ref_logprobs == [[12.0, 13.0, 14.0]]
@@ -104,7 +104,7 @@ def test_epochs_cycle_through_the_groups_of_a_prompt(
     write_rollouts(record([1, 0], step=2, epoch=1, rank=1), tmp_path / "b.parquet")
     engine = ReplayEngine(str(tmp_path))
     engine.check()
-    engine.check_run(FORMAT, tokenizer, sampling, 2, 300)
+    engine.check_sampling(FORMAT, tokenizer, sampling, 2, 300)
     steps: dict[int, list[int]] = {0: [], 1: []}
     for epoch in range(5):
         for question, found in steps.items():
@@ -123,7 +123,7 @@ def test_groups_of_two_files_are_not_merged(record: Any, tmp_path: Path) -> None
         write_rollouts(record([0, 1]), tmp_path / f"{name}.parquet")
     engine = ReplayEngine(str(tmp_path))
     engine.check()
-    assert engine.recording.groups == [range(0, 3), range(3, 6), range(6, 9), range(9, 12)]
+    assert engine.rollouts.groups == [range(0, 3), range(3, 6), range(6, 9), range(9, 12)]
 
 
 def replace_column(table: pa.Table, column: str, values: list[Any]) -> pa.Table:
@@ -191,12 +191,12 @@ def test_check_run_rejects_other_settings(record: Any, tokenizer: Any, sampling:
     ]
     for arguments, message in cases:
         with pytest.raises(UserError, match=message) as caught:
-            engine.check_run(*arguments, 300)
+            engine.check_sampling(*arguments, 300)
         assert "\n" not in str(caught.value)
-    engine.check_run(FORMAT, tokenizer, replace(sampling, max_new_tokens=5), 3, 300)
+    engine.check_sampling(FORMAT, tokenizer, replace(sampling, max_new_tokens=5), 3, 300)
     with pytest.raises(UserError, match="has token 448, but the policy's vocabulary has only 448"):
-        engine.recording.check_vocabulary(448)
-    engine.recording.check_vocabulary(449)
+        engine.rollouts.check_vocabulary(448)
+    engine.rollouts.check_vocabulary(449)
 
 
 def test_check_run_rejects_a_tokenizer_that_only_decodes_differently(
@@ -209,7 +209,7 @@ def test_check_run_rejects_a_tokenizer_that_only_decodes_differently(
     engine = ReplayEngine(str(tmp_path / "r.parquet"))
     engine.check()
     with pytest.raises(UserError, match="another tokenizer"):
-        engine.check_run(FORMAT, tokenizer, sampling, 3, 300)
+        engine.check_sampling(FORMAT, tokenizer, sampling, 3, 300)
 
 
 def test_unrecorded_prompts_and_samples_raise(record: Any, tokenizer: Any, sampling: Sampling, tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_all_linear_covers_every_linear_layer_below_the_head() -> None:
 
 def test_unknown_target_modules_raise() -> None:
     for name in ("lm_head", "embed_tokens", "norm", "query"):
-        with pytest.raises(UserError, match=f"names {name}, and LlamaForCausalLM .* choose from down_proj, gate_proj"):
+        with pytest.raises(UserError, match=f"names {name}, but LlamaForCausalLM .* choose from down_proj, gate_proj"):
             LoRA(target_modules=["q_proj", name]).config(model())
     bad: list[dict[str, Any]] = [
         {"rank": 0},

@@ -95,7 +95,7 @@ def test_shared_critic_owns_only_a_head_and_has_gradients_in_the_policy(policy: 
     critic = build_critic(policy, shared=True)
     assert critic.state_dict().keys() == {"head.weight", "head.bias"}
     assert len(list(critic.parameters())) == len(trainable_parameters(critic)) == 2
-    assert critic.moves_policy
+    assert critic.updates_policy
     torch.nn.init.ones_(critic.head.weight)
     hidden = [policy.model(torch.tensor([row])).last_hidden_state[0, 2:].sum(1) for row in ROWS]
     torch.testing.assert_close(critic(batch()), torch.cat(hidden), rtol=1e-4, atol=1e-5)
@@ -116,7 +116,7 @@ def test_shared_critic_has_its_own_adapter(policy: Any) -> None:
         before = token_logprobs(policy, batch(), 1.0).logprobs
     critic = build_critic(policy, shared=True, lora=LORA)
     torch.nn.init.ones_(critic.head.weight)
-    assert not critic.moves_policy
+    assert not critic.updates_policy
     assert {tuple(m._active_adapter) for m in policy.modules() if isinstance(m, BaseTunerLayer)} == {("default",)}
     assert {n for n, p in policy.named_parameters() if p.requires_grad and f".{CRITIC}." not in n} == set(mine)
     ids = {id(p) for p in trainable_parameters(policy)}

@@ -55,8 +55,8 @@ def test_missing_and_relative_paths(tmp_path, folder, monkeypatch):
     monkeypatch.chdir(tmp_path)  # without runs/tiny
     assert "run `rlmt tiny` first" in _refusal(load_config, "runs/tiny/policy")
     assert "no such folder" in _refusal(load_config, tmp_path / "none")
-    assert "from the hub" in _refusal(load_config, "someone/some-model")
-    assert "from the hub" in _refusal(load_tokenizer, "someone/some-model")
+    assert "the hub returned no" in _refusal(load_config, "someone/some-model")
+    assert "the hub returned no" in _refusal(load_tokenizer, "someone/some-model")
     assert "is a file" in _refusal(load_config, folder / "config.json")
 
 

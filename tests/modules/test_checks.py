@@ -15,7 +15,7 @@ from rlmt.engines.base import Engine
 from rlmt.errors import UserError
 from rlmt.models.adapters import LoRA
 from rlmt.models.quantization import NF4
-from rlmt.modules.checks import check_trainer
+from rlmt.modules.checks import check_sharded_run, check_trainer
 
 
 def trainer(strategy: Any = None, engine: Engine | None = None, world_size: int = 2, module: Any = None) -> Any:
@@ -41,7 +41,7 @@ def check(trainer: Any) -> None:
     """Both checks of an RL run."""
     check_trainer(trainer)
     engine, module = trainer.datamodule.engine, trainer.lightning_module
-    check(trainer, None if module is None else module.algorithm.critic, [engine])
+    check_sharded_run(trainer, None if module is None else module.algorithm.critic, [engine])
 
 
 def servers() -> VLLMServerEngine:

@@ -117,7 +117,7 @@ def test_accuracies_and_loss_of_held_out_pairs(module: Make, monkeypatch: pytest
     made._trainer = None
     table = {1: 0.5, 2: -0.5, 3: 0.0, 4: 2.0, 5: 3.0}
     monkeypatch.setattr(
-        "rlmt.modules.reward_modeling.states_at_end",
+        "rlmt.modules.reward_modeling.last_token_states",
         lambda backbone, rows, device: torch.tensor([[table[int(row[0])]] for row in rows]),
     )
     monkeypatch.setattr("rlmt.modules.reward_modeling.score_states", lambda model, states: states[:, 0])

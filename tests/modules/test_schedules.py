@@ -27,7 +27,7 @@ def rates(made: AdamW, scheduler: torch.optim.lr_scheduler.LRScheduler, steps: i
 def test_by_hand() -> None:
     made = optimizer(4.0, 8.0)
     scheduler = CosineWithWarmup(made, steps=7, warmup=0.4)  # 2.8 steps of warm-up are 3
-    scheduler.over(7)
+    scheduler.set_run_length(7)
     middle = [2 * (1 + math.cos(math.pi * part / 4)) for part in range(4)]
     assert rates(made, scheduler, 9) == pytest.approx([1.0, 2.0, 3.0, *middle, 0.0, 0.0], abs=1e-12)
     assert made.param_groups[1]["lr"] == 2 * made.param_groups[0]["lr"]
@@ -36,7 +36,7 @@ def test_by_hand() -> None:
 def test_without_warm_up_it_is_the_one_of_transformers() -> None:
     ours, theirs = optimizer(1.0), optimizer(1.0)
     scheduler = CosineWithWarmup(ours, warmup=0.0)
-    scheduler.over(20)
+    scheduler.set_run_length(20)
     assert rates(ours, scheduler, 21) == pytest.approx(
         rates(theirs, get_cosine_schedule_with_warmup(theirs, 0, 20), 21)
     )
@@ -56,7 +56,7 @@ def test_one_that_is_resumed_goes_on_and_over_a_longer_run() -> None:
     whole, first, second, longer = (optimizer(1.0) for _ in range(4))
     schedulers = [CosineWithWarmup(made) for made in (whole, first, second, longer)]
     for scheduler, steps in zip(schedulers, (10, 10, 10, 40), strict=True):
-        scheduler.over(steps)
+        scheduler.set_run_length(steps)
     expected = rates(whole, schedulers[0], 10)
     begun = rates(first, schedulers[1], 4)
     for made, scheduler in ((second, schedulers[2]), (longer, schedulers[3])):
@@ -74,7 +74,7 @@ def test_options_out_of_range_are_named(options: dict[str, float], named: str) -
 
 def test_a_run_that_outlives_its_schedule_is_refused() -> None:
     with pytest.raises(UserError, match="steps is 5: the run has 6"):
-        CosineWithWarmup(optimizer(1.0), steps=5).over(6)
+        CosineWithWarmup(optimizer(1.0), steps=5).set_run_length(6)
     with pytest.raises(UserError, match="steps is missing"):
-        CosineWithWarmup(optimizer(1.0)).over(-1)
-    CosineWithWarmup(optimizer(1.0), steps=5).over(-1)
+        CosineWithWarmup(optimizer(1.0)).set_run_length(-1)
+    CosineWithWarmup(optimizer(1.0), steps=5).set_run_length(-1)

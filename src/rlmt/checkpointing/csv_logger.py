@@ -24,7 +24,7 @@ class ResumableCSVLogger(CSVLogger):
         super().__init__(str(save_dir), name=None)
         self._last_step: int | None = None
 
-    def go_on(self, version: int, step: int) -> None:
+    def resume(self, version: int, step: int) -> None:
         """Continues the file of an earlier start; call it before anything is logged.
 
         Args:

@@ -46,15 +46,15 @@ class SignalHandler:
         self._savable = savable
         self._before: dict[int, Any] = {}
         self._requeue_signal: int | None = None
-        self.asked: int | None = None
+        self.received: int | None = None
         """Number of the signal that was received; None if there was none."""
 
-    def listen(self, trainer: Trainer) -> None:
+    def install(self, trainer: Trainer) -> None:
         """Installs the handlers in place of Lightning's, which end or save within a step or exit with status 0.
 
         This works only in the main thread; in another thread it does nothing.
         """
-        self.asked = None
+        self.received = None
         if threading.current_thread() is not threading.main_thread():
             return
         numbers = [signal.SIGINT, signal.SIGTERM]
@@ -66,7 +66,7 @@ class SignalHandler:
         for number in numbers:
             self._before[number] = signal.signal(number, self._on_signal)
 
-    def leave(self) -> None:
+    def restore(self) -> None:
         """Restores the previous handlers; a second call does nothing."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -78,12 +78,12 @@ class SignalHandler:
         Args:
             shared: Whether all ranks raise here.
         """
-        if self.asked is not None:
-            raise StoppedBySignal(self.asked, shared)
+        if self.received is not None:
+            raise StoppedBySignal(self.received, shared)
 
     def requeue(self) -> None:
         """Requeues the SLURM job if its preemption signal was received."""
-        if self.asked is not None and self.asked == self._requeue_signal:
+        if self.received is not None and self.received == self._requeue_signal:
             array, job = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_JOB_ID", "")
             job = f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID', '')}" if array else job
             if re.fullmatch(r"[0-9_]+", job):
@@ -92,8 +92,8 @@ class SignalHandler:
                 print(f"rlmt: SLURM job {job}: {how}", file=sys.stderr, flush=True)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        again = self.asked is not None
-        self.asked = number
+        again = self.received is not None
+        self.received = number
         if again or self._savable():
             raise StoppedBySignal(number)
         name = signal.Signals(number).name

@@ -24,7 +24,7 @@ class RankState(ABC):
     """One rank's part of a state value; the parts of all ranks are merged when a checkpoint is written."""
 
     @abstractmethod
-    def of_all_ranks(self) -> Any:
+    def merge_ranks(self) -> Any:
         """Merges the parts of all ranks into the value of a single process; a collective operation."""
 
 
@@ -44,7 +44,7 @@ class Snapshot:
     """Number of train batches processed and of optimizer steps started."""
 
     @classmethod
-    def of(cls, trainer: Trainer, loops: LoopStates, step: int) -> Snapshot:
+    def take(cls, trainer: Trainer, loops: LoopStates, step: int) -> Snapshot:
         """Copies the current state; a collective operation.
 
         Args:
@@ -60,17 +60,17 @@ class Snapshot:
             own["random"] = [state for rank in all_gather_object(own["random"]) for state in rank]
         return cls(step, loops, copy.deepcopy(states), own, training_progress(trainer))
 
-    def is_now(self, trainer: Trainer) -> bool:
+    def matches_weights(self, trainer: Trainer) -> bool:
         """True if no optimizer step started since, so that weights and optimizer still belong to this snapshot."""
         return self.progress == training_progress(trainer)
 
-    def put_into(self, checkpoint: dict[str, Any]) -> None:
+    def update_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Replaces the small states of a checkpoint that has the same weights; a collective operation."""
         checkpoint["loops"] = self.loops
         checkpoint["epoch"] = completed_epochs(self.loops)
         for name, state in self.data.items():
             if state:
                 checkpoint[name] = {
-                    key: value.of_all_ranks() if isinstance(value, RankState) else value for key, value in state.items()
+                    key: value.merge_ranks() if isinstance(value, RankState) else value for key, value in state.items()
                 }
         checkpoint.setdefault("rlmt", {}).update(self.module)

@@ -138,7 +138,7 @@ class RLMTCLI(LightningCLI):
         run = checkpoint.get("run") or {}
         for logger in self.trainer.loggers:
             if ckpt_path == "last" and isinstance(logger, ResumableCSVLogger) and run.get("version") is not None:
-                logger.go_on(run["version"], run["step"])
+                logger.resume(run["version"], run["step"])
 
     def predict(self, **kwargs: Any) -> None:
         """Runs prediction without collecting the results in memory; a callback writes them."""

@@ -81,7 +81,7 @@ def recorded_prompts(prompts: list[Prompt], source: PolicySource, engine: Engine
     """
     if not engine.replays:
         return prompts
-    known = [p for p in prompts if engine.knows(source.format.render(p.messages, source.tokenizer))]
+    known = [p for p in prompts if engine.has_prompt(source.format.render(p.messages, source.tokenizer))]
     if prompts and not known:
         raise UserError(
             f"--data.engine.path has none of the {len(prompts):,} prompts of {name}: set --data.prompts and "
@@ -143,7 +143,7 @@ def sample_requests(prompts: PromptBatch, source: PolicySource, group_size: int,
 def sync_weights(engine: Engine, source: PolicySource) -> None:
     """Gives the engine the current weights of the policy if it has others. All ranks have to call it."""
     if engine.version == source.policy_version:
-        engine.renew()
+        engine.reload_lost_weights()
     else:
         engine.sync(source.policy_weights(), source.policy_version, source.policy_adapter())
 

@@ -43,7 +43,7 @@ class _Pending:
 class _PendingState(RankState):
     """State of a pending batch. It waits for the batch and converts it to tensors and plain data when it is pickled.
 
-    A run takes a snapshot of its state after every step and writes few of them; a run that is told to stop must not
+    A run takes a snapshot of its state after every step and writes few of them; a run that receives a signal must not
     wait for a batch that its checkpoint does not hold.
 
     Args:
@@ -60,7 +60,7 @@ class _PendingState(RankState):
         """Pickles as a dictionary, which is empty if there is no batch or its generation failed."""
         return OrderedDict(self._plain()).__reduce__()
 
-    def of_all_ranks(self) -> Any:
+    def merge_ranks(self) -> Any:
         """The batch of all ranks; empty if the share of one is missing."""
         if collectives.world_size() == 1:
             return self

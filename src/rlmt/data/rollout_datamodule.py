@@ -134,7 +134,7 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
             )
         source.format.check(source.tokenizer, source.tokenizer.name_or_path)
         samples = 1 if held_out else self.group_size
-        engine.check_run(source.format, source.tokenizer, self._sampling(source), samples, self._max_model_len)
+        engine.check_sampling(source.format, source.tokenizer, self._sampling(source), samples, self._max_model_len)
         if self._all is None:
             sets = load_prompt_sets(self, source)
             self._all, self._train, self._val = sets.all, sets.train, sets.held_out
@@ -279,7 +279,7 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
     @property
     def offline_rollouts(self) -> OfflineRollouts | None:
         """The recorded samples of a `ReplayEngine`; None for other engines. Available after `setup`."""
-        return self.engine.recording if isinstance(self.engine, ReplayEngine) else None
+        return self.engine.rollouts if isinstance(self.engine, ReplayEngine) else None
 
     def teardown(self, stage: str) -> None:
         """Closes the engines.

@@ -33,7 +33,7 @@ class Engine(ABC):
     def check(self) -> None:
         """Raises UserError, naming what to install, when this engine cannot run on this machine."""
 
-    def check_run(
+    def check_sampling(
         self,
         format: ThinkingFormat,
         tokenizer: PreTrainedTokenizerBase,
@@ -54,7 +54,7 @@ class Engine(ABC):
             UserError: The engine does not support them; the message names the option to change.
         """
 
-    def knows(self, prompt_ids: Sequence[int]) -> bool:
+    def has_prompt(self, prompt_ids: Sequence[int]) -> bool:
         """Whether the engine can sample from this prompt."""
         return True
 
@@ -103,7 +103,7 @@ class Engine(ABC):
             adapter: The adapter on top of the base; None when the weights are the policy's own.
         """
 
-    def renew(self) -> None:
+    def reload_lost_weights(self) -> None:
         """Reloads the current weights where a part of the engine has lost them; collective over ranks.
 
         Called before `generate`.

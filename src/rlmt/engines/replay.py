@@ -33,13 +33,13 @@ class ReplayEngine(Engine):
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._recording: OfflineRollouts | None = None
+        self._rollouts: OfflineRollouts | None = None
 
     @property
-    def recording(self) -> OfflineRollouts:
+    def rollouts(self) -> OfflineRollouts:
         """The recorded samples; available after `check`."""
-        assert self._recording is not None, "check has not run"
-        return self._recording
+        assert self._rollouts is not None, "check has not run"
+        return self._rollouts
 
     def check(self) -> None:
         """Reads the recorded samples.
@@ -47,13 +47,13 @@ class ReplayEngine(Engine):
         Raises:
             UserError: The file or folder does not exist, or is not a valid recording.
         """
-        if self._recording is None:
+        if self._rollouts is None:
             try:
-                self._recording = OfflineRollouts(self.path)
+                self._rollouts = OfflineRollouts(self.path)
             except UserError as error:
                 raise UserError(f"--data.engine.path: {error}") from error
 
-    def check_run(
+    def check_sampling(
         self,
         format: ThinkingFormat,
         tokenizer: PreTrainedTokenizerBase,
@@ -73,11 +73,11 @@ class ReplayEngine(Engine):
         Raises:
             UserError: The samples have another format, tokenizer or temperature, are too long, or are too few.
         """
-        self.recording.check(format, tokenizer, sampling, group_size)
+        self.rollouts.check(format, tokenizer, sampling, group_size)
 
-    def knows(self, prompt_ids: Sequence[int]) -> bool:
+    def has_prompt(self, prompt_ids: Sequence[int]) -> bool:
         """Whether samples of this prompt were recorded."""
-        return bool(self.recording.groups_of(prompt_ids))
+        return bool(self.rollouts.groups_of(prompt_ids))
 
     def start(
         self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_model_len: int, dtype: torch.dtype
@@ -93,7 +93,7 @@ class ReplayEngine(Engine):
 
         Args:
             requests: Recorded prompts.
-            sampling: Not used: `check_run` has compared it.
+            sampling: Not used: `check_sampling` has compared it.
 
         Returns:
             Samples with the version of the weights that generated them (the lowest if they differ), and with reference
@@ -102,21 +102,21 @@ class ReplayEngine(Engine):
         Raises:
             UserError: A prompt was not recorded, or has fewer samples than seeds.
         """
-        recording = self.recording
+        rollouts = self.rollouts
         rows = [row for request in requests for row in self._rows(request)]
-        parts = [slice(recording.starts[row], recording.starts[row + 1]) for row in rows]
-        reference = recording.ref_logprobs
+        parts = [slice(rollouts.starts[row], rollouts.starts[row + 1]) for row in rows]
+        reference = rollouts.ref_logprobs
         return Samples(
-            completion_ids=[recording.completion_ids[part].tolist() for part in parts],
-            logprobs=[recording.logprobs[part].tolist() for part in parts],
-            finish=[recording.finish[row] for row in rows],
-            weight_version=int(recording.weight_versions[rows].min()),
+            completion_ids=[rollouts.completion_ids[part].tolist() for part in parts],
+            logprobs=[rollouts.logprobs[part].tolist() for part in parts],
+            finish=[rollouts.finish[row] for row in rows],
+            weight_version=int(rollouts.weight_versions[rows].min()),
             ref_logprobs=None if reference is None else [reference[part].tolist() for part in parts],
         )
 
     def _rows(self, request: SampleRequest) -> range:
         """Rows of the recorded samples that answer a request."""
-        groups = self.recording.groups_of(request.prompt_ids)
+        groups = self.rollouts.groups_of(request.prompt_ids)
         if not groups:
             raise UserError(
                 f"{self.path} has no samples of a prompt of {len(request.prompt_ids)} tokens; record the prompt."

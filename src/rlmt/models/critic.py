@@ -35,7 +35,7 @@ class Critic(nn.Module):
         else:
             self.backbone = backbone
         self._adapter = [p for name, p in backbone.named_parameters() if shared and f".{CRITIC}." in name]
-        self.moves_policy = shared and not self._adapter
+        self.updates_policy = shared and not self._adapter
         """True if the critic's gradient reaches weights of the policy."""
         self.head = nn.Linear(cast(Any, backbone.config).get_text_config().hidden_size, 1)
         nn.init.zeros_(self.head.weight)

@@ -54,7 +54,7 @@ def micro_batches(
     budget: int,
     share_prompts: bool,
     device: torch.device,
-    together: int = 1,
+    unit_size: int = 1,
 ) -> Iterator[MicroBatch]:
     """Splits samples into micro-batches of at most `budget` tokens, padding included; a single unit may exceed it.
 
@@ -64,14 +64,14 @@ def micro_batches(
         budget: Maximum number of tokens in a micro-batch, prompts and padding included.
         share_prompts: Whether samples of one prompt are batched together and share its forward pass.
         device: Device of the tensors.
-        together: Number of samples of one prompt that form a unit, which is never split: 2 for pairs.
+        unit_size: Number of samples of one prompt that form a unit, which is never split: 2 for pairs.
     """
-    units = [samples[k : k + together] for k in range(0, len(samples), together)]
+    units = [samples[k : k + unit_size] for k in range(0, len(samples), unit_size)]
     if not (share_prompts and rollouts.group_size > 1):
         lengths = [
             len(_prompt(rollouts, unit[0])) + max(len(rollouts.completion_ids[i]) for i in unit) - 1 for unit in units
         ]
-        for plan in batches_by_length(lengths, budget, together):
+        for plan in batches_by_length(lengths, budget, unit_size):
             yield _with_own_prompts(rollouts, [i for k in plan for i in units[k]], device)
         return
     groups: dict[int, list[Sequence[int]]] = {}
@@ -80,7 +80,7 @@ def micro_batches(
     for group in groups.values():
         prompt = _prompt(rollouts, group[0][0])
         lengths = [max(len(rollouts.completion_ids[i]) for i in unit) for unit in group]
-        for part in batches_by_length(lengths, max(1, budget - len(prompt)), together):
+        for part in batches_by_length(lengths, max(1, budget - len(prompt)), unit_size):
             yield _with_shared_prompt(rollouts, [i for k in part for i in group[k]], prompt, device)
 
 

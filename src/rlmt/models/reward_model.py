@@ -47,7 +47,7 @@ def classifier_config(source: str) -> PretrainedConfig:
         The config.
 
     Raises:
-        UserError: The folder does not exist, the config is unreadable, has several outputs or a head of its own code,
+        UserError: The folder does not exist, the config is unreadable, has several outputs or a head with custom code,
             or transformers has no decoder classifier of this type.
     """
     config = _read_classifier_config(source)
@@ -59,7 +59,7 @@ def classifier_config(source: str) -> PretrainedConfig:
     if "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {}):
         code = ", ".join(config.architectures or ["?"])
         raise UserError(
-            f"reward model {source!r} has a head of its own code ({code}), which is never run: give a plain "
+            f"reward model {source!r} has a head with custom code ({code}), which is never run; use a plain "
             "sequence classifier."
         )
     if not _has_decoder_classifier(config):
@@ -126,7 +126,7 @@ def load_classifier(source: str, dtype: str = "auto", quantization: NF4 | None =
     return cast(PreTrainedModel, model.eval())
 
 
-def states_at_end(backbone: Any, rows: Sequence[Tensor], device: torch.device) -> Tensor:
+def last_token_states(backbone: Any, rows: Sequence[Tensor], device: torch.device) -> Tensor:
     """Computes the last hidden state at the last token of each row.
 
     Args:
@@ -164,8 +164,8 @@ def score_states(model: PreTrainedModel, states: Tensor) -> Tensor:
 
 def _read_classifier_config(source: str) -> PretrainedConfig:
     if not Path(source).is_dir() and (source.startswith(("runs/", ".", "/", "~")) or source.count("/") > 1):
-        fix = "make it with `rlmt tiny`" if source.startswith("runs/tiny") else "give a folder or a hub name"
-        raise UserError(f"reward model folder {source!r} does not exist: {fix}.")
+        fix = "make it with `rlmt tiny`" if source.startswith("runs/tiny") else "use a folder or a Hub name"
+        raise UserError(f"reward model folder {source!r} does not exist; {fix}.")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:

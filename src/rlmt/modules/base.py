@@ -108,7 +108,8 @@ class TrainingModule(LightningModule):
         for name, short in progress_bar.items():
             if name in metrics:
                 # The bar would show 1234.5 as 1.23e+3.
-                value = metrics[name] if abs(metrics[name]) < 100 else float(round(metrics[name]))
+                value = metrics[name]
+                value = float(round(value)) if abs(value) >= 100 else value
                 self.log(short, value, prog_bar=True, logger=False, batch_size=batch_size)
 
     # Optimizer --------------------------------------------------------------------------------------------------------

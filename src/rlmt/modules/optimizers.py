@@ -18,26 +18,26 @@ OptimizerCallable = Callable[[Any], Optimizer]
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
 
 _IN_LAYER = re.compile(r"\.\d+\.")
-"""In the name of a parameter of a numbered layer, such as model.layers.0.mlp.up_proj.weight."""
+"""Matches names of parameters in numbered layers, such as model.layers.0.mlp.up_proj.weight."""
 
 
 class MuonAdamW(Optimizer):
     """Muon for the matrices of the layers, AdamW for embeddings, norms, biases and heads; for training from scratch.
 
-    One optimizer of two parts, since a step of the trainer is a step of one optimizer. A scheduler scales both rates.
+    One optimizer with two parts, since the modules step one optimizer. A scheduler scales both learning rates.
 
     Args:
-        params: parameter groups with names, as `rlmt.modules.SFT` and `RewardModeling` give them; a group's own options
+        params: Parameter groups with names, as `rlmt.modules.SFT` and `RewardModeling` pass them; options of a group
             are not read.
-        lr: AdamW's learning rate.
-        muon_lr: Muon's learning rate.
-        betas: AdamW's.
-        momentum: Muon's.
+        lr: Learning rate of AdamW.
+        muon_lr: Learning rate of Muon.
+        betas: Betas of AdamW.
+        momentum: Momentum of Muon.
         ns_steps: Newton-Schulz steps of Muon.
-        weight_decay: of both.
+        weight_decay: Weight decay of both.
 
     Raises:
-        UserError: the parameters have no names, or there is no matrix in a layer.
+        UserError: The parameters have no names, or no layer has a matrix.
     """
 
     def __init__(
@@ -53,16 +53,14 @@ class MuonAdamW(Optimizer):
         check_ranges(MuonAdamW, locals())
         super().__init__(params, {"lr": lr})
         if not all("param_names" in group for group in self.param_groups):
-            raise UserError(
-                "--model.optimizer MuonAdamW needs the names of parameters: use it with SFT or RewardModeling"
-            )
+            raise UserError("--model.optimizer MuonAdamW requires named parameters: use it with SFT or RewardModeling.")
         named = [
             pair for group in self.param_groups for pair in zip(group["param_names"], group["params"], strict=True)
         ]
         matrices = [(name, p) for name, p in named if p.ndim == 2 and _IN_LAYER.search(name)]
         rest = [(name, p) for name, p in named if not (p.ndim == 2 and _IN_LAYER.search(name))]
         if not matrices or not rest:
-            raise UserError("--model.optimizer MuonAdamW finds no matrices in layers, or nothing else: use AdamW")
+            raise UserError("--model.optimizer MuonAdamW finds only matrices in layers, or none: use AdamW.")
         self._parts: tuple[Optimizer, ...] = (
             Muon(matrices, lr=muon_lr, weight_decay=weight_decay, momentum=momentum, ns_steps=ns_steps),
             AdamW(rest, lr=lr, betas=betas, weight_decay=weight_decay),
@@ -70,7 +68,7 @@ class MuonAdamW(Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Shows the parts' groups and state as its own: the same objects, so that schedulers act on the parts."""
+        """Shares the parts' groups and state: the same objects, so that schedulers act on the parts."""
         self.param_groups = [group for part in self._parts for group in part.param_groups]
         self.state.clear()
         for part in self._parts:
@@ -84,18 +82,18 @@ class MuonAdamW(Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """That of one optimizer with the groups of both parts, so that weights in shards can be had."""
+        """State of one optimizer with the groups of both parts, which FSDP2 can unshard."""
         self._share()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Undoes `state_dict`."""
+        """Restores the state of both parts."""
         groups = iter(state_dict["param_groups"])
         for part in self._parts:
             own = [next(groups) for _ in part.param_groups]
             numbers = {number for group in own for number in group["params"]}
-            held = {number: state for number, state in state_dict["state"].items() if number in numbers}
-            part.load_state_dict({"state": held, "param_groups": own})
+            state = {number: values for number, values in state_dict["state"].items() if number in numbers}
+            part.load_state_dict({"state": state, "param_groups": own})
         self._share()
 
 
@@ -103,16 +101,16 @@ class CosineWithWarmup(LambdaLR):
     """Linear warm-up, then half a cosine down to 0.
 
     Step k of n, counted from 0, is taken at the optimizer's rate times (k + 1) / (w + 1) in the first w = ⌈warmup · n⌉
-    steps, and times (1 + cos(π (k - w) / (n - w))) / 2 from then on. transformers' schedule of that shape takes its
-    first step at rate 0; on rollouts that would be one drawn in vain.
+    steps, and times (1 + cos(π (k - w) / (n - w))) / 2 from then on. The schedule of that shape in transformers takes
+    its first step at rate 0, which would waste a rollout batch.
 
     Args:
-        optimizer: whose learning rates are the peak.
-        steps: optimizer steps until the rate is 0; null takes the whole run.
-        warmup: share of the steps to warm up in.
+        optimizer: Optimizer whose learning rates are the peak.
+        steps: Optimizer steps until the rate is 0; null is the whole run.
+        warmup: Fraction of the steps to warm up in.
 
     Raises:
-        UserError: an argument is out of its range.
+        UserError: An argument is out of range.
     """
 
     def __init__(
@@ -122,34 +120,36 @@ class CosineWithWarmup(LambdaLR):
         self.steps, self.warmup = steps, warmup
         super().__init__(optimizer, lambda step: self._factor(step))
 
-    def over(self, steps: int) -> None:
-        """Says how long the run is; to be called before the first step.
+    def set_run_length(self, steps: int) -> None:
+        """Sets the number of steps of the run; to be called before the first step.
 
         Args:
-            steps: optimizer steps of the run, -1 if it has no end.
+            steps: Optimizer steps of the run, -1 if it has no end.
 
         Raises:
-            UserError: the schedule has no end, or one before the run's.
+            UserError: The schedule has no end, or ends before the run.
         """
         if self.steps is not None and steps > self.steps:
             raise UserError(
                 f"--model.scheduler.steps is {self.steps}: the run has {steps} steps, and the learning rate would be 0 "
-                "in the rest of them; leave steps out, and it is the run's."
+                "in the rest of them. Leave steps out to use the run's."
             )
         if self.steps is None and steps < 1:
-            raise UserError("--model.scheduler.steps is missing: the run has no end; give it, or --trainer.max_steps.")
+            raise UserError(
+                "--model.scheduler.steps is missing, and the run has no end: set it, or --trainer.max_steps."
+            )
         self.steps = self.steps or steps
         self._last_lr = [rate * self._factor(self.last_epoch) for rate in self.base_lrs]
         for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
             group["lr"] = rate
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it is. Its shape is the configuration's, so that a run that is resumed to go on for longer does."""
+        """Position of the schedule. Its shape comes from the configuration, so that a resumed run can be longer."""
         return {name: value for name, value in super().state_dict().items() if name not in ("steps", "warmup")}
 
     def _factor(self, step: int) -> float:
         if self.steps is None:
-            return 1.0  # until `over` is called
+            return 1.0  # until `set_run_length` is called
         warm = math.ceil(self.warmup * self.steps)
         if step < warm:
             return (step + 1) / (warm + 1)
@@ -158,21 +158,23 @@ class CosineWithWarmup(LambdaLR):
 
 
 def with_schedule(optimizer: Optimizer, scheduler: LRSchedulerCallable | None, steps: int) -> Any:
-    """What Lightning wants of `configure_optimizers`: the optimizer, and the scheduler, if there is one.
+    """Returns what `configure_optimizers` returns to Lightning: the optimizer, and the scheduler if there is one.
 
     Args:
-        optimizer: whose learning rate it is.
-        scheduler: waits for the optimizer.
-        steps: optimizer steps of the run, -1 if it has no end.
+        optimizer: The optimizer.
+        scheduler: Called with the optimizer.
+        steps: Optimizer steps of the run, -1 if it has no end.
 
     Raises:
-        UserError: the scheduler goes by a metric, or does not fit the run.
+        UserError: The scheduler requires a metric, or does not fit the run.
     """
     if scheduler is None:
         return optimizer
     schedule = scheduler(optimizer)
     if isinstance(schedule, ReduceLROnPlateau):
-        raise UserError("--model.scheduler ReduceLROnPlateau wants a metric at each step: use one of steps.")
+        raise UserError(
+            "--model.scheduler ReduceLROnPlateau requires a metric at each step: use a scheduler that does not."
+        )
     if isinstance(schedule, CosineWithWarmup):
-        schedule.over(steps)
+        schedule.set_run_length(steps)
     return {"optimizer": optimizer, "lr_scheduler": schedule}

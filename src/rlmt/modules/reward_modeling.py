@@ -22,7 +22,7 @@ from rlmt.errors import UserError
 from rlmt.models import loading
 from rlmt.models.assets import REWARD_ASSETS, save_reward_assets
 from rlmt.models.micro_batch import batches_by_length
-from rlmt.models.reward_model import load_reward_model, reward_config, score_states, states_at_end
+from rlmt.models.reward_model import last_token_states, load_reward_model, reward_config, score_states
 from rlmt.modules.checkpoints import checkpoint_folders
 from rlmt.modules.checks import check_trainer, weights_dtype
 from rlmt.modules.supervised import SupervisedModule
@@ -288,7 +288,7 @@ class RewardModeling(SupervisedModule):
 
 def _scores_and_states(model: PreTrainedModel, rows: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
     """Scores of b conversations, and the hidden states of their last tokens: [b] and [b, H]."""
-    states = states_at_end(getattr(model, model.base_model_prefix), rows, device)
+    states = last_token_states(getattr(model, model.base_model_prefix), rows, device)
     return score_states(model, states).clone(), states  # FSDP2 warns of a view
 
 

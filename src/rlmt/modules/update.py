@@ -158,7 +158,7 @@ class PolicyUpdate:
         critic_only: bool,
     ) -> Tensor:
         with critic.active_adapter():
-            values = critic(batch, head_only=critic_only and critic.moves_policy)
+            values = critic(batch, head_only=critic_only and critic.updates_policy)
             loss, metrics = self.algorithm.value_loss(tokens, values)
             backward(loss)
         self._metrics.update(metrics)
@@ -176,7 +176,7 @@ class PolicyUpdate:
         if trained is not None:
             backward(0 * token_logprobs(trained, batch, temperature).logprobs.sum())
         if critic is not None:
-            backward(0 * critic(batch, head_only=trained is None and critic.moves_policy).sum())
+            backward(0 * critic(batch, head_only=trained is None and critic.updates_policy).sum())
 
     def _token_weights(self, experience: Experience, part: Tensor, offsets: Tensor) -> Tensor:
         """[T] the weight of each token in the loss of a step over the samples `part` of all ranks; 0 for others."""

@@ -21,9 +21,9 @@ from rlmt.models.quantization import NF4
 from rlmt.models.reward_model import (
     classifier_config,
     classifier_tokenizer,
+    last_token_states,
     load_classifier,
     score_states,
-    states_at_end,
 )
 from rlmt.options import PositiveInt, check_ranges
 from rlmt.rewards.base import Reward
@@ -182,7 +182,7 @@ class ClassifierReward(Reward):
 
 def _scores(model: PreTrainedModel, rows: Sequence[Tensor], device: torch.device) -> Tensor:
     backbone = getattr(model, model.base_model_prefix)
-    return score_states(model, states_at_end(backbone, rows, device))
+    return score_states(model, last_token_states(backbone, rows, device))
 
 
 def shardable_models(rewards: nn.Module) -> list[PreTrainedModel]:

@@ -65,12 +65,12 @@ def test_context_length_tokenizer_and_adapters_are_checked(fakes: list[FakeServe
     assert len(fakes[0].calls) == calls  # checked only once
     sampling = Sampling(1.0, 9, stop=("</response>",))
     format: Any = None
-    engine.check_run(format, Tokenizer(), sampling, 8, 64)  # type: ignore[arg-type]
+    engine.check_sampling(format, Tokenizer(), sampling, 8, 64)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="supports 64 tokens, .* is 65; start it with --max-model-len 65"):
-        engine.check_run(format, Tokenizer(), sampling, 8, 65)  # type: ignore[arg-type]
+        engine.check_sampling(format, Tokenizer(), sampling, 8, 65)  # type: ignore[arg-type]
     fakes[1].script = answer_with("/tokenize", {"tokens": [1, 2]})
     with pytest.raises(UserError, match=f"{fakes[1].url} serves policy with another tokenizer than the policy's"):
-        engine.check_run(format, Tokenizer(), sampling, 8, 64)  # type: ignore[arg-type]
+        engine.check_sampling(format, Tokenizer(), sampling, 8, 64)  # type: ignore[arg-type]
     engine.check_adapter(LORA)
     merged = VLLMServerEngine(engine.urls, serve="merged")
     for config, message in (

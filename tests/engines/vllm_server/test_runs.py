@@ -217,7 +217,7 @@ def test_one_step_off_policy_run_resumes_exactly(
 
 @pytest.mark.slow
 def test_one_and_two_ranks_resume_each_others_runs(
-    crash: Any, servers: list[RealServer], tiny: Path, prompts_file: Path, tmp_path: Path, no_pictures: None
+    crash: Any, servers: list[RealServer], tiny: Path, prompts_file: Path, tmp_path: Path, no_plots: None
 ) -> None:
     def train(run: str, steps: int, strategy: str | None, *more: str) -> list[dict[str, str]]:
         if strategy is None:
@@ -263,7 +263,7 @@ def test_two_ranks_continue_on_one_server_and_stop_without_any(
     )
     assert re.fullmatch(f"rlmt: error: {expected}", error) and all(proxy.url in error for proxy in proxies)
     assert len(re.findall(r"vLLM server http\S+ is not used for now", log.read_text())) == 2
-    (saved,) = [int(line) for line in re.findall(r"holds all up to step (\d+)", log.read_text())]
+    (saved,) = [int(line) for line in re.findall(r"has all steps up to (\d+)", log.read_text())]
     assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == saved + 1 >= 3
     assert not list((run / "weights").iterdir())
 

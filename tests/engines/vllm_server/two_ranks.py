@@ -77,7 +77,7 @@ class Rank:
         engine = self.engine(urls)
         self.sync(engine, 1)
         self.samples(engine)
-        engine.renew()
+        engine.reload_lost_weights()
         return self.samples(engine)
 
     def adapter_base(self, urls: list[str]) -> Any:

@@ -109,7 +109,7 @@ class VLLMServerEngine(Engine):
             first = collectives.rank() % len(servers)  # ranks prefer different servers for their first requests
             self._servers = servers[first:] + servers[:first]
 
-    def check_run(
+    def check_sampling(
         self,
         format: ThinkingFormat,
         tokenizer: PreTrainedTokenizerBase,
@@ -234,7 +234,7 @@ class VLLMServerEngine(Engine):
             deque(weights if needs_weights else (), maxlen=0)  # every rank takes part in all-gathering every tensor
         self._load_weights()
 
-    def renew(self) -> None:
+    def reload_lost_weights(self) -> None:
         """Reloads the weights of restarted servers from rank 0, before the other ranks use them."""
         if collectives.world_size() > 1:  # a single process does so in `generate`
             collectives.run_on_all_ranks(self._load_weights)
