@@ -1,4 +1,4 @@
-"""Samples of `predict` on disk."""
+"""Writes the samples of `predict`."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ._common import experience_of, format_of, run_folder, say
 class RolloutWriter(Callback):
     """Writes every sample of `predict` to one parquet file, batch by batch, so memory does not grow.
 
-    See `rlmt.engines.rollout_files` for the columns; `step` is the number of the batch. While it grows the file is
-    called `….partial.parquet`; a run that fails or is interrupted leaves what it has under that name, readable. Of
-    several processes the first writes the samples of all, in the order of the prompts.
+    See `rlmt.engines.rollout_files` for the columns; `step` is the number of the batch. Until it is complete the file
+    is called `….partial.parquet`; a run that fails or is interrupted leaves a readable file of that name. Rank 0 writes
+    the samples of all ranks, in the order of the prompts.
 
     Args:
-        path: Where to write; `predictions.parquet` beside metrics.csv by default.
+        path: File to write; null is `predictions.parquet` beside metrics.csv.
 
     Raises:
         UserError: The path does not end in .parquet.
@@ -44,7 +44,7 @@ class RolloutWriter(Callback):
         self._prompts = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Finds out where to write."""
+        """Finds the file to write."""
         if stage != "predict":
             return
         self._final = run_folder(trainer) / "predictions.parquet" if self.path is None else Path(self.path)
@@ -75,13 +75,13 @@ class RolloutWriter(Callback):
         self._writer.write_table(table)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Closes the file, gives it its name and prints it."""
+        """Closes the file, renames it to its final name and prints it."""
         if self._close():
             self._partial.replace(self._final)
             say(f"predictions: {self._final}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Closes the file under the name of an unfinished one and prints it."""
+        """Closes the partial file and prints its name."""
         if self._close():
             say(f"predictions so far: {self._partial}")
 
@@ -90,7 +90,7 @@ class RolloutWriter(Callback):
         return self._final.with_suffix(".partial.parquet")
 
     def _close(self) -> bool:
-        """Whether there was a file to close."""
+        """Closes the file; returns whether it was open."""
         if self._writer is None:
             return False
         self._writer.close()

@@ -1,4 +1,4 @@
-"""What the policy writes: a few samples to read, and every sample on disk."""
+"""Samples of a run: a few printed, all of them saved as parquet."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ from ._common import (
 
 _FILE = re.compile(r"rollouts_(\d+)-(\d+)((?:\.rank\d+)?)\.parquet")
 _CONTROLS = {c: 0x2400 + c for c in range(0x20) if c not in (0x09, 0x0A)} | dict.fromkeys(range(0x7F, 0xA0), 0xFFFD)
-"""Control characters → visible ones: a policy may sample an escape sequence, and the terminal would obey it."""
+"""Control characters → visible ones: a policy may sample an escape sequence, which a terminal would execute."""
 
 
 class SampleTable(Callback):
-    """Prints a few samples now and then, and keeps all rollouts of training as parquet.
+    """Prints a few samples every N steps, and saves all rollouts of training as parquet.
 
-    The samples printed are spread over the batch's rewards: the worst, the best, and what lies evenly between. All
+    The printed samples are evenly spaced over the sorted rewards of the batch, from the worst to the best. All
     rollouts go to `rollouts/` beside metrics.csv, one file for `dump_every_n_steps` steps, named by the first and the
     last step in it; see `rlmt.engines.rollout_files` for the columns. Rollouts not yet on disk are written when
     training ends or fails and before every checkpoint, so a killed and resumed run has them all. A run that resumes
     from a checkpoint drops the rows of later steps.
 
     Args:
-        every_n_steps: How often to print; the first step always is. 0 prints nothing.
-        num_samples: How many samples to print.
-        max_chars: Longest prompt, thought and response to print; the middle of longer ones is left out.
-        dump_every_n_steps: How many steps go into a file; 0 writes none.
+        every_n_steps: Steps between prints, from the first step on; 0 prints nothing.
+        num_samples: Number of samples to print.
+        max_chars: Longest prompt, thought and response to print; the middle of longer ones is omitted.
+        dump_every_n_steps: Steps per file; 0 writes no files.
 
     Raises:
         UserError: An argument is out of its range.
@@ -73,7 +73,7 @@ class SampleTable(Callback):
         self.dump_every_n_steps = dump_every_n_steps
         self._folder: Path | None = None
         self._rank = ""
-        self._waiting: list[pa.Table] = []
+        self._pending: list[pa.Table] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Finds the run's folder; a `fast_dev_run` leaves no files behind."""
@@ -82,40 +82,40 @@ class SampleTable(Callback):
         self._rank = f".rank{trainer.global_rank}" if trainer.world_size > 1 else ""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forgets what a run that goes on from a checkpoint will do again, or otherwise."""
+        """Removes rollouts of steps that a resumed run repeats."""
         if self._folder is not None and trainer.ckpt_path:
-            self._forget_after(step_number(trainer))
+            self._remove_after(step_number(trainer))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Keeps the step's rollouts, and prints some if it is time."""
+        """Collects the step's rollouts, and prints some of them if it is due."""
         experience, step = experience_of(outputs), step_number(trainer)
         if self._folder is not None:
             table = rollout_table(experience, step, format=format_of(pl_module), rank=trainer.global_rank)
-            self._waiting.append(table)
+            self._pending.append(table)
             if (step + 1) % self.dump_every_n_steps == 0:
-                with report_write_errors("rollouts"):  # on a full disk they wait on
+                with report_write_errors("rollouts"):  # on a full disk they are written later
                     self._flush()
         if self.every_n_steps and step % self.every_n_steps == 0 and trainer.is_global_zero:
             width, colour = shutil.get_terminal_size((120, 24)).columns, sys.stdout.isatty()
             say(render_samples(experience, step, self.num_samples, self.max_chars, width, colour))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Writes what waits: a run resumed from this checkpoint does not draw these rollouts again."""
+        """Writes the pending rollouts: a run resumed from this checkpoint does not generate them again."""
         self._flush()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes what waits."""
+        """Writes the pending rollouts."""
         self._flush()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Writes what waits."""
+        """Writes the pending rollouts."""
         with report_write_errors("rollouts"):
             self._flush()
 
-    def _forget_after(self, last: int) -> None:
-        """Removes the rows of later steps than the last one of the checkpoint that a run goes on from."""
+    def _remove_after(self, last: int) -> None:
+        """Removes rows of steps after `last`, the last step of the checkpoint that the run resumes from."""
         for start, end, path in self._files():
             if end <= last:
                 continue
@@ -127,10 +127,10 @@ class SampleTable(Callback):
             path.unlink()
 
     def _flush(self) -> None:
-        """Writes the waiting rollouts; steps that are on disk from before an interruption give way to them."""
-        if self._folder is None or not self._waiting:
+        """Writes the pending rollouts; they replace rows of the same steps from before an interruption."""
+        if self._folder is None or not self._pending:
             return
-        table = pa.concat_tables(self._waiting)
+        table = pa.concat_tables(self._pending)
         new = set(table["step"].to_pylist())
         first, last = min(new), max(new)
         overlapping = [file for file in self._files() if file[0] <= last and file[1] >= first]
@@ -145,7 +145,7 @@ class SampleTable(Callback):
         for _, _, path in overlapping:
             if path != target:
                 path.unlink()
-        self._waiting = []
+        self._pending = []
 
     def _files(self) -> list[tuple[int, int, Path]]:
         """First step, last step and path of each file of this rank."""
@@ -157,14 +157,14 @@ class SampleTable(Callback):
 def render_samples(
     experience: Experience, step: int, num_samples: int, max_chars: int, width: int, colour: bool
 ) -> str:
-    """A table of some samples of a batch, from the lowest to the highest reward, thoughts dimmed.
+    """Renders a table of some samples of a batch, from the lowest to the highest reward, thoughts dimmed.
 
     Args:
         experience: B samples after scoring.
         step: Rollout step, for the title.
-        num_samples: How many samples.
+        num_samples: Number of samples.
         max_chars: Longest prompt, thought or response.
-        width: Columns of the terminal.
+        width: Width of the terminal in columns.
         colour: Whether to style the text with escape sequences.
 
     Returns:
@@ -184,7 +184,7 @@ def render_samples(
     for i in chosen:
         split = experience.splits[i]
         messages = experience.rollouts.prompts[i // experience.rollouts.group_size].messages
-        # The split shows nothing of a malformed completion but its status, so the reader gets the completion itself.
+        # A split has only the status of a malformed completion, so the completion itself is shown.
         thought, response = (split.thought, split.response) if split.ok else ("", experience.texts[i])
         cells = [Text(shorten(text, max_chars)) for text in (messages[-1]["content"], thought, response)]
         status = Text(split.status.value, style="green" if split.ok else "red")
@@ -195,7 +195,7 @@ def render_samples(
 
 
 def shorten(text: str, max_chars: int) -> str:
-    """The text with its middle left out where it is too long, and control characters made visible."""
+    """Omits the middle of a text that is too long, and makes control characters visible."""
     text = text.strip().translate(_CONTROLS)
     if len(text) <= max_chars:
         return text

@@ -180,15 +180,10 @@ class RLMTModule(PolicyMixin, TrainingModule):
         """Takes the objective's optimizer steps, or none on a batch without a learning signal."""
         if all(all_gather_object(has_no_learning_signal(experience, self.critic))):
             return self._skip_batch(experience)
-        optimizer = self.optimizers()
+        optimizer, model = self.optimizers(), self.trained_model
         assert not isinstance(optimizer, list)
         steps = self._update.steps(
-            self.trained_model,
-            experience,
-            self.policy_version,
-            self.accumulate_gradient,
-            self.critic,
-            self._critic_only,
+            model, experience, self.policy_version, self.accumulate_gradient, self.critic, self._critic_only
         )
         for step in steps:
             if step.problem is None:
