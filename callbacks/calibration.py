@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from rlmt.options import PositiveInt, check_ranges
 from rlmt.rewards.calibration import calibration_bins
 
 from ._common import is_dry_run, run_folder
@@ -22,21 +21,13 @@ class Calibration(Callback):
     Each validation and test replaces it. The module logs the mean gap between the two as `val/calibration_error` and
     `test/calibration_error`.
 
-    Args:
-        bins: Points of the curve; each stands for equally many pairs.
-
-    Raises:
-        UserError: `bins` is not positive.
-
     Example:
         >>> from lightning.pytorch import Trainer
         >>> from rlmt.callbacks import Calibration
-        >>> trainer = Trainer(callbacks=[Calibration(bins=5)], logger=False, accelerator="cpu")
+        >>> trainer = Trainer(callbacks=[Calibration()], logger=False, accelerator="cpu")
     """
 
-    def __init__(self, bins: PositiveInt = 10) -> None:
-        check_ranges(Calibration, locals())
-        self.bins = bins
+    def __init__(self) -> None:
         self._differences: list[Tensor] = []
         self._folder: Path | None = None
 
@@ -77,7 +68,7 @@ class Calibration(Callback):
         # Imported here because matplotlib takes a second to load and most commands never draw.
         from rlmt.report.calibration import draw_calibration
 
-        bins = calibration_bins(torch.cat(self._differences).double().numpy(), self.bins)
+        bins = calibration_bins(torch.cat(self._differences).double().numpy())
         draw_calibration(self._folder / "calibration.png", bins)
 
     on_test_epoch_end = on_validation_epoch_end

@@ -38,8 +38,8 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     Sharded parameters are skipped: FSDP2 sums their gradients in the reduce-scatter of the backward pass.
 
     Gradients travel in flat buckets of up to 25 MiB, at most three in flight, and a larger gradient in place. On two
-    gloo processes this took a third of the time of one all-reduce per parameter for 448 LoRA tensors of 64 KiB, an
-    eighth for 40 tensors of 16 KiB, and the same for 32 million parameters in 92 tensors. torch's
+    gloo processes this took a quarter of the time of one all-reduce per parameter for 448 LoRA tensors of 64 KiB, a
+    ninth for 40 tensors of 16 KiB, and the same for 32 million parameters in 92 tensors. torch's
     `_coalescing_manager` took as long as the buckets for LoRA, but three times as long for the 92 tensors. DDP's
     reducer would need one synchronised backward pass per step, which ranks with other numbers of micro-batches lack.
 

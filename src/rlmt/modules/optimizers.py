@@ -12,7 +12,7 @@ from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from rlmt.errors import UserError
-from rlmt.options import NonNegativeFloat, NonNegativeInt, PositiveInt, UnitIntervalBelowOne, check_ranges
+from rlmt.options import NonNegativeFloat, PositiveInt, UnitIntervalBelowOne, check_ranges
 
 OptimizerCallable = Callable[[Any], Optimizer]
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
@@ -33,7 +33,6 @@ class MuonAdamW(Optimizer):
         muon_lr: Learning rate of Muon.
         betas: Betas of AdamW.
         momentum: Momentum of Muon.
-        ns_steps: Newton-Schulz steps of Muon.
         weight_decay: Weight decay of both.
 
     Raises:
@@ -47,7 +46,6 @@ class MuonAdamW(Optimizer):
         muon_lr: NonNegativeFloat = 0.01,
         betas: tuple[float, float] = (0.9, 0.95),
         momentum: NonNegativeFloat = 0.95,
-        ns_steps: NonNegativeInt = 5,
         weight_decay: NonNegativeFloat = 0.01,
     ) -> None:
         check_ranges(MuonAdamW, locals())
@@ -62,7 +60,7 @@ class MuonAdamW(Optimizer):
         if not matrices or not rest:
             raise UserError("--model.optimizer MuonAdamW finds only matrices in layers, or none: use AdamW.")
         self._parts: tuple[Optimizer, ...] = (
-            Muon(matrices, lr=muon_lr, weight_decay=weight_decay, momentum=momentum, ns_steps=ns_steps),
+            Muon(matrices, lr=muon_lr, weight_decay=weight_decay, momentum=momentum),
             AdamW(rest, lr=lr, betas=betas, weight_decay=weight_decay),
         )
         self._share()
