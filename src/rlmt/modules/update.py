@@ -1,4 +1,7 @@
-"""The update of the policy on one rollout batch: gradients from micro-batches, and metrics about them."""
+"""The gradients of the policy on one rollout batch, from micro-batches, and metrics about them.
+
+`RLMTModule._update_policy` steps the optimizer.
+"""
 
 from __future__ import annotations
 
