@@ -38,4 +38,4 @@ format: setup ## rewrite the code in the one format
 	.venv/bin/ruff format
 
 clean: ## remove .venv and every cache (runs/ stays)
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist rlmt.egg-info
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist src/rlmt.egg-info

@@ -3,7 +3,7 @@
     python benchmarks/fuzz.py [--cases 100000] [--seed 0]
 
 A case is a completion as token ids: text of tags, parts of tags, whitespace, invisible characters, control characters
-and random code points, or random tokens, or both. Each case passes through `RLMTModule.experience` and everything after
+and random code points, or random tokens, or both. Each case passes through `RLMTModule.score` and everything after
 it in a run. A scored text must contain no character of a thought, nothing may raise, and a rollout file must return
 exactly what was written. To find characters of thoughts, each case contains marks: characters that occur once in it.
 """
@@ -92,7 +92,7 @@ class TextPath:
 
     def check(self, completions: list[list[int]]) -> None:
         """Runs cases through the text path; raises AssertionError if a check fails."""
-        experience = self.module.experience(rollouts(completions))
+        experience = self.module.score(rollouts(completions))
         for text, scored, split in zip(experience.texts, experience.scores.texts, experience.splits, strict=True):
             self.statuses[split.status.value] += 1
             hidden = thought_marks(text, self.format)

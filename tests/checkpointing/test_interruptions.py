@@ -297,10 +297,9 @@ def test_batches_without_a_learning_signal_are_skipped_and_counted(
     """No thought closes within three tokens, so all samples are malformed and all rewards are equal."""
     options = ("--model.format", "think", "--data.max_new_tokens", 3, "--model.max_idle", 3)
     assert fit(*options, "--trainer.default_root_dir", "malformed") == 2
-    assert (
-        "Stopped after 3 rollout batches in a row that taught nothing (--model.max_idle): all samples are malformed"
-        in error_of(capsys)
-    )
+    error = error_of(capsys)
+    assert "Stopped after 3 consecutive rollout batches without a learning signal (--model.max_idle)" in error
+    assert "all samples are malformed" in error
     found = rows(tmp_path / "malformed")
     assert len(found) == 2
     for row in found:
@@ -315,7 +314,7 @@ def test_batch_whose_samples_are_all_masked_is_skipped(
         folder = f"masked{len(algorithm)}"
         truncated = ("--model.algorithm.mask_truncated", "true", "--model.max_idle", 2)
         assert fit(*algorithm, *truncated, "--data.max_new_tokens", 1, "--trainer.default_root_dir", folder) == 2
-        assert "no sample takes part in the loss" in error_of(capsys), algorithm
+        assert "all samples are truncated and left out of the loss" in error_of(capsys), algorithm
 
 
 class UnusualCompletions(TransformersEngine):

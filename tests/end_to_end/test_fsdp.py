@@ -70,12 +70,13 @@ def assert_same_metrics_and_samples(run: Path, other: Path, steps: int) -> None:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-6), name
 
 
+@needs_vllm
 def test_sharded_run_equals_the_run_of_one_process_and_resumes_in_one(crash: Any, world: Any, tmp_path: Path) -> None:
-    alone = train(crash, world, tmp_path / "alone", 3, sharded=False)
-    run = train(crash, world, tmp_path / "run", 2, sharded=True)
+    alone = train(crash, world, tmp_path / "alone", 3, *VLLM, sharded=False)
+    run = train(crash, world, tmp_path / "run", 2, *VLLM, sharded=True)
     assert_same_metrics_and_samples(run, alone, 2)
     assert len(list(run.rglob("rollouts/*rank1.parquet"))) == len(list(run.rglob("rollouts/*rank0.parquet"))) > 0
-    assert_same_checkpoint(train(crash, world, run, 3, sharded=False, resume=True), alone)
+    assert_same_checkpoint(train(crash, world, run, 3, *VLLM, sharded=False, resume=True), alone)
 
 
 @pytest.mark.slow

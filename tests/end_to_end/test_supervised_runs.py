@@ -167,10 +167,10 @@ def test_configuration_errors_are_one_line_and_load_no_model(
     bad = write(tmp_path / "bad.jsonl", [row | {"thought": "greet"}, row | {"thought": " "}])
     pairs = write(tmp_path / "pairs.jsonl", [{"prompt": "Hi", "chosen": "a", "rejected": "a"}])
     cases = [
-        (command("fit", "sft", "--data.path", bad), f"{bad}: line 2: `thought` is empty, and the format thinks"),
+        (command("fit", "sft", "--data.path", bad), f"{bad}: line 2: `thought` is empty, but the format requires one"),
         (command("fit", "sft", "--data.max_length", 5), "all 40 demonstrations exceed --data.max_length 5"),
         (command("fit", "sft", "--data.max_length", 5000), "exceeds the model's context of 1,024 tokens"),
-        (command("fit", "sft", "--data.batch_size", 33), "only 32 demonstrations are left"),
+        (command("fit", "sft", "--data.batch_size", 33), "has only 32 demonstrations for training"),
         (command("fit", "sft", "--model.prompt_weight", -1), "--model.prompt_weight is -1"),
         (command("fit", "sft", "--trainer.precision", "bf16-true"), "--trainer.precision is bf16-true"),
         (command("fit", "sft", "--model.policy", tiny / "reward"), "holds a LlamaForSequenceClassification"),

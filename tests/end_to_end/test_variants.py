@@ -179,8 +179,8 @@ def test_batches_without_a_learning_signal_are_skipped_and_end_the_run(
     options = ("--model.reward.function", "variant_rewards.indifferent", "--model.algorithm", "DAPO")
     assert fit(tmp_path / "run", *options, "--model.max_idle", 3, "--trainer.max_steps", 9) == 2
     message = re.sub(r"\s+", " ", capsys.readouterr().err)
-    assert "3 rollout batches in a row that taught nothing" in message
-    assert "no prompt has samples of different rewards" in message
+    assert "3 consecutive rollout batches without a learning signal" in message
+    assert "no prompt has samples with different rewards" in message
     rows = metrics(tmp_path / "run")
     assert [(row["policy/skipped"], row["engine/weight_version"]) for row in rows] == [(1.0, 0.0)] * 2
     assert all((row["reward/refills"], row["reward/dropped_groups"]) == (4, 20) for row in rows)

@@ -1,6 +1,9 @@
 """DPO's update: its gradient against one big left-padded batch and the textbook formula."""
 
+import math
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlmt.algorithms import DPO
 from rlmt.models.logprobs import compute_logprobs
+from rlmt.modules import RLMTModule
 from rlmt.modules.update import PolicyUpdate
 from rlmt.types import Experience, FinishReason, Prompt, RolloutBatch, Sampling, Scores, Split, Status
 
@@ -212,3 +216,17 @@ def test_the_engine_is_compared_before_any_step_only() -> None:
     of_pairs = [max(gaps[i] for i in pair) for pair in PAIRS]
     measured = run.metrics()["engine/mismatch_max"]
     assert any(measured == pytest.approx(gap, rel=1e-5) for gap in of_pairs)
+
+
+def test_metrics_of_the_update_replace_those_of_a_rank_without_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DPO sets a rank's own pair metrics to NaN where it has no pair; the update's cover the pairs of all ranks."""
+    experience = SimpleNamespace(rollouts=[0, 1], metrics={"dpo/pairs": 0.0, "dpo/accuracy": math.nan})
+    module = MagicMock()
+    module.score.return_value = experience
+    module.algorithm.dynamic_sampling = 0
+    module._update_policy.return_value = {"dpo/accuracy": 0.75}
+    module._timer.step.return_value = {}
+    monkeypatch.setattr("rlmt.modules.rlmt.step_metrics", lambda generated, trained: dict(trained.metrics))
+    outputs = RLMTModule.training_step(module, MagicMock(), 0)
+    assert outputs["metrics"] == {"dpo/pairs": 0.0, "dpo/accuracy": 0.75}
+    assert module.log_step.call_args.args[0] == outputs["metrics"]

@@ -295,7 +295,7 @@ def test_folder_without_reward_model_is_refused(
         (reward_model(num_labels=3), "has 3 outputs but must have one"),
         (no_template, "has no chat template"),
         (str(encoder), "is of type 'bert', which has no decoder classifier"),
-        (str(no_weights), "use safetensors weights"),
+        (str(no_weights), "give safetensors weights"),
     ]:
         with pytest.raises(UserError, match=message) as caught:
             ClassifierReward(folder).load()

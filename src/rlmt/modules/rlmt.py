@@ -116,7 +116,8 @@ class RLMTModule(PolicyMixin, TrainingModule):
             metrics = self._update_policy(experience)
         else:
             metrics = self._skip_batch(generated)
-        metrics |= step_metrics(generated, experience) | self._timer.step(began, scored, generated)
+        # The update's metrics are those of all ranks; a rank without pairs has none of its own.
+        metrics = step_metrics(generated, experience) | metrics | self._timer.step(began, scored, generated)
         self.log_step(metrics, len(generated.rollouts), PROGRESS_BAR)
         return {"experience": generated, "metrics": metrics}
 
