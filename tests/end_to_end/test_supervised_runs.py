@@ -174,16 +174,16 @@ def test_configuration_errors_are_one_line_and_load_no_model(
         (command("fit", "sft", "--model.prompt_weight", -1), "--model.prompt_weight is -1"),
         (command("fit", "sft", "--trainer.precision", "bf16-true"), "--trainer.precision is bf16-true"),
         (command("fit", "sft", "--model.policy", tiny / "reward"), "holds a LlamaForSequenceClassification"),
-        (command("fit", "sft", "--ckpt_path", "nothing.ckpt"), "there is no nothing.ckpt"),
+        (command("fit", "sft", "--ckpt_path", "nothing.ckpt"), "nothing.ckpt does not exist"),
         (command("fit", "sft", "--trainer.accumulate_grad_batches", 2), "--trainer.accumulate_grad_batches is 2"),
         (command("fit", "sft", "--model.quantization", "NF4"), "add --model.lora LoRA"),
-        (command("fit", "sft", "--model.lora", "LoRA", "--model.from_scratch", "true"), "leave one out"),
+        (command("fit", "sft", "--model.lora", "LoRA", "--model.from_scratch", "true"), "leave one of both out"),
         (command("fit", "reward", "--model.lora", "LoRA", "--model.lora.target_modules", "[score]"), "names score"),
-        (command("fit", "reward", "--data.path", pairs), "in all 1 rows the responses are equal"),
-        (command("fit", "reward", "--ckpt_path", "nothing.ckpt"), "there is no nothing.ckpt"),
+        (command("fit", "reward", "--data.path", pairs), "the responses are equal in all 1 rows"),
+        (command("fit", "reward", "--ckpt_path", "nothing.ckpt"), "nothing.ckpt does not exist"),
         (command("fit", "reward", "--data", "SFTDataModule", "--data.path", bad), "trains on PreferenceDataModule"),
         (command("fit", "reward", "--model.centering", "-0.5"), "--model.centering is -0.5"),
-        (command("validate", "reward", "--data.val_size", 0), "there is nothing to validate on"),
+        (command("validate", "reward", "--data.val_size", 0), "--data has no validation rows"),
     ]
     for words, message in cases:
         assert message in error_line(capsys, words), message
