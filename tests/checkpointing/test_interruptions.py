@@ -126,12 +126,14 @@ def test_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
     assert [int(row["step"]) for row in rows(tmp_path / "run")] == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_full_disk_only_warns_with_on_full_continue(fit: Fit, tmp_path: Path, full_disk: list[int]) -> None:
     with pytest.warns(UserWarning, match="No space left on device.*the previous checkpoint is complete"):
         assert fit("--trainer.max_steps", 5, on_full="continue") == 0
     assert saved_step(tmp_path / "run") == 4 and len(full_disk) == 5
 
 
+@pytest.mark.slow
 def test_rollouts_wait_for_disk_space_and_are_written_after_a_resume(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -270,6 +272,7 @@ def test_hanging_engine_ends_the_run_after_its_timeout(
     assert [int(row["step"]) for row in rows(tmp_path / "run")] == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_process_that_ignores_sigterm_is_killed_after_the_timeout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

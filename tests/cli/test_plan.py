@@ -255,6 +255,7 @@ def table(out: str) -> dict[str, list[float]]:
     return {re.sub(r" \(.*", "", row[0]): [float(cell) for cell in row[1:] if cell] for row in rows if len(row) > 1}
 
 
+@pytest.mark.slow
 def test_devices_and_sharding_divide_the_memory(
     shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -347,6 +348,7 @@ def test_docs_show_the_printed_plan(
     assert [row.rstrip() for row in capsys.readouterr().out.splitlines()] == printed.splitlines()
 
 
+@pytest.mark.slow
 def test_docs_table_shows_the_printed_peaks(
     shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

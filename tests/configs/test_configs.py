@@ -233,6 +233,7 @@ def test_miniature_configs_instantiate(launched: list[Any]) -> None:
     assert rollouts == [(16, 8, 1.0, 128, ["rubric"])] * 3
 
 
+@pytest.mark.slow
 def test_miniature_study_instantiates_every_run(launched: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "validate", Trainer.fit)
     study = yaml.safe_load((CONFIGS / "study/mini.yaml").read_text())

@@ -32,6 +32,7 @@ def _digests(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+@pytest.mark.slow
 def test_same_seed_writes_identical_files_in_another_process(tmp_path):
     code = (
         "import sys; from pathlib import Path; from rlmt.demos.tiny import write_tiny; "

@@ -70,6 +70,7 @@ def assert_same_metrics_and_samples(run: Path, other: Path, steps: int) -> None:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-6), name
 
 
+@pytest.mark.slow
 @needs_vllm
 def test_sharded_run_equals_the_run_of_one_process_and_resumes_in_one(crash: Any, world: Any, tmp_path: Path) -> None:
     alone = train(crash, world, tmp_path / "alone", 3, *VLLM, sharded=False)

@@ -100,6 +100,7 @@ def test_checkpoint_with_a_critic_validates_predicts_exports_and_names_conflicts
     assert "holds no critic" in (message := error_line(capsys)) and "PPO trains one" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("four_bits", [False, True], ids=["LoRA", "QLoRA"])
 def test_critic_adapter_shares_the_frozen_base_of_the_policy(
     four_bits: bool, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

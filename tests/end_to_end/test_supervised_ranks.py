@@ -56,6 +56,7 @@ def assert_same(run: Path, other: Path) -> dict[str, Any]:
     return dict(ours)
 
 
+@pytest.mark.slow
 def test_reward_model_on_one_rank_then_sharded_on_two_then_on_one(train: Callable[..., Path], tmp_path: Path) -> None:
     unbroken = train("reward", "unbroken", 6)
     train("reward", "run", 2)

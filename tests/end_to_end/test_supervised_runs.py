@@ -92,6 +92,7 @@ def test_reward_model_learns_and_its_export_scores_equally(command: Command, pre
     assert (scores[:6] > scores[6:]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", ["sft", "reward"])
 def test_mixed_precision_with_gradient_checkpointing_has_about_the_same_loss(
     config: str, command: Command, tmp_path: Path

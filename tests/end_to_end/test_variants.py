@@ -134,6 +134,7 @@ def test_dynamic_sampling_trains_on_groups_with_a_signal_and_logs_all(fit: Fit, 
     assert max(map(len, epochs)) > 1
 
 
+@pytest.mark.slow
 def test_resumed_run_with_refills_equals_the_unbroken_run(fit: Fit, tmp_path: Path) -> None:
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     common = ("--model.algorithm", "DAPO")

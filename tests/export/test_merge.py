@@ -287,6 +287,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 def test_merge_takes_the_memory_of_a_few_shards(tmp_path: Path) -> None:
     config = LlamaConfig(
         vocab_size=4096,

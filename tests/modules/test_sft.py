@@ -164,6 +164,7 @@ def test_random_weights_depend_on_the_seed_alone(tiny: Path) -> None:
     assert not torch.equal(first.lm_head.weight, loading.load_policy(tiny / "policy").lm_head.weight)
 
 
+@pytest.mark.slow
 def test_from_scratch_a_policy_learns_the_format(tiny: Path, made_up: Path, tmp_path: Path) -> None:
     """More than 99 % of 512 samples at temperature 1 are well formed."""
     trained = fit(

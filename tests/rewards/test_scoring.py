@@ -229,6 +229,7 @@ distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_lowest_score_is_taken_over_all_ranks(tmp_path: Path) -> None:
     ranks = [
         subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE)

@@ -34,6 +34,7 @@ def study_arguments(path: Path, out: Path, tiny: Path, **changes: Any) -> list[s
     return ["study", "--config", str(path)]
 
 
+@pytest.mark.slow
 def test_two_runs_are_reported_and_not_repeated(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     args = study_arguments(tmp_path / "study.yaml", out, tiny)

@@ -118,6 +118,7 @@ def test_progress_bar_in_the_log_is_parsed() -> None:
     assert runner._TQDM_POSITION.findall(text)[-1] == (b"10", b"700")
 
 
+@pytest.mark.slow
 def test_terminated_study_terminates_its_jobs(tmp_path: Path) -> None:
     """SIGTERM to a study with a job of several minutes leaves no process behind."""
     config = tmp_path / "study.yaml"

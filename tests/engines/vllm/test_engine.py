@@ -233,6 +233,7 @@ def test_check_without_vllm_names_the_package(monkeypatch: pytest.MonkeyPatch) -
         VLLMEngine().check()
 
 
+@pytest.mark.slow
 def test_importing_rlmt_engines_imports_no_vllm() -> None:
     code = "import rlmt.engines, sys; rlmt.engines.VLLMEngine(); sys.exit('vllm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

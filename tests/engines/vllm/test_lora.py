@@ -117,6 +117,7 @@ def test_base_is_unchanged_and_logprobs_exact_over_100_syncs(
         world.engine.close()
 
 
+@pytest.mark.slow
 @needs_vllm
 def test_merged_weights_serve_dora_on_a_quantized_base(helpers: Any, tmp_path: Path) -> None:
     policy = load(helpers, "qwen2-tied", tmp_path, NF4())
@@ -139,6 +140,7 @@ def test_merged_weights_serve_dora_on_a_quantized_base(helpers: Any, tmp_path: P
         world.engine.close()
 
 
+@pytest.mark.slow
 @needs_vllm
 def test_quantized_engine_approximates_the_policy(helpers: Any) -> None:
     """The base is quantized, which costs a measured mismatch; the adapter is not."""
