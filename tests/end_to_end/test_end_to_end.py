@@ -87,7 +87,7 @@ def rise(
     return train
 
 
-@pytest.mark.parametrize("objective", ["GRPO", *OBJECTIVES])
+@pytest.mark.parametrize("objective", ["GRPO", *(pytest.param(name, marks=pytest.mark.slow) for name in OBJECTIVES)])
 def test_reward_rises(objective: str, rise: Callable[[str, int], float]) -> None:
     assert rise(objective, SEEDS[0]) > 0
 

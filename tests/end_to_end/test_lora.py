@@ -93,7 +93,8 @@ def reward_rise(fit: Runner, options: tuple[object, ...], engine: str, seed: int
 
 
 @needs_vllm
-@pytest.mark.parametrize("options", [pytest.param(LORA, marks=pytest.mark.slow), QLORA], ids=["LoRA", "QLoRA"])
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [LORA, QLORA], ids=["LoRA", "QLoRA"])
 def test_reward_rises_and_the_engine_matches_the_policy(options: tuple[object, ...], fit: Runner) -> None:
     assert reward_rise(fit, options, "VLLMEngine", 0, 30) > 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -81,9 +82,9 @@ class SupervisedModule(TrainingModule):
         return total, norm
 
     @property
+    @abstractmethod
     def mismatch(self) -> str:
         """What the weights of a checkpoint do not fit, and the fix, for an error message."""
-        raise NotImplementedError
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Loads the weights of a checkpoint.

@@ -41,6 +41,7 @@ from rlmt.models.adapters import adapter_weights, base_tensors
 from rlmt.types import FinishReason, SampleRequest, Samples, Sampling
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
     pytest.mark.timeout(1800),  # for six processes that import vLLM on a busy machine
 ]
