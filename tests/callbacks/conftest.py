@@ -28,9 +28,9 @@ def make_experience(step: int = 0, malformed: bool = False) -> Experience:
     splits = [Split(f"thought {i}", f"response {i}", Status.OK) for i in range(5)]
     splits.append(Split("", "", Status.UNCLOSED))
     scored: list[str | None] = [split.response for split in splits[:5]] + [None]
-    judge = torch.tensor([1.0, 2, 3, 4, 5, math.nan])
+    classifier = torch.tensor([1.0, 2, 3, 4, 5, math.nan])
     if malformed:
-        splits, scored, judge = [Split("", "", Status.UNCLOSED)] * 6, [None] * 6, torch.full((6,), math.nan)
+        splits, scored, classifier = [Split("", "", Status.UNCLOSED)] * 6, [None] * 6, torch.full((6,), math.nan)
     texts = [f"<think>{s.thought}</think>{s.response}" if s.ok else "<think>never \x1b[31mends" for s in splits]
     rollouts = RolloutBatch(
         prompts=[Prompt(7, [{"role": "user", "content": "first [bold]question[/]"}])]
@@ -50,7 +50,7 @@ def make_experience(step: int = 0, malformed: bool = False) -> Experience:
         splits=splits,
         thought_tokens=torch.tensor(THOUGHT),
         scores=Scores(
-            torch.tensor(REWARDS) + step, {"judge": judge + step, "none": torch.full((6,), math.nan)}, scored
+            torch.tensor(REWARDS) + step, {"classifier": classifier + step, "none": torch.full((6,), math.nan)}, scored
         ),
         group=torch.tensor([0, 0, 0, 1, 1, 1]),
         lengths=torch.tensor(lengths),

@@ -22,7 +22,7 @@ REWARDS = {
     "reward/group_std": math.sqrt(2 / 3) / 2,  # 1 2 3 in one group, 5 5 5 in the other
     "reward/zero_std_groups": 0.5,
     "reward/malformed": 1 / 6,
-    "reward/judge": 3.0,  # the malformed sample's NaN left out
+    "reward/classifier": 3.0,  # the malformed sample's NaN left out
 }
 
 
@@ -31,7 +31,7 @@ def test_lengths_and_rewards_reach_the_csv_at_their_step(world, tmp_path):
     rows = world.csv(tmp_path)
     assert [row["step"] for row in rows] == [0, 1, 2]
     for step, row in enumerate(rows):
-        grown = {"reward/mean": 3.5 + step, "reward/judge": 3.0 + step}
+        grown = {"reward/mean": 3.5 + step, "reward/classifier": 3.0 + step}
         for name, value in (LENGTHS | REWARDS | grown).items():
             assert row[name] == pytest.approx(value, rel=1e-6), name
         assert math.isnan(row["reward/none"])
@@ -42,7 +42,7 @@ def test_metrics_without_well_formed_samples(world, tmp_path):
     world.fit(tmp_path, [CoTLength(), RewardCurves()], steps=1, module=world.Module(malformed=True))
     (row,) = world.csv(tmp_path)
     assert row["reward/malformed"] == 1
-    assert math.isnan(row["reward/judge"])
+    assert math.isnan(row["reward/classifier"])
     assert row["reward/mean"] == 3.5
     assert (tmp_path / "curves.png").is_file()
 

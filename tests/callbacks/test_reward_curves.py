@@ -109,30 +109,30 @@ def test_a_resumed_run_has_the_whole_curve(world, tmp_path):
 
 def test_held_out_rewards_join_the_curves_and_the_picture(world, tmp_path):
     class Module(world.Module):
-        held_out = SimpleNamespace(names=["judge"])
+        held_out = SimpleNamespace(names=["second"])
 
         def validation_step(self, batch, batch_idx):
-            self.log("val/judge", 2.5, batch_size=6)
+            self.log("val/second", 2.5, batch_size=6)
             return super().validation_step(batch, batch_idx)
 
     plain, curves = RewardCurves(every_n_steps=0), RewardCurves(every_n_steps=0)
     options = {"validate": True, "val_check_interval": 1}
     world.fit(tmp_path / "plain", [plain], steps=2, **options)
     curves.load_state_dict(plain.state_dict())  # goes on with a held-out reward that the run did not have before
-    world.fit(tmp_path / "judged", [curves], steps=1, module=Module(), **options)
-    judged = curves.state_dict()["validation"]
-    assert judged["reward"] == [0.5] * 3
-    assert judged["val/judge"] == pytest.approx([math.nan, math.nan, 2.5], nan_ok=True)
-    assert png_size(tmp_path / "judged" / "curves.png") == (1650, 1110)
+    world.fit(tmp_path / "validated", [curves], steps=1, module=Module(), **options)
+    validated = curves.state_dict()["validation"]
+    assert validated["reward"] == [0.5] * 3
+    assert validated["val/second"] == pytest.approx([math.nan, math.nan, 2.5], nan_ok=True)
+    assert png_size(tmp_path / "validated" / "curves.png") == (1650, 1110)
 
 
 def test_the_picture_marks_the_best_validation_of_a_held_out_reward(tmp_path, monkeypatch):
     words = []
     monkeypatch.setattr(Axes, "text", lambda self, x, y, s, **options: words.append(s))
     train = {name: [0.0, 1.0, 2.0] for name in RewardCurves().state_dict()["train"]}
-    held_out = {"val/judge": [math.nan, 4.0, 3.0], "val/unheard": [math.nan] * 3}
+    held_out = {"val/second": [math.nan, 4.0, 3.0], "val/unheard": [math.nan] * 3}
     draw_curves(tmp_path / "c.png", train, {"step": [0, 1, 2], "reward": [1.0, 2.0, 3.0], **held_out}, "")
-    assert "judge\nbest: step 1" in words
+    assert "second\nbest: step 1" in words
     assert not any("unheard" in word for word in words)
 
 

@@ -67,7 +67,7 @@ def test_a_killed_and_resumed_run_has_every_step_once(world, tmp_path, stop_at):
     with pytest.raises(RuntimeError, match="boom"):
         run_with_checkpoints(world, tmp_path, module, Killed)
     assert set(read_rollouts(tmp_path / "rollouts")["step"].to_pylist()) == set(range(stop_at))
-    checkpoint = tmp_path / "step=4.ckpt"  # after two rollouts of two optimizer steps: those after it are drawn again
+    checkpoint = tmp_path / "step=4.ckpt"  # after two rollouts of two optimizer steps; later ones are repeated
     run_with_checkpoints(world, tmp_path, world.Module(), ckpt_path=checkpoint)
     table = read_rollouts(tmp_path / "rollouts")
     assert table["step"].to_pylist() == [step for step in range(6) for _ in range(6)]

@@ -1,5 +1,7 @@
 """Byte-level tokenizers, so that tokens can be counted by hand."""
 
+import json
+
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -32,3 +34,11 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer whose turns end with the eos token."""
     return one_token_a_byte("</s>")
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    """22 prompts of 5 bytes, which the chat template renders to 9 tokens each."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"say{i:02}"}) + "\n" for i in range(22)))
+    return str(path)

@@ -1,4 +1,4 @@
-"""One-step-off rollouts with a real Trainer: whose weights drew what, when, and what a resumed run makes of it."""
+"""One-step-off rollouts with a real Trainer: which weights generate which batch, and that a resumed run repeats it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from rlmt.types import FinishReason, PromptBatch, RolloutBatch, SampleRequest, S
 
 
 class Slow(Engine):
-    """Samples from prompt, seed and the synced weight; those drawn ahead come only once training has begun."""
+    """Samples from prompt, seed and the synced weight; generation ahead ends after the step has begun."""
 
     concurrent = True
 
     def __init__(self) -> None:
-        self.drawn_with: list[int] = []
+        self.generated_with: list[int] = []
         self.training = threading.Event()
         self.closed = threading.Event()
         self.busy = False
@@ -36,7 +36,7 @@ class Slow(Engine):
         self.main = threading.current_thread()
 
     def sync(self, weights: Any, version: int, adapter: Any = None) -> None:
-        assert not self.busy, "weights must not change under samples that are being drawn"
+        assert not self.busy, "weights must not change during generation"
         self.weight = {name: tensor.item() for name, tensor in weights}["weight"]
         self.version = version
 
@@ -48,7 +48,7 @@ class Slow(Engine):
                 if self.closed.is_set():
                     raise InterruptedError
             self.training.clear()
-        self.drawn_with.append(version)
+        self.generated_with.append(version)
         draws = [random.Random(f"{r.prompt_ids} {seed} {weight}") for r in requests for seed in r.seeds]
         ids = [[draw.randrange(200) for _ in range(draw.randint(1, 5))] for draw in draws]
         logprobs = [[-draw.random() for _ in row] for draw, row in zip(draws, ids, strict=True)]
@@ -151,7 +151,7 @@ def test_every_batch_but_the_first_is_one_update_behind(byte_tokenizer: Any, pro
     on_policy = Module(byte_tokenizer)
     trainer(tmp_path, max_steps=7).fit(on_policy, datamodule=make(prompts, lag=0, val_size=0))
     assert content(on_policy.seen[0]) == content(module.seen[0])
-    assert on_policy.seen[1].completion_ids != module.seen[1].completion_ids  # other weights drew them
+    assert on_policy.seen[1].completion_ids != module.seen[1].completion_ids  # generated with other weights
     assert [(batch.weight_version, batch.lag, batch.off_policy) for batch in on_policy.seen] == [
         (version, 0, False) for version in range(7)
     ]
@@ -181,7 +181,7 @@ def test_more_draws_within_a_step_take_what_is_under_way(byte_tokenizer: Any, pr
 def test_seconds_are_those_that_training_waited(
     byte_tokenizer: Any, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A clock that goes on only while a batch is drawn that training waits for already, by 5, or is synced, by 2."""
+    """A clock that advances by 5 during a generation that training waits for, and by 2 during a sync."""
     now, read = [0.0], threading.Event()
 
     def clock() -> float:
@@ -223,15 +223,15 @@ def test_a_resumed_run_trains_on_the_samples_of_the_unbroken_one(
     stop: int, byte_tokenizer: Any, prompts: str, tmp_path: Path
 ) -> None:
     """Killed after any step, at the end of a pass (3) and in the middle of one."""
-    whole = Module(byte_tokenizer, more=1)
-    trainer(tmp_path, max_steps=6).fit(whole, datamodule=make(prompts))
+    uninterrupted = Module(byte_tokenizer, more=1)
+    trainer(tmp_path, max_steps=6).fit(uninterrupted, datamodule=make(prompts))
     first, data = Module(byte_tokenizer, more=1), make(prompts)
     saver = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=1, save_last=True)
     trainer(tmp_path, max_steps=stop, callbacks=[saver]).fit(first, datamodule=data)
     second = Module(byte_tokenizer, more=1)
     trainer(tmp_path, max_steps=6).fit(second, datamodule=make(prompts), ckpt_path=str(tmp_path / "saved/last.ckpt"))
-    assert list(map(content, first.seen + second.seen)) == list(map(content, whole.seen))
-    assert torch.equal(second.weight, whole.weight)
+    assert list(map(content, first.seen + second.seen)) == list(map(content, uninterrupted.seen))
+    assert torch.equal(second.weight, uninterrupted.weight)
     saved = torch.load(tmp_path / "saved/last.ckpt", weights_only=True)["RolloutDataModule"]["ahead"]
     assert saved["weight_version"] == stop - 1 and saved["prompts"] == [p.index for p in second.seen[0].prompts]
 
@@ -247,16 +247,16 @@ def test_a_run_that_dies_within_a_step_goes_on_from_its_newest_checkpoint(
                 raise Killed
             super().training_step(batch)
 
-    whole = Module(byte_tokenizer)
-    trainer(tmp_path, max_steps=6).fit(whole, datamodule=make(prompts))
+    uninterrupted = Module(byte_tokenizer)
+    trainer(tmp_path, max_steps=6).fit(uninterrupted, datamodule=make(prompts))
     saver = PolicyCheckpoint(every_n_steps=2, dirpath=str(tmp_path / "saved"))
     with pytest.raises(Killed):
         trainer(tmp_path, max_steps=6, callbacks=[saver]).fit(Dying(byte_tokenizer), datamodule=make(prompts))
     again = Module(byte_tokenizer)
     trainer(tmp_path, max_steps=6).fit(again, datamodule=make(prompts), ckpt_path=str(tmp_path / "saved/last.ckpt"))
     assert len(again.seen) >= 3
-    assert list(map(content, again.seen)) == list(map(content, whole.seen[-len(again.seen) :]))
-    assert torch.equal(again.weight, whole.weight)
+    assert list(map(content, again.seen)) == list(map(content, uninterrupted.seen[-len(again.seen) :]))
+    assert torch.equal(again.weight, uninterrupted.weight)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -308,7 +308,7 @@ def test_an_engine_that_fails_ahead_stops_the_run_after_the_step_and_its_checkpo
     assert len(module.seen) == 2 and data.engine.closed.is_set()  # type: ignore[attr-defined]
     saved = torch.load(tmp_path / "saved/last.ckpt", weights_only=True)
     assert saved["global_step"] == 2 and saved["RolloutDataModule"]["ahead"] == {}
-    # The lost batch is drawn anew, with the present weights.
+    # The lost batch is generated again, with the current weights.
     again = Module(byte_tokenizer)
     last = str(tmp_path / "saved/last.ckpt")
     trainer(tmp_path, max_steps=4).fit(again, datamodule=make(prompts), ckpt_path=last)

@@ -212,7 +212,7 @@ def test_the_engine_is_compared_before_any_step_only() -> None:
     for _ in run.steps(policy, data, 0, lambda part: part.backward()):
         with torch.no_grad():
             for parameter in policy.parameters():
-                parameter.mul_(3)  # far from what the engine drew from
+                parameter.mul_(3)  # far from the weights that the engine sampled with
     of_pairs = [max(gaps[i] for i in pair) for pair in PAIRS]
     measured = run.metrics()["engine/mismatch_max"]
     assert any(measured == pytest.approx(gap, rel=1e-5) for gap in of_pairs)

@@ -13,7 +13,7 @@ SIZE = 2
 
 
 def batch(first: int, rewards: list[list[float]], epoch: int = 0) -> Experience:
-    """Prompts `first`, `first` + 1, …, each with two samples; every value tells whose it is."""
+    """Prompts `first`, `first` + 1, …, each with two samples; every value identifies its sample."""
     prompts = [Prompt(first + k, [{"role": "user", "content": str(first + k)}]) for k in range(len(rewards))]
     names = [10 * p.index + s for p in prompts for s in range(SIZE)]
     lengths = [1 + name % 7 for name in names]
@@ -97,16 +97,16 @@ def test_resample_generates_until_the_batch_is_full() -> None:
     more = [batch(10, [[1, 1], [0, 1], [2, 2]]), batch(20, [[0, 1], [1, 0], [0, 0]]), batch(30, [[0, 1]] * 3)]
     calls = iter(more)
     first = batch(0, [[5, 5], [1, 2], [3, 3]])
-    drawn, kept = resample(first, 9, lambda: next(calls))
-    assert [p.index for p in drawn.rollouts.prompts] == [0, 1, 2, 10, 11, 12, 20, 21, 22]
+    generated, kept = resample(first, 9, lambda: next(calls))
+    assert [p.index for p in generated.rollouts.prompts] == [0, 1, 2, 10, 11, 12, 20, 21, 22]
     assert [p.index for p in kept.rollouts.prompts] == [1, 11, 20]  # 21 is not needed
     assert kept.metrics == {"reward/refills": 2.0, "reward/dropped_groups": 5.0, "reward/surplus_groups": 1.0}
     assert next(calls) is more[2]
 
 
 def test_resample_stops_at_max_refills() -> None:
-    drawn, kept = resample(batch(0, [[5, 5], [1, 2]]), 2, lambda: batch(10, [[0, 0], [0, 0]]))
-    assert len(drawn.rollouts.prompts) == 6 and [p.index for p in kept.rollouts.prompts] == [1]
+    generated, kept = resample(batch(0, [[5, 5], [1, 2]]), 2, lambda: batch(10, [[0, 0], [0, 0]]))
+    assert len(generated.rollouts.prompts) == 6 and [p.index for p in kept.rollouts.prompts] == [1]
     assert kept.metrics == {"reward/refills": 2.0, "reward/dropped_groups": 5.0, "reward/surplus_groups": 0.0}
 
 
@@ -118,5 +118,5 @@ def test_nothing_with_spread(value: float) -> None:
 
 def test_resample_leaves_a_full_batch_alone() -> None:
     first = batch(0, [[1, 2], [2, 1]])
-    drawn, kept = resample(first, 4, lambda: pytest.fail("drew more"))
-    assert drawn is first and rows(kept) == rows(first) and set(kept.metrics.values()) == {0.0}
+    generated, kept = resample(first, 4, lambda: pytest.fail("generated more"))
+    assert generated is first and rows(kept) == rows(first) and set(kept.metrics.values()) == {0.0}

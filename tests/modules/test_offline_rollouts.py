@@ -152,7 +152,7 @@ def test_damage_and_folders_out_of_reach_are_told(tmp_path: Path, counted: list[
     recording.path = str(tmp_path / "gone" / "r.parquet")
     with pytest.raises(UserError, match="gone cannot be written to"):
         cached(recording, model())
-    assert counted == [], "told before anything is computed"
+    assert counted == [], "raised before anything is computed"
 
 
 def test_a_fingerprint_sees_every_element_and_its_place() -> None:

@@ -209,7 +209,7 @@ def test_the_no_think_twin_takes_as_many_steps_on_the_same_rows(
 def test_real_prompts_of_several_turns_and_long_texts(
     form: str, tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Real prompts with made-up answers: rows of several turns, texts of all kinds, over-long ones dropped aloud."""
+    """Real prompts with made-up answers: rows of several turns, texts of all kinds, long ones dropped and counted."""
     import json
 
     prompts = load_prompts(os.environ["RLMT_PROMPTS"])[:400]

@@ -126,9 +126,9 @@ def test_samples_of_other_weights_are_weighted_by_truncated_importance() -> None
     """Token by token over two update epochs with a real step between them, against autograd on plain formulas."""
     data, policy, twin = experience(), model(0), model(0)
     data.rollouts.off_policy = True
-    drew = model(2)
+    behaviour_policy = model(2)
     with torch.no_grad():
-        behaviour, mask = padded_logprobs(drew, data.rollouts)
+        behaviour, mask = padded_logprobs(behaviour_policy, data.rollouts)
         old = padded_logprobs(policy, data.rollouts)[0]
     data.engine_logprobs = data.rollouts.engine_logprobs = behaviour[mask]
     algorithm = GRPO(kl_coef=0.0, entropy_coef=0.0, clip_low=0.02, clip_high=0.03, dual_clip=None, update_epochs=2)

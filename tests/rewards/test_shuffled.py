@@ -33,4 +33,4 @@ def test_check_includes_the_inner_reward() -> None:
     except Exception as error:
         assert "nowhere.nothing" in str(error)
     else:
-        raise AssertionError("a mistake within was not told")
+        raise AssertionError("an error of the inner reward was not raised")
