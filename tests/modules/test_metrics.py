@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
 from rlmt.modules import metrics as module
+from rlmt.modules.base import TrainingModule
 from rlmt.modules.metrics import StepTimer, UpdateMetrics
 
 
@@ -53,3 +56,12 @@ def test_averages_over_ranks_weigh_every_token(monkeypatch: pytest.MonkeyPatch) 
     metrics = UpdateMetrics()
     metrics.update({"policy/kl": torch.tensor([5.0]), "policy/ratio_max": torch.tensor([2.0])})
     assert metrics.compute() == {"policy/kl": 2.0, "policy/ratio_max": 9.0, "dpo/margin": 5.0}
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(1234.4, 1234.0), (0.5, 0.5), (math.inf, math.inf), (-math.inf, -math.inf)]
+)
+def test_progress_bar_shows_large_numbers_without_decimals(value: float, shown: float) -> None:
+    training = MagicMock()
+    TrainingModule.log_step(training, {"policy/kl": value}, 1, {"policy/kl": "kl"})
+    assert [call.args for call in training.log.call_args_list] == [("policy/kl", value), ("kl", shown)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
@@ -109,7 +110,7 @@ class TrainingModule(LightningModule):
             if name in metrics:
                 # The bar would show 1234.5 as 1.23e+3.
                 value = metrics[name]
-                value = float(round(value)) if abs(value) >= 100 else value
+                value = float(round(value)) if 100 <= abs(value) < math.inf else value
                 self.log(short, value, prog_bar=True, logger=False, batch_size=batch_size)
 
     # Optimizer --------------------------------------------------------------------------------------------------------
