@@ -16,7 +16,7 @@ setup: ## create or update .venv (PYTHON=... and RLMT_DEVICE=cpu|cuda to choose)
 quickstart: setup ## train a miniature world from scratch, with and without thoughts, and compare (resumes after an interruption)
 	.venv/bin/rlmt study --config study/mini --config study/quickstart
 
-test: setup ## run the fast tests: every contract, 8 minutes on 2 cores (WORKERS=... for more processes)
+test: setup ## run the fast tests on 2 cores (WORKERS=... for more processes)
 	$(PYTEST) -m "not slow"
 
 test-all: setup ## run all tests, the exhaustive ones included

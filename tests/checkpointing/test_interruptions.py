@@ -257,6 +257,7 @@ def ignore_sigterm_and_hang(log):
 """
 
 
+@pytest.mark.slow
 def test_hanging_engine_ends_the_run_after_its_timeout(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -374,6 +375,7 @@ def test_empty_special_and_incomplete_responses_are_trained_on(
 # The prompts ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_last_prompt_ends_the_run_or_starts_the_next_epoch(fit: Fit, tmp_path: Path) -> None:
     assert fit("--trainer.max_epochs", 1, "--trainer.max_steps", -1, "--trainer.default_root_dir", "one") == 0
     assert len(rows(tmp_path / "one")) == 6

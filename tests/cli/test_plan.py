@@ -142,6 +142,7 @@ def test_held_out_reward_models_take_memory_in_all_phases(two_layers: Path) -> N
         assert budget.total(phase) - before.total(phase) == pytest.approx(size, rel=0.001)
 
 
+@pytest.mark.slow
 def test_critic_weights_of_a_4_bit_policy(two_layers: Path) -> None:
     """A copy of the policy is in 4 bits and has an adapter of its own; a shared critic is only an adapter."""
     module, data = qlora(two_layers)

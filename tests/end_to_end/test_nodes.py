@@ -21,10 +21,9 @@ VLLM = ("VLLMEngine", "--data.engine.cpu_kv_cache_gib", "0.25")
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(
-    "engine", [("TransformersEngine",), pytest.param(VLLM, marks=[pytest.mark.slow, needs_vllm])], ids=lambda e: e[0]
-)
+@pytest.mark.parametrize("engine", [("TransformersEngine",), pytest.param(VLLM, marks=needs_vllm)], ids=lambda e: e[0])
 def test_two_nodes_train_one_policy_and_stop_on_a_signal_to_one(
     engine: tuple[str, ...], tiny: Path, prompts_file: Path, tmp_path: Path
 ) -> None:

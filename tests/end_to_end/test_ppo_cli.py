@@ -140,6 +140,7 @@ def test_critic_adapter_shares_the_frozen_base_of_the_policy(
     assert len(exported) == 2 * 2 * 7 and not any("critic" in name for name in exported)
 
 
+@pytest.mark.slow
 def test_policy_is_unchanged_during_critic_warm_up(command: Command, tmp_path: Path, tiny: Path) -> None:
     """Two updates per rollout and three of warm-up: the policy first changes in the second update of rollout two."""
     options = ("--model.algorithm.critic_warmup_steps", 3, "--model.algorithm.update_epochs", 2)

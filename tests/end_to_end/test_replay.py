@@ -149,6 +149,7 @@ def test_resumed_replay_equals_the_unbroken_run(run: Run, recorded: Path, cache:
         assert torch.equal(tensor, weights("broken")[name]), name
 
 
+@pytest.mark.slow
 def test_replayed_rollouts_of_a_run_reproduce_the_run(run: Run) -> None:
     """Over two epochs each prompt's groups are replayed in order, so rollouts are on-policy and weights are 1."""
     settings = ("--trainer.max_steps", 6, "--seed_everything", 3)

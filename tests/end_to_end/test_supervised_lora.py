@@ -144,6 +144,7 @@ def never(*args: Any, **options: Any) -> None:
     raise AssertionError("a model was loaded")
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_the_unbroken_run_and_rl_starts_from_both_exports(
     supervised_command: Command,
     prompts_file: Path,

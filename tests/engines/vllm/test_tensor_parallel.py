@@ -36,6 +36,7 @@ def results(run_case: Callable[[str], Any]) -> list[dict[str, Any]]:
     return run_case("all_weights")
 
 
+@pytest.mark.slow
 @needs_vllm
 def test_logprobs_equal_the_policys_and_layers_are_sharded(results: list[dict[str, Any]]) -> None:
     for found in results:
@@ -44,6 +45,7 @@ def test_logprobs_equal_the_policys_and_layers_are_sharded(results: list[dict[st
         assert found["missing weight"].startswith("1 of the policy's weights were not passed to sync")
 
 
+@pytest.mark.slow
 @needs_vllm
 def test_samples_do_not_depend_on_the_rank_that_requests_them(results: list[dict[str, Any]]) -> None:
     first, second = results
@@ -53,6 +55,7 @@ def test_samples_do_not_depend_on_the_rank_that_requests_them(results: list[dict
         assert found["after an error"] == found["uneven"] and found["no rank requests"] == []
 
 
+@pytest.mark.slow
 @needs_vllm
 def test_too_long_prompt_raises_on_all_ranks_of_the_group(results: list[dict[str, Any]]) -> None:
     first, second = (rank["error"] for rank in results)
