@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 LIGHTNING_REPORTS = (
     "Seed set to",
     "GPU available:",
@@ -39,6 +41,7 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
     assert not {"torch", "vllm", "lightning", "transformers"} & modules
 
 
+@pytest.mark.slow
 def test_fit_help_does_not_import_vllm() -> None:
     text, modules = run("fit", "--help")
     assert "--trainer.max_steps" in text

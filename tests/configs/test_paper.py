@@ -130,7 +130,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in RUNS])
 def test_settings_equal_the_papers(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     runs: list[Any] = []
 

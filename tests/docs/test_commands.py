@@ -32,6 +32,8 @@ COMMANDS = {
 }
 """Arguments of `rlmt` → the first page that has them."""
 
+FAST_PAGES = (README, ROOT / "docs" / "tutorial.md")
+
 
 def recorder(function: Callable[..., Any], reached: list[str], name: str) -> Callable[..., Any]:
     """A replacement of a function with its signature that only records the call."""
@@ -43,7 +45,10 @@ def recorder(function: Callable[..., Any], reached: list[str], name: str) -> Cal
     return record
 
 
-@pytest.mark.parametrize("arguments", COMMANDS)
+@pytest.mark.parametrize(
+    "arguments",
+    [pytest.param(words, marks=() if page in FAST_PAGES else pytest.mark.slow) for words, page in COMMANDS.items()],
+)
 def test_rlmt_command_reaches_its_function(
     arguments: str, write_files: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

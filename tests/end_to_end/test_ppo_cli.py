@@ -161,6 +161,7 @@ def test_policy_is_unchanged_during_critic_warm_up(command: Command, tmp_path: P
         assert "policy/loss" not in first and "policy/loss" in second
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_the_unbroken_run(command: Command, tmp_path: Path) -> None:
     """Bit for bit, including the critic and the adaptive KL coefficient."""
     algorithm = {"lam": 0.9, "kl_placement": "reward", "kl_coef": 0.1, "target_kl": 0.05, "kl_horizon": 20}

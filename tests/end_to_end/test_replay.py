@@ -132,7 +132,8 @@ def test_predictions_are_trained_on_and_reference_logprobs_computed_once(
         assert torch.equal(tensor, weights("two")[name]), name
 
 
-@pytest.mark.parametrize("cache", ["present", pytest.param("deleted", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["present", "deleted"])
 def test_resumed_replay_equals_the_unbroken_run(run: Run, recorded: Path, cache: str) -> None:
     settings = replay(recorded, "--model.algorithm.kl_coef", 0.1, "--model.algorithm.update_epochs", 2)
     unbroken = run("fit", "unbroken", *settings, "--trainer.max_steps", 8)

@@ -82,7 +82,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("case", "layers"), [*((case, 5) for case in CASES), ("lora", 2)])
+SLOW = ("lora, dropout, mixed", "dora, checkpointed")
+
+
+@pytest.mark.parametrize(
+    ("case", "layers"),
+    [*(pytest.param(case, 5, marks=pytest.mark.slow if case in SLOW else ()) for case in CASES), ("lora", 2)],
+)
 def test_update_footprint_matches_real_tensors(case: str, layers: int, allocated_peak: Any) -> None:
     options, shape, autocast = CASES[case]
     dtype = torch.bfloat16 if options.get("bf16_weights") else torch.float32

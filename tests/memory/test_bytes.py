@@ -112,7 +112,7 @@ def test_foreach_step_takes_the_size_of_the_trained_tensors() -> None:
     assert optimizer_step_bytes(OPTIMIZERS["AdamW8bit"], trained) == 0
 
 
-@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compute", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_logits_bytes_match_the_allocated_peak(compute: torch.dtype, allocated_peak: Any) -> None:
     tokens, vocabulary, width = 600, 2**17, 8
     hidden = torch.randn(tokens, width, dtype=compute, requires_grad=True)

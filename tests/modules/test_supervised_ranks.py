@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+pytestmark = pytest.mark.slow
 CASES = ["sft", "sft, adapter", "sft, from scratch by Muon", "reward", "reward, adapter"]
 
 
