@@ -93,7 +93,8 @@ RESUMED: dict[str, tuple[object, ...]] = {
 }
 
 
-@pytest.mark.parametrize("objective", ["GRPO", pytest.param("DPO", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", RESUMED)
 def test_resumed_run_equals_uninterrupted_run(objective: str, command: Command, tmp_path: Path) -> None:
     """Bit for bit: prompts, samples, rewards and weights of updates 4 to 7, across the end of an epoch (5 steps)."""
     uninterrupted, interrupted = tmp_path / "uninterrupted", tmp_path / "interrupted"

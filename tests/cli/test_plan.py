@@ -95,6 +95,7 @@ def qlora(shapes: Path, **engine: Any) -> tuple[RLMTModule, RolloutDataModule]:
     return module, RolloutDataModule("prompts.jsonl", made, **engine)
 
 
+@pytest.mark.slow
 def test_8b_policy_and_8b_reward_model_fit_in_24_gb(shapes: Path) -> None:
     module, data = qlora(shapes)
     budget = make_budget(module, data, torch.bfloat16, 24 * GIB)
@@ -160,6 +161,7 @@ def test_critic_weights_of_a_4_bit_policy(two_layers: Path) -> None:
     assert sizes["other"] == pytest.approx(2 * linear + rest + sizes["shared"], rel=0.001)
 
 
+@pytest.mark.slow
 def test_16_bit_vllm_weights_exceed_24_gb_and_fit_in_48(shapes: Path) -> None:
     budget = Budget(24 * GIB)
     _add_engine(budget, *qlora(shapes, quantization=None), torch.bfloat16, Parallelism())

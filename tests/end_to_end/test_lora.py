@@ -126,7 +126,8 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("case", ["LoRA", pytest.param("QLoRA", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", RESUMED)
 def test_resumed_run_equals_the_unbroken_run(case: str, fit: Runner, capsys: pytest.CaptureFixture[str]) -> None:
     """Bit for bit; a checkpoint holds the adapter and no base weight."""
     options = (*RESUMED[case], "--model.algorithm.minibatches", 2)

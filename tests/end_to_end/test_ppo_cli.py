@@ -68,6 +68,7 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
     return lines[0]
 
 
+@pytest.mark.slow
 def test_checkpoint_with_a_critic_validates_predicts_exports_and_names_conflicts(
     command: Command, tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

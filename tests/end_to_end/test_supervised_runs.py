@@ -108,6 +108,7 @@ def test_mixed_precision_with_gradient_checkpointing_has_about_the_same_loss(
     assert first[0] != first[1] and first[0] == pytest.approx(first[1], rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", ["sft", "reward"])
 def test_resumed_run_equals_the_unbroken_run(
     config: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -73,6 +73,7 @@ def read(run: Path, metric: str) -> list[float]:
         return [float(row[metric]) for row in csv.DictReader(file) if row.get(metric)]
 
 
+@pytest.mark.slow
 def test_run_stops_when_the_held_out_score_falls_and_keeps_its_best_checkpoint(
     command: Command, tiny: Path, tmp_path: Path
 ) -> None:
