@@ -60,7 +60,10 @@ class Loopback:
         threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
     def serve(self, handler: BaseHTTPRequestHandler) -> None:
-        body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+        content = handler.rfile.read(int(handler.headers["Content-Length"]))
+        if not content:  # the client timed out or was killed
+            raise ConnectionResetError
+        body = json.loads(content)
         with self.lock:
             self.paths.append(handler.path)
             self.bodies.append(body)
