@@ -25,6 +25,7 @@ usage: rlmt COMMAND [options]
   plan      print the memory a run takes, before any weights are loaded: rlmt plan --config … --memory 24
   export    convert a checkpoint to a Hugging Face folder: rlmt export CKPT OUT
   chat      chat with a checkpoint or an exported folder: rlmt chat CKPT_OR_FOLDER [--prompt TEXT]
+  distill   ask a teacher for demonstrations: rlmt distill --config distill --prompts FILE --out FILE
   study     run many runs from one file, with seeds, and report on them: rlmt study --config study/mini
   mini      write data for a miniature task that rewards thinking, to train everything from scratch: rlmt mini [OUT]
   tiny      write small random models, to try everything on a laptop: rlmt tiny [OUT] [--corpus FILE]
@@ -124,6 +125,12 @@ def _mini(command: str, args: list[str]) -> int:
     return run_function(command, make_mini, args, optional_positional="out")
 
 
+def _distill(command: str, args: list[str]) -> int:
+    from rlmt.cli.distill import run
+
+    return run(args)
+
+
 def _study(command: str, args: list[str]) -> int:
     from rlmt.cli.study import run
 
@@ -135,6 +142,7 @@ _COMMANDS: dict[str, Callable[[str, list[str]], int]] = {
     "plan": _plan,
     "export": _export,
     "chat": _chat,
+    "distill": _distill,
     "mini": _mini,
     "study": _study,
     "tiny": _tiny,

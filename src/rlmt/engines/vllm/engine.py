@@ -218,14 +218,7 @@ class VLLMEngine(Engine):
         self._eager = on_cpu if self.enforce_eager is None else self.enforce_eager
         options: dict[str, Any] = {"gpu_memory_utilization": self.gpu_memory_utilization}
         if on_cpu:
-            # vLLM's CPU build crashes where chunked prefill rewinds a seeded generator, so every prompt must fit into
-            # one step.
-            options = {
-                "kv_cache_memory_bytes": int(self.cpu_kv_cache_gib * 2**30),
-                "block_size": _CPU_BLOCK_SIZE,
-                "enable_chunked_prefill": False,
-                "max_num_batched_tokens": max(self._max_model_len, self.max_num_seqs, 4096),
-            }
+            options = cpu_options(self.cpu_kv_cache_gib, self._max_model_len, self.max_num_seqs)
         if collectives.world_size() > 1:  # each rank starts its own worker in the existing process group
             options["distributed_executor_backend"] = "external_launcher"
             options["tensor_parallel_size"] = self.tensor_parallel_size
@@ -369,6 +362,24 @@ class VLLMEngine(Engine):
                     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
                     cleanup_dist_env_and_memory()
+
+
+def cpu_options(kv_cache_gib: float, max_model_len: int, max_num_seqs: int) -> dict[str, Any]:
+    """Engine arguments for vLLM's CPU build.
+
+    It crashes where chunked prefill rewinds a seeded generator, so every prompt must fit into one step.
+
+    Args:
+        kv_cache_gib: Size of the KV cache in GiB.
+        max_model_len: Longest prompt + completion in tokens.
+        max_num_seqs: Maximum number of samples decoded at once.
+    """
+    return {
+        "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
+        "block_size": _CPU_BLOCK_SIZE,
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(max_model_len, max_num_seqs, 4096),
+    }
 
 
 def _save_config(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str) -> None:

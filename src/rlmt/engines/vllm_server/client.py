@@ -7,15 +7,14 @@ The server itself reports which weights it holds: after each load the client set
 from __future__ import annotations
 
 import asyncio
-import ssl
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import cache
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+from rlmt.endpoints.connections import CONNECT_TIMEOUT, describe, one_line, open_client, ssl_context
 from rlmt.engines.vllm.sampling import completion_options
 from rlmt.engines.vllm_server.weight_transfer import PublishedWeights
 from rlmt.errors import UserError
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     import httpx
 
 TIMEOUT = 10.0
-"""Seconds to wait for a connection, and for short answers."""
+"""Seconds to wait for short answers."""
 SLOW_TIMEOUT = 60.0
 """Seconds to wait for the server's configuration, which it collects at the first call, and for its prefix cache."""
 
@@ -72,19 +71,10 @@ class ServerClient:
     async def connect(self) -> AsyncIterator[None]:
         """Opens connections to the server for one event loop."""
         import httpx
-        from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
 
-        ssl_context = _ssl_context()
         headers = {} if self._key is None else {"Authorization": f"Bearer {self._key}"}
-        # The client must not retry: its retries use random numbers, and would go to the same server.
-        client = AsyncOpenAI(
-            api_key=self._key or "none",
-            base_url=f"{self.url}/v1",
-            timeout=Timeout(self._timeout, connect=TIMEOUT),
-            max_retries=0,
-            http_client=DefaultAsyncHttpxClient(verify=ssl_context),
-        )
-        http = httpx.AsyncClient(base_url=self.url, headers=headers, verify=ssl_context)
+        client = open_client(f"{self.url}/v1", self._key, self._timeout)  # a lost request goes to another server
+        http = httpx.AsyncClient(base_url=self.url, headers=headers, verify=ssl_context())
         async with http as self._http, client as self._openai:
             yield
 
@@ -268,11 +258,11 @@ class ServerClient:
         except APITimeoutError as error:
             raise ServerLost(f"returned no sample within {self._timeout:g} s (--data.engine.timeout)") from error
         except APIConnectionError as error:
-            raise ServerLost(f"cannot be reached ({_describe(error.__cause__ or error)})") from error
+            raise ServerLost(f"cannot be reached ({describe(error.__cause__ or error)})") from error
         except APIStatusError as error:
             if error.status_code in (400, 422):
-                raise RuntimeError(f"vLLM server {self.url} rejected a request: {_one_line(error.message)}.") from error
-            raise ServerLost(f"answered with status {error.status_code}: {_one_line(error.message)}") from error
+                raise RuntimeError(f"vLLM server {self.url} rejected a request: {one_line(error.message)}.") from error
+            raise ServerLost(f"answered with status {error.status_code}: {one_line(error.message)}") from error
         choice: Any = answer.choices[0]
         if choice.finish_reason not in ("stop", "length"):
             raise ServerLost(f"aborted a sample (finish reason {choice.finish_reason})")
@@ -288,11 +278,11 @@ class ServerClient:
 
         try:
             response = await self._http.request(
-                method, path, timeout=httpx.Timeout(timeout, connect=TIMEOUT), **options
+                method, path, timeout=httpx.Timeout(timeout, connect=CONNECT_TIMEOUT), **options
             )
         except httpx.TransportError as error:
             failure = "does not answer" if isinstance(error, httpx.ReadTimeout) else "cannot be reached"
-            raise ServerLost(f"{failure} ({_describe(error)})") from error
+            raise ServerLost(f"{failure} ({describe(error)})") from error
         if response.status_code in (401, 403):
             failure = "rejects the API key of" if self._key else "requires an API key, but none is set in"
             raise ServerLost(
@@ -320,22 +310,4 @@ class ServerClient:
                 reason = str(response.json()["error"]["message"])
             except (ValueError, KeyError, TypeError):
                 reason = response.text
-            raise ServerLost(f"{failure}: {_one_line(reason)}")
-
-
-@cache
-def _ssl_context() -> ssl.SSLContext:
-    """The SSL context, created once: loading certificates takes longer than most requests."""
-    import httpx
-
-    return httpx.create_ssl_context()
-
-
-def _describe(error: BaseException) -> str:
-    """The error's message, or its type if the message is empty."""
-    return _one_line(str(error)) or type(error).__name__
-
-
-def _one_line(text: str) -> str:
-    """The text as one line of at most 300 characters, without a final full stop."""
-    return " ".join(text.split())[:300].rstrip(".")
+            raise ServerLost(f"{failure}: {one_line(reason)}")

@@ -14,7 +14,6 @@ Left out: vLLM's own weight transfer (NCCL, IPC and others), which requires GPUs
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import os
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
@@ -29,6 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlmt.distributed import collectives
+from rlmt.endpoints.connections import require_client_libraries
 from rlmt.engines.base import Engine, max_completion_tokens
 from rlmt.engines.vllm.lora import merge_adapters, unsupported_reason
 from rlmt.engines.vllm_server.client import Completion, ServerClient, ServerLost
@@ -98,10 +98,7 @@ class VLLMServerEngine(Engine):
         Raises:
             UserError: A server is not, or the client libraries are not installed.
         """
-        if any(importlib.util.find_spec(name) is None for name in ("httpx", "openai")):
-            raise UserError(
-                "VLLMServerEngine needs httpx and openai, which are not installed: pip install 'rlmt[servers]'."
-            )
+        require_client_libraries("VLLMServerEngine")
         if not self._servers:
             key = os.environ.get(self.api_key_variable)
             servers = [ServerClient(url, key, self.api_key_variable, self.model, self.timeout) for url in self.urls]

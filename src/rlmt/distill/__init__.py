@@ -1,0 +1,1 @@
+"""Demonstrations from a teacher: `rlmt distill`."""

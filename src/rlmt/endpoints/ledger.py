@@ -1,0 +1,126 @@
+"""A file that keeps every answer, so that no request is paid for twice."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from rlmt.endpoints.calls import Call, Usage
+from rlmt.errors import UserError
+
+
+class Ledger:
+    """Answers by the key of their call: one JSON object per line, appended and flushed as they arrive.
+
+    A line that a killed process left truncated is removed when the file is opened. Only one process at a time uses a
+    file; in a run of several ranks each rank has its own.
+
+    Args:
+        path: Path of the file; it is created with its folder if it does not exist.
+
+    Raises:
+        UserError: Another process uses the file, it cannot be written, or a line is not a record.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.usage: defaultdict[str, Usage] = defaultdict(Usage)
+        """Billed tokens of all records by model."""
+        self._offsets: dict[str, int] = {}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a+b")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror}); choose another path.") from error
+        try:
+            self._lock()
+            self._read()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._offsets
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{self.path}: another process writes to it; wait until that one has ended, or use another path."
+            ) from error
+
+    def _read(self) -> None:
+        """Indexes the records, and removes a truncated last line."""
+        self._file.seek(0)
+        end = 0
+        for number, line in enumerate(self._file, start=1):
+            if not line.endswith(b"\n"):
+                self._file.truncate(end)
+                break
+            try:
+                record = json.loads(line)
+                self._index(record["key"], record["model"], record["answer"], end)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(
+                    f"{self.path}: line {number} is not a record of an answer; remove the line, or use another path."
+                ) from error
+            end += len(line)
+        self._end = end
+
+    def _index(self, key: str, model: str, answer: dict[str, Any], offset: int) -> None:
+        self._offsets[key] = offset
+        self.usage[model] += Usage.from_json(answer)
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """The answer to a call.
+
+        Args:
+            key: Key of the call.
+
+        Returns:
+            JSON of the answer, or None if it is not recorded.
+        """
+        if key not in self._offsets:
+            return None
+        self._file.seek(self._offsets[key])
+        answer: dict[str, Any] = json.loads(self._file.readline())["answer"]
+        return answer
+
+    def add(self, call: Call, answer: dict[str, Any], secret: str | None = None) -> None:
+        """Appends an answer and hands it to the operating system, so that it survives the end of the process.
+
+        Args:
+            call: The call.
+            answer: JSON of its answer.
+            secret: API key, which is removed if the answer repeats it.
+
+        Raises:
+            UserError: The file cannot be written, for example because the disk is full.
+        """
+        model = str(call.body.get("model", ""))
+        line = redact(json.dumps({"key": call.key, "model": model, "answer": answer}), secret).encode() + b"\n"
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror}); make room, then run the same command again."
+            ) from error
+        self._index(call.key, model, answer, self._end)
+        self._end += len(line)
+
+    def close(self) -> None:
+        """Closes the file and releases its lock."""
+        self._file.close()
+
+
+def redact(text: str, secret: str | None) -> str:
+    """The text without an API key."""
+    return text.replace(secret, "***") if secret else text

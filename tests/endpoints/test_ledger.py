@@ -1,0 +1,59 @@
+"""The ledger file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlmt.endpoints import Call, Ledger, Usage
+from rlmt.errors import UserError
+
+CALLS = [Call("/a", {"model": "m", "n": n}) for n in range(3)]
+ANSWERS = [{"text": f"line\u2028separator \ud800 {n}", "usage": {"prompt_tokens": n}} for n in range(3)]
+
+
+def filled(path: Path) -> Path:
+    ledger = Ledger(path)
+    for call, answer in zip(CALLS, ANSWERS, strict=True):
+        ledger.add(call, answer)
+        assert ledger.get(call.key) == answer
+    ledger.close()
+    return path
+
+
+def test_truncated_last_line_is_cut_at_every_byte(tmp_path: Path) -> None:
+    data = filled(tmp_path / "folder" / "ledger.jsonl").read_bytes()
+    ends = [i + 1 for i, byte in enumerate(data) if byte == 10]
+    path = tmp_path / "cut.jsonl"
+    for size in range(len(data) + 1):
+        path.write_bytes(data[:size])
+        ledger = Ledger(path)
+        complete = sum(end <= size for end in ends)
+        assert len(ledger) == complete and ledger.usage["m"] == Usage(sum(range(complete)), 0)
+        assert path.stat().st_size == (ends[complete - 1] if complete else 0)
+        ledger.close()
+    path.write_bytes(data[: ends[1] + 5])
+    ledger = Ledger(path)
+    ledger.add(CALLS[2], ANSWERS[2])
+    ledger.close()
+    assert path.read_bytes() == data
+
+
+def test_second_process_is_refused(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    with pytest.raises(UserError, match=r"ledger\.jsonl: another process writes to it; wait"):
+        Ledger(tmp_path / "ledger.jsonl")
+    ledger.close()
+    Ledger(tmp_path / "ledger.jsonl").close()
+
+
+@pytest.mark.parametrize("line", ["{}", "[]", "3", "not JSON", json.dumps({"key": "k", "model": "m", "answer": 3})])
+def test_foreign_line_is_refused_and_file_kept(tmp_path: Path, line: str) -> None:
+    path = filled(tmp_path / "ledger.jsonl")
+    path.write_text(path.read_text() + line + "\n")
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"ledger\.jsonl: line 4 is not a record of an answer"):
+        Ledger(path)
+    assert path.read_bytes() == before
