@@ -7,6 +7,7 @@ import pickle
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -124,14 +125,17 @@ def test_temporary_folder_is_removed_at_exit_and_after_a_kill(tmp_path: Path, mo
     monkeypatch.setattr(temporary_folders.tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(temporary_folders, "_MEMORY", tmp_path / "memory")
     (tmp_path / "memory").mkdir()
-    with temporary_folders.TemporaryFolder("adapter", in_memory=True) as folder:
+    with temporary_folders.TemporaryFolder("adapter", memory_bytes=1000) as folder:
         assert Path(folder).parent == tmp_path / "memory"
         assert temporary_folders.remove_abandoned() == [] and Path(folder).is_dir()  # in use
     assert not Path(folder).exists()
     read, write = os.pipe()
     child = os.fork()
     if child == 0:  # creates one folder in each place, then is killed
-        made = [temporary_folders.TemporaryFolder("vllm"), temporary_folders.TemporaryFolder("adapter", in_memory=True)]
+        made = [
+            temporary_folders.TemporaryFolder("vllm"),
+            temporary_folders.TemporaryFolder("adapter", memory_bytes=1000),
+        ]
         os.write(write, "\n".join(folder.path for folder in made).encode())
         signal.pause()
     left = [Path(line) for line in os.read(read, 10_000).decode().splitlines()]
@@ -141,6 +145,55 @@ def test_temporary_folder_is_removed_at_exit_and_after_a_kill(tmp_path: Path, mo
     (tmp_path / "rlmt-scratch-not-ours").mkdir()  # without a lock its owner is unknown
     assert len(left) == 2 and sorted(temporary_folders.remove_abandoned()) == sorted(left)
     assert not any(path.exists() for path in left) and (tmp_path / "rlmt-scratch-not-ours").exists()
+
+
+def test_adapter_goes_to_disk_where_shared_memory_lacks_room_for_all_ranks(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(temporary_folders.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(temporary_folders, "_MEMORY", tmp_path / "memory")
+    (tmp_path / "memory").mkdir()
+    free = SimpleNamespace(free=64 * 2**20)  # a container's default
+    monkeypatch.setattr(temporary_folders.shutil, "disk_usage", lambda path: free)
+    temporary_folders._warn_of_small_memory.cache_clear()
+    size = 20 * 2**20
+    with temporary_folders.TemporaryFolder("adapter", memory_bytes=size) as folder:
+        assert Path(folder).parent == tmp_path / "memory"
+    monkeypatch.setattr(temporary_folders.collectives, "world_size", lambda: 4)
+    with pytest.warns(UserWarning, match="less than the 80 MiB") as caught:
+        for _ in range(2):
+            with temporary_folders.TemporaryFolder("adapter", memory_bytes=size) as folder:
+                assert Path(folder).parent == tmp_path
+    assert len(caught) == 1
+
+
+def test_content_folder_has_one_path_for_equal_content(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(temporary_folders.tempfile, "tempdir", str(tmp_path))
+
+    def write(text: str) -> Any:
+        return temporary_folders.ContentFolder("vllm", lambda folder: Path(folder, "config.json").write_text(text))
+
+    first, second, other = write("a"), write("a"), write("b")
+    path = first.path
+    assert second.path == path != other.path and len(list(tmp_path.iterdir())) == 2
+    first.close()
+    first.close()
+    assert Path(path, "config.json").read_text() == "a"  # the second one still uses it
+    assert temporary_folders.remove_abandoned() == []
+    second.close()
+    other.close()
+    assert list(tmp_path.iterdir()) == []
+    again = write("a")
+    assert again.path == path
+    child = os.fork()
+    if child == 0:  # uses it, too, and is killed
+        write("a")
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    again.close()
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(temporary_folders.os, "getuid", lambda: os.geteuid() + 1)
+    foreign = write("a")  # belongs to a user who is not the one that `getuid` names
+    own = write("a")
+    assert own.path != foreign.path and Path(own.path, "config.json").read_text() == "a"
 
 
 # Logs and checkpoints -------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from rlmt.endpoints import Call, Endpoint, EndpointClient, Ledger, Meter, RequestRejected, Usage
 from rlmt.engines.base import max_completion_tokens
-from rlmt.engines.vllm.engine import cpu_options
+from rlmt.engines.vllm.launch import cpu_args
 from rlmt.engines.vllm.sampling import sampling_params
 from rlmt.errors import UserError, first_line
 from rlmt.formats.thinking import ThinkingFormat
@@ -114,7 +114,7 @@ class LocalTeacher:
         self._max_model_len = int(self._options.get("max_model_len") or limit)
         options: dict[str, Any] = {"max_model_len": self._max_model_len, "generation_config": "vllm"}
         if current_platform.is_cpu():
-            options |= {"enforce_eager": True, **cpu_options(1.0, self._max_model_len, 256)}
+            options |= {"enforce_eager": True, **cpu_args(1.0, self._max_model_len, 256)}
         options |= {"trust_remote_code": False, **self._options}
         try:
             self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=self._folder, **options))

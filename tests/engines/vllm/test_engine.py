@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ import torch
 from torch import distributed
 
 from rlmt.engines import VLLMEngine
+from rlmt.engines.vllm.isolation import unbound_process_group
+from rlmt.engines.vllm.launch import device_args
 from rlmt.errors import UserError
 from rlmt.types import FinishReason, SampleRequest, Sampling
 
@@ -259,9 +262,21 @@ class Recorder:
             )
             for _ in kwargs.get("kwargs", {}).get("weights_iterator", ()):
                 pass
+            self.threads = torch.get_num_threads()
             return [] if name == "generate" else True
 
         return call
+
+    @property
+    def llm_engine(self) -> Any:
+        return SimpleNamespace(engine_core=self)
+
+
+class Folder:
+    """Replaces the folder of a started engine."""
+
+    def close(self) -> None:
+        pass
 
 
 @needs_vllm
@@ -269,7 +284,7 @@ def test_sleep_mode_between_rollouts() -> None:
     engine = VLLMEngine()
     engine._llm = llm = Recorder()
     engine._names, engine._sleeps, engine._asleep, engine._max_model_len = frozenset("w"), True, False, 8
-    engine._eager = False
+    engine._eager, engine._on_gpu = False, True
     for version in (1, 2):
         engine.sync([("w", torch.zeros(1))], version)
         assert engine.version == version
@@ -278,3 +293,57 @@ def test_sleep_mode_between_rollouts() -> None:
     first = ["collective_rpc", "reset_prefix_cache", "generate", "sleep 2"]
     later = ["wake_up weights", "collective_rpc", "wake_up kv_cache", "reset_prefix_cache", "generate", "sleep 2"]
     assert llm.calls == first + later
+    engine._folder, engine._had_process_group = Folder(), False  # type: ignore[assignment]
+    engine.close()
+    assert llm.calls[len(first + later) :] == ["wake_up weights kv_cache", "shutdown"]
+
+
+@needs_vllm
+@pytest.mark.parametrize(("on_gpu", "variable", "threads"), [(True, None, 1), (True, "2", 2), (False, None, 2)])
+def test_vllm_generates_on_one_thread_on_a_gpu(
+    on_gpu: bool, variable: str | None, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    if variable is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    engine, before = VLLMEngine(), torch.get_num_threads()
+    engine._llm = llm = Recorder()
+    engine._sleeps, engine._asleep, engine._max_model_len, engine._eager = False, False, 8, False
+    engine._on_gpu, engine.version = on_gpu, 1
+    torch.set_num_threads(2)
+    try:
+        engine.generate([SampleRequest([1], [])], Sampling(1.0, 1))
+        assert llm.threads == threads and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_vllm
+def test_process_group_has_no_bound_device_while_vllm_starts(helpers: Any) -> None:
+    """gloo groups that vLLM creates are then not split from NCCL's communicator."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        group: Any = distributed.group.WORLD
+        group.bound_device_id = torch.device("cuda", 0)
+        with pytest.raises(ValueError), unbound_process_group():
+            assert group.bound_device_id is None
+            raise ValueError
+        assert group.bound_device_id == torch.device("cuda", 0)
+        engine = VLLMEngine()
+        seen = []
+        engine._launch = lambda *_: seen.append(group.bound_device_id)  # type: ignore[method-assign, assignment]
+        engine.start(helpers.policy("llama-tied"), helpers.tokenizer(), 8, torch.float32)
+        assert seen == [None]
+        engine.close()
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_forward_of_vllm_has_at_most_the_tokens_of_the_option(on_cpu: bool) -> None:
+    tokens = {
+        case: device_args(VLLMEngine(max_num_batched_tokens=case[0], max_num_seqs=case[1]), on_cpu, 5120)
+        for case in ((2048, 256), (64, 256))
+    }
+    expected = [5120, 5120] if on_cpu else [2048, 256]  # a step must hold a token of each sample
+    assert [args["max_num_batched_tokens"] for args in tokens.values()] == expected

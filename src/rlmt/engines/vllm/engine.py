@@ -12,7 +12,6 @@ In a run of several ranks each rank has an engine on its own GPU, or neighbourin
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import os
 import sys
@@ -33,19 +32,18 @@ from rlmt.engines.vllm.isolation import (
     keep_process_group,
     preserve_process_state,
     rank_environment,
+    single_thread,
+    unbound_process_group,
 )
+from rlmt.engines.vllm.launch import device_args, save_config
 from rlmt.engines.vllm.lora import LoRASlot, lora_engine_args, merge_adapters, unsupported_reason
 from rlmt.engines.vllm.sampling import sampling_params
-from rlmt.engines.vllm.temporary_folders import TemporaryFolder, remove_abandoned
+from rlmt.engines.vllm.temporary_folders import ContentFolder, remove_abandoned
 from rlmt.engines.vllm.tensor_parallel import check_heads, check_ranks, gather_requests, gloo_communicator
 from rlmt.errors import UserError
 from rlmt.models.adapters import adapter_weights, base_tensors
 from rlmt.options import FinitePositiveFloat, PositiveInt, UnitIntervalAboveZero, check_ranges
 from rlmt.types import AdapterWeights, FinishReason, SampleRequest, Samples, Sampling
-
-_CPU_BLOCK_SIZE = 32
-"""Tokens per block of the KV cache on CPU: the smallest size that vLLM's CPU attention supports. Samples of a prompt
-share only full blocks, and most chat prompts are shorter than one block of vLLM's default, 128."""
 
 Quantization = Literal["fp8_per_tensor", "fp8_per_channel", "mxfp4"]
 """Methods that vLLM applies while it loads unquantized weights, so that they work at every sync. vLLM no longer
@@ -60,6 +58,8 @@ class VLLMEngine(Engine):
         cpu_kv_cache_gib: Size of the KV cache on CPU, in GiB.
         dtype: Dtype of the engine's weights and KV cache, such as `float32`; None uses the trainer's.
         max_num_seqs: Maximum number of samples decoded at once.
+        max_num_batched_tokens: Maximum number of tokens in one forward pass of vLLM on a GPU; a longer prompt takes
+            several. vLLM reserves the memory of their activations, so fewer leave more for its cache.
         enforce_eager: Whether to skip compilation and CUDA graphs; None compiles on GPU and not on CPU, where compiling
             a 5M-parameter Llama takes half a minute and does not make it faster.
         sleep: Whether to release vLLM's GPU memory to the trainer between rollouts (sleep mode); no effect on CPU.
@@ -79,6 +79,7 @@ class VLLMEngine(Engine):
         cpu_kv_cache_gib: FinitePositiveFloat = 1.0,
         dtype: str | None = None,
         max_num_seqs: PositiveInt = 256,
+        max_num_batched_tokens: PositiveInt = 8192,
         enforce_eager: bool | None = None,
         sleep: bool = True,
         serve: Literal["adapter", "merged"] = "adapter",
@@ -90,6 +91,7 @@ class VLLMEngine(Engine):
         self.cpu_kv_cache_gib = cpu_kv_cache_gib
         self.dtype = dtype
         self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
         self.enforce_eager = enforce_eager
         self.sleep = sleep
         self.serve = serve
@@ -99,7 +101,7 @@ class VLLMEngine(Engine):
         self._lora: LoRASlot | None = None
         self._has_base = False
         self._cache_filled = False
-        self._folder: TemporaryFolder | None = None
+        self._folder: ContentFolder | None = None
 
     def check(self) -> None:
         """Checks that vLLM is installed, and that `tensor_parallel_size` fits the number of ranks.
@@ -168,12 +170,12 @@ class VLLMEngine(Engine):
         self._names = frozenset(base_tensors(policy))
         self._has_base = False
         self._max_model_len = max_model_len
-        self._sleeps = self.sleep and device.type == "cuda"
+        self._on_gpu = device.type == "cuda"
+        self._sleeps = self.sleep and self._on_gpu
         self._asleep = False
         self._had_process_group = distributed.is_initialized()
         remove_abandoned()
-        self._folder = TemporaryFolder("vllm")
-        _save_config(policy, tokenizer, self._folder.path)
+        self._folder = ContentFolder("vllm", lambda folder: save_config(policy, tokenizer, folder))
         # vLLM runs in this process, since weights cannot be passed to another one. At level WARNING it logs lines that
         # no user can act on: nine at each start on CPU, one at each sync.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -182,7 +184,12 @@ class VLLMEngine(Engine):
         adapter_options = {} if adapter is None else lora_engine_args(adapter.config)
         over_gloo = self.tensor_parallel_size > 1 and device.type == "cpu"
         try:
-            with preserve_process_state(), rank_environment(), gloo_communicator(over_gloo):
+            with (
+                preserve_process_state(),
+                rank_environment(),
+                unbound_process_group(),
+                gloo_communicator(over_gloo),
+            ):
                 self._llm = self._launch(self._folder.path, device.type, engine_dtype, adapter_options)
         except Exception as error:  # vLLM raises many types; the user needs its reason and a fix in one line
             self.close()
@@ -216,12 +223,6 @@ class VLLMEngine(Engine):
                 "(--trainer.accelerator)"
             )
         self._eager = on_cpu if self.enforce_eager is None else self.enforce_eager
-        options: dict[str, Any] = {"gpu_memory_utilization": self.gpu_memory_utilization}
-        if on_cpu:
-            options = cpu_options(self.cpu_kv_cache_gib, self._max_model_len, self.max_num_seqs)
-        if collectives.world_size() > 1:  # each rank starts its own worker in the existing process group
-            options["distributed_executor_backend"] = "external_launcher"
-            options["tensor_parallel_size"] = self.tensor_parallel_size
         return vllm.LLM(
             model=folder,
             load_format="dummy",
@@ -236,7 +237,7 @@ class VLLMEngine(Engine):
             generation_config="vllm",  # ignores the model's own generation_config
             trust_remote_code=False,
             seed=0,
-            **options,
+            **device_args(self, on_cpu, self._max_model_len),
             **adapter_options,
         )
 
@@ -256,15 +257,14 @@ class VLLMEngine(Engine):
         self._check_running()
         self.version = None
         if self._asleep:
-            torch.cuda.empty_cache()  # returns the memory that torch's allocator caches
-            self._llm.wake_up(tags=["weights"])
+            self._wake_up("weights")
         if adapter is not None and self.serve == "merged":
             weights, adapter = merge_adapters(weights, adapter), None
         if adapter is None or not self._has_base:
             self._reload_weights(weights)
             self._has_base = adapter is not None
         if self._asleep:
-            self._llm.wake_up(tags=["kv_cache"])
+            self._wake_up("kv_cache")
             self._asleep = False
         if adapter is not None:
             assert self._lora is not None, "the policy had no adapter when the engine started"
@@ -272,6 +272,11 @@ class VLLMEngine(Engine):
                 self._lora.load(adapter)
         self._reset_prefix_cache()
         self.version = version
+
+    def _wake_up(self, *tags: str) -> None:
+        """Gives vLLM back the GPU memory of its weights or its cache."""
+        torch.cuda.empty_cache()  # returns the memory that torch's allocator caches
+        self._llm.wake_up(tags=list(tags))
 
     def _reset_prefix_cache(self) -> None:
         """Drops cached prefixes."""
@@ -326,7 +331,7 @@ class VLLMEngine(Engine):
         eager: AbstractContextManager[object] = (
             torch.compiler.set_stance("force_eager") if self._eager else nullcontext()
         )
-        with isolate_rng(), eager:
+        with isolate_rng(), eager, single_thread(self._on_gpu):
             results = self._llm.generate(
                 prompts, params, use_tqdm=False, lora_request=self._lora and self._lora.request
             )
@@ -351,6 +356,9 @@ class VLLMEngine(Engine):
 
     def close(self) -> None:
         """Shuts vLLM down, releases its memory and its own process group; harmless when called twice."""
+        if self._llm is not None and self._asleep:
+            self._wake_up("weights", "kv_cache")  # shutting down unmaps its memory, which sleep mode has unmapped
+            self._asleep = False
         llm, self._llm, self._lora, self.version = self._llm, None, None, None
         if self._folder is not None:
             self._folder.close()
@@ -362,32 +370,6 @@ class VLLMEngine(Engine):
                     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
                     cleanup_dist_env_and_memory()
-
-
-def cpu_options(kv_cache_gib: float, max_model_len: int, max_num_seqs: int) -> dict[str, Any]:
-    """Engine arguments for vLLM's CPU build.
-
-    It crashes where chunked prefill rewinds a seeded generator, so every prompt must fit into one step.
-
-    Args:
-        kv_cache_gib: Size of the KV cache in GiB.
-        max_model_len: Longest prompt + completion in tokens.
-        max_num_seqs: Maximum number of samples decoded at once.
-    """
-    return {
-        "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
-        "block_size": _CPU_BLOCK_SIZE,
-        "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(max_model_len, max_num_seqs, 4096),
-    }
-
-
-def _save_config(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
-    """Writes the policy's config and tokenizer, but no weights, for vLLM to read."""
-    config = copy.deepcopy(policy.config)
-    config.architectures = config.architectures or [type(policy).__name__.removeprefix("FSDP")]
-    config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def _adapter_error(reason: str) -> UserError:

@@ -38,6 +38,46 @@ def preserve_process_state() -> Iterator[None]:
 
 
 @contextmanager
+def single_thread(enabled: bool) -> Iterator[None]:
+    """Runs torch on one thread, as vLLM does while it generates on a GPU, and restores the trainer's threads.
+
+    With more threads vLLM's short CPU operations leave OpenMP's workers spinning beside its scheduler. Like vLLM it
+    leaves the number alone where the user has set OMP_NUM_THREADS.
+
+    Args:
+        enabled: Whether to do so; otherwise the context is a no-op.
+    """
+    if not enabled or "OMP_NUM_THREADS" in os.environ:
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def unbound_process_group() -> Iterator[None]:
+    """Clears the device that Lightning binds to the default process group, and restores it.
+
+    With a bound device torch creates subgroups by splitting the group's NCCL communicator, gloo groups included: ranks
+    outside of a new group then call ncclCommSplit, in which its members take no part, and hang or fail
+    (github.com/pytorch/pytorch/issues/145376). vLLM creates such groups when it starts.
+    """
+    if not distributed.is_initialized():
+        yield
+        return
+    group: Any = distributed.group.WORLD
+    device, group.bound_device_id = group.bound_device_id, None
+    try:
+        yield
+    finally:
+        group.bound_device_id = device
+
+
+@contextmanager
 def rank_environment() -> Iterator[None]:
     """Sets the environment variables from which vLLM reads this process's rank; a no-op in a single process."""
     if collectives.world_size() == 1:

@@ -53,8 +53,9 @@ class LoRASlot:
 
 @contextmanager
 def adapter_folder(adapter: AdapterWeights) -> Iterator[str]:
-    """Yields the path of a temporary folder with the adapter, in shared memory where the system has it."""
-    with TemporaryFolder("adapter", in_memory=True) as folder:
+    """Yields the path of a temporary folder with the adapter, in shared memory where the system has room for it."""
+    size = sum(tensor.nbytes for tensor in adapter.tensors.values()) + 2**20  # with its config and the file's header
+    with TemporaryFolder("adapter", memory_bytes=size) as folder:
         write_adapter(adapter, Path(folder))
         yield folder
 
@@ -73,9 +74,13 @@ def merge_adapters(weights: Iterable[tuple[str, Tensor]], adapter: AdapterWeight
 
 
 def lora_engine_args(config: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `vllm.LLM` that reserve a slot for an adapter of this configuration."""
+    """Arguments of `vllm.LLM` that reserve a slot for an adapter of this configuration.
+
+    Every request has the adapter, so vLLM need not capture CUDA graphs for requests without one.
+    """
     rank = next(rank for rank in MAX_LORA_RANKS if rank >= config["r"])
-    return {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1}
+    graphs = {"cudagraph_specialize_lora": False}
+    return {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "compilation_config": graphs}
 
 
 def unsupported_reason(config: dict[str, Any]) -> str | None:
