@@ -22,7 +22,9 @@ HELLO = [Message(role="user", content="Hello there")]
 
 def make_policy(tiny: Path, name: str, seed: int = 0, limit: int = 200) -> ChatPolicy:
     policy, tokenizer = load_policy(tiny / "policy"), load_tokenizer(tiny / "policy")
-    return ChatPolicy(policy, tokenizer, ThinkingFormat(name), Sampling(0.7, limit), seed)  # type: ignore[arg-type]
+    format = ThinkingFormat(name)  # type: ignore[arg-type]
+    sampling = Sampling(0.7, limit, format.stop, format.stop_token_ids(tokenizer))
+    return ChatPolicy(policy, tokenizer, format, sampling, seed)
 
 
 def seed_of_valid_reply(tiny: Path, name: str) -> int:
@@ -94,7 +96,9 @@ def test_chat_with_a_checkpoint_prints_only_the_response(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     policy = make_policy(tiny, "no_think", seed_of_valid_reply(tiny, "no_think"))
-    save_policy_assets(tmp_path / "policy", policy.policy.config, policy.tokenizer, policy.format)
+    save_policy_assets(
+        tmp_path / "policy", policy.policy.config, policy.tokenizer, policy.format, policy.sampling.stop_token_ids
+    )
     weights = {f"policy.{name}": tensor for name, tensor in policy.policy.state_dict().items()}
     record = {"policy": "x", "format": policy.format.to_dict()}
     torch.save({"state_dict": weights, "rlmt": record}, tmp_path / "last.ckpt")

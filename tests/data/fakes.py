@@ -67,6 +67,7 @@ class FakeModule(LightningModule):
         self.automatic_optimization = False
         self.tokenizer = tokenizer
         self.format = ThinkingFormat(format)
+        self.stop_token_ids = self.format.stop_token_ids(tokenizer)
         self.policy = torch.nn.Module()
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.register_buffer("updates", torch.zeros(1, dtype=torch.int64))

@@ -41,7 +41,7 @@ def _checkpoint(policy: torch.nn.Module) -> dict[str, object]:
 
 
 def _write(tiny: Path, run: Path, policy: torch.nn.Module) -> Path:
-    save_policy_assets(run / "policy", policy.config, load_tokenizer(tiny / "policy"), FORMAT)
+    save_policy_assets(run / "policy", policy.config, load_tokenizer(tiny / "policy"), FORMAT, [1])
     torch.save(_checkpoint(policy), run / "last.ckpt")
     return run / "last.ckpt"
 

@@ -92,7 +92,7 @@ def write(run: Path, policy: PreTrainedModel, base: Path, double_quant: bool | N
     config = type(policy.config).from_dict(policy.config.to_dict())
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    save_policy_assets(run / "policy", config, load_tokenizer(base), FORMAT)
+    save_policy_assets(run / "policy", config, load_tokenizer(base), FORMAT, [1])
     torch.save(checkpoint(policy, base, double_quant), run / "last.ckpt")
     return run / "last.ckpt"
 

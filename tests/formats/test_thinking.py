@@ -296,6 +296,9 @@ def test_target_refuses_a_thought_that_closes_early(fmt: ThinkingFormat) -> None
         ({"prefill": "yes"}, "prefill is 'yes'"),
         ({"instruction": " "}, "instruction is ' '"),
         ({"instruction": 3}, "instruction is 3"),
+        ({"name": "zero_think", "chat_template_kwargs": {"enable_thinking": True}}, "zero_think has no chat template"),
+        ({"date": "31 Dec 2025"}, "date is '31 Dec 2025'; use a day as YYYY-MM-DD"),
+        ({"date": None}, "date is None"),
     ],
 )
 def test_invalid_values_are_refused(values: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -315,7 +318,9 @@ def test_file_round_trip(fmt: ThinkingFormat, instruction: str | None, tmp_path:
     fmt.save(tmp_path / "deep" / "folder")
     assert ThinkingFormat.load(str(tmp_path / "deep" / "folder")) == fmt
     assert ThinkingFormat.from_dict(fmt.to_dict()) == fmt
-    assert set(fmt.to_dict()) == {field.name for field in fields(ThinkingFormat)} == {"name", "prefill", "instruction"}
+    assert set(fmt.to_dict()) == {field.name for field in fields(ThinkingFormat)}
+    oldest = {name: value for name, value in fmt.to_dict().items() if name in ("name", "prefill", "instruction")}
+    assert ThinkingFormat.from_dict(oldest) == fmt
 
 
 @pytest.mark.parametrize(
@@ -323,7 +328,7 @@ def test_file_round_trip(fmt: ThinkingFormat, instruction: str | None, tmp_path:
     [
         (b"{", "not valid JSON"),
         (b"\xff\xfe\x00", "not valid JSON"),
-        (b"[1]", "exactly the keys name, prefill, instruction; found a list"),
+        (b"[1]", "exactly the keys name, prefill, instruction, chat_template_kwargs, date; found a list"),
         (b'{"name": "think"}', "found name"),
         (
             b'{"name": "think", "prefill": false, "instruction": null, "tag": "x"}',

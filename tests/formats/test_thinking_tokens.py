@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from rlmt.errors import UserError
+from rlmt.formats.resolve import check_format
 from rlmt.formats.thinking import ThinkingFormat
 from rlmt.types import Message
 
@@ -263,10 +264,10 @@ def test_typed_control_strings_are_encoded_as_text(fmt: ThinkingFormat, typed: s
 def test_template_that_opens_a_thought_requires_prefill() -> None:
     tokenizer = byte_bpe(template=CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif"))
     assert text_of(PRE.render(user("Hi"), tokenizer), tokenizer).count("<think>") == 1
-    PRE.check(tokenizer, "m")
+    check_format(PRE, tokenizer, "m")
     for fmt in (THINK, NO_THINK):
         with pytest.raises(UserError, match="m: the chat template opens a thought"):
-            fmt.check(tokenizer, "m")
+            check_format(fmt, tokenizer, "m")
 
 
 @pytest.mark.parametrize("fmt", [THINK, ZERO, ZERO_NO_PRE])
@@ -281,11 +282,11 @@ def test_unknown_roles_are_refused() -> None:
         ZERO.render([Message(role="tool", content="x"), *user("a")], byte_bpe())
     instructed = ThinkingFormat("think", instruction="Think first.")
     tokenizer = byte_bpe(template=ALTERNATING)
-    THINK.check(tokenizer, "m")
+    check_format(THINK, tokenizer, "m")
     with pytest.raises(
         UserError, match=r"^m: the chat template refuses the turns system, user \(no system\)"
     ) as caught:
-        instructed.check(tokenizer, "m")
+        check_format(instructed, tokenizer, "m")
     assert "\n" not in str(caught.value)
 
 
@@ -295,18 +296,18 @@ def test_stop_token_ids_include_the_end_of_turn_token() -> None:
     assert THINK.stop_token_ids(tokenizer) == (eos, end)
     assert ZERO.stop_token_ids(tokenizer) == (eos,)
     assert ZERO.stop == ZERO_NO.stop == ("</response>",)
-    assert THINK.stop_token_ids(fallback_bpe()) == (fallback_bpe().eos_token_id,)
+    assert ZERO.stop_token_ids(fallback_bpe()) == (fallback_bpe().eos_token_id,)
 
 
 def test_check_refuses_tokenizers_without_chat_template_or_eos() -> None:
     base = byte_bpe(template=None)
     for fmt in (THINK, NO_THINK):
         with pytest.raises(UserError, match=r"^models/base: the tokenizer has no chat template.*zero_think") as caught:
-            fmt.check(base, "models/base")
+            check_format(fmt, base, "models/base")
         assert "\n" not in str(caught.value)
-        fmt.check(byte_bpe(), "m")
-    ZERO.check(base, "m")
+        check_format(fmt, byte_bpe(), "m")
+    check_format(ZERO, base, "m")
     endless = fast(tokenizer_object=Tokenizer(models.BPE()))
     endless.chat_template = CHATML
-    with pytest.raises(UserError, match="no end-of-turn token"):
-        THINK.check(endless, "m")
+    with pytest.raises(UserError, match=r"m: the chat template .* no special token that could end a sample"):
+        check_format(THINK, endless, "m")

@@ -153,7 +153,7 @@ def test_critic_adapter_is_neither_synced_nor_exported(policy: Any, tiny: Path, 
         tmp_path / "last.ckpt",
     )
     save_policy_assets(
-        tmp_path / "policy", policy.config, loading.load_tokenizer(tiny / "policy"), ThinkingFormat("think")
+        tmp_path / "policy", policy.config, loading.load_tokenizer(tiny / "policy"), ThinkingFormat("think"), [1]
     )
     export(tmp_path / "last.ckpt", tmp_path / "out")
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == plain

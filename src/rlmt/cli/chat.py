@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlmt.engines.transformers import stream
 from rlmt.errors import UserError
+from rlmt.formats.resolve import check_format, resolve_format
 from rlmt.formats.thinking import FILE_NAME, FormatName, ThinkingFormat
+from rlmt.models.assets import load_stop_token_ids
 from rlmt.models.loading import load_policy, load_tokenizer, max_positions
 from rlmt.options import NonNegativeFloat, PositiveInt, UnitIntervalAboveZero, check_ranges
 from rlmt.types import Message, Sampling, Split, Status
@@ -66,13 +68,7 @@ class ChatPolicy:
             raise UserError(
                 f"The conversation of {len(prompt)} tokens fills the policy's context; start a new one or shorten it."
             )
-        sampling = Sampling(
-            temperature=self.sampling.temperature,
-            max_new_tokens=min(self.sampling.max_new_tokens, room),
-            stop=self.format.stop,
-            stop_token_ids=self.format.stop_token_ids(self.tokenizer),
-            top_p=self.sampling.top_p,
-        )
+        sampling = replace(self.sampling, max_new_tokens=min(self.sampling.max_new_tokens, room))
         self.ids = []
         seed, self.seed = self.seed, self.seed + 1
         for token in stream(self.policy, prompt, sampling, seed):
@@ -155,13 +151,18 @@ def _load(model: Path, name: FormatName | None, sampling: Sampling, seed: int, d
             write_export(model, Path(folder, "policy"))
             return _load(Path(folder, "policy"), name, sampling, seed, device)
     saved = ThinkingFormat.load(model) if (model / FILE_NAME).is_file() else None
-    thinking_format = ThinkingFormat(name) if name is not None else saved
-    if thinking_format is None:
-        raise UserError(f"{model}: stores no thinking format ({FILE_NAME} is missing); pass --format.")
-    if saved is not None and thinking_format != saved:
-        raise UserError(f"{model}: was trained with {saved}; omit --format.")
     tokenizer = load_tokenizer(model)
-    thinking_format.check(tokenizer, str(model))
+    if saved is not None:
+        if name not in (None, saved.name):
+            raise UserError(f"{model}: was trained with {saved}; omit --format.")
+        thinking_format = saved
+        check_format(saved, tokenizer, str(model))
+    elif name is not None:
+        thinking_format = resolve_format(ThinkingFormat(name), tokenizer, str(model))
+    else:
+        raise UserError(f"{model}: stores no thinking format ({FILE_NAME} is missing); pass --format.")
+    stop_token_ids = load_stop_token_ids(model, tokenizer, thinking_format)
+    sampling = replace(sampling, stop=thinking_format.stop, stop_token_ids=stop_token_ids)
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
     policy: Any = load_policy(model, "auto")
     return ChatPolicy(policy.to(target), tokenizer, thinking_format, sampling, seed)

@@ -29,7 +29,7 @@ from rlmt.data.supervised import EncodedRow, SupervisedDataModule
 from rlmt.data.tables import Cells, parse_rows, read_table
 from rlmt.errors import UserError
 from rlmt.formats.thinking import ThinkingFormat
-from rlmt.formats.tokenizer import control_strings, encode, one_bos, shield, turn_end
+from rlmt.formats.tokenizer import control_strings, encode, one_bos, shield
 from rlmt.options import PositiveInt
 from rlmt.types import Message
 
@@ -207,9 +207,9 @@ class DemonstrationEncoder:
         self.format = format
         self.tokenizer = tokenizer
         self._control = control_strings(tokenizer, format.tags)
-        stops = format.stop_token_ids(tokenizer)
-        self._turn_end = turn_end(tokenizer, stops, format.zero)
-        self._document_end = list(stops[:1])
+        end = format.turn_end(tokenizer)
+        self._turn_end = [] if end is None else [end]
+        self._document_end = list(format.stop_token_ids(tokenizer)[:1])
 
     def __call__(self, row: Demonstration) -> EncodedDemonstration:
         """Encodes one sequence per trained turn, or one for a document.
@@ -269,7 +269,6 @@ class SFTDataModule(SupervisedDataModule[EncodedDemonstration]):
 
     def read(self, source: str, module: Any) -> list[EncodedDemonstration]:
         """Reads the demonstrations of a source and encodes them in the module's format."""
-        module.format.check(module.tokenizer, module.tokenizer.name_or_path)
         encode_row = DemonstrationEncoder(module.format, module.tokenizer)
         encoded = []
         for row in load_demonstrations(source, module.format.thinks, self.system):

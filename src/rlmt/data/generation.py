@@ -32,6 +32,10 @@ class PolicySource(Protocol):
         """The policy's tokenizer; available before weights are loaded."""
 
     @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Token ids that end a sample; available before weights are loaded."""
+
+    @property
     def max_positions(self) -> int:
         """The policy's context length in tokens; available before weights are loaded."""
 

@@ -132,7 +132,6 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
                 f"--data.max_prompt_tokens {self.max_prompt_tokens:,} + --data.max_new_tokens {self.max_new_tokens:,} "
                 f"exceed the model's context of {source.max_positions:,} tokens: lower one of them."
             )
-        source.format.check(source.tokenizer, source.tokenizer.name_or_path)
         samples = 1 if held_out else self.group_size
         engine.check_sampling(source.format, source.tokenizer, self._sampling(source), samples, self._max_model_len)
         if self._all is None:
@@ -312,8 +311,8 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
         return cast(PolicySource, self.trainer.lightning_module)
 
     def _sampling(self, source: PolicySource) -> Sampling:
-        stop_token_ids = source.format.stop_token_ids(source.tokenizer)
-        return Sampling(self.temperature, self.max_new_tokens, source.format.stop, stop_token_ids, self.top_p)
+        stops = source.format.stop, source.stop_token_ids
+        return Sampling(self.temperature, self.max_new_tokens, *stops, self.top_p)
 
     @property
     def _held_out_engine(self) -> Engine:

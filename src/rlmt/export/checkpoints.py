@@ -37,7 +37,7 @@ from rlmt.export.merge import adapted_layers, check_fits, merge, open_base
 from rlmt.export.sharded import read_sharded_checkpoint
 from rlmt.formats.thinking import ThinkingFormat
 from rlmt.models.adapters import CRITIC, PEFT_PREFIX, POLICY, is_adapter
-from rlmt.models.assets import POLICY_ASSETS, REWARD_ASSETS, save_policy_assets, save_reward_assets
+from rlmt.models.assets import POLICY_ASSETS, REWARD_ASSETS, load_stop_token_ids, save_policy_assets, save_reward_assets
 from rlmt.models.loading import load_config, load_tokenizer, meta_model
 from rlmt.models.quantization import quantized_weights
 from rlmt.types import AdapterWeights
@@ -88,7 +88,8 @@ class _Checkpoint:
         """Writes all files of the model's folder except the weights."""
         tokenizer = load_tokenizer(self.assets)
         if self.kind is _POLICY:
-            save_policy_assets(out, config, tokenizer, ThinkingFormat.from_dict(self.record["format"]))
+            format = ThinkingFormat.from_dict(self.record["format"])
+            save_policy_assets(out, config, tokenizer, format, load_stop_token_ids(self.assets, tokenizer, format))
         else:
             save_reward_assets(out, config, tokenizer)
 
@@ -146,8 +147,26 @@ def write_export(
     with _atomic_folder(out) as folder:
         if has_adapter:
             write = _export_merged if what == "merged" else _export_adapter
-            return write(checkpoint, base or checkpoint.record[checkpoint.kind.base], folder, torch_dtype)
-        return _export_full(checkpoint, folder, torch_dtype)
+            summary = write(checkpoint, base or checkpoint.record[checkpoint.kind.base], folder, torch_dtype)
+        else:
+            summary = _export_full(checkpoint, folder, torch_dtype)
+        return "\n".join([summary, *_usage_notes(checkpoint)])
+
+
+def _usage_notes(checkpoint: _Checkpoint) -> list[str]:
+    """What a user of an exported policy has to pass to its chat template to get the prompts that it was trained on."""
+    if checkpoint.kind is not _POLICY:
+        return []
+    format = ThinkingFormat.from_dict(checkpoint.record["format"])
+    if format.zero:
+        return []
+    template = format.template(load_tokenizer(checkpoint.assets))
+    notes = []
+    if template.arguments:
+        notes.append(f"Render prompts with chat_template_kwargs {template.arguments}, as in training.")
+    if template.prints_date():
+        notes.append(f"The chat template prints a date: {format.date} in training and in rlmt chat, today elsewhere.")
+    return notes
 
 
 @contextmanager

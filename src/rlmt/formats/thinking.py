@@ -17,13 +17,15 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
+from datetime import date as calendar_date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from rlmt.errors import UserError
 from rlmt.formats.base_prompt import base_prompt
-from rlmt.formats.tokenizer import TURN_ENDS, chat_text, control_strings, encode, one_bos, shield
+from rlmt.formats.chat_template import TEMPLATE_DATE, THOUGHT_TAGS, ChatTemplate
+from rlmt.formats.tokenizer import control_strings, encode, one_bos, shield
 from rlmt.types import Message, Split, Status
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ FormatName = Literal["think", "no_think", "zero_think", "zero_no_think"]
 FILE_NAME = "thinking_format.json"
 """Name of the file that is saved with every checkpoint and export."""
 
-_THINK = ("<think>", "</think>")
+_THINK = THOUGHT_TAGS
 _RESPONSE = ("<response>", "</response>")
 
 _INVISIBLE = frozenset({"Cc", "Cf", "Cs", "Zs", "Zl", "Zp", "Mn", "Me"})
@@ -51,10 +53,13 @@ class ThinkingFormat:
             and `zero_no_think` (the same for base models: plain-text preamble, response in its own tags).
         prefill: Whether the prompt ends with the opening tag, so that completions start after it.
         instruction: Text appended to the system turn, which is added if the conversation has none.
+        chat_template_kwargs: Arguments of the chat template, such as `{"enable_thinking": false}`. `resolve_format`
+            sets the one that switches thoughts on or off, unless it is given here.
+        date: Day that a chat template prints if it prints one, YYYY-MM-DD; the same for the whole run and its rewards.
 
     Raises:
-        UserError: The name is unknown, the instruction is blank, or `prefill` is set for `no_think`, which has no
-            opening tag.
+        UserError: The name is unknown, the instruction is blank, `prefill` is set for `no_think`, which has no opening
+            tag, arguments are given for a format without a chat template, or the date is none.
 
     Example:
         >>> ThinkingFormat().split("<think>They greet me.</think>Hello!")
@@ -64,6 +69,8 @@ class ThinkingFormat:
     name: FormatName = "think"
     prefill: bool = False
     instruction: str | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
+    date: str = TEMPLATE_DATE
 
     def __post_init__(self) -> None:
         if self.name not in get_args(FormatName):
@@ -74,6 +81,12 @@ class ThinkingFormat:
             raise UserError("thinking format no_think has no opening tag to prefill; set prefill to false.")
         if self.instruction is not None and not (isinstance(self.instruction, str) and self.instruction.strip()):
             raise UserError(f"thinking format instruction is {self.instruction!r}; use text, or null for none.")
+        if self.zero and self.chat_template_kwargs:
+            raise UserError(f"thinking format {self.name} has no chat template; leave chat_template_kwargs out.")
+        try:
+            calendar_date.fromisoformat(self.date)
+        except (TypeError, ValueError):
+            raise UserError(f"thinking format date is {self.date!r}; use a day as YYYY-MM-DD.") from None
 
     @property
     def thinks(self) -> bool:
@@ -102,35 +115,14 @@ class ThinkingFormat:
             return _THINK[0] if self.thinks else _RESPONSE[0]
         return _THINK[0] + "\n" if self.thinks else ""
 
-    def check(self, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
-        """Checks that a tokenizer can render and end this format.
+    def template(self, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+        """The tokenizer's chat template with the arguments and the date of this format."""
+        return ChatTemplate(tokenizer, self.chat_template_kwargs, self.date)
 
-        Args:
-            tokenizer: The policy's tokenizer.
-            source: Its folder or Hub name, for messages.
-
-        Raises:
-            UserError: For a chat format: there is no chat template, it refuses the system turn that `instruction`
-                requires, it opens a thought without `prefill`, or the tokenizer has no end-of-turn token.
-        """
-        if self.zero:
-            return
-        if tokenizer.chat_template is None:
-            raise UserError(
-                f"{source}: the tokenizer has no chat template, which format {self.name} requires; "
-                "use an instruct model, or format zero_think or zero_no_think for a base model."
-            )
-        try:
-            opens_thought = self._template_opens_thought(tokenizer)
-        except UserError as error:
-            raise UserError(f"{source}: {error}") from error
-        if opens_thought and not self.prefill:
-            fix = "set prefill to true" if self.thinks else "use a model whose chat template does not, or format think"
-            raise UserError(f"{source}: the chat template opens a thought, unlike format {self.name}; {fix}.")
-        if not self.stop_token_ids(tokenizer):
-            raise UserError(
-                f"{source}: the tokenizer has no end-of-turn token; set eos_token in tokenizer_config.json."
-            )
+    @property
+    def probe(self) -> list[Message]:
+        """A short prompt with the turns that every prompt of the format has."""
+        return self._turns([Message(role="user", content="Hi")])
 
     def render(self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Renders a conversation as prompt tokens.
@@ -155,29 +147,35 @@ class ThinkingFormat:
         if self.zero:
             text = base_prompt(turns, self.thinks, self._opening if self.prefill else "")
         else:
-            text = chat_text(turns, tokenizer)
-            if self.prefill and not self._template_opens_thought(tokenizer):
+            template = self.template(tokenizer)
+            text = template.prompt(turns)
+            if self.prefill and template.thought(self.probe) == "none":
                 text += self._opening
         return one_bos(encode(text, literals, tokenizer), tokenizer)
 
     def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-        """Token ids that end a sample.
-
-        They are the tokenizer's eos token and, for chat formats, the well-known end-of-turn tokens among its added
-        tokens. The eos token of many base models ends a document, and their chat template ends a turn with another
-        token (Qwen2.5: ``<|endoftext|>`` and ``<|im_end|>``).
+        """Token ids that end a sample: the tokenizer's eos token and `turn_end`.
 
         Args:
             tokenizer: The policy's tokenizer.
 
         Returns:
-            Distinct ids, the eos token first; empty for a tokenizer with none of them.
+            Distinct ids, the eos token first; empty for a tokenizer with neither.
         """
-        added = tokenizer.get_added_vocab()
-        ids = [tokenizer.eos_token_id] if isinstance(tokenizer.eos_token_id, int) else []
-        if not self.zero:
-            ids += [added[token] for token in TURN_ENDS if token in added]
-        return tuple(dict.fromkeys(ids))
+        ids = (tokenizer.eos_token_id, self.turn_end(tokenizer))
+        return tuple(dict.fromkeys(token for token in ids if token is not None))
+
+    def turn_end(self, tokenizer: PreTrainedTokenizerBase) -> int | None:
+        """The token that ends an assistant's turn, in training data and in samples.
+
+        Args:
+            tokenizer: The policy's tokenizer.
+
+        Returns:
+            For chat formats the special token that the template writes behind the turn. It may differ from the eos
+            token, which in many base models ends a document. For others the eos token. None if there is none.
+        """
+        return tokenizer.eos_token_id if self.zero else self.template(tokenizer).turn_end()
 
     def _turns(self, messages: Sequence[Message]) -> list[Message]:
         """Adds `instruction` to the system turn of a conversation."""
@@ -187,11 +185,6 @@ class ThinkingFormat:
         if turns[0]["role"] != "system":
             return [Message(role="system", content=self.instruction), *turns]
         return [Message(role="system", content=f"{turns[0]['content']}\n\n{self.instruction}"), *turns[1:]]
-
-    def _template_opens_thought(self, tokenizer: PreTrainedTokenizerBase) -> bool:
-        """Whether the generation prompt of the chat template ends with an opening tag, as for reasoning models."""
-        probe = chat_text(self._turns([Message(role="user", content="Hi")]), tokenizer)
-        return probe.rstrip().endswith(_THINK[0])
 
     def target(self, thought: str, response: str) -> str:
         """Writes the completion that SFT trains on.
@@ -327,14 +320,13 @@ class ThinkingFormat:
         """Inverse of `to_dict`.
 
         Raises:
-            UserError: `values` is not a mapping with exactly the fields of this class, or a value is invalid.
+            UserError: `values` is not a mapping with exactly the fields of this class, or a value is invalid. Fields
+                that version 0.2 did not have may be missing.
         """
-        required = [field.name for field in fields(cls)]
-        if not isinstance(values, Mapping) or set(values) != set(required):
+        names = [field.name for field in fields(cls)]
+        if not isinstance(values, Mapping) or not set(names[:3]) <= set(values) <= set(names):
             found = ", ".join(map(str, values)) if isinstance(values, Mapping) else f"a {type(values).__name__}"
-            raise UserError(
-                f"a thinking format requires exactly the keys {', '.join(required)}; found {found or 'none'}."
-            )
+            raise UserError(f"a thinking format requires exactly the keys {', '.join(names)}; found {found or 'none'}.")
         return cls(**values)
 
     def save(self, folder: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""Tokenizer helpers for rendering and decoding: control strings, chat templates, end-of-turn tokens and BOS.
+"""Tokenizer helpers for rendering and decoding: control strings and BOS.
 
 They are separate from `rlmt.formats.thinking` because they do not depend on the thinking format.
 """
@@ -9,14 +9,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from rlmt.errors import UserError
 from rlmt.types import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end_of_text|>", "<|endoftext|>")
-"""Tokens that end a turn in common chat templates; the eos token of a base model is often a different one."""
 
 _MARK, _MARK_END = "\ue000", "\ue001"
 """Private-use characters around the number of a control string that `shield` replaced."""
@@ -51,51 +47,6 @@ def shield(messages: Sequence[Message], control: Mapping[str, int]) -> tuple[lis
     longest_first = sorted(filter(None, control), key=len, reverse=True)
     pattern = re.compile("|".join(map(re.escape, [*longest_first, _MARK])))
     return [Message(role=m["role"], content=pattern.sub(mark, m["content"])) for m in messages], literals
-
-
-def chat_text(turns: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Renders the chat template up to the start of the assistant turn.
-
-    Args:
-        turns: Turns, oldest first.
-        tokenizer: The policy's tokenizer.
-
-    Returns:
-        The rendered text.
-
-    Raises:
-        UserError: The template refuses the turns.
-    """
-    from jinja2 import TemplateError
-
-    plain = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
-    try:
-        return str(tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True))
-    except TemplateError as error:
-        roles = ", ".join(turn["role"] for turn in turns)
-        reason = " ".join(str(error).split())
-        raise UserError(f"the chat template refuses the turns {roles} ({reason}); use supported roles.") from error
-
-
-def turn_end(tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int], plain: bool) -> list[int]:
-    """The token that ends an assistant turn in training data; sampling stops at it, too.
-
-    Args:
-        tokenizer: The policy's tokenizer.
-        stop_token_ids: Ids that end a sample, the eos token first.
-        plain: Whether prompts are plain text, without a chat template that ends turns.
-
-    Returns:
-        The first stop token that the chat template writes after an assistant turn, else the eos token; empty for a
-        tokenizer with neither.
-    """
-    if not plain:
-        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
-        text = str(tokenizer.apply_chat_template(probe, tokenize=False))
-        after = tokenizer(text.rpartition(_MARK)[2], add_special_tokens=False)["input_ids"]
-        if ends := [token for token in after if token in stop_token_ids]:
-            return ends[:1]
-    return list(stop_token_ids[:1])
 
 
 def encode(text: str, literals: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -31,6 +31,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
 from rlmt.errors import UserError, first_line
+from rlmt.formats.chat_template import check_has_template
 from rlmt.models.loading import load_config, safetensors_source, seeded_init
 from rlmt.models.quantization import NF4
 
@@ -77,7 +78,7 @@ def classifier_tokenizer(source: str) -> PreTrainedTokenizerBase:
         source: Folder or hub name of the reward model.
 
     Raises:
-        UserError: The tokenizer is unreadable or has no chat template.
+        UserError: The tokenizer is unreadable, or has no chat template or none named default.
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
@@ -86,11 +87,8 @@ def classifier_tokenizer(source: str) -> PreTrainedTokenizerBase:
             f"reward model {source!r} has no readable tokenizer ({first_line(error)}): put its tokenizer files beside "
             "its weights."
         ) from error
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"the tokenizer of reward model {source!r} has no chat template: put the one it was trained with beside it "
-            "as chat_template.jinja."
-        )
+    fix = "put the one that the reward model was trained with beside it as chat_template.jinja"
+    check_has_template(tokenizer, f"reward model {source!r}", "renders its conversations", fix)
     return tokenizer
 
 

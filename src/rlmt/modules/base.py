@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, ClassVar
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
@@ -17,14 +17,17 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from rlmt.checkpointing.optimizer_options import apply_optimizer_options, optimizer_options
 from rlmt.checkpointing.random_states import random_states, restore_random_states
 from rlmt.distributed.gradients import no_gradient_sync
+from rlmt.formats.resolve import resolve_format
 from rlmt.formats.thinking import ThinkingFormat
 from rlmt.models import loading
 from rlmt.models.adapters import LoRA
+from rlmt.models.assets import POLICY_ASSETS, load_stop_token_ids, save_policy_assets
 from rlmt.models.quantization import NF4
 from rlmt.modules.checkpoints import (
     adapter_state,
     check_adapter_state,
     check_same_format,
+    checkpoint_folders,
     rlmt_state,
     trainable_names,
 )
@@ -220,7 +223,8 @@ class PolicyMixin:
 
     policy_path: str
     """Folder or hub name of the initial policy."""
-    format: ThinkingFormat
+    configured_format: ThinkingFormat
+    """The format as configured."""
     policy: PreTrainedModel | None
     """The policy; None until `configure_model`."""
     lora: LoRA | None
@@ -234,6 +238,20 @@ class PolicyMixin:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Tokenizer of the policy."""
         return loading.load_tokenizer(self.policy_path)
+
+    @cached_property
+    def format(self) -> ThinkingFormat:
+        """The configured format, completed for the policy's chat template.
+
+        Raises:
+            UserError: They do not fit each other.
+        """
+        return resolve_format(self.configured_format, self.tokenizer, self.policy_path)
+
+    @cached_property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Token ids that end a sample."""
+        return load_stop_token_ids(self.policy_path, self.tokenizer, self.format)
 
     @property
     def max_positions(self) -> int:
@@ -249,6 +267,12 @@ class PolicyMixin:
     def planned_adapter_config(self) -> dict[str, Any] | None:
         """Configuration that the policy's adapter will have; None without an adapter."""
         return None if self.lora is None else self.lora.config(loading.meta_model(self.policy_config))
+
+    def save_assets_beside_checkpoints(self, trainer: Trainer) -> None:
+        """Writes config, tokenizer, format and stop tokens of the policy, which `rlmt export` adds the weights to."""
+        for folder in checkpoint_folders(trainer):
+            assets = folder / POLICY_ASSETS
+            save_policy_assets(assets, self.trained_model.config, self.tokenizer, self.format, self.stop_token_ids)
 
     def check_format(self, saved: ThinkingFormat, where: str) -> None:
         """Checks that a checkpoint has the format of this run.

@@ -8,13 +8,12 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from rlmt.algorithms import Algorithm
 from rlmt.errors import UserError
 from rlmt.formats.thinking import ThinkingFormat
 from rlmt.models.adapters import CRITIC, adapter_config, check_same_adapter
-from rlmt.models.assets import POLICY_ASSETS, save_policy_assets
 from rlmt.models.quantization import NF4
 
 
@@ -22,14 +21,6 @@ def checkpoint_folders(trainer: Trainer) -> list[Path]:
     """Folders of the trainer's checkpoint callbacks, on rank 0; none on other ranks."""
     folders = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
     return [Path(folder) for folder in folders if folder] if trainer.is_global_zero else []
-
-
-def save_assets_beside_checkpoints(
-    trainer: Trainer, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, format: ThinkingFormat
-) -> None:
-    """Writes config, tokenizer and format of a policy, which `rlmt export` adds the weights to."""
-    for folder in checkpoint_folders(trainer):
-        save_policy_assets(folder / POLICY_ASSETS, config, tokenizer, format)
 
 
 def rlmt_state(checkpoint: Mapping[str, Any], module: str) -> dict[str, Any]:

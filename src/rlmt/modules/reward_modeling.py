@@ -18,7 +18,7 @@ from rlmt.data.preferences import EncodedComparison
 from rlmt.data.supervised import RowBatch
 from rlmt.distributed.collectives import all_gather_object, rank_hook
 from rlmt.distributed.fsdp2 import call_as_forward, pad_with_no_ops, shard_models
-from rlmt.errors import UserError
+from rlmt.formats.chat_template import check_has_template
 from rlmt.models import loading
 from rlmt.models.assets import REWARD_ASSETS, save_reward_assets
 from rlmt.models.micro_batch import batches_by_length
@@ -110,13 +110,10 @@ class RewardModeling(SupervisedModule):
         """Renders conversations.
 
         Raises:
-            UserError: The tokenizer has no chat template.
+            UserError: The tokenizer has no chat template, or none named default.
         """
-        if not self.tokenizer.chat_template:
-            raise UserError(
-                f"{self.model_path}: the tokenizer has no chat template, which renders conversations for a reward "
-                "model: put one beside it as chat_template.jinja."
-            )
+        purpose = "renders conversations for a reward model"
+        check_has_template(self.tokenizer, self.model_path, purpose, "put one beside it as chat_template.jinja")
         return ConversationReader(self.tokenizer, self.model_path)
 
     @property

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlmt.algorithms import Algorithm
@@ -24,7 +24,7 @@ from rlmt.models.critic import Critic, build_critic, check_critic
 from rlmt.models.logprobs import compute_logprobs, compute_values
 from rlmt.models.quantization import dequantize
 from rlmt.modules.base import PolicyMixin, TrainingModule
-from rlmt.modules.checkpoints import check_has_critic, save_assets_beside_checkpoints, weights_to_load
+from rlmt.modules.checkpoints import check_has_critic, weights_to_load
 from rlmt.modules.checks import check_held_out, check_minibatches, check_sharded_run, check_trainer, weights_dtype
 from rlmt.modules.dynamic_sampling import resample
 from rlmt.modules.metrics import PROGRESS_BAR, StepTimer, step_metrics
@@ -32,7 +32,7 @@ from rlmt.modules.offline_rollouts import add_reference_logprobs, check_offline_
 from rlmt.modules.skipped_steps import SkippedSteps
 from rlmt.modules.update import PolicyUpdate, has_no_learning_signal
 from rlmt.options import FiniteFloat, PositiveInt, check_ranges
-from rlmt.rewards import Reward
+from rlmt.rewards.base import Reward, set_template_date
 from rlmt.rewards.classifier import shardable_models
 from rlmt.rewards.held_out import HeldOutRewards
 from rlmt.rewards.scoring import MalformedMode, score
@@ -81,10 +81,11 @@ class RLMTModule(PolicyMixin, TrainingModule):
     ) -> None:
         check_ranges(RLMTModule, locals())
         super().__init__(**options)
-        self.format = format if isinstance(format, ThinkingFormat) else ThinkingFormat(format)
-        self.policy_path = policy.replace("{format}", self.format.name)
+        self.configured_format = format if isinstance(format, ThinkingFormat) else ThinkingFormat(format)
+        self.policy_path = policy.replace("{format}", self.configured_format.name)
         self.reward = reward
         self.held_out = HeldOutRewards(held_out_rewards or ())
+        set_template_date(nn.ModuleList([self.reward, self.held_out]), self.configured_format.date)
         self.algorithm = algorithm
         self.malformed: MalformedMode = malformed or "null"  # YAML reads the bare word null as None
         self.malformed_reward = malformed_reward
@@ -250,7 +251,6 @@ class RLMTModule(PolicyMixin, TrainingModule):
         data, engines = self.data, [engine for engine in (self.data.engine, self.data.val_engine) if engine is not None]
         check_trainer(self.trainer)
         check_sharded_run(self.trainer, self.algorithm.critic, engines)
-        self.format.check(self.tokenizer, self.policy_path)
         loading.check_head(self.policy_config, self.policy_path)
         self.reward.check()
         self.held_out.check(self.reward)
@@ -369,7 +369,7 @@ class RLMTModule(PolicyMixin, TrainingModule):
         """Adds the format and what `rlmt export` requires."""
         policy = {"policy": loading.absolute_path(self.policy_path), "format": self.format.to_dict()}
         checkpoint["rlmt"] = policy | self.checkpoint_state()
-        save_assets_beside_checkpoints(self.trainer, self.trained_model.config, self.tokenizer, self.format)
+        self.save_assets_beside_checkpoints(self.trainer)
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any], fitting: bool) -> None:
         """Checks a checkpoint's module, adapter, format and critic. Loads no weights.

@@ -18,7 +18,6 @@ from rlmt.models import loading
 from rlmt.models.logprobs import token_logprobs
 from rlmt.models.micro_batch import MicroBatch, batches_by_length, no_op_micro_batch
 from rlmt.modules.base import PolicyMixin
-from rlmt.modules.checkpoints import save_assets_beside_checkpoints
 from rlmt.modules.checks import check_trainer, weights_dtype
 from rlmt.modules.supervised import SupervisedModule
 from rlmt.options import FiniteNonNegativeFloat, check_ranges
@@ -55,7 +54,7 @@ class SFT(PolicyMixin, SupervisedModule):
         check_ranges(SFT, locals())
         super().__init__(**options)
         self.policy_path = policy
-        self.format = format if isinstance(format, ThinkingFormat) else ThinkingFormat(format)
+        self.configured_format = format if isinstance(format, ThinkingFormat) else ThinkingFormat(format)
         self.prompt_weight = prompt_weight
         self.policy: PreTrainedModel | None = None
 
@@ -136,7 +135,7 @@ class SFT(PolicyMixin, SupervisedModule):
         """Adds the format and what `rlmt export` requires."""
         policy = {"policy": loading.absolute_path(self.policy_path), "format": self.format.to_dict()}
         checkpoint["rlmt"] = policy | self.checkpoint_state()
-        save_assets_beside_checkpoints(self.trainer, self.trained_model.config, self.tokenizer, self.format)
+        self.save_assets_beside_checkpoints(self.trainer)
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any], fitting: bool) -> None:
         """Checks a checkpoint's module, adapter and format. Loads no weights.

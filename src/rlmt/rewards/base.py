@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from rlmt.formats.chat_template import TEMPLATE_DATE
 from rlmt.types import Message, Status
 
 
@@ -19,6 +20,8 @@ class Reward(nn.Module):
 
     name: str = "reward"
     """Name under which the scores are logged."""
+    template_date: str = TEMPLATE_DATE
+    """Day that the chat template of a reward model prints if it prints one; the same as for the policy in a run."""
 
     def check(self) -> None:
         """Raises UserError for errors that can be found before any weights are loaded."""
@@ -54,3 +57,10 @@ class Reward(nn.Module):
         """
         total = self.score(prompts, responses, statuses)
         return total, {self.name: total}
+
+
+def set_template_date(rewards: nn.Module, date: str) -> None:
+    """Sets the day that chat templates print in a reward and in the rewards that it contains."""
+    for reward in rewards.modules():
+        if isinstance(reward, Reward):
+            reward.template_date = date

@@ -94,7 +94,7 @@ class ClassifierReward(Reward):
         if self.quantization is not None:
             self.quantization.check()
         self.max_length = self._resolve_max_length(config)
-        self._reader = ConversationReader(classifier_tokenizer(self.source), self.source)
+        self._reader = ConversationReader(classifier_tokenizer(self.source), self.source, self.template_date)
 
     def _resolve_max_length(self, config: PretrainedConfig) -> int:
         """`max_length`, or its default; raises UserError if it exceeds the context or `tokens_per_batch`."""

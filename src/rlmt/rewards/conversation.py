@@ -2,7 +2,8 @@
 
 A policy can write a special token of the reward model, such as `<|eot_id|>`, as text in its response. Tokenized
 unchanged, it would end the assistant turn, and the policy could append a second, flattering conversation. So the
-strings of special tokens are removed from every text before the template is applied.
+strings of special tokens are replaced by a space in every text before the template is applied. Without the space, parts
+of a tag on both sides of such a string would become a tag: `<th<|eot_id|>ink>`.
 """
 
 from __future__ import annotations
@@ -10,14 +11,11 @@ from __future__ import annotations
 import os.path
 import re
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from rlmt.errors import UserError, first_line
+from rlmt.errors import UserError
+from rlmt.formats.chat_template import TEMPLATE_DATE, ChatTemplate
 from rlmt.types import Message
-
-TEMPLATE_DATE = "26 Jul 2024"
-"""Date passed to Llama 3 templates. They print today's date by default, so scores would change in a resumed run."""
 
 
 class ConversationReader:
@@ -26,11 +24,16 @@ class ConversationReader:
     Args:
         tokenizer: A tokenizer with a chat template.
         source: Its folder or Hub name, for messages.
+        date: Day that the chat template prints if it prints one, YYYY-MM-DD.
+
+    Raises:
+        UserError: The template refuses conversations, or omits responses.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, source: str, date: str = TEMPLATE_DATE) -> None:
         self.tokenizer = tokenizer
         self.source = source
+        self._template = ChatTemplate(tokenizer, date=date)
         self._adds_bos = self._ids(["a"], add_special_tokens=True)[0][:1] == [tokenizer.bos_token_id]
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         special.update(tokenizer.all_special_tokens)
@@ -38,6 +41,8 @@ class ConversationReader:
         self._special = re.compile("|".join(alternatives)) if alternatives else None
         # Two conversations that differ only in the response share exactly the suffix that closes the turn.
         probes = self.encode([self.render([{"role": "user", "content": "a"}], text) for text in ("x", "y")])
+        if probes[0] == probes[1]:
+            raise UserError(f"reward model {source!r}: the chat template omits the response; use one for plain text.")
         self.suffix_length = len(os.path.commonprefix([row[::-1] for row in probes]))
         """Number of tokens that the template writes after the response."""
 
@@ -55,24 +60,20 @@ class ConversationReader:
             UserError: The chat template refuses the conversation; some refuse system turns.
         """
         turns = [*messages, Message(role="assistant", content=response)]
-        clean = [{"role": turn["role"], "content": self.neutralise(turn["content"])} for turn in turns]
         try:
-            text = self.tokenizer.apply_chat_template(clean, tokenize=False, date_string=TEMPLATE_DATE)
-        except jinja2.TemplateError as error:
-            roles = ", ".join(turn["role"] for turn in clean)
-            raise UserError(
-                f"the chat template of reward model {self.source!r} refuses a conversation with the turns {roles}: "
-                f"{first_line(error)}; change the prompts or the reward model."
-            ) from error
-        return str(text)
+            return self._template.conversation(
+                [Message(role=turn["role"], content=self.neutralise(turn["content"])) for turn in turns]
+            )
+        except UserError as error:
+            raise UserError(f"reward model {self.source!r}: {error}") from error
 
     def neutralise(self, text: str) -> str:
-        """Removes the strings of special tokens, which would be encoded as control tokens.
+        """Replaces the strings of special tokens, which would be encoded as control tokens, by a space.
 
-        Repeats until none is left, since removing one can create another: `<|eo<|eot_id|>t_id|>`.
+        Repeats until none is left: the space can complete a special token that contains one.
         """
         while self._special is not None:
-            clean = self._special.sub("", text)
+            clean = self._special.sub(" ", text)
             if clean == text:
                 break
             text = clean
