@@ -318,7 +318,7 @@ def checkpoint(run: Path) -> dict[str, Any]:
     """Returns the contents of a run's last checkpoint."""
     import torch
 
-    loaded: dict[str, Any] = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    loaded: dict[str, Any] = torch.load(run / "latest" / "checkpoints" / "last.ckpt", weights_only=True)
     return loaded
 
 

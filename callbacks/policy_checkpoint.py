@@ -46,7 +46,7 @@ class PolicyCheckpoint(ModelCheckpoint):
 
     Args:
         every_n_steps: Optimizer steps between checkpoints; several steps on one rollout batch are not split.
-        dirpath: Folder; None is `checkpoints/` in the run's folder.
+        dirpath: Folder; None is `checkpoints/` beside metrics.csv, so that no run overwrites the checkpoint of another.
         on_full: What to do if a checkpoint cannot be written, for example on a full disk: `stop` ends the run,
             `continue` warns and tries again after the next N steps. The previous checkpoint is kept in both cases.
 

@@ -90,7 +90,7 @@ def test_environment_secrets_are_in_no_file_and_no_output(
         monkeypatch.setenv(key, SECRET)
     assert main(command("fit")) == 0
     assert main(command("fit", "--ckpt_path", "last", "--seed_everything", 0, "--trainer.max_steps", 2)) == 0
-    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    last = tmp_path / "run" / "latest" / "checkpoints" / "last.ckpt"
     assert main(["export", str(last), str(tmp_path / "out")]) == 0
     assert main(command("fit", "--data.prompts", "nowhere.jsonl")) == 2
     with pytest.raises(RuntimeError, match="broke"), monkeypatch.context() as patch:
@@ -109,9 +109,9 @@ def test_environment_secrets_are_in_no_file_and_no_output(
 
 def test_runs_write_plain_data_and_safetensors(command: Command, tmp_path: Path) -> None:
     assert main(command("fit")) == 0
-    checkpoint = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    checkpoint = read_checkpoint(tmp_path / "run" / "latest" / "checkpoints" / "last.ckpt")
     assert checkpoint["config"]["model"]["init_args"]["format"] == "no_think" and checkpoint["run"]["step"] == 0
-    assert main(["export", str(tmp_path / "run" / "checkpoints" / "last.ckpt"), str(tmp_path / "out")]) == 0
+    assert main(["export", str(tmp_path / "run" / "latest" / "checkpoints" / "last.ckpt"), str(tmp_path / "out")]) == 0
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))]
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:

@@ -61,7 +61,7 @@ def rows(run: Path) -> list[dict[str, str]]:
 
 def saved_step(run: Path) -> int:
     """The last step in the newest checkpoint, which is complete and the only one."""
-    folder = run / "checkpoints"
+    folder = run / "latest" / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "policy"]
     step: int = torch.load(folder / "last.ckpt", weights_only=True)["run"]["step"]
     return step
@@ -156,7 +156,7 @@ def test_rollouts_wait_for_disk_space_and_are_written_after_a_resume(
 
 
 def test_unfinished_checkpoint_of_a_killed_run_is_removed_at_the_next_start(fit: Fit, tmp_path: Path) -> None:
-    folder = tmp_path / "run" / "checkpoints"
+    folder = tmp_path / "run" / "latest" / "checkpoints"
     folder.mkdir(parents=True)
     (folder / ".last.ckpt.unfinished").write_bytes(b"half")
     (folder / "mine.ckpt").write_bytes(b"of the user")
@@ -367,7 +367,10 @@ def test_empty_special_and_incomplete_responses_are_trained_on(
         assert all(row["scored_text"] is None for row in table if row["status"] != "ok")
     assert torch.isfinite(
         torch.cat(
-            [t.flatten() for t in torch.load("run/checkpoints/last.ckpt", weights_only=True)["state_dict"].values()]
+            [
+                t.flatten()
+                for t in torch.load("run/latest/checkpoints/last.ckpt", weights_only=True)["state_dict"].values()
+            ]
         )
     ).all()
 

@@ -65,8 +65,8 @@ def test_fit_resume_validate_predict_and_export(
     saved = yaml.safe_load((run / "version_0" / "config.yaml").read_text())
     assert saved["model"]["init_args"]["format"] == "no_think"
 
-    last = run / "checkpoints" / "last.ckpt"
-    thinking_format = json.loads((run / "checkpoints" / "policy" / "thinking_format.json").read_text())
+    last = run / "latest" / "checkpoints" / "last.ckpt"
+    thinking_format = json.loads((run / "latest" / "checkpoints" / "policy" / "thinking_format.json").read_text())
     assert thinking_format["name"] == "no_think"
 
     resumed = command("fit", "--model.format", "no_think", "--trainer.max_steps", 3, "--ckpt_path", "last")
@@ -111,7 +111,10 @@ def test_resumed_run_equals_uninterrupted_run(objective: str, command: Command, 
     assert len(updates) == 7  # two optimizer steps each; a batch without a pair takes none
     assert any(float(row.get("dpo/pairs", 0)) > 0 for row in expected) == (objective == "DPO")
     assert resumed == expected
-    ends = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (uninterrupted, interrupted)]
+    ends = [
+        torch.load(run / "latest" / "checkpoints" / "last.ckpt", weights_only=True)
+        for run in (uninterrupted, interrupted)
+    ]
     for name, tensor in ends[0]["state_dict"].items():
         assert torch.equal(tensor, ends[1]["state_dict"][name]), name
 
@@ -119,7 +122,9 @@ def test_resumed_run_equals_uninterrupted_run(objective: str, command: Command, 
 def test_learning_rate_is_zero_after_the_last_step(command: Command, tmp_path: Path) -> None:
     dpo = ("--model.algorithm", "DPO", "--model.algorithm.min_valid", 2, "--model.algorithm.update_epochs", 2)
     assert main(command("fit", *dpo, "--model.scheduler", "CosineWithWarmup", "--trainer.max_steps", 4)) == 0
-    (schedule,) = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["lr_schedulers"]
+    (schedule,) = torch.load(tmp_path / "run" / "latest" / "checkpoints" / "last.ckpt", weights_only=True)[
+        "lr_schedulers"
+    ]
     assert (schedule["last_epoch"], schedule["_last_lr"]) == (4, [0.0])
 
 
@@ -138,7 +143,7 @@ def test_last_checkpoint_holds_the_last_step(command: Command, tmp_path: Path) -
     (tmp_path / "often.yaml").write_text(f"trainer: {{callbacks: [{callback}]}}")
     options = ("--model.format", "no_think", "--config", "often.yaml", "--trainer.max_steps", 3)
     assert main(command("fit", *options)) == 0
-    (saved,) = (tmp_path / "run" / "checkpoints").glob("*.ckpt")
+    (saved,) = (tmp_path / "run" / "latest" / "checkpoints").glob("*.ckpt")
     assert saved.name == "last.ckpt"
     assert torch.load(saved, weights_only=True)["global_step"] == 3
 
@@ -191,7 +196,7 @@ def test_checkpoint_of_another_format_is_an_error(
     assert main(command("fit", "--model.format", "no_think", "--trainer.max_steps", 1)) == 0
     capsys.readouterr()
     forbid_loading(monkeypatch)
-    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    last = tmp_path / "run" / "latest" / "checkpoints" / "last.ckpt"
     assert main(command("fit", "--model.format", "think", "--ckpt_path", last)) == 2
     message = one_line(capsys)
     assert "last.ckpt" in message and "no_think" in message and "--model.format" in message
@@ -312,11 +317,3 @@ def test_shipped_configs_are_found_from_any_folder(tmp_path: Path, monkeypatch: 
     assert Path(short[1]).is_file()
     (tmp_path / "grpo").write_text("{}")
     assert resolve_configs(["-c", "grpo"]) == ["-c", "grpo"]
-
-
-def test_new_run_in_the_same_folder_replaces_last_checkpoint(command: Command, tmp_path: Path) -> None:
-    for steps in (2, 1):
-        assert main(command("fit", "--model.format", "no_think", "--trainer.max_steps", steps)) == 0
-        folder = tmp_path / "run" / "checkpoints"
-        assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == steps
-    assert [path.name for path in folder.glob("last*")] == ["last.ckpt"]

@@ -62,7 +62,7 @@ def test_commands_print_no_third_party_lines(tiny: Path, prompts_file: Path, tmp
     commands = [
         f"fit {models} {options} --trainer.max_steps 1",
         f"fit {models} {options} --trainer.max_steps 2 --ckpt_path last",
-        f"export {tmp_path}/run/checkpoints/last.ckpt {tmp_path}/out",
+        f"export {tmp_path}/run/latest/checkpoints/last.ckpt {tmp_path}/out",
         f"chat {tiny}/policy {chat_options}",
         f"plan {models} --memory 24",
     ]

@@ -75,7 +75,7 @@ def check_one_step(name: str, run: Path, policy: Path) -> bool:
     with (run / "version_0" / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row.get("reward/mean")]
     assert rows[-1]["policy/grad_norm"] and float(rows[-1]["policy/skipped"]) == 0
-    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    saved = torch.load(run / "latest" / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 1
     assert saved["rlmt"]["format"]["name"] == name.rpartition("-")[2]
     from safetensors.torch import load_file

@@ -61,6 +61,27 @@ def test_validation_prompts_can_have_a_file_of_their_own(tokenizer, prompts, tmp
         assert len(data._train) == 22
 
 
+@pytest.mark.parametrize("split_off", [True, False])
+def test_training_prompts_in_the_validation_set_are_dropped_and_counted(
+    tmp_path, tokenizer, caplog, split_off
+):  # the same prompt may have several rows
+    (tmp_path / "train.csv").write_text("prompt\n" + "\n".join("ABCDE" * 4) + "\n")
+    (tmp_path / "val.csv").write_text("prompt\nA\nB\nZ\n")
+    options = {"val_size": 2} if split_off else {"val_prompts": str(tmp_path / "val.csv"), "val_size": None}
+    with caplog.at_level("INFO"):
+        data = attached(make(str(tmp_path / "train.csv"), batch_size=2, **options), FakeModule(tokenizer))
+    texts = [[p.messages[0]["content"] for p in prompts] for prompts in (data._train, data._val)]
+    assert set(texts[0]) == set("ABCDE") - set(texts[1]) and len(texts[0]) == 4 * len(set(texts[0]))
+    assert len(texts[1]) == (2 if split_off else 3)
+    dropped = 18 - len(texts[0]) if split_off else 8
+    assert f"dropped {dropped} of {18 if split_off else 20} training prompts that equal a validation" in caplog.text
+
+
+def test_validation_on_all_training_prompts_is_an_error(prompts, tokenizer):
+    with pytest.raises(UserError, match="all training prompts are validation prompts"):
+        attached(make(prompts, val_prompts=prompts, val_size=None), FakeModule(tokenizer))
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [

@@ -63,9 +63,10 @@ def test_rlmt_command_reaches_its_function(
     monkeypatch.setattr(Runner, "run", lambda runner: reached.append("study"))
     monkeypatch.setattr(command, "report", lambda *anything: None)
     write_files(COMMANDS[arguments])
-    for run in ("tiny/run", "llama-3.1-8b", "sft", "reward"):
-        checkpoint = tmp_path / "runs" / run / "checkpoints/last.ckpt"
+    for run in ("tiny/run", "llama-3.1-8b-think", "sft", "reward"):
+        checkpoint = tmp_path / "runs" / run / "version_0/checkpoints/last.ckpt"
         checkpoint.parent.mkdir(parents=True)
+        (tmp_path / "runs" / run / "latest").symlink_to("version_0")
         torch.save({}, checkpoint)
     words = shlex.split(arguments)
     on_cpu = ["--trainer.accelerator", "cpu"] if words[0] in ("fit", "validate", "predict", "plan") else []

@@ -47,7 +47,7 @@ def samples(run: Path, steps: int) -> dict[Any, Any]:
 
 
 def checkpoint(run: Path) -> dict[str, Any]:
-    saved: dict[str, Any] = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    saved: dict[str, Any] = torch.load(run / "latest/checkpoints/last.ckpt", weights_only=True)
     return saved
 
 
@@ -94,7 +94,7 @@ def test_vllm_per_rank_and_over_two_ranks_trains_the_same_policy(crash: Any, wor
         assert_same_checkpoint(resumed, alone)
     assert_same_metrics_and_samples(run, alone, 4)
 
-    assert main(["export", str(run / "checkpoints/last.ckpt"), str(tmp_path / "out")]) == 0
+    assert main(["export", str(run / "latest/checkpoints/last.ckpt"), str(tmp_path / "out")]) == 0
     assert (tmp_path / "out/model.safetensors").is_file()
 
 

@@ -140,7 +140,7 @@ def test_resumed_run_equals_the_unbroken_run(case: str, fit: Runner, capsys: pyt
         for rows in (unbroken, broken)
     ]
     assert compared[0] == compared[1] and len(unbroken) == 3
-    files = [fit.root / name / "checkpoints" / "last.ckpt" for name in ("unbroken", "broken")]
+    files = [fit.root / name / "latest" / "checkpoints" / "last.ckpt" for name in ("unbroken", "broken")]
     ends = [torch.load(file, weights_only=True) for file in files]
     assert ends[0]["state_dict"].keys() == ends[1]["state_dict"].keys()
     for name, tensor in ends[0]["state_dict"].items():
@@ -154,7 +154,7 @@ def test_resumed_run_equals_the_unbroken_run(case: str, fit: Runner, capsys: pyt
         states = ends[0]["optimizer_states"][0]["state"].values()
         dtypes = {t.dtype for state in states for t in state["__bnb_optimizer_quant_state__"].values()}
         assert torch.uint8 in dtypes  # moments in 8 bits
-    config = (fit.root / "unbroken" / "checkpoints" / "policy" / "config.json").read_text()
+    config = (fit.root / "unbroken" / "latest" / "checkpoints" / "policy" / "config.json").read_text()
     assert "quantization" not in config
 
     capsys.readouterr()

@@ -74,7 +74,7 @@ def test_two_nodes_train_one_policy_and_stop_on_a_signal_to_one(
         rank: [row for file in run.rglob(f"rollouts/*rank{rank}.parquet") for row in pq.read_table(file).to_pylist()]
         for rank in range(2)
     }
-    checkpoint = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    checkpoint = torch.load(run / "latest/checkpoints/last.ckpt", weights_only=True)
     steps = checkpoint["run"]["step"] + 1
     assert steps == checkpoint["rlmt"]["version"] == checkpoint["global_step"] >= 1
     for step in range(steps):

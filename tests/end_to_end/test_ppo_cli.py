@@ -57,7 +57,9 @@ def steps(run: Path, version: int = 0) -> list[dict[str, str]]:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    state: dict[str, torch.Tensor] = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    state: dict[str, torch.Tensor] = torch.load(run / "latest" / "checkpoints" / "last.ckpt", weights_only=True)[
+        "state_dict"
+    ]
     return state
 
 
@@ -72,7 +74,7 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
 def test_checkpoint_with_a_critic_validates_predicts_exports_and_names_conflicts(
     command: Command, tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, last = tmp_path / "run", tmp_path / "run" / "checkpoints" / "last.ckpt"
+    run, last = tmp_path / "run", tmp_path / "run" / "latest" / "checkpoints" / "last.ckpt"
     assert main(command("fit", "--data.group_size", 1)) == 0
     for row in steps(run):
         assert {"critic/loss", "critic/clip_frac", "critic/explained_variance", "critic/grad_norm"} <= row.keys()
@@ -129,7 +131,7 @@ def test_critic_adapter_shares_the_frozen_base_of_the_policy(
     assert float(second["engine/mismatch_max"]) < 1e-3
     assert float(first["critic/loss"]) > 0 and float(second["policy/kl"]) > 0
 
-    run, last = tmp_path / "run", tmp_path / "run" / "checkpoints" / "last.ckpt"
+    run, last = tmp_path / "run", tmp_path / "run" / "latest" / "checkpoints" / "last.ckpt"
     state = weights(run)
     ups = {name: tensor for name, tensor in state.items() if ".lora_B." in name}
     assert sum(".critic." in name for name in ups) == sum(".default." in name for name in ups) == 2 * 7

@@ -78,7 +78,7 @@ def replay(path: Path, *more: object) -> tuple[object, ...]:
 
 
 def weights(folder: str) -> dict[str, torch.Tensor]:
-    checkpoint: dict[str, Any] = torch.load(Path(folder) / "checkpoints" / "last.ckpt", weights_only=True)
+    checkpoint: dict[str, Any] = torch.load(Path(folder) / "latest" / "checkpoints" / "last.ckpt", weights_only=True)
     return checkpoint["state_dict"]  # type: ignore[no-any-return]
 
 

@@ -44,7 +44,7 @@ def fit(supervised_command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     def run(kind: str, *options: object) -> tuple[Any, dict[str, Tensor], Path]:
         assert main(supervised_command("fit", kind, *options)) == 0
-        return *seen[-1], tmp_path / "run" / "checkpoints" / "last.ckpt"
+        return *seen[-1], tmp_path / "run" / "latest" / "checkpoints" / "last.ckpt"
 
     return run
 
@@ -165,7 +165,7 @@ def test_resumed_run_equals_the_unbroken_run_and_rl_starts_from_both_exports(
             return main(supervised_command("fit", kind, *common, *own, *run, *more))
 
         assert train("unbroken", 4) == train("broken", 2) == train("broken", 4, "--ckpt_path", "last") == 0
-        files = [tmp_path / kind / name / "checkpoints" / "last.ckpt" for name in ("unbroken", "broken")]
+        files = [tmp_path / kind / name / "latest" / "checkpoints" / "last.ckpt" for name in ("unbroken", "broken")]
         unbroken, broken = (torch.load(file, weights_only=True)["state_dict"] for file in files)
         assert unbroken.keys() == broken.keys()
         assert all(torch.equal(t, broken[name]) for name, t in unbroken.items())

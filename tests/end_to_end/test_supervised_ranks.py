@@ -45,7 +45,7 @@ def assert_same(run: Path, other: Path) -> dict[str, Any]:
     """Compares metrics, weights and optimizer states; returns the checkpoint of `run`."""
     for mine, others in zip(logged(run), logged(other), strict=True):
         assert mine == pytest.approx(others, rel=1e-3, abs=1e-5)
-    ours, theirs = (torch.load(each / "checkpoints/last.ckpt", weights_only=True) for each in (run, other))
+    ours, theirs = (torch.load(each / "latest/checkpoints/last.ckpt", weights_only=True) for each in (run, other))
     assert ours["state_dict"].keys() == theirs["state_dict"].keys()
     for name, weight in theirs["state_dict"].items():
         torch.testing.assert_close(ours["state_dict"][name], weight, rtol=1e-4, atol=1e-5, msg=name)
@@ -61,14 +61,14 @@ def test_reward_model_on_one_rank_then_sharded_on_two_then_on_one(train: Callabl
     unbroken = train("reward", "unbroken", 6)
     train("reward", "run", 2)
     run = train("reward", "run", 5, strategy="fsdp")  # resumes in the middle of an epoch and validates
-    assert len(torch.load(run / "checkpoints/last.ckpt", weights_only=True)["rlmt"]["random"]) == 2
+    assert len(torch.load(run / "latest/checkpoints/last.ckpt", weights_only=True)["rlmt"]["random"]) == 2
     saved = assert_same(train("reward", "run", 6), unbroken)
     rows = logged(run)
     assert sum("rm/loss" in row for row in rows) == 6
     assert any({"val/accuracy", "val/accuracy/a", "val/calibration_error"} <= row.keys() for row in rows)
     assert saved["state_dict"]["attribute_head.weight"].abs().max() > 0
     assert (run / "version_0/calibration.png").is_file()  # drawn by the two ranks: no_plots patches this process only
-    assert main(["export", str(run / "checkpoints/last.ckpt"), str(tmp_path / "model")]) == 0
+    assert main(["export", str(run / "latest/checkpoints/last.ckpt"), str(tmp_path / "model")]) == 0
     assert (tmp_path / "model/model.safetensors").is_file()
 
 
@@ -78,4 +78,4 @@ def test_sft_in_4_bits_with_ddp_equals_one_process(train: Callable[..., Path], t
     runs = [train("sft", name, 4, *options, strategy=strategy) for name, strategy in (("one", None), ("two", "ddp"))]
     saved = assert_same(runs[1], runs[0])
     assert all(".lora_" in name for name in saved["state_dict"])
-    assert main(["export", str(runs[1] / "checkpoints/last.ckpt"), str(tmp_path / "model")]) == 0
+    assert main(["export", str(runs[1] / "latest/checkpoints/last.ckpt"), str(tmp_path / "model")]) == 0

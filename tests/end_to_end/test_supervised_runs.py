@@ -47,7 +47,7 @@ def test_sft_learns_and_exports_a_policy(form: str, command: Command, tmp_path: 
     assert all({"sft/grad_norm", "sft/tokens"} <= row.keys() for row in train)
     validation = [float(row["val/loss"]) for row in rows if "val/loss" in row]
     assert len(validation) == 2 and validation[1] < validation[0] < float(train[0]["sft/loss"])
-    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    last = tmp_path / "run" / "latest" / "checkpoints" / "last.ckpt"
     assert main(command("validate", "sft", "--model.format", form, "--ckpt_path", last)) == 0
     assert main(["export", str(last), str(tmp_path / "model")]) == 0
     assert ThinkingFormat.load(tmp_path / "model").name == form
@@ -66,7 +66,7 @@ def test_reward_model_learns_and_its_export_scores_equally(command: Command, pre
     assert {"val/loss", "val/calibration_error"} <= last.keys()
     assert (tmp_path / "run" / "version_0" / "calibration.png").stat().st_size > 10_000
 
-    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    checkpoint = tmp_path / "run" / "latest" / "checkpoints" / "last.ckpt"
     state = torch.load(checkpoint, weights_only=True)["state_dict"]
     assert state["attribute_head.weight"].shape == (2, 64)
     assert main(["export", str(checkpoint), str(tmp_path / "model")]) == 0
@@ -142,7 +142,9 @@ def test_resumed_run_equals_the_unbroken_run(
         assert main(command("fit", config, *common, "--trainer.default_root_dir", run, "--ckpt_path", start)) == 0
         later = [row for row in metrics(run) if name in row]
         assert later == expected[stop:]
-        ends = [torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (unbroken, run)]
+        ends = [
+            torch.load(folder / "latest" / "checkpoints" / "last.ckpt", weights_only=True) for folder in (unbroken, run)
+        ]
         assert ends[0]["lr_schedulers"] == ends[1]["lr_schedulers"]
         assert all(torch.equal(value, ends[1]["state_dict"][key]) for key, value in ends[0]["state_dict"].items())
 
@@ -209,7 +211,7 @@ def test_checkpoints_of_another_module_or_format_are_rejected(
     command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(command("fit", "sft", "--trainer.max_steps", 1, "--data.val_size", 0)) == 0
-    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    last = tmp_path / "run" / "latest" / "checkpoints" / "last.ckpt"
     line = error_line(capsys, command("fit", "sft", "--model.format", "no_think", "--ckpt_path", last))
     assert "set --model.format to the checkpoint's" in line
     moved = shutil.copy(last, tmp_path / "moved.ckpt")

@@ -154,7 +154,8 @@ def test_resumed_run_with_refills_equals_the_unbroken_run(fit: Fit, tmp_path: Pa
     ]
     assert dumps[0] == dumps[1]
     ends = [
-        torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for run in (unbroken, broken)
+        torch.load(run / "latest" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for run in (unbroken, broken)
     ]
     assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
 

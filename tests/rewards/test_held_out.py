@@ -85,7 +85,7 @@ def test_run_stops_when_the_held_out_score_falls_and_keeps_its_best_checkpoint(
     assert len(read(run, "reward/mean")) == 6  # of the 9 steps allowed
     assert read(run, "val/twin") == read(run, "val/reward_mean")  # the same reward model, loaded twice
     # Steps with equal rewards skip the optimizer step, so the number of the best step may be lower.
-    best, last = sorted((run / "checkpoints").glob("*.ckpt"))
+    best, last = sorted((run / "latest" / "checkpoints").glob("*.ckpt"))
     assert best.name in ("best-step=2.ckpt", "best-step=3.ckpt") and last.name == "last.ckpt"
     saved = torch.load(best, weights_only=True)
     assert {name.partition(".")[0] for name in saved["state_dict"]} == {"policy"}

@@ -10,6 +10,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_warn
 
+from rlmt.checkpointing.csv_logger import ResumableCSVLogger
+
 IGNORED = (
     "config",
     "ckpt_path",
@@ -32,8 +34,43 @@ IGNORED = (
 """Prefixes of options that set how long a run takes and what it shows, but not its results."""
 
 
+CONFIG_FILE = "config.yaml"
+"""Name of the file in a run's folder with its whole configuration."""
+
+_IDENTITY = ("seed_everything", "model", "model.policy", "model.model", "model.algorithm")
+"""Options that tell runs apart, besides those of the thinking format."""
+
+
 class ConfigInCheckpoint(SaveConfigCallback):
-    """Writes config.yaml beside metrics.csv, as Lightning does, and stores the configuration in every checkpoint."""
+    """Writes config.yaml beside metrics.csv, and stores the configuration in every checkpoint.
+
+    Unlike Lightning's callback it writes after the first batch: a start that fails earlier leaves no files, and does
+    not change those of the run that it resumes.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Does nothing."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        """Writes config.yaml once, and keeps the run's folder."""
+        if self.already_saved or trainer.fast_dev_run or trainer.sanity_checking:  # type: ignore[attr-defined]
+            return
+        super().setup(trainer, pl_module, str(trainer.state.fn))
+        for logger in trainer.loggers:
+            if isinstance(logger, ResumableCSVLogger):
+                logger.keep(trained=trainer.state.fn == "fit")
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        """As `on_train_batch_end`."""
+        self.on_train_batch_end(trainer, pl_module)
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        """As `on_train_batch_end`."""
+        self.on_train_batch_end(trainer, pl_module)
+
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        """As `on_train_batch_end`."""
+        self.on_train_batch_end(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds the configuration as plain data."""
@@ -76,6 +113,24 @@ def config_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
         if not harmless and old.get(name) != new.get(name):
             lines.append(f"--{name} was {_shown(name, old)} and is {_shown(name, new)} from here on")
     return lines
+
+
+def same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two configurations are of the same run, whose other options may have changed.
+
+    They have the same seed, module, model, objective and thinking format.
+
+    Args:
+        before: Configuration of a run, as plain data.
+        now: Configuration of another start.
+    """
+    return _identity(before) == _identity(now)
+
+
+def _identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that tell runs apart."""
+    options = dict(_flat(config))
+    return {name: options[name] for name in options if name in _IDENTITY or name.startswith("model.format")}
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

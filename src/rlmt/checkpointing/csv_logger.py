@@ -1,20 +1,30 @@
-"""The logger of metrics.csv: atomic writes, and one file for a run and its resumption."""
+"""The logger of metrics.csv: a folder for each run, atomic writes, and one file for a run and its resumption."""
 
 from __future__ import annotations
 
 import csv
+import os
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.utilities import rank_zero_only
 
 from rlmt.checkpointing.files import atomic_write
+
+LATEST = "latest"
+"""Name of the link to the newest `version_N`, of a training run if there is one."""
 
 
 class ResumableCSVLogger(CSVLogger):
     """Lightning's CSV logger with atomic rewrites, which a resumed run continues.
+
+    A start creates its folder `version_N` when the folder is first used, so that no two runs share one, and removes it
+    if it fails before anything was logged. The link `latest` beside the folders is set when a run has logged something.
 
     Args:
         save_dir: Folder of the run; each start gets a folder `version_N` in it, except a resumed one.
@@ -23,6 +33,49 @@ class ResumableCSVLogger(CSVLogger):
     def __init__(self, save_dir: str | Path) -> None:
         super().__init__(str(save_dir), name=None)
         self._last_step: int | None = None
+        self._created: Path | None = None
+        self._linked = False
+
+    def _get_next_version(self) -> int:
+        """Number of a new folder `version_N`, which rank 0 creates."""
+        first = int(super()._get_next_version())
+        if getattr(rank_zero_only, "rank", 0):
+            return first
+        for version in count(first):
+            folder = Path(self.root_dir, f"version_{version}")
+            with suppress(FileExistsError):  # another run was faster
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                folder.mkdir()
+                self._created = folder
+                return version
+        raise AssertionError  # unreachable: `count` does not end
+
+    @rank_zero_only
+    def keep(self, trained: bool) -> None:
+        """Keeps this run's folder, also if the run fails later, and links `latest` to it.
+
+        Args:
+            trained: Whether the run trains. Another run does not take the link from a folder with checkpoints.
+        """
+        self._created = None
+        link, target = Path(self.root_dir, LATEST), Path(self.log_dir)
+        if self._linked or not target.is_dir() or (not trained and (link / "checkpoints").is_dir()):
+            return
+        self._linked = True
+        new = link.with_name(f".{LATEST}.{os.getpid()}")
+        new.unlink(missing_ok=True)
+        new.symlink_to(target.name)
+        new.replace(link)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Writes metrics.csv, or removes the folder of a start that logged nothing."""
+        if self._created is None:
+            super().finalize(status)
+            return
+        Path(self._created, ExperimentWriter.NAME_HPARAMS_FILE).unlink(missing_ok=True)
+        with suppress(OSError):  # a user's own code may have written to the folder
+            self._created.rmdir()
 
     def resume(self, version: int, step: int) -> None:
         """Continues the file of an earlier start; call it before anything is logged.

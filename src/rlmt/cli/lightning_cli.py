@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import rlmt.algorithms
@@ -20,11 +20,14 @@ import rlmt.data
 import rlmt.engines
 import rlmt.modules
 import rlmt.rewards  # noqa: F401 - importing them lets options name their classes without a module path
+from rlmt.callbacks import PolicyCheckpoint
 from rlmt.checkpointing.config_changes import ConfigInCheckpoint, warn_about_changes
 from rlmt.checkpointing.csv_logger import ResumableCSVLogger
 from rlmt.checkpointing.files import AtomicCheckpointIO, read_checkpoint
+from rlmt.checkpointing.last_checkpoint import CHECKPOINT, checkpoints, last_checkpoint
 from rlmt.checkpointing.signals import StoppedBySignal
 from rlmt.checkpointing.watchdog import TimedOut
+from rlmt.cli.config_files import ConfigFiles
 from rlmt.cli.parsing import Parser
 from rlmt.distributed import collectives
 from rlmt.errors import AllRanksUserError, UserError
@@ -63,7 +66,7 @@ class RLMTCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Adds the CSV logger and atomic checkpoint writes, and places checkpoints in `trainer.default_root_dir`.
+        """Adds the CSV logger, in whose `version_N` checkpoints are placed, too, and atomic checkpoint writes.
 
         `{format}` in that folder is replaced by the name of the thinking format, so that runs that differ only in it
         get folders of their own.
@@ -77,9 +80,7 @@ class RLMTCLI(LightningCLI):
         loggers: list[Logger] = logger if isinstance(logger, list) else [logger] if isinstance(logger, Logger) else []
         if not any(isinstance(logger, CSVLogger) for logger in loggers):
             loggers = [ResumableCSVLogger(root), *loggers]
-        for callback in config.callbacks or []:
-            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-                callback.dirpath = str(root / "checkpoints")
+        loggers.sort(key=lambda logger: not isinstance(logger, CSVLogger))  # checkpoints are placed by the first one
         plugins = config.plugins if isinstance(config.plugins, list) else [config.plugins] if config.plugins else []
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins = [*plugins, AtomicCheckpointIO()]
@@ -87,9 +88,15 @@ class RLMTCLI(LightningCLI):
         return super().instantiate_trainer(**overrides, **kwargs)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Stores the arguments in `sys.argv`, from which Lightning launches the other processes of a run."""
-        super().parse_arguments(parser, args)
-        sys.argv = [sys.argv[0], *map(str, args)]
+        """Merges the `--config` files and parses everything once.
+
+        The arguments are stored in `sys.argv`, from which Lightning launches the other processes of a run.
+        """
+        command, *options = map(str, args)
+        files = ConfigFiles(options)
+        with files.named_in_errors():
+            super().parse_arguments(parser, [command, *files.args])
+        sys.argv = [sys.argv[0], command, *options]
 
     def _parse_ckpt_path(self) -> None:
         """Does nothing; Lightning would read the whole checkpoint for hyperparameters, which rlmt does not store."""
@@ -101,13 +108,16 @@ class RLMTCLI(LightningCLI):
             UserError: The checkpoint does not exist, is damaged or does not fit the run.
         """
         ckpt_path = self._get(self.config_init, "ckpt_path")
-        if ckpt_path is None:
+        path = self._last_checkpoint() if ckpt_path == "last" else ckpt_path and Path(ckpt_path)
+        self._check_overwriting(resumed=ckpt_path == "last")
+        if path is None:
+            self.config_init[self.subcommand]["ckpt_path"] = None
             return
-        path = self._last_checkpoint() if ckpt_path == "last" else Path(ckpt_path)
-        # A job that a cluster requeues may pass `last` from its first start on.
-        optional = ckpt_path in KEYWORDS and (ckpt_path != "last" or self.subcommand == "fit")
-        if not path.exists() and not optional:
+        if ckpt_path in KEYWORDS and ckpt_path != "last":
+            return
+        if not path.exists():
             raise UserError(f"--ckpt_path {ckpt_path}: {path} does not exist; pass a checkpoint of `rlmt fit`.")
+        self.config_init[self.subcommand]["ckpt_path"] = str(path)
         if path.is_file() and not zipfile.is_zipfile(path):
             raise UserError(f"--ckpt_path {ckpt_path}: {path} is truncated or not a checkpoint; pass an earlier one.")
         policy_folder = path.parent / "policy"
@@ -121,20 +131,55 @@ class RLMTCLI(LightningCLI):
 
     before_fit = before_validate = before_test = before_predict = check_checkpoint
 
-    def _last_checkpoint(self) -> Path:
-        """Path of `last.ckpt`, whether it exists or not."""
-        folders = (getattr(callback, "dirpath", None) for callback in self.trainer.checkpoint_callbacks)
-        return Path(next(filter(None, folders), Path(self.trainer.default_root_dir, "checkpoints")), "last.ckpt")
+    @property
+    def _plain_config(self) -> dict[str, Any]:
+        """The configuration as plain data."""
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return next((callback.plain for callback in callbacks if isinstance(callback, ConfigInCheckpoint)), {})
+
+    def _last_checkpoint(self) -> Path | None:
+        """The checkpoint that `--ckpt_path last` stands for; None if a run starts without one.
+
+        Raises:
+            UserError: There is none, and the command is not `fit`. A job that a cluster requeues may pass `last` from
+                its first start on.
+        """
+        root = Path(self.trainer.default_root_dir)
+        csv = next((logger for logger in self.trainer.loggers if isinstance(logger, CSVLogger)), None)
+        root = root if csv is None else Path(csv.root_dir)
+        for folder in self._fixed_checkpoint_folders():
+            last = folder / CHECKPOINT.name
+            return last if last.exists() or self.subcommand != "fit" else None
+        found = last_checkpoint(root, self._plain_config)
+        if found is None and self.subcommand != "fit":
+            raise UserError(f"--ckpt_path last: {root} has no checkpoint of this run; pass the path of one.")
+        if found is None and (others := checkpoints(root)):
+            rank_zero_info(
+                f"--ckpt_path last: {root} has checkpoints of other runs only (such as {others[-1]}), which differ in "
+                "the seed, the model, the objective or the format; this run starts at step 0."
+            )
+        return found
+
+    def _fixed_checkpoint_folders(self) -> list[Path]:
+        """Folders that the configuration sets for `last.ckpt`, instead of the one in `version_N`."""
+        callbacks = self.trainer.checkpoint_callbacks
+        return [Path(c.dirpath) for c in callbacks if isinstance(c, PolicyCheckpoint) and c.dirpath]
+
+    def _check_overwriting(self, resumed: bool) -> None:
+        """Raises a UserError if a new run would overwrite the checkpoint of another one."""
+        for folder in self._fixed_checkpoint_folders() if self.subcommand == "fit" and not resumed else []:
+            if (last := folder / CHECKPOINT.name).exists():
+                raise UserError(
+                    f"PolicyCheckpoint.dirpath: {last} is the checkpoint of another run, which this one would "
+                    "overwrite; give another folder, or resume with --ckpt_path last."
+                )
 
     def _prepare_resume(self, checkpoint: dict[str, Any], ckpt_path: str) -> None:
         """Warns about changed options and, with `--ckpt_path last`, resumes metrics.csv.
 
         A checkpoint passed by its path may be an old one that a new run branches from, so its log stays as it is.
         """
-        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-        config = next((c for c in callbacks if isinstance(c, ConfigInCheckpoint)), None)
-        if config is not None:
-            warn_about_changes(checkpoint.get("config"), config.plain, f"--ckpt_path {ckpt_path}")
+        warn_about_changes(checkpoint.get("config"), self._plain_config, f"--ckpt_path {ckpt_path}")
         run = checkpoint.get("run") or {}
         for logger in self.trainer.loggers:
             if ckpt_path == "last" and isinstance(logger, ResumableCSVLogger) and run.get("version") is not None:

@@ -139,6 +139,8 @@ class PromptSets(NamedTuple):
 def load_prompt_sets(options: SplitOptions, source: PolicySource) -> PromptSets:
     """Reads the prompts and splits them; the split depends only on the seed and each prompt's row number.
 
+    A training prompt that equals a validation prompt is dropped, and the number of these is logged.
+
     Args:
         options: Files, sizes and seed.
         source: Renders the prompts.
@@ -164,8 +166,25 @@ def load_prompt_sets(options: SplitOptions, source: PolicySource) -> PromptSets:
             f"--data.val_size is {size:,}, but {options.val_prompts or options.prompts} has {len(held_out):,} prompts; "
             "lower it, or set --data.val_prompts."
         )
+    sets = sets._replace(train=_without_held_out(sets.train, sets.held_out, options))
     rank_zero_info(f"{len(sets.train):,} prompts to train on, {len(sets.held_out):,} to validate on")
     return sets
+
+
+def _without_held_out(train: list[Prompt], held_out: list[Prompt], options: SplitOptions) -> list[Prompt]:
+    """Drops training prompts that are validation prompts, too, so that validation measures prompts not trained on."""
+    known = {json.dumps(prompt.messages) for prompt in held_out}
+    kept = [prompt for prompt in train if json.dumps(prompt.messages) not in known]
+    if train and not kept:
+        raise UserError(
+            f"--data.val_prompts {options.val_prompts or options.prompts}: all training prompts are validation "
+            "prompts, too; give other prompts for validation."
+        )
+    if dropped := len(train) - len(kept):
+        rank_zero_info(
+            f"dropped {dropped:,} of {len(train):,} training prompts that equal a validation prompt ({options.prompts})"
+        )
+    return kept
 
 
 def _read_within_limit(name: str, options: SplitOptions, source: PolicySource) -> list[Prompt]:

@@ -234,7 +234,9 @@ def test_one_and_two_ranks_resume_each_others_runs(
     train("from two", 2, "fsdp")
     train("from one", 2, None)
     for run, strategy in (("from two", None), ("from one", "ddp")):
-        pending = torch.load(tmp_path / run / "checkpoints/last.ckpt", weights_only=True)["RolloutDataModule"]["ahead"]
+        pending = torch.load(tmp_path / run / "latest/checkpoints/last.ckpt", weights_only=True)["RolloutDataModule"][
+            "ahead"
+        ]
         assert len(pending["prompts"]) == 4 and len(pending["lengths"]) == 16
         rows = train(run, 3, strategy, "--ckpt_path", "last")
         assert float(rows[0]["engine/mismatch_max"]) < 1e-3
@@ -265,7 +267,7 @@ def test_two_ranks_continue_on_one_server_and_stop_without_any(
     assert re.fullmatch(f"rlmt: error: {expected}", error) and all(proxy.url in error for proxy in proxies)
     assert len(re.findall(r"vLLM server http\S+ is not used for now", log.read_text())) == 2
     (saved,) = [int(line) for line in re.findall(r"has all steps up to (\d+)", log.read_text())]
-    assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == saved + 1 >= 3
+    assert torch.load(run / "latest/checkpoints/last.ckpt", weights_only=True)["global_step"] == saved + 1 >= 3
     assert not list((run / "weights").iterdir())
 
 
@@ -302,7 +304,7 @@ def test_requests_of_a_killed_server_go_to_the_other(
 def test_run_without_servers_stops_and_resumes_only_with_servers(
     servers: list[RealServer], tiny: Path, prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    server, last = servers[1], tmp_path / "checkpoints/last.ckpt"
+    server, last = servers[1], tmp_path / "latest/checkpoints/last.ckpt"
 
     def kill() -> None:
         while not last.exists():
