@@ -69,7 +69,7 @@ class Recorder(Reward):
         super().__init__()
         self.seen: list[str] = []
 
-    def score(self, prompts: Sequence[Any], responses: Sequence[str], statuses: Sequence[Status]) -> Tensor:
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str], statuses: Sequence[Status]) -> Tensor:
         """See `Reward.score`."""
         self.seen = list(responses)
         return torch.tensor([float(len(text) % 11) for text in responses])

@@ -32,6 +32,9 @@ class Prompt:
     """Row number in the prompt set as loaded, before shuffling or splitting: stable over epochs and runs."""
     messages: list[Message]
     """The conversation, oldest turn first; an optional system turn comes first."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Other columns of the row, such as a reference answer: JSON values by column name, for rewards and rollout files.
+    The policy never sees them."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,11 @@ class RolloutBatch:
     def lengths(self) -> list[int]:
         """B completion lengths in tokens."""
         return [len(ids) for ids in self.completion_ids]
+
+    @property
+    def prompt_per_sample(self) -> list[Prompt]:
+        """B prompts, one per sample."""
+        return [prompt for prompt in self.prompts for _ in range(self.group_size)]
 
     def __len__(self) -> int:
         return len(self.completion_ids)

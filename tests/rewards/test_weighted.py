@@ -11,9 +11,9 @@ from torch import nn
 
 from rlmt.errors import UserError
 from rlmt.rewards import ClassifierReward, LengthWindow, RegexReward, Reward, WeightedSum
-from rlmt.types import Message, Status
+from rlmt.types import Prompt, Status
 
-PROMPT: list[Message] = [{"role": "user", "content": "hi"}]
+PROMPT = Prompt(0, [{"role": "user", "content": "hi"}])
 A, B = RegexReward("a", name="has_a"), RegexReward("b", name="has_b")
 
 

@@ -137,8 +137,7 @@ class RLMTModule(PolicyMixin, TrainingModule):
         """Splits completions into thought and response, and scores the responses."""
         texts = [self.format.decode(ids, self.tokenizer) for ids in rollouts.completion_ids]
         splits = [self.format.split(text) for text in texts]
-        conversations = [prompt.messages for prompt in rollouts.prompts for _ in range(rollouts.group_size)]
-        scores = score(self.reward, conversations, splits, texts, self.malformed, self.malformed_reward)
+        scores = score(self.reward, rollouts.prompt_per_sample, splits, texts, self.malformed, self.malformed_reward)
         scores.total = scores.total.to(self.device)
         thought_tokens = [self.format.thought_tokens(ids, self.tokenizer) for ids in rollouts.completion_ids]
         return Experience(

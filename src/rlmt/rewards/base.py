@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from rlmt.types import Message, Status
+from rlmt.types import Prompt, Status
 
 
 class Reward(nn.Module):
@@ -27,11 +27,12 @@ class Reward(nn.Module):
         """Loads weights, if any; called once, before the trainer moves the module to its device."""
 
     @abstractmethod
-    def score(self, prompts: Sequence[list[Message]], responses: Sequence[str], statuses: Sequence[Status]) -> Tensor:
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str], statuses: Sequence[Status]) -> Tensor:
         """Scores B responses.
 
         Args:
-            prompts: B conversations as in the prompt set, without preamble or thinking instruction. B may be 0.
+            prompts: B rows of the prompt set, one per response: `messages` is the conversation, without preamble or
+                thinking instruction, and `extra` holds the row's other columns. B may be 0.
             responses: B response texts without thoughts.
             statuses: B split statuses of the completions; most rewards ignore them.
 
@@ -40,12 +41,12 @@ class Reward(nn.Module):
         """
 
     def score_parts(
-        self, prompts: Sequence[list[Message]], responses: Sequence[str], statuses: Sequence[Status]
+        self, prompts: Sequence[Prompt], responses: Sequence[str], statuses: Sequence[Status]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Scores B responses and reports the raw scores of each part.
 
         Args:
-            prompts: B conversations, as in `score`.
+            prompts: B prompts, as in `score`.
             responses: B response texts, as in `score`.
             statuses: B split statuses, as in `score`.
 

@@ -82,10 +82,9 @@ class HeldOutRewards(nn.Module):
             Reward name → mean over all B samples, malformed ones included.
         """
         rollouts = experience.rollouts
-        conversations = [prompt.messages for prompt in rollouts.prompts for _ in range(rollouts.group_size)]
         return {
             reward.name: float(
-                score(reward, conversations, experience.splits, experience.texts, mode, penalty).total.mean()
+                score(reward, rollouts.prompt_per_sample, experience.splits, experience.texts, mode, penalty).total.mean()
             )
             for reward in self._rewards
         }

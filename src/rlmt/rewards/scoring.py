@@ -14,7 +14,7 @@ from torch import Tensor
 from rlmt.distributed.collectives import all_gather_object, run_on_all_ranks
 from rlmt.errors import UserError
 from rlmt.rewards.base import Reward
-from rlmt.types import Message, Scores, Split
+from rlmt.types import Prompt, Scores, Split
 
 MalformedMode = Literal["penalty", "null", "score_all"]
 """How a malformed sample is scored.
@@ -40,7 +40,7 @@ NULL_TEXT = "[NULL]"
 
 def score(
     reward: Reward,
-    prompts: Sequence[list[Message]],
+    prompts: Sequence[Prompt],
     splits: Sequence[Split],
     texts: Sequence[str],
     mode: MalformedMode = "penalty",
@@ -53,7 +53,7 @@ def score(
 
     Args:
         reward: A loaded reward.
-        prompts: B conversations, one per sample.
+        prompts: B prompts, one per sample.
         splits: B splits.
         texts: B decoded completions with their tags; read only in mode `score_all`.
         mode: How malformed samples are scored.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rlmt.errors import UserError
 from rlmt.rewards.base import Reward
-from rlmt.types import Message, Status
+from rlmt.types import Prompt, Status
 
 
 class WeightedSum(Reward):
@@ -72,12 +72,12 @@ class WeightedSum(Reward):
         for reward in self.parts:
             reward.load()
 
-    def score(self, prompts: Sequence[list[Message]], responses: Sequence[str], statuses: Sequence[Status]) -> Tensor:
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str], statuses: Sequence[Status]) -> Tensor:
         """Returns the weighted sum, see `Reward.score`."""
         return self.score_parts(prompts, responses, statuses)[0]
 
     def score_parts(
-        self, prompts: Sequence[list[Message]], responses: Sequence[str], statuses: Sequence[Status]
+        self, prompts: Sequence[Prompt], responses: Sequence[str], statuses: Sequence[Status]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the weighted sum, and the raw scores of each part by name, those of nested sums included."""
         total = torch.zeros(len(responses), dtype=torch.float32)
