@@ -192,7 +192,7 @@ class Split:
 
 @dataclass
 class Scores:
-    """Rewards of B samples."""
+    """Rewards of B samples: all NaN until they are scored."""
 
     total: Tensor
     """[B] float32: the reward trained on, malformed samples included."""
@@ -200,6 +200,11 @@ class Scores:
     """Name of each reward → [B] float32 raw scores before weighting, NaN for samples that were not scored."""
     texts: list[str | None]
     """B response texts exactly as passed to the rewards, None for samples that were not scored."""
+
+    @classmethod
+    def unscored(cls, size: int, device: torch.device) -> Scores:
+        """Scores of samples that are not scored yet."""
+        return cls(torch.full((size,), torch.nan, device=device), {}, [None] * size)
 
 
 @dataclass

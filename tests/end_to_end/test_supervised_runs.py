@@ -86,7 +86,9 @@ def test_reward_model_learns_and_its_export_scores_equally(command: Command, pre
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", dtype=torch.float32)
     plain.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
     for prompt, response, score in zip(prompts, responses, scores, strict=True):
-        ids = tokenizer.apply_chat_template([*prompt.messages, {"role": "assistant", "content": response}], return_dict=False)
+        ids = tokenizer.apply_chat_template(
+            [*prompt.messages, {"role": "assistant", "content": response}], return_dict=False
+        )
         with torch.no_grad():
             assert plain(torch.tensor([ids])).logits.item() == pytest.approx(score.item(), abs=1e-5)
     assert (scores[:6] > scores[6:]).all()

@@ -207,7 +207,10 @@ def load_prompt_sets(options: SplitOptions, source: PolicySource) -> PromptSets:
 
 def _read_within_limit(name: str, options: SplitOptions, source: PolicySource) -> list[Prompt]:
     """Loads one prompt set and drops prompts with more than `max_prompt_tokens` rendered tokens."""
-    prompts, limit = load_prompts(name, options.column, options.system, options.extra_columns), options.max_prompt_tokens
+    prompts, limit = (
+        load_prompts(name, options.column, options.system, options.extra_columns),
+        options.max_prompt_tokens,
+    )
     fitting = []
     for prompt in prompts:
         try:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,12 +20,30 @@ class Reward(nn.Module):
 
     name: str = "reward"
     """Name under which the scores are logged."""
+    asks: bool = False
+    """Whether it sends responses to another process. Such a reward never receives the text of a malformed completion."""
+
+    @property
+    def part_names(self) -> list[str]:
+        """Names of the parts that `score_parts` reports."""
+        return [self.name]
 
     def check(self) -> None:
         """Raises UserError for errors that can be found before any weights are loaded."""
 
     def load(self) -> None:
         """Loads weights, if any; called once, before the trainer moves the module to its device."""
+
+    def prefetch(self, prompts: Sequence[Prompt], responses: Sequence[str], statuses: Sequence[Status]) -> None:
+        """Starts the requests for responses that `score` will receive, if it has any to make, and does not wait.
+
+        Log-probs are computed while they are answered. An error of a request is raised by `score`.
+
+        Args:
+            prompts: B prompts, as in `score`.
+            responses: B response texts, as in `score`.
+            statuses: B split statuses, as in `score`.
+        """
 
     @abstractmethod
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str], statuses: Sequence[Status]) -> Tensor:
@@ -55,3 +74,31 @@ class Reward(nn.Module):
         """
         total = self.score(prompts, responses, statuses)
         return total, {self.name: total}
+
+    def running_state(self) -> dict[str, Any]:
+        """The state that changes with every training batch, as plain data; saved in checkpoints."""
+        return {}
+
+    def load_running_state(self, state: Mapping[str, Any]) -> None:
+        """Loads a state that `running_state` returned."""
+
+    def close(self) -> None:
+        """Closes connections and files, if any; called when a run ends."""
+
+
+def all_rewards(rewards: nn.Module) -> list[Reward]:
+    """A reward and the rewards inside it, such as the parts of a sum; of a list of rewards those of all of them."""
+    return [module for module in rewards.modules() if isinstance(module, Reward)]
+
+
+def running_states(rewards: nn.Module) -> dict[str, Any]:
+    """Every `running_state` that is not empty, by the position of its reward in `all_rewards`."""
+    states = {str(number): reward.running_state() for number, reward in enumerate(all_rewards(rewards))}
+    return {number: state for number, state in states.items() if state}
+
+
+def load_running_states(rewards: nn.Module, states: Mapping[str, Any]) -> None:
+    """Loads what `running_states` returned; rewards without a saved state keep theirs."""
+    for number, reward in enumerate(all_rewards(rewards)):
+        if str(number) in states:
+            reward.load_running_state(states[str(number)])

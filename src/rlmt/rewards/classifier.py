@@ -127,7 +127,9 @@ class ClassifierReward(Reward):
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str], statuses: Sequence[Status]) -> Tensor:
         """See `Reward.score`; the status is ignored."""
-        rows = self._loaded_reader.encode([self.render(prompt.messages, r) for prompt, r in zip(prompts, responses, strict=True)])
+        rows = self._loaded_reader.encode(
+            [self.render(prompt.messages, r) for prompt, r in zip(prompts, responses, strict=True)]
+        )
         rows = [self._truncate(row) for row in rows]
         scores = torch.empty(len(rows), dtype=torch.float32)
         batches = batches_by_length([len(row) for row in rows], self.tokens_per_batch)
