@@ -37,7 +37,7 @@ from rlmt.rewards import Reward
 from rlmt.rewards.base import all_rewards, load_running_states, running_states
 from rlmt.rewards.classifier import shardable_models
 from rlmt.rewards.held_out import HeldOutRewards
-from rlmt.rewards.scoring import MalformedMode, check_mode
+from rlmt.rewards.scoring import MalformedMode, check_inputs
 from rlmt.types import AdapterWeights, Experience, PromptBatch
 
 
@@ -235,7 +235,7 @@ class RLMTModule(ScoringMixin, PolicyMixin, TrainingModule):
         loading.check_head(self.policy_config, self.policy_path)
         self.reward.check()
         self.held_out.check(self.reward)
-        check_mode(nn.ModuleList([self.reward, self.held_out]), self.malformed)
+        check_inputs(nn.ModuleList([self.reward, self.held_out]), self.malformed, data.extra_columns)
         self.check_adapter()
         adapter = self.planned_adapter_config()
         for engine in engines:

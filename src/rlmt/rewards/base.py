@@ -21,12 +21,17 @@ class Reward(nn.Module):
     name: str = "reward"
     """Name under which the scores are logged."""
     asks: bool = False
-    """Whether it sends responses to another process. Such a reward never receives the text of a malformed completion."""
+    """Whether it sends responses to another process; such a reward never receives a malformed completion."""
 
     @property
     def part_names(self) -> list[str]:
         """Names of the parts that `score_parts` reports."""
         return [self.name]
+
+    @property
+    def columns(self) -> set[str]:
+        """The columns of the prompt set that it reads in `Prompt.extra`."""
+        return set()
 
     def check(self) -> None:
         """Raises UserError for errors that can be found before any weights are loaded."""

@@ -98,12 +98,22 @@ def prefetch(
     return any(reward.asks for reward in all_rewards(rewards))
 
 
-def check_mode(rewards: nn.Module, mode: MalformedMode) -> None:
-    """Checks that no reward sends complete texts, thoughts included, to another process.
+def check_inputs(rewards: nn.Module, mode: MalformedMode, extra_columns: Sequence[str]) -> None:
+    """Checks that rewards have the columns that they read, and that none sends thoughts to another process.
+
+    Args:
+        rewards: The rewards.
+        mode: How malformed samples are scored.
+        extra_columns: Columns that are read from the prompt set.
 
     Raises:
-        UserError: The mode is `score_all`, and a reward asks.
+        UserError: A column is missing, or the mode is `score_all` and a reward asks.
     """
+    for reward in all_rewards(rewards):
+        for column in sorted(reward.columns.difference(extra_columns)):
+            raise UserError(
+                f"--data.extra_columns does not have {column!r}, which reward {reward.name!r} reads; add it."
+            )
     asking = [reward.name for reward in all_rewards(rewards) if reward.asks]
     if mode == "score_all" and asking:
         raise UserError(

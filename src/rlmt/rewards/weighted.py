@@ -151,7 +151,8 @@ class WeightedSum(Reward):
 class RunningMoments:
     """Mean and standard deviation of a stream of numbers, merged batch by batch.
 
-    Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances" (1979), eq. 2.1.
+    Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances" (1979),
+    equation 2.1.
 
     Args:
         count: Number of values so far.
