@@ -17,7 +17,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +68,7 @@ class Recorder(Reward):
         super().__init__()
         self.seen: list[str] = []
 
-    def score(self, prompts: Sequence[Any], responses: Sequence[str], statuses: Sequence[Status]) -> Tensor:
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str], statuses: Sequence[Status]) -> Tensor:
         """See `Reward.score`."""
         self.seen = list(responses)
         return torch.tensor([float(len(text) % 11) for text in responses])
@@ -92,7 +91,7 @@ class TextPath:
 
     def check(self, completions: list[list[int]]) -> None:
         """Runs cases through the text path; raises AssertionError if a check fails."""
-        experience = self.module.score(rollouts(completions))
+        experience = self.module.score(self.module.split(rollouts(completions)))
         for text, scored, split in zip(experience.texts, experience.scores.texts, experience.splits, strict=True):
             self.statuses[split.status.value] += 1
             hidden = thought_marks(text, self.format)

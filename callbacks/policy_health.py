@@ -1,14 +1,16 @@
-"""Warnings about a run: engine and trainer that disagree, a policy that diverges, samples without a signal."""
+"""Warnings about a run: engine and trainer disagree, a policy diverges or over-optimises, samples without a signal."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from rlmt.options import FloatAboveOne, PositiveFloat, check_ranges
+from rlmt.options import FloatAboveOne, PositiveFloat, PositiveInt, check_ranges
 from rlmt.types import Experience
 
 from ._common import experience_of, step_metrics
@@ -18,18 +20,21 @@ NO_PAIR = ("malformed", "margin", "length")
 
 
 class PolicyHealth(Callback):
-    """Warns once per run of each of four problems, from the metrics that the module logs.
+    """Warns once per run of each of five problems, from the metrics that the module logs.
 
     Engine and trainer disagree on the log-prob of a token; the policy diverges within one rollout batch; all samples of
-    a step are malformed; a step of DPO has no pair.
+    a step are malformed; a step of DPO has no pair; a held-out reward falls from validation to validation while the
+    reward rises.
 
     Args:
         max_mismatch: Largest difference in nats between a token's log-prob under the engine and under the trainer that
             does not warn.
         max_ratio: Largest probability ratio of a token to the policy that sampled it that does not warn.
+        validations: Validations in a row in which a held-out reward falls before it warns, if the reward has risen over
+            them.
 
     Raises:
-        UserError: `max_mismatch` is not positive, or `max_ratio` not above 1.
+        UserError: `max_mismatch` or `validations` is not positive, or `max_ratio` not above 1.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -38,11 +43,23 @@ class PolicyHealth(Callback):
         >>> trainer = Trainer(callbacks=[health], logger=False, accelerator="cpu")
     """
 
-    def __init__(self, max_mismatch: PositiveFloat = 1.0, max_ratio: FloatAboveOne = 10.0) -> None:
+    def __init__(
+        self, max_mismatch: PositiveFloat = 1.0, max_ratio: FloatAboveOne = 10.0, validations: PositiveInt = 3
+    ) -> None:
         check_ranges(PolicyHealth, locals())
         self.max_mismatch = max_mismatch
         self.max_ratio = max_ratio
+        self.validations = validations
         self._warned: set[str] = set()
+        self._history: list[dict[str, float]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scores of the last validations."""
+        return {"history": self._history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores the scores of the last validations."""
+        self._history = list(state_dict.get("history", []))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -50,6 +67,27 @@ class PolicyHealth(Callback):
         """Checks the step's metrics and samples."""
         self._check_metrics(step_metrics(trainer, outputs))
         self._check_format(experience_of(outputs))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compares the reward and the held-out rewards with those of earlier validations."""
+        held_out: Any = getattr(pl_module, "held_out", None)
+        if not held_out or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        names = ("reward_mean", *held_out.names)
+        logged = {name: float(trainer.callback_metrics[f"val/{name}"]) for name in names}
+        self._history = [*self._history, logged][-self.validations - 1 :]
+        first, last = self._history[0], self._history[-1]
+        if len(self._history) <= self.validations or not first["reward_mean"] < last["reward_mean"]:
+            return
+        for name in held_out.names:
+            scores = [row.get(name, math.nan) for row in self._history]  # a resumed run may have a new reward
+            if all(after < before for before, after in pairwise(scores)):
+                self._warn(
+                    f"val/{name}",
+                    f"val/{name} fell from {first[name]:.3g} to {last[name]:.3g} in {self.validations} validations in a"
+                    f" row while val/reward_mean rose from {first['reward_mean']:.3g} to {last['reward_mean']:.3g}: the"
+                    " policy over-optimises the reward. Stop, or use an earlier checkpoint (--config early_stop).",
+                )
 
     def _check_metrics(self, metrics: dict[str, float]) -> None:
         mismatch = metrics.get("engine/mismatch_max", 0.0)

@@ -32,6 +32,9 @@ class Prompt:
     """Row number in the prompt set as loaded, before shuffling or splitting: stable over epochs and runs."""
     messages: list[Message]
     """The conversation, oldest turn first; an optional system turn comes first."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Other columns of the row, such as a reference answer: JSON values by column name, for rewards and rollout files.
+    The policy never sees them."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,11 @@ class RolloutBatch:
         """B completion lengths in tokens."""
         return [len(ids) for ids in self.completion_ids]
 
+    @property
+    def prompt_per_sample(self) -> list[Prompt]:
+        """B prompts, one per sample."""
+        return [prompt for prompt in self.prompts for _ in range(self.group_size)]
+
     def __len__(self) -> int:
         return len(self.completion_ids)
 
@@ -184,7 +192,7 @@ class Split:
 
 @dataclass
 class Scores:
-    """Rewards of B samples."""
+    """Rewards of B samples: all NaN until they are scored."""
 
     total: Tensor
     """[B] float32: the reward trained on, malformed samples included."""
@@ -192,6 +200,11 @@ class Scores:
     """Name of each reward → [B] float32 raw scores before weighting, NaN for samples that were not scored."""
     texts: list[str | None]
     """B response texts exactly as passed to the rewards, None for samples that were not scored."""
+
+    @classmethod
+    def unscored(cls, size: int, device: torch.device) -> Scores:
+        """Scores of samples that are not scored yet."""
+        return cls(torch.full((size,), torch.nan, device=device), {}, [None] * size)
 
 
 @dataclass

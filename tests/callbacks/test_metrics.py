@@ -1,13 +1,18 @@
 """Metrics of rewards and lengths against numbers derived by hand from conftest's batch, and warnings about them."""
 
 import math
+import warnings
+from types import SimpleNamespace
 
 import pytest
+import torch
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from rlmt.callbacks import CoTLength, PolicyHealth, RewardCurves
 from rlmt.errors import UserError
-from rlmt.modules.metrics import reward_metrics
+from rlmt.modules.metrics import response_metrics, reward_metrics
+from rlmt.rewards import RegexReward
+from rlmt.rewards.held_out import HeldOutRewards
 
 LENGTHS = {
     "length/thought_mean": 35.0,
@@ -26,13 +31,20 @@ REWARDS = {
 }
 
 
+RESPONSES = {
+    # rewards -1 0 1 and 0 0, lengths -1 0 1 and -0.5 0.5 around the means of their prompts: 2 / √(2 · 2.5)
+    "reward/length_correlation": 2 / math.sqrt(5),
+    "response/distinct_2": 1.0,
+}
+
+
 def test_lengths_and_rewards_reach_the_csv_at_their_step(world, tmp_path):
     world.fit(tmp_path, [], steps=3)
     rows = world.csv(tmp_path)
     assert [row["step"] for row in rows] == [0, 1, 2]
     for step, row in enumerate(rows):
         grown = {"reward/mean": 3.5 + step, "reward/classifier": 3.0 + step}
-        for name, value in (LENGTHS | REWARDS | grown).items():
+        for name, value in (LENGTHS | REWARDS | RESPONSES | grown).items():
             assert row[name] == pytest.approx(value, rel=1e-6), name
         assert math.isnan(row["reward/none"])
         assert "reward" not in row and "thought" not in row, "the short names are for the progress bar alone"
@@ -45,6 +57,49 @@ def test_metrics_without_well_formed_samples(world, tmp_path):
     assert math.isnan(row["reward/classifier"])
     assert row["reward/mean"] == 3.5
     assert (tmp_path / "curves.png").is_file()
+
+
+def test_repetition_and_length_are_those_of_well_formed_responses(world):
+    experience = world.experience()
+    completions = experience.rollouts.completion_ids
+    completions[0][:] = [7] * 10 + [1]  # one token has no pair
+    completions[1][:] = [7] * 20 + [5, 5, 5, 5]  # one of three pairs is distinct
+    completions[4][:] = [7] * 50 + [1, 2, 1, 2, 1]  # two of four
+    completions[2][:], completions[3][:] = [7] * 30 + [1, 2, 3], [7] * 40 + [1, 2, 3, 4]
+    metrics = response_metrics(experience)
+    assert metrics["response/distinct_2"] == pytest.approx((1 / 3 + 1 + 1 + 1 / 2) / 4)
+    assert response_metrics(world.experience(malformed=True))["reward/length_correlation"] == 0
+    equal = world.experience()
+    equal.scores.total = torch.full((6,), 0.1)
+    assert response_metrics(equal)["reward/length_correlation"] == 0
+
+
+def validate(health, rewards, held_out):
+    """Warnings of a run whose validations have these scores."""
+    module = SimpleNamespace(held_out=HeldOutRewards([RegexReward("a", name="other")]))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for reward, other in zip(rewards, held_out, strict=True):
+            logged = {"val/reward_mean": torch.tensor(reward), "val/other": torch.tensor(other)}
+            state = SimpleNamespace(fn="fit")
+            trainer = SimpleNamespace(callback_metrics=logged, sanity_checking=False, state=state)
+            health.on_validation_end(trainer, module)
+    return [str(warning.message) for warning in caught]
+
+
+def test_falling_held_out_reward_warns_once_while_the_reward_rises():
+    (warning,) = validate(PolicyHealth(), [1.0, 2.0, 1.5, 3.0, 4.0], [9.0, 8.0, 7.0, 6.0, 5.0])
+    assert warning.startswith(
+        "val/other fell from 9 to 6 in 3 validations in a row while val/reward_mean rose from 1 to 3"
+    )
+    assert "\n" not in warning
+    assert not validate(PolicyHealth(), [1.0, 2.0, 3.0, 4.0], [9.0, 8.0, 8.0, 7.0]), "it does not fall every time"
+    assert not validate(PolicyHealth(), [4.0, 3.0, 2.0, 1.0], [9.0, 8.0, 7.0, 6.0]), "the reward falls, too"
+    assert not validate(PolicyHealth(validations=4), [1.0, 2.0, 3.0, 4.0], [9.0, 8.0, 7.0, 6.0])
+    first, resumed = PolicyHealth(validations=2), PolicyHealth(validations=2)
+    assert not validate(first, [1.0, 2.0], [9.0, 8.0])
+    resumed.load_state_dict(first.state_dict())
+    assert len(validate(resumed, [3.0], [7.0])) == 1
 
 
 def test_single_sample_has_standard_deviation_zero(world):

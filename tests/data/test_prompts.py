@@ -1,6 +1,8 @@
 import csv
 import json
 import os
+from datetime import datetime
+from hashlib import blake2b
 from pathlib import Path
 
 import datasets
@@ -8,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rlmt.data.prompts import PromptDataset, load_prompts
+from rlmt.data.prompts import PromptDataset, _check_extra, load_prompts
 from rlmt.errors import UserError
 
 ROWS = ["Hi, there", "Line one\nline two", "Naïve “quotes” 😀", "a\u2028b\x00c"]
@@ -71,6 +73,43 @@ def test_system_prompt_is_added_and_extra_keys_are_dropped(tmp_path):
     assert first.messages == [{"role": "system", "content": "Own."}, user("A"), assistant("B"), user("C")]
     assert second.messages == [{"role": "system", "content": "Be kind."}, user("D")]
     assert load_prompts(source)[1].messages == [user("D")]
+
+
+def test_named_columns_travel_with_the_prompt(tmp_path):
+    rows = [
+        {"prompt": "A", "reference": "42", "checklist": [{"item": "short", "weight": 2}], "unread": 1},
+        {"prompt": "B", "reference": None, "checklist": [], "unread": 2},
+    ]
+    plain = write_jsonl(tmp_path / "rows.jsonl", rows)
+    columnar = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), columnar)
+    for source in (plain, str(columnar)):
+        first, second = load_prompts(source, extra_columns=["reference", "checklist"])
+        assert first.extra == {"reference": "42", "checklist": [{"item": "short", "weight": 2}]}
+        assert second.extra == {"reference": None, "checklist": []}
+        assert load_prompts(source)[0].extra == {}
+    assert "--data.extra_columns" in error_of(plain, extra_columns=["rubric"])
+
+
+def test_fingerprint_depends_on_the_extra_columns_only_where_there_are_some(tmp_path):
+    source = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "A", "reference": "42"}])
+    plain = PromptDataset(load_prompts(source))
+    assert plain.fingerprint() != PromptDataset(load_prompts(source, extra_columns=["reference"])).fingerprint()
+    rows = json.dumps([0, [user("A")]]).encode()
+    assert plain.fingerprint() == blake2b(rows, digest_size=16).hexdigest(), "as in checkpoints of earlier versions"
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        (float("nan"), "`extra` has the number nan, which JSON cannot represent"),
+        (["ok", "lone \ud83d"], "`extra` contains a lone surrogate"),
+        ({"at": datetime(2026, 1, 1)}, "`extra` has a value of type datetime"),
+    ],
+)
+def test_columns_that_are_not_json_are_refused(value, problem):
+    with pytest.raises(ValueError, match=problem):
+        _check_extra("extra", value)
 
 
 def test_parquet_messages_are_read_from_structs(tmp_path):

@@ -21,7 +21,7 @@ from rlmt.models.loading import load_policy
 from rlmt.modules import reward_modeling
 from rlmt.modules.supervised import SupervisedModule
 from rlmt.rewards import ClassifierReward
-from rlmt.types import Status
+from rlmt.types import Prompt, Status
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 Command = Callable[..., list[str]]
@@ -62,8 +62,9 @@ def outputs(model: Any) -> Tensor:
 
 
 def scores(reward: ClassifierReward) -> Tensor:
-    prompts = [[{"role": "user", "content": f"Tell me about {word}."}] for word in ("red", "two bees", "a cat")]
-    return reward.score(prompts, ["Sure: red", "No one", "A cat is a cat."], [Status.OK] * 3)  # type: ignore[arg-type]
+    words = ("red", "two bees", "a cat")
+    prompts = [Prompt(i, [{"role": "user", "content": f"Tell me about {word}."}]) for i, word in enumerate(words)]
+    return reward.score(prompts, ["Sure: red", "No one", "A cat is a cat."], [Status.OK] * 3)
 
 
 def peft_model(kind: str, base: str, adapter: Path, four_bits: bool) -> Any:

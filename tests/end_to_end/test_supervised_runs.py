@@ -18,7 +18,7 @@ from rlmt.models import loading, reward_model
 from rlmt.models.loading import load_policy, load_tokenizer
 from rlmt.modules import sft
 from rlmt.rewards import ClassifierReward
-from rlmt.types import Status
+from rlmt.types import Prompt, Status
 
 Command = Callable[..., list[str]]
 
@@ -79,14 +79,16 @@ def test_reward_model_learns_and_its_export_scores_equally(command: Command, pre
     reward = ClassifierReward(str(tmp_path / "model"))
     reward.load()
     samples = [json.loads(line) for line in preferences.read_text().splitlines()[:6]]
-    prompts = [[{"role": "user", "content": row["prompt"]}] for row in samples] * 2
+    prompts = [Prompt(i, [{"role": "user", "content": row["prompt"]}]) for i, row in enumerate(samples)] * 2
     responses = [row["chosen"] for row in samples] + [row["rejected"] for row in samples]
     scores = reward.score(prompts, responses, [Status.OK] * 12)
     # The weights of the checkpoint score one conversation at a time, rendered with the policy's template.
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", dtype=torch.float32)
     plain.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
     for prompt, response, score in zip(prompts, responses, scores, strict=True):
-        ids = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": response}], return_dict=False)
+        ids = tokenizer.apply_chat_template(
+            [*prompt.messages, {"role": "assistant", "content": response}], return_dict=False
+        )
         with torch.no_grad():
             assert plain(torch.tensor([ids])).logits.item() == pytest.approx(score.item(), abs=1e-5)
     assert (scores[:6] > scores[6:]).all()

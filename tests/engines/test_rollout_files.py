@@ -23,7 +23,7 @@ def experience() -> Experience:
     rollouts = RolloutBatch(
         prompts=[
             Prompt(12345678901, [{"role": "system", "content": ""}, {"role": "user", "content": "q\0"}]),
-            Prompt(3, [{"role": "user", "content": "p"}]),
+            Prompt(3, [{"role": "user", "content": "p"}], {"reference": "é\u2028", "weights": [0.5, None]}),
         ],
         group_size=2,
         prompt_ids=[[1, 2, 3], [4]],
@@ -62,6 +62,9 @@ def test_round_trip_through_a_file_is_exact(experience, tmp_path):
     assert rows["group"] == [0, 0, 1, 1] and rows["sample"] == [0, 1, 0, 1]
     assert rows["prompt_index"] == [12345678901, 12345678901, 3, 3]
     assert rows["messages"] == [p.messages for p in experience.rollouts.prompts for _ in range(2)]
+    assert [extra and json.loads(extra) for extra in rows["extra"]] == [
+        p.extra or None for p in experience.rollouts.prompts for _ in range(2)
+    ]
     assert rows["prompt_ids"] == [[1, 2, 3], [1, 2, 3], [4], [4]]
     assert rows["completion_ids"] == experience.rollouts.completion_ids
     assert [len(values) for values in rows["engine_logprobs"]] == [2, 1, 3, 1]
@@ -81,6 +84,14 @@ def test_round_trip_through_a_file_is_exact(experience, tmp_path):
     sampling = [rows[name] for name in ("temperature", "top_p", "max_new_tokens", "stop", "stop_token_ids")]
     assert list(zip(*sampling, strict=True)) == [(0.7, 0.95, 64, ["</response>"], [9, 10])] * 4
     assert len(rows) == len(SCHEMA)
+
+
+def test_files_without_extra_columns_are_read(experience, tmp_path):
+    table = rollout_table(experience, step=0)
+    pq.write_table(table.drop_columns(["extra"]), tmp_path / "old.parquet")
+    write_rollouts(table, tmp_path / "rows.parquet")
+    assert read_rollouts(tmp_path)["extra"].to_pylist()[:4] == [None] * 4
+    assert read_rollouts(tmp_path, ["text", "extra"]).schema.names == ["text", "extra"]
 
 
 def test_folder_is_read_in_the_order_of_names(experience, tmp_path):

@@ -23,7 +23,7 @@ from rlmt.modules.dynamic_sampling import select
 from rlmt.modules.update import PolicyUpdate
 from rlmt.rewards import ClassifierReward
 from rlmt.rewards.classifier import shardable_models
-from rlmt.types import Experience, Split, Status
+from rlmt.types import Experience, Prompt, Split, Status
 
 CPU = torch.device("cpu")
 BUDGET = 60
@@ -111,7 +111,7 @@ def scores(folder: str, number: int, mesh: DeviceMesh | None = None) -> Tensor:
         shard_model(reward.model, mesh, mixed=False)  # type: ignore[arg-type]
     words = [f"{'tea and ' * n}cake" for n in (1, 9, 2, 20, 5)]
     mine = {0: slice(0, 4), 1: slice(4, 5), -1: slice(None)}[number]
-    prompts: list[Any] = [[{"role": "user", "content": f"Which {word}?"}] for word in words]
+    prompts = [Prompt(i, [{"role": "user", "content": f"Which {word}?"}]) for i, word in enumerate(words)]
     scored = reward.score(prompts[mine], words[mine], [Status.OK] * len(words[mine]))
     assert len(reward.score([], [], [])) == 0
     return scored

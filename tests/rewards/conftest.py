@@ -1,8 +1,11 @@
-"""Tiny random reward models."""
+"""Tiny random reward models, and loopback services that score."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForSequenceClassification, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+
+sys.path.append(str(Path(__file__).parents[1] / "endpoints"))
+from loopback import Loopback, Reply, completion  # noqa: E402
 
 BOS, EOT = "<|bos|>", "<|eot|>"
 TURNS = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<|eot|>{% endfor %}"
@@ -78,3 +84,45 @@ def reward_model(tmp_path: Path) -> Callable[..., str]:
         return str(folder)
 
     return make
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[str, Any], Reply]], Loopback]]:
+    """Starts loopback services without a key; waits between attempts are short."""
+    monkeypatch.setattr("rlmt.endpoints.client.FIRST_WAIT", 0.001)
+    started: list[Loopback] = []
+
+    def start(script: Callable[[str, Any], Reply]) -> Loopback:
+        started.append(Loopback(script))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.close()
+
+
+def score_anything(path: str, body: Any) -> Reply:
+    """A service for every reward that asks: what it scores is the number of the letter e in the response."""
+    if path == "/classify":
+        scores = [sum(ids) % 97 / 20 - 2 for ids in body["input"]]
+        if body.get("use_activation", True):
+            scores = [1 / (1 + math.exp(-score)) for score in scores]
+        return Reply({"data": [{"index": i, "probs": [score]} for i, score in enumerate(scores)]})
+    if "responses" in body:
+        return Reply({"rewards": [text.count("e") / 10 for text in body["responses"]]})
+    question = body["messages"][-1]["content"]
+    responses = re.findall(r"<response(?:_[ab])?>\n(.*?)\n</response", question, re.DOTALL)
+    counts = [text.count("e") for text in responses]
+    if len(counts) == 2:
+        return completion("Hm.\nWinner: " + ("tie" if counts[0] == counts[1] else "AB"[counts[1] > counts[0]]))
+    if "<criteria>" in question:
+        (criteria,) = re.findall(r"<criteria>\n(.*?)\n</criteria>", question, re.DOTALL)
+        numbers = range(1, len(criteria.splitlines()) + 1)
+        return completion("\n".join(f"{n}: {'yes' if counts[0] >= n else 'no'}" for n in numbers))
+    return completion(f"Fine.\n**Score: {1 + min(9, counts[0])}**")
+
+
+@pytest.fixture
+def scorer(serve: Callable[[Callable[[str, Any], Reply]], Loopback]) -> Loopback:
+    """A service that runs `score_anything`."""
+    return serve(score_anything)

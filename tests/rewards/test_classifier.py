@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from rlmt.errors import UserError
 from rlmt.rewards import ClassifierReward
 from rlmt.rewards.conversation import ConversationReader
-from rlmt.types import Message, Status
+from rlmt.types import Message, Prompt, Status
 
 MakeModel = Callable[..., str]
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
@@ -38,7 +38,7 @@ def loaded(folder: str, **options: object) -> ClassifierReward:
 
 
 def score(reward: ClassifierReward, responses: list[str], prompt: str = "hi") -> torch.Tensor:
-    return reward.score([user(prompt)] * len(responses), responses, [Status.OK] * len(responses))
+    return reward.score([Prompt(0, user(prompt))] * len(responses), responses, [Status.OK] * len(responses))
 
 
 def alone(folder: str, text: str, dtype: torch.dtype = torch.float32) -> float:

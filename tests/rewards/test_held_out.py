@@ -15,7 +15,7 @@ from rlmt.errors import UserError
 from rlmt.models import loading
 from rlmt.rewards import ClassifierReward, RegexReward, Reward, WeightedSum
 from rlmt.rewards.held_out import HeldOutRewards
-from rlmt.types import Experience, FinishReason, Message, Prompt, RolloutBatch, Sampling, Scores, Split, Status
+from rlmt.types import Experience, FinishReason, Prompt, RolloutBatch, Sampling, Scores, Split, Status
 
 # Scores of a reward at each validation of 4 prompts: the third is the best; three later ones are not better.
 DRIFT = """
@@ -126,7 +126,7 @@ class Says(Reward):
         super().__init__()
         self.name, self.values = name, values
 
-    def score(self, prompts: Sequence[list[Message]], responses: Sequence[str], statuses: Sequence[Status]) -> Tensor:
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str], statuses: Sequence[Status]) -> Tensor:
         assert responses == ["a", "b"]  # never a thought
         return torch.tensor(self.values)
 

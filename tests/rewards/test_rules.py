@@ -10,9 +10,9 @@ import torch
 
 from rlmt.errors import UserError
 from rlmt.rewards import CallableReward, FormatReward, LengthWindow, RegexReward, Reward
-from rlmt.types import Message, Status
+from rlmt.types import Prompt, Status
 
-PROMPT: list[Message] = [{"role": "user", "content": "hi"}]
+PROMPT = Prompt(0, [{"role": "user", "content": "hi"}], {"reference": ["Hi!"]})
 
 
 def scores(reward: Reward, responses: list[str], statuses: list[Status] | None = None) -> list[float]:
@@ -78,6 +78,9 @@ def nan(prompt, response):
 def text(prompt, response):
     return "5"
 
+def exact(prompt, response, extra):
+    return float(response == extra["reference"].pop())
+
 NUMBER = 7
 """
 
@@ -95,8 +98,13 @@ def test_callable_receives_prompt_and_response_and_cannot_change_the_prompt(func
     reward = CallableReward(f"{functions}.length")
     assert reward.name == "length"
     assert scores(reward, ["ab", ""]) == [302, 300]  # "hi!" each time
-    assert PROMPT == [{"role": "user", "content": "hi"}]
+    assert PROMPT.messages == [{"role": "user", "content": "hi"}]
     assert scores(CallableReward(f"{functions}.numpy_float", name="half"), ["a"]) == [0.5]
+
+
+def test_callable_with_a_parameter_extra_receives_the_row_and_cannot_change_it(functions: str) -> None:
+    assert scores(CallableReward(f"{functions}.exact"), ["Hi!", "hi", "Hi!"]) == [1, 0, 1]
+    assert PROMPT.extra == {"reference": ["Hi!"]}
 
 
 @pytest.mark.parametrize(

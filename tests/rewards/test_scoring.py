@@ -17,7 +17,7 @@ from torch import Tensor
 from rlmt.errors import UserError
 from rlmt.formats.thinking import FormatName, ThinkingFormat
 from rlmt.rewards import ClassifierReward, FormatReward, MalformedMode, Reward, WeightedSum, score
-from rlmt.types import Message, Split, Status
+from rlmt.types import Message, Prompt, Split, Status
 
 SENTINEL = "⟦secret⟧"
 
@@ -36,9 +36,9 @@ class Recorder(Reward):
         self.values = values
         self.seen: list[tuple[str, str, Status]] = []
 
-    def score(self, prompts: Sequence[list[Message]], responses: Sequence[str], statuses: Sequence[Status]) -> Tensor:
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str], statuses: Sequence[Status]) -> Tensor:
         self.seen = [
-            (prompt[-1]["content"], response, status)
+            (prompt.messages[-1]["content"], response, status)
             for prompt, response, status in zip(prompts, responses, statuses, strict=True)
         ]
         return torch.tensor([float(len(r)) for r in responses] if self.values is None else self.values)
@@ -51,7 +51,7 @@ SPLITS = [
     Split("t3", "", Status.STRAY_TAG),
 ]
 TEXTS = ["<think>t0</think>abc", "<think>t1", "<think>t2</think>a", "<think>t3</think>x</think>y"]
-PROMPTS = [user(f"p{i}") for i in range(4)]
+PROMPTS = [Prompt(i, user(f"p{i}")) for i in range(4)]
 
 
 def test_penalty_hides_malformed_samples_from_the_reward() -> None:
@@ -166,7 +166,7 @@ def test_scored_text_equals_golden_text(
     split = ThinkingFormat(name, instruction="Think first.").split(text)
     assert split.status is status
     reward = ClassifierReward(reward_model())
-    (shown,) = score(Recorder(), [user("Hi")], [split], [text], mode).texts
+    (shown,) = score(Recorder(), [Prompt(0, user("Hi"))], [split], [text], mode).texts
     want = response if response is not None else {"penalty": None, "null": "[NULL]", "score_all": text}[mode]
     assert shown == want
     if shown is not None:
@@ -200,7 +200,7 @@ def test_no_thought_reaches_a_reward(
         text += "</think>" + "".join(after)
     split = ThinkingFormat(name, prefill=prefill).split(text)
     reward = Recorder()
-    got = score(reward, [user("p")], [split], [text], mode)
+    got = score(reward, [Prompt(0, user("p"))], [split], [text], mode)
     assert SENTINEL not in "".join(shown or "" for shown in got.texts)
     assert SENTINEL not in "".join(response for _, response, _ in reward.seen)
     assert got.texts[0] is None or mode == "null" or split.ok
@@ -214,7 +214,7 @@ import sys
 import torch
 from torch import distributed
 from rlmt.rewards import Reward, score
-from rlmt.types import Split, Status
+from rlmt.types import Prompt, Split, Status
 
 class Fixed(Reward):
     def score(self, prompts, responses, statuses):
@@ -224,7 +224,7 @@ rank, store = int(sys.argv[1]), sys.argv[2]
 VALUE = [-20.0, 3.0][rank]
 distributed.init_process_group("gloo", f"file://{store}", world_size=2, rank=rank)
 splits = [Split("", "a", Status.OK), Split("", "", Status.UNCLOSED)]
-print(score(Fixed(), [[]] * 2, splits, ["", ""]).total.tolist(), flush=True)
+print(score(Fixed(), [Prompt(0, [])] * 2, splits, ["", ""]).total.tolist(), flush=True)
 distributed.destroy_process_group()
 """
 

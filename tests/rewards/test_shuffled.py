@@ -3,11 +3,11 @@
 import torch
 
 from rlmt.rewards import CallableReward, LengthWindow, ShuffledReward
-from rlmt.types import Message, Status
+from rlmt.types import Message, Prompt, Status
 
 
-def batch(prompts: int, samples: int) -> tuple[list[list[Message]], list[str]]:
-    said = [[Message(role="user", content=f"prompt {p}")] for p in range(prompts) for _ in range(samples)]
+def batch(prompts: int, samples: int) -> tuple[list[Prompt], list[str]]:
+    said = [Prompt(p, [Message(role="user", content=f"prompt {p}")]) for p in range(prompts) for _ in range(samples)]
     return said, ["x" * (10 * p + s) for p in range(prompts) for s in range(samples)]
 
 

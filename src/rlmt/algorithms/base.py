@@ -50,6 +50,11 @@ class Algorithm(ABC):
         return False
 
     @property
+    def selects(self) -> bool:
+        """True if the algorithm selects pairs by their rewards, so that log-probs cannot be computed before scoring."""
+        return type(self).select is not Algorithm.select
+
+    @property
     def off_policy_correction(self) -> str:
         """How the algorithm corrects for off-policy samples, as text for the user."""
         return "the objective takes them as they are"

@@ -234,6 +234,6 @@ def _has(tree: Any, keys: Sequence[str]) -> bool:
     if not isinstance(tree, Mapping):
         return False
     inner = tree.get("init_args")
-    return any(
-        key == keys[0] and _has(value, keys[1:]) for key, value in tree.items()
-    ) or (isinstance(inner, Mapping) and _has(inner, keys))
+    return any(key == keys[0] and _has(value, keys[1:]) for key, value in tree.items()) or (
+        isinstance(inner, Mapping) and _has(inner, keys)
+    )

@@ -3,7 +3,8 @@
 One column contains the prompts: `prompt` (text or a list of messages), else `messages`. A prompt is a conversation in
 which user and assistant alternate, with an optional system turn first. It ends with a user turn, because the policy
 writes the next one. A row that ends with an assistant turn (preference and SFT data) is an error and is not truncated
-silently: its last turn may be a target that the user wants to keep. Other columns are not read.
+silently: its last turn may be a target that the user wants to keep. Other columns are read only if they are named; they
+travel with the prompt as `Prompt.extra`.
 
 Every invalid row is reported with its file and row number before any model is loaded. Text is used unchanged, control
 characters included; only lone surrogates are refused, because no tokenizer can encode them.
@@ -12,6 +13,7 @@ characters included; only lone surrogates are refused, because no tokenizer can 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from hashlib import blake2b
 from typing import NamedTuple, Protocol
@@ -22,7 +24,7 @@ from torch.utils.data import Dataset
 from rlmt.data.generation import PolicySource
 from rlmt.data.messages import check_system, check_turns, text_problem, to_conversation, type_name, with_system
 from rlmt.data.sampler import shuffled
-from rlmt.data.tables import parse_rows, read_table
+from rlmt.data.tables import Cells, parse_rows, read_table
 from rlmt.errors import UserError
 from rlmt.types import Message, Prompt
 
@@ -55,11 +57,14 @@ class PromptDataset(Dataset[Prompt]):
         """A hash of all rows: equal for equal prompts in equal order, on every machine."""
         digest = blake2b(digest_size=16)
         for prompt in self.prompts:
-            digest.update(json.dumps([prompt.index, prompt.messages]).encode())
+            row = [prompt.index, prompt.messages, *([prompt.extra] if prompt.extra else [])]
+            digest.update(json.dumps(row).encode())
         return digest.hexdigest()
 
 
-def load_prompts(source: str, column: str | None = None, system: str | None = None) -> list[Prompt]:
+def load_prompts(
+    source: str, column: str | None = None, system: str | None = None, extra_columns: Sequence[str] = ()
+) -> list[Prompt]:
     """Reads all prompts of a file or a Hub dataset.
 
     A source is a file if it exists, has a known suffix (.parquet, .jsonl, .json, .csv) or looks like a path. Anything
@@ -69,18 +74,30 @@ def load_prompts(source: str, column: str | None = None, system: str | None = No
         source: Path or Hub name.
         column: Column with the prompts; None uses `prompt`, else `messages`.
         system: System prompt for rows without one.
+        extra_columns: Columns to read into `Prompt.extra`.
 
     Returns:
         The prompts in the order of the rows, `index` counting from 0.
 
     Raises:
-        UserError: The source cannot be read, lacks the column, is empty, or has invalid rows.
+        UserError: The source cannot be read, lacks a column, is empty, or has invalid rows.
     """
     check_system(system)
-    rows = read_table(source, lambda found: [_select_column(found, column, source)], "prompts")
-    return parse_rows(
-        source, rows, lambda index, cells: Prompt(index, _to_messages(*next(iter(cells.items())), system))
-    )
+
+    def select(found: Sequence[str]) -> list[str]:
+        if missing := [name for name in extra_columns if name not in found]:
+            columns = ", ".join(map(repr, found))
+            raise UserError(f"--data.extra_columns: {source} has no column {missing[0]!r}, only {columns}; rename one.")
+        return list(dict.fromkeys([_select_column(found, column, source), *extra_columns]))
+
+    def parse(index: int, cells: Cells) -> Prompt:
+        prompt_column = next(iter(cells))
+        extra = {name: cells[name] for name in extra_columns}
+        for name, value in extra.items():
+            _check_extra(name, value)
+        return Prompt(index, _to_messages(prompt_column, cells[prompt_column], system), extra)
+
+    return parse_rows(source, read_table(source, select, "prompts"), parse)
 
 
 def _to_messages(column: str, cell: object, system: str | None) -> list[Message]:
@@ -98,6 +115,25 @@ def _to_messages(column: str, cell: object, system: str | None) -> list[Message]
     if messages[-1]["role"] != "user":
         raise ValueError("ends with an assistant turn; a prompt ends with a user turn")
     return with_system(messages, system)
+
+
+def _check_extra(column: str, value: object) -> None:
+    """Raises ValueError with a short reason unless a value is JSON: it is written to files and sent to services."""
+    if isinstance(value, str):
+        if value.strip() and (problem := text_problem(value)):
+            raise ValueError(f"`{column}` {problem}")
+    elif isinstance(value, list):
+        for item in value:
+            _check_extra(column, item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _check_extra(column, key)
+            _check_extra(column, item)
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"`{column}` has the number {value}, which JSON cannot represent")
+    elif value is not None and not isinstance(value, int):
+        raise ValueError(f"`{column}` has a value {type_name(value)}; use text, numbers, lists or objects")
 
 
 def _select_column(found: Sequence[str], column: str | None, source: str) -> str:
@@ -121,6 +157,7 @@ class SplitOptions(Protocol):
     val_size: int | None
     column: str | None
     system: str | None
+    extra_columns: list[str]
     max_prompt_tokens: int
     seed: int
 
@@ -189,7 +226,10 @@ def _without_held_out(train: list[Prompt], held_out: list[Prompt], options: Spli
 
 def _read_within_limit(name: str, options: SplitOptions, source: PolicySource) -> list[Prompt]:
     """Loads one prompt set and drops prompts with more than `max_prompt_tokens` rendered tokens."""
-    prompts, limit = load_prompts(name, options.column, options.system), options.max_prompt_tokens
+    prompts, limit = (
+        load_prompts(name, options.column, options.system, options.extra_columns),
+        options.max_prompt_tokens,
+    )
     fitting = []
     for prompt in prompts:
         try:

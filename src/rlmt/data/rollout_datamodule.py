@@ -54,6 +54,8 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
         max_new_tokens: Maximum length of a completion in tokens.
         column: Column of the prompts; null takes `prompt`, else `messages`.
         system: System prompt for rows without one.
+        extra_columns: Other columns to read, such as a reference answer; rewards receive them with the prompt, and
+            rollout files contain them. `val_prompts` must have them, too.
         val_prompts: File or hub data set of validation prompts; null splits them off `prompts`.
         val_size: Number of validation prompts, 0 for none; null takes 64 of `prompts`, or all of `val_prompts`.
         seed: Seed of the order of prompts and of the samples.
@@ -80,6 +82,7 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
         max_new_tokens: PositiveInt = 4096,
         column: str | None = None,
         system: str | None = None,
+        extra_columns: list[str] | None = None,
         val_prompts: str | None = None,
         val_size: NonNegativeInt | None = None,
         seed: int = 0,
@@ -99,6 +102,7 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
         self.max_new_tokens = max_new_tokens
         self.column = column
         self.system = system
+        self.extra_columns = extra_columns or []
         self.val_prompts = val_prompts
         self.val_size = val_size
         self.seed = seed

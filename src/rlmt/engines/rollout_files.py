@@ -25,6 +25,7 @@ SCHEMA = pa.schema(
         ("sample", pa.int32()),  # sample within the group, 0..G-1
         ("prompt_index", pa.int64()),  # row number in the prompt set
         ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+        ("extra", pa.string()),  # other columns of the prompt's row as JSON; null without any
         ("prompt_ids", pa.list_(pa.int32())),
         ("completion_ids", pa.list_(pa.int32())),
         ("engine_logprobs", pa.list_(pa.float32())),  # one per completion id
@@ -48,6 +49,9 @@ SCHEMA = pa.schema(
     ]
 )
 """Columns of a rollout file. The schema does not depend on reward names, so files of different runs concatenate."""
+
+_WITHOUT_EXTRA = pa.schema([column for column in SCHEMA if column.name != "extra"])
+"""Columns of files that rlmt 0.2 and earlier wrote."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -83,6 +87,7 @@ def rollout_table(
         [{"role": clean(m["role"]), "content": clean(m["content"])} for m in prompt.messages]
         for prompt in rollouts.prompts
     ]
+    extra = [clean(json.dumps(p.extra, ensure_ascii=False)) if p.extra else None for p in rollouts.prompts]
     logprobs = torch.split(rollouts.engine_logprobs.detach().float().cpu(), rollouts.lengths)
     parts = {clean(name): values.detach().float().tolist() for name, values in scores.parts.items()}
     columns: dict[str, list[Any]] = {
@@ -93,6 +98,7 @@ def rollout_table(
         "sample": [i % group_size for i in range(size)],
         "prompt_index": [rollouts.prompts[p].index for p in prompt_of],
         "messages": [messages[p] for p in prompt_of],
+        "extra": [extra[p] for p in prompt_of],
         "prompt_ids": [rollouts.prompt_ids[p] for p in prompt_of],
         "completion_ids": rollouts.completion_ids,
         "engine_logprobs": [values.numpy() for values in logprobs],
@@ -173,6 +179,11 @@ def _read(file: Path, columns: list[str] | None) -> pa.Table:
     try:
         with pq.ParquetFile(file) as reader:
             schema = reader.schema_arrow
+            if schema.equals(_WITHOUT_EXTRA):
+                position = SCHEMA.get_field_index("extra")
+                table = reader.read()
+                table = table.add_column(position, SCHEMA.field("extra"), pa.nulls(len(table), pa.string()))
+                return table if columns is None else table.select(columns)
             if not schema.equals(SCHEMA):
                 names = ", ".join(schema.names[:8])
                 raise UserError(f"{file} is not a rollout file (columns: {names}, …): give one that rlmt wrote.")

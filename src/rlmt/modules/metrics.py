@@ -6,8 +6,9 @@ The modules log them with `self.log`; callbacks only read them.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import MaxMetric, MeanMetric
@@ -82,6 +83,31 @@ def reward_metrics(experience: Experience) -> dict[str, float]:
     return metrics
 
 
+def evaluation_metrics(experience: Experience) -> dict[str, tuple[float, int]]:
+    """Metrics of a validation or test batch. All ranks have to call it.
+
+    Args:
+        experience: B scored samples.
+
+    Returns:
+        Name → mean on this rank, and the number of samples that it is a mean of: `reward_mean`, `malformed`,
+        `thought_tokens` and `response_tokens`; and of several rewards or parts the mean raw score of each over the
+        samples that it scored, except where it scored none on any rank.
+    """
+    size, parts = len(experience.rollouts), experience.scores.parts
+    metrics = {
+        "reward_mean": (float(experience.scores.total.mean()), size),
+        "malformed": (sum(not split.ok for split in experience.splits) / len(experience.splits), size),
+        "thought_tokens": (float(experience.thought_tokens.float().mean()), size),
+        "response_tokens": (float(experience.response_tokens.float().mean()), size),
+    }
+    for name, values in parts.items():
+        scored = values[values.isfinite()]
+        if len(parts) > 1 and any(all_gather_object(len(scored))):
+            metrics[name] = (float(scored.sum() / max(1, len(scored))), len(scored))
+    return metrics
+
+
 class UpdateMetrics:
     """Averages over the optimizer steps on one rollout batch.
 
@@ -127,6 +153,49 @@ class UpdateMetrics:
                 elif first is not metric:
                     first.merge_state(metric)
         return {name: float(metric.compute()) for name, metric in (merged | self._steps).items()}
+
+
+def response_metrics(experience: Experience) -> dict[str, float]:
+    """Signs of reward hacking in the well-formed responses of a rollout batch. All ranks have to call it.
+
+    Args:
+        experience: B scored samples.
+
+    Returns:
+        `reward/length_correlation`, the correlation (Pearson) of reward and response length in tokens, both minus their
+        mean over the prompt's responses, 0 where one of them does not vary; and `response/distinct_2`, the distinct
+        pairs of neighbouring tokens of a response as a share of all its pairs (Li et al. 2016, arXiv 1510.03055),
+        averaged over responses, NaN without any.
+    """
+    well_formed = torch.tensor([split.ok for split in experience.splits])
+    rewards, group_of = experience.scores.total.detach().cpu().double(), experience.group.cpu()
+    lengths = experience.response_tokens.cpu().double()
+    deviations = [
+        torch.stack([_deviations(rewards[rows]), _deviations(lengths[rows])], dim=1)
+        for group in torch.unique(group_of)
+        if (rows := well_formed & (group_of == group)).any()
+    ]
+    gathered = all_gather_tensor(torch.cat([*deviations, torch.empty(0, 2, dtype=torch.float64)]))
+    norm = float(gathered.norm(dim=0).prod())
+    starts = experience.thought_tokens.tolist()
+    completions = experience.rollouts.completion_ids
+    responses = [completions[i][starts[i] :] for i in well_formed.nonzero().flatten().tolist()]
+    shares = torch.tensor([distinct_pairs(ids) for ids in responses if len(ids) > 1], dtype=torch.float64)
+    return {
+        "reward/length_correlation": float(gathered.prod(dim=1).sum()) / norm if norm else 0.0,
+        "response/distinct_2": float(all_gather_tensor(shares).mean()),
+    }
+
+
+def _deviations(values: Tensor) -> Tensor:
+    """Values minus their mean; exactly 0 if all are equal."""
+    return torch.zeros_like(values) if bool((values == values[0]).all()) else values - values.mean()
+
+
+def distinct_pairs(ids: Sequence[int]) -> float:
+    """Distinct pairs of neighbouring tokens, as a share of the pairs of at least two tokens."""
+    tokens = np.asarray(ids, dtype=np.int64)
+    return len(np.unique((tokens[:-1] << 32) + tokens[1:])) / (len(tokens) - 1)
 
 
 class StepTimer:
@@ -177,7 +246,7 @@ def step_metrics(generated: Experience, trained: Experience) -> dict[str, float]
         generated: All samples of the step.
         trained: Those that are trained on; with dynamic sampling they can be fewer.
     """
-    metrics = reward_metrics(generated) | length_metrics(generated)
+    metrics = reward_metrics(generated) | length_metrics(generated) | response_metrics(generated)
     metrics["engine/weight_version"] = float(trained.rollouts.weight_version)
     if trained.rollouts.lag is not None:
         metrics["engine/weight_lag"] = float(trained.rollouts.lag)

@@ -27,19 +27,20 @@ from rlmt.modules.base import PolicyMixin, TrainingModule
 from rlmt.modules.checkpoints import check_has_critic, weights_to_load
 from rlmt.modules.checks import check_held_out, check_minibatches, check_sharded_run, check_trainer, weights_dtype
 from rlmt.modules.dynamic_sampling import resample
-from rlmt.modules.metrics import PROGRESS_BAR, StepTimer, step_metrics
+from rlmt.modules.metrics import PROGRESS_BAR, StepTimer, evaluation_metrics, step_metrics
 from rlmt.modules.offline_rollouts import add_reference_logprobs, check_offline_rollouts
+from rlmt.modules.scoring import ScoringMixin
 from rlmt.modules.skipped_steps import SkippedSteps
 from rlmt.modules.update import PolicyUpdate, has_no_learning_signal
 from rlmt.options import FiniteFloat, PositiveInt, check_ranges
-from rlmt.rewards.base import Reward, set_template_date
+from rlmt.rewards.base import Reward, all_rewards, load_running_states, running_states, set_template_date
 from rlmt.rewards.classifier import shardable_models
 from rlmt.rewards.held_out import HeldOutRewards
-from rlmt.rewards.scoring import MalformedMode, score
-from rlmt.types import AdapterWeights, Experience, PromptBatch, RolloutBatch
+from rlmt.rewards.scoring import MalformedMode, check_inputs
+from rlmt.types import AdapterWeights, Experience, PromptBatch
 
 
-class RLMTModule(PolicyMixin, TrainingModule):
+class RLMTModule(ScoringMixin, PolicyMixin, TrainingModule):
     """Trains a policy on rollouts against a reward that never sees its thoughts.
 
     Args:
@@ -106,7 +107,10 @@ class RLMTModule(PolicyMixin, TrainingModule):
             `experience`, all samples that were generated, and the `metrics` of this rank, for callbacks.
         """
         began = time.perf_counter()
-        experience = generated = self.score(self.data.generate(prompts))
+        experience = generated = self.split(self.data.generate(prompts))
+        if self.ask(experience) and not (self.algorithm.selects or self.algorithm.dynamic_sampling):
+            self._add_logprobs(experience)  # while the requests of the rewards are answered
+        self.score(experience)
         if self.algorithm.dynamic_sampling:
             generated, experience = resample(generated, self.algorithm.dynamic_sampling, self._generate_more)
         scored = time.perf_counter()
@@ -134,38 +138,20 @@ class RLMTModule(PolicyMixin, TrainingModule):
             raise UserError(f"--data is {type(data).__name__}, but --model RLMTModule trains on RolloutDataModule.")
         return data
 
-    def score(self, rollouts: RolloutBatch) -> Experience:
-        """Splits completions into thought and response, and scores the responses."""
-        texts = [self.format.decode(ids, self.tokenizer) for ids in rollouts.completion_ids]
-        splits = [self.format.split(text) for text in texts]
-        conversations = [prompt.messages for prompt in rollouts.prompts for _ in range(rollouts.group_size)]
-        scores = score(self.reward, conversations, splits, texts, self.malformed, self.malformed_reward)
-        scores.total = scores.total.to(self.device)
-        thought_tokens = [self.format.thought_tokens(ids, self.tokenizer) for ids in rollouts.completion_ids]
-        return Experience(
-            rollouts=rollouts,
-            texts=texts,
-            splits=splits,
-            thought_tokens=torch.tensor(thought_tokens, device=self.device),
-            scores=scores,
-            group=torch.arange(len(rollouts.prompts), device=self.device).repeat_interleave(rollouts.group_size),
-            lengths=torch.tensor(rollouts.lengths, device=self.device),
-            engine_logprobs=rollouts.engine_logprobs.to(self.device),
-        )
-
     def _generate_more(self) -> Experience:
         """Rollouts for the next batch of prompts, scored, for dynamic sampling."""
-        return self.score(self.data.generate(self.data.next_prompts()))
+        return self.score(self.split(self.data.generate(self.data.next_prompts())))
 
     def _add_logprobs(self, experience: Experience) -> None:
-        """Adds the log-probs and values from before the update that the objective requires."""
+        """Adds the log-probs and values from before the update that the objective requires, once."""
         rollouts, budget = experience.rollouts, self.tokens_per_micro_batch
-        if self.algorithm.needs_reference:
+        if self.algorithm.needs_reference and experience.ref_logprobs is None:
             experience.ref_logprobs = self._reference_logprobs(experience)
         several_steps = self.algorithm.update_epochs * self.algorithm.minibatches > 1
-        if self.algorithm.needs_old_logprobs or (several_steps and experience.pairs is None):
+        needs_old = self.algorithm.needs_old_logprobs or (several_steps and experience.pairs is None)
+        if needs_old and experience.old_logprobs is None:
             experience.old_logprobs = compute_logprobs(self.trained_model, rollouts, budget, self.device)
-        if self.critic is not None:
+        if self.critic is not None and experience.values is None:
             experience.values = compute_values(self.critic, rollouts, budget, self.device)
 
     def _reference_logprobs(self, experience: Experience) -> Tensor:
@@ -220,23 +206,17 @@ class RLMTModule(PolicyMixin, TrainingModule):
 
     def predict_step(self, prompts: PromptBatch, batch_idx: int) -> dict[str, Experience]:
         """Generates and scores rollouts, for a callback to write."""
-        return {"experience": self.score(self.data.generate(prompts))}
+        return {"experience": self.score(self.split(self.data.generate(prompts)))}
 
     def _evaluate(self, prompts: PromptBatch, stage: str) -> dict[str, Experience]:
-        experience = self.score(self.data.generate(prompts))
-        size, scores = len(experience.rollouts), experience.scores
-        malformed = sum(not split.ok for split in experience.splits) / len(experience.splits)
-        self.log(f"{stage}/reward_mean", scores.total.mean(), batch_size=size, sync_dist=True, prog_bar=True)
-        self.log(f"{stage}/malformed", malformed, batch_size=size, sync_dist=True)
-        for part, tokens in (("thought", experience.thought_tokens), ("response", experience.response_tokens)):
-            self.log(f"{stage}/{part}_tokens", tokens.float().mean(), batch_size=size, sync_dist=True)
-        for name, values in scores.parts.items():
-            scored = values[values.isfinite()]
-            if len(scores.parts) > 1 and any(all_gather_object(len(scored))):
-                mean = scored.sum() / max(1, len(scored))
-                self.log(f"{stage}/{name}", mean, batch_size=len(scored), sync_dist=True)
+        experience = self.split(self.data.generate(prompts))
+        self.ask(experience, held_out=True)
+        self.score(experience)
+        for name, (value, weight) in evaluation_metrics(experience).items():
+            on_bar = name == "reward_mean"
+            self.log(f"{stage}/{name}", value, batch_size=weight, sync_dist=True, prog_bar=on_bar)
         for name, held_out in self.held_out.means(experience, self.malformed, self.malformed_reward).items():
-            self.log(f"{stage}/{name}", held_out, batch_size=size, sync_dist=True)
+            self.log(f"{stage}/{name}", held_out, batch_size=len(experience.rollouts), sync_dist=True)
         return {"experience": experience}
 
     # Setup ------------------------------------------------------------------------------------------------------------
@@ -254,6 +234,7 @@ class RLMTModule(PolicyMixin, TrainingModule):
         loading.check_head(self.policy_config, self.policy_path)
         self.reward.check()
         self.held_out.check(self.reward)
+        check_inputs(nn.ModuleList([self.reward, self.held_out]), self.malformed, data.extra_columns)
         self.check_adapter()
         adapter = self.planned_adapter_config()
         for engine in engines:
@@ -319,6 +300,11 @@ class RLMTModule(PolicyMixin, TrainingModule):
         super().on_train_start()
         self._timer.start()
 
+    def teardown(self, stage: str) -> None:
+        """Closes the connections of rewards."""
+        for reward in all_rewards(self):
+            reward.close()
+
     def on_validation_start(self) -> None:
         """Stops the clock."""
         self._timer.pause()
@@ -357,10 +343,11 @@ class RLMTModule(PolicyMixin, TrainingModule):
         return super().load_state_dict(weights, strict=False, assign=assign)
 
     def resume_state(self) -> dict[str, Any]:
-        """Policy version, state of the objective and counts of skipped steps, besides the random states."""
+        """Policy version, states of objective and rewards, counts of skipped steps, besides the random states."""
         return {
             "version": self.policy_version,
             "algorithm": self.algorithm.state_dict(),
+            "rewards": running_states(self.reward),
             "no_updates": self._skipped_steps.state_dict(),
             **super().resume_state(),
         }
@@ -398,3 +385,4 @@ class RLMTModule(PolicyMixin, TrainingModule):
         if self.fitting:
             self._skipped_steps.load_state_dict(saved["no_updates"])
             self.algorithm.load_state_dict(saved["algorithm"])
+            load_running_states(self.reward, saved.get("rewards", {}))  # not in checkpoints of 0.2

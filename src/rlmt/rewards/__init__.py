@@ -2,8 +2,13 @@
 
 from rlmt.rewards.base import Reward
 from rlmt.rewards.classifier import ClassifierReward
+from rlmt.rewards.judge import JudgeReward
+from rlmt.rewards.pairwise import PairwiseJudgeReward
+from rlmt.rewards.remote import RemoteReward
+from rlmt.rewards.rubric import RubricReward
 from rlmt.rewards.rules import CallableReward, FormatReward, LengthWindow, RegexReward
 from rlmt.rewards.scoring import MalformedMode, score
+from rlmt.rewards.served import ServedReward
 from rlmt.rewards.shuffled import ShuffledReward
 from rlmt.rewards.weighted import WeightedSum
 
@@ -11,10 +16,15 @@ __all__ = [
     "CallableReward",
     "ClassifierReward",
     "FormatReward",
+    "JudgeReward",
     "LengthWindow",
     "MalformedMode",
+    "PairwiseJudgeReward",
     "RegexReward",
+    "RemoteReward",
     "Reward",
+    "RubricReward",
+    "ServedReward",
     "ShuffledReward",
     "WeightedSum",
     "score",

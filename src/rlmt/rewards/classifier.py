@@ -28,7 +28,7 @@ from rlmt.models.reward_model import (
 from rlmt.options import PositiveInt, check_ranges
 from rlmt.rewards.base import Reward
 from rlmt.rewards.conversation import ConversationReader
-from rlmt.types import Message, Status
+from rlmt.types import Message, Prompt, Status
 
 
 class ClassifierReward(Reward):
@@ -125,10 +125,14 @@ class ClassifierReward(Reward):
         """Renders a conversation as the reward model's tokenizer reads it, before truncation; for logs and tests."""
         return self._loaded_reader.render(messages, response)
 
-    def score(self, prompts: Sequence[list[Message]], responses: Sequence[str], statuses: Sequence[Status]) -> Tensor:
+    def encode(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[list[int]]:
+        """The token ids of B conversations, truncated: what the model reads."""
+        texts = [self.render(prompt.messages, response) for prompt, response in zip(prompts, responses, strict=True)]
+        return [self._truncate(row) for row in self._loaded_reader.encode(texts)]
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str], statuses: Sequence[Status]) -> Tensor:
         """See `Reward.score`; the status is ignored."""
-        rows = self._loaded_reader.encode([self.render(p, r) for p, r in zip(prompts, responses, strict=True)])
-        rows = [self._truncate(row) for row in rows]
+        rows = self.encode(prompts, responses)
         scores = torch.empty(len(rows), dtype=torch.float32)
         batches = batches_by_length([len(row) for row in rows], self.tokens_per_batch)
         for indices in pad_with_no_ops(batches, self._loaded_model, []):

@@ -15,7 +15,6 @@ from torch import nn
 from rlmt.errors import UserError
 from rlmt.rewards.base import Reward
 from rlmt.rewards.scoring import MalformedMode, score
-from rlmt.rewards.weighted import leaf_names
 from rlmt.types import Experience
 
 RESERVED_NAMES = ("reward_mean", "malformed", "thought_tokens", "response_tokens")
@@ -54,7 +53,7 @@ class HeldOutRewards(nn.Module):
         Raises:
             UserError: A name is used by another reward or metric, or a reward is invalid.
         """
-        counts = Counter([*self.names, *leaf_names(trained), *RESERVED_NAMES])
+        counts = Counter([*self.names, *trained.part_names, *RESERVED_NAMES])
         for name in self.names:
             if counts[name] > 1:
                 raise UserError(
@@ -82,10 +81,11 @@ class HeldOutRewards(nn.Module):
             Reward name → mean over all B samples, malformed ones included.
         """
         rollouts = experience.rollouts
-        conversations = [prompt.messages for prompt in rollouts.prompts for _ in range(rollouts.group_size)]
         return {
             reward.name: float(
-                score(reward, conversations, experience.splits, experience.texts, mode, penalty).total.mean()
+                score(
+                    reward, rollouts.prompt_per_sample, experience.splits, experience.texts, mode, penalty
+                ).total.mean()
             )
             for reward in self._rewards
         }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import inspect
 import math
 import numbers
 import re
@@ -14,7 +16,7 @@ from torch import Tensor
 from rlmt.errors import UserError
 from rlmt.options import NonNegativeInt, PositiveInt, check_ranges
 from rlmt.rewards.base import Reward
-from rlmt.types import Message, Status
+from rlmt.types import Message, Prompt, Status
 
 
 class FormatReward(Reward):
@@ -31,7 +33,7 @@ class FormatReward(Reward):
         super().__init__()
         self.name = name
 
-    def score(self, prompts: Sequence[list[Message]], responses: Sequence[str], statuses: Sequence[Status]) -> Tensor:
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str], statuses: Sequence[Status]) -> Tensor:
         """See `Reward.score`."""
         return torch.tensor([float(status is Status.OK) for status in statuses], dtype=torch.float32)
 
@@ -67,7 +69,7 @@ class LengthWindow(Reward):
                 f"reward {self.name!r}: min_chars {self.min_chars} is above max_chars {self.max_chars}; lower it."
             )
 
-    def score(self, prompts: Sequence[list[Message]], responses: Sequence[str], statuses: Sequence[Status]) -> Tensor:
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str], statuses: Sequence[Status]) -> Tensor:
         """See `Reward.score`."""
         lengths = [len(response.strip()) for response in responses]
         distances = [max(self.min_chars - n, n - self.max_chars, 0) for n in lengths]
@@ -97,7 +99,7 @@ class RegexReward(Reward):
                 f"reward {self.name!r}: pattern {self.pattern!r} is not a regular expression ({error}); fix it."
             ) from error
 
-    def score(self, prompts: Sequence[list[Message]], responses: Sequence[str], statuses: Sequence[Status]) -> Tensor:
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str], statuses: Sequence[Status]) -> Tensor:
         """See `Reward.score`."""
         pattern = re.compile(self.pattern)
         return torch.tensor([float(pattern.search(text) is not None) for text in responses], dtype=torch.float32)
@@ -105,6 +107,9 @@ class RegexReward(Reward):
 
 class CallableReward(Reward):
     """Scores with a user-defined function: `def fn(prompt: list[Message], response: str) -> float`.
+
+    A function with a parameter named `extra` also receives the other columns of the prompt's row, as a dictionary by
+    column name (see `--data.extra_columns`).
 
     Args:
         function: Import path, such as `my_rewards.politeness`; the module must be on PYTHONPATH.
@@ -120,17 +125,20 @@ class CallableReward(Reward):
         """Raises UserError if the function cannot be imported or is not callable."""
         self._import()
 
-    def score(self, prompts: Sequence[list[Message]], responses: Sequence[str], statuses: Sequence[Status]) -> Tensor:
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str], statuses: Sequence[Status]) -> Tensor:
         """See `Reward.score`.
 
         Raises:
             UserError: The function did not return a finite number.
         """
         function = self._import()
+        takes_extra = _takes_extra(function)
         scores = []
         for prompt, response in zip(prompts, responses, strict=True):
+            messages = [Message(role=m["role"], content=m["content"]) for m in prompt.messages]
+            extra = {"extra": copy.deepcopy(prompt.extra)} if takes_extra else {}
             try:
-                value = function([Message(role=m["role"], content=m["content"]) for m in prompt], response)
+                value = function(messages, response, **extra)
             except Exception as error:
                 error.add_note(f"in reward function {self.function} for the response {_excerpt(response)}")
                 raise
@@ -142,7 +150,7 @@ class CallableReward(Reward):
             scores.append(float(value))
         return torch.tensor(scores, dtype=torch.float32)
 
-    def _import(self) -> Callable[[list[Message], str], object]:
+    def _import(self) -> Callable[..., object]:
         path, _, attribute = self.function.rpartition(".")
         if not path:
             raise UserError(f"reward function {self.function!r} is not an import path; use module.function.")
@@ -156,6 +164,14 @@ class CallableReward(Reward):
         if not callable(function):
             raise UserError(f"reward function {self.function!r} is a {type(function).__name__}; use a function.")
         return function  # type: ignore[no-any-return]
+
+
+def _takes_extra(function: Callable[..., object]) -> bool:
+    """Whether a function has a parameter named `extra`; built-in functions may have no signature."""
+    try:
+        return "extra" in inspect.signature(function).parameters
+    except ValueError:
+        return False
 
 
 def _excerpt(value: object) -> str:

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlmt.distributed.collectives import all_gather_object, run_on_all_ranks
 from rlmt.errors import UserError
-from rlmt.rewards.base import Reward
-from rlmt.types import Message, Scores, Split
+from rlmt.rewards.base import Reward, all_rewards
+from rlmt.types import Prompt, Scores, Split, Status
 
 MalformedMode = Literal["penalty", "null", "score_all"]
 """How a malformed sample is scored.
@@ -40,7 +40,7 @@ NULL_TEXT = "[NULL]"
 
 def score(
     reward: Reward,
-    prompts: Sequence[list[Message]],
+    prompts: Sequence[Prompt],
     splits: Sequence[Split],
     texts: Sequence[str],
     mode: MalformedMode = "penalty",
@@ -53,7 +53,7 @@ def score(
 
     Args:
         reward: A loaded reward.
-        prompts: B conversations, one per sample.
+        prompts: B prompts, one per sample.
         splits: B splits.
         texts: B decoded completions with their tags; read only in mode `score_all`.
         mode: How malformed samples are scored.
@@ -66,15 +66,10 @@ def score(
         BadScores: A reward returned the wrong number of scores, or scores that are not finite.
         UserError: The mode is unknown.
     """
-    if not len(prompts) == len(splits) == len(texts):
-        raise ValueError(f"{len(prompts)} prompts, {len(splits)} splits and {len(texts)} texts: the lengths must match")
-    shown = [_text_to_score(split, text, mode) for split, text in zip(splits, texts, strict=True)]
-    rows = [i for i, text in enumerate(shown) if text is not None]
+    shown, rows, batch = _batch_to_score(prompts, splits, texts, mode)
 
     def score_shown() -> tuple[Tensor, dict[str, Tensor]]:
-        total, parts = reward.score_parts(
-            [prompts[i] for i in rows], [text for text in shown if text is not None], [splits[i].status for i in rows]
-        )
+        total, parts = reward.score_parts(*batch)
         total = _check_scores(total, reward.name, len(rows))
         return total, {name: _check_scores(values, name, len(rows)) for name, values in parts.items()}
 
@@ -87,6 +82,60 @@ def score(
         parts[name] = torch.full((len(splits),), float("nan"), dtype=torch.float32)
         parts[name][rows] = values
     return Scores(total=total, parts=parts, texts=shown)
+
+
+def prefetch(
+    rewards: nn.Module, prompts: Sequence[Prompt], splits: Sequence[Split], texts: Sequence[str], mode: MalformedMode
+) -> bool:
+    """Starts the requests of all rewards for the texts that `score` will pass to them; arguments as of `score`.
+
+    Returns:
+        Whether a reward asks.
+    """
+    *_, batch = _batch_to_score(prompts, splits, texts, mode)
+    for reward in all_rewards(rewards):
+        reward.prefetch(*batch)
+    return any(reward.asks for reward in all_rewards(rewards))
+
+
+def check_inputs(rewards: nn.Module, mode: MalformedMode, extra_columns: Sequence[str]) -> None:
+    """Checks that rewards have the columns that they read, and that none sends thoughts to another process.
+
+    Args:
+        rewards: The rewards.
+        mode: How malformed samples are scored.
+        extra_columns: Columns that are read from the prompt set.
+
+    Raises:
+        UserError: A column is missing, or the mode is `score_all` and a reward asks.
+    """
+    for reward in all_rewards(rewards):
+        for column in sorted(reward.columns.difference(extra_columns)):
+            raise UserError(
+                f"--data.extra_columns does not have {column!r}, which reward {reward.name!r} reads; add it."
+            )
+    asking = [reward.name for reward in all_rewards(rewards) if reward.asks]
+    if mode == "score_all" and asking:
+        raise UserError(
+            f"--model.malformed is score_all, which would send thoughts to the service of reward {asking[0]!r}; use "
+            "penalty or null."
+        )
+
+
+Batch = tuple[list[Prompt], list[str], list[Status]]
+"""Arguments of `Reward.score`."""
+
+
+def _batch_to_score(
+    prompts: Sequence[Prompt], splits: Sequence[Split], texts: Sequence[str], mode: MalformedMode
+) -> tuple[list[str | None], list[int], Batch]:
+    """The text of each sample that a reward sees, the samples with one, and the arguments of `Reward.score`."""
+    if not len(prompts) == len(splits) == len(texts):
+        raise ValueError(f"{len(prompts)} prompts, {len(splits)} splits and {len(texts)} texts: the lengths must match")
+    shown = [_text_to_score(split, text, mode) for split, text in zip(splits, texts, strict=True)]
+    rows = [i for i, text in enumerate(shown) if text is not None]
+    responses = [text for text in shown if text is not None]
+    return shown, rows, ([prompts[i] for i in rows], responses, [splits[i].status for i in rows])
 
 
 def _text_to_score(split: Split, text: str, mode: MalformedMode) -> str | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlmt.rewards.base import Reward
-from rlmt.types import Message, Status
+from rlmt.types import Prompt, Status
 
 
 class ShuffledReward(Reward):
@@ -48,12 +48,12 @@ class ShuffledReward(Reward):
         """Loads the inner reward."""
         self.reward.load()
 
-    def score(self, prompts: Sequence[list[Message]], responses: Sequence[str], statuses: Sequence[Status]) -> Tensor:
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str], statuses: Sequence[Status]) -> Tensor:
         """See `Reward.score`."""
         scores = self.reward.score(prompts, responses, statuses)
         groups: dict[str, list[int]] = defaultdict(list)
         for row, prompt in enumerate(prompts):
-            groups[json.dumps(prompt, sort_keys=True)].append(row)
+            groups[json.dumps(prompt.messages, sort_keys=True)].append(row)
         source = torch.arange(len(scores))
         for prompt_text, rows in groups.items():
             generator = random.Random("\0".join([prompt_text, *(responses[row] for row in rows)]))

@@ -1,0 +1,58 @@
+"""Splitting and scoring of rollouts: what the RL module does between generation and the objective."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from rlmt.formats.thinking import ThinkingFormat
+from rlmt.rewards import Reward
+from rlmt.rewards.held_out import HeldOutRewards
+from rlmt.rewards.scoring import MalformedMode, prefetch, score
+from rlmt.types import Experience, RolloutBatch, Scores
+
+
+class ScoringMixin:
+    """Rewards of a policy's samples."""
+
+    format: ThinkingFormat
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    reward: Reward
+    held_out: HeldOutRewards
+    malformed: MalformedMode
+    malformed_reward: float
+
+    def split(self, rollouts: RolloutBatch) -> Experience:
+        """Splits completions into thought and response, not scored yet."""
+        texts = [self.format.decode(ids, self.tokenizer) for ids in rollouts.completion_ids]
+        splits = [self.format.split(text) for text in texts]
+        thought_tokens = [self.format.thought_tokens(ids, self.tokenizer) for ids in rollouts.completion_ids]
+        return Experience(
+            rollouts=rollouts,
+            texts=texts,
+            splits=splits,
+            thought_tokens=torch.tensor(thought_tokens, device=self.device),
+            scores=Scores.unscored(len(rollouts), self.device),
+            group=torch.arange(len(rollouts.prompts), device=self.device).repeat_interleave(rollouts.group_size),
+            lengths=torch.tensor(rollouts.lengths, device=self.device),
+            engine_logprobs=rollouts.engine_logprobs.to(self.device),
+        )
+
+    def ask(self, experience: Experience, held_out: bool = False) -> bool:
+        """Starts the requests of the rewards, with `held_out` those of the held-out rewards, too.
+
+        Returns:
+            Whether a reward asks.
+        """
+        rewards = nn.ModuleList([self.reward, self.held_out] if held_out else [self.reward])
+        prompts = experience.rollouts.prompt_per_sample
+        return prefetch(rewards, prompts, experience.splits, experience.texts, self.malformed)
+
+    def score(self, experience: Experience) -> Experience:
+        """Scores the responses of a split batch, and returns the batch."""
+        prompts, splits, texts = experience.rollouts.prompt_per_sample, experience.splits, experience.texts
+        experience.scores = score(self.reward, prompts, splits, texts, self.malformed, self.malformed_reward)
+        experience.scores.total = experience.scores.total.to(self.device)
+        return experience
