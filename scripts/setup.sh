@@ -57,6 +57,21 @@ if [ "$device" = cpu ] && ! .venv/bin/python -c 'import ctypes; ctypes.CDLL("lib
     die "libnuma.so.1 is missing, which vLLM requires on a CPU: apt-get install libnuma1 (Fedora: numactl-libs)."
 fi
 
+# vLLM's CUDA build compiles kernels at its first start, and CUDA 13 needs a recent driver; without these checks, 15 GB
+# are downloaded first.
+if [ "$device" = cuda ]; then
+    command -v "${CC:-cc}" >/dev/null || command -v gcc >/dev/null || command -v clang >/dev/null ||
+        die "no C compiler was found, which vLLM requires on a GPU: apt-get install gcc (Fedora: dnf install gcc)."
+    version=$(.venv/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    .venv/bin/python -c 'import os, sysconfig; assert os.path.exists(sysconfig.get_path("include") + "/Python.h")' \
+        2>/dev/null || die "Python.h is missing, which vLLM requires on a GPU: apt-get install python$version-dev" \
+        "(Fedora: dnf install python$version-devel)."
+    driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1)
+    if [ -n "$driver" ] && [ "${driver%%.*}" -lt 580 ]; then # none while a container image is built
+        die "the NVIDIA driver is $driver, but CUDA 13 requires 580 or newer: update the driver."
+    fi
+fi
+
 rm -f $stamp
 install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"; }
 pins=.venv/constraints.txt

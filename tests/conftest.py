@@ -183,6 +183,8 @@ def supervised_command(
             "--trainer.default_root_dir": tmp_path / "run",
             "--trainer.enable_progress_bar": "false",
             "--trainer.accelerator": "cpu",
+            "--trainer.precision": "32-true",
+            "--model.gradient_checkpointing": "false",
         }
         flat = [str(word) for pair in options.items() for word in pair]
         return [name, *flat, *map(str, more)]

@@ -137,6 +137,8 @@ class RolloutBatch:
     """Epoch of the prompt set."""
     off_policy: bool = False
     """Whether other weights than the policy's generated the samples, so that the objective has to correct for it."""
+    rounded: bool = False
+    """Whether the engine rounded the policy's weights (to 8 or 4 bits), for which the objective corrects, too."""
     ref_logprobs: Tensor | None = None
     """[T] float32 log-probs under the reference, if they were recorded with the samples."""
     epochs: list[int] | None = None
@@ -281,7 +283,7 @@ class TokenBatch:
     """[t] float32 weight of each token in the loss of the whole optimizer step; the losses of micro-batches of any size
     add up to it."""
     off_policy: bool = False
-    """Whether other weights than the policy's generated the samples."""
+    """Whether other weights than the policy's generated the samples, or the policy's in fewer bits."""
     values: Tensor | None = None
     """[t] float32 values of the critic before any update, or None."""
     returns: Tensor | None = None

@@ -34,7 +34,7 @@ class PolicyGradient(Algorithm):
         minibatches: Number of optimizer steps per pass.
         mask_truncated: Whether truncated samples are left out of the loss; they still count in their group's baseline.
         importance_cap: Maximum importance weight, which corrects for a mismatch of engine and trainer log-probs; null
-            corrects off-policy samples only.
+            corrects, with a maximum of 2, off-policy samples and those of an engine with rounded weights only.
 
     Raises:
         UserError: An option is out of range.
@@ -97,7 +97,11 @@ class PolicyGradient(Algorithm):
         if cap is not None:
             importance = policy_loss.truncated_importance(old, batch.engine_logprobs, cap)
             loss = loss * importance
-            metrics = {"engine/importance_mean": importance, "engine/importance_capped": (importance >= cap).float()}
+            metrics = {
+                "engine/importance_mean": importance,
+                "engine/importance_square": importance.square(),
+                "engine/importance_capped": (importance >= cap).float(),
+            }
         loss = loss - self.entropy_coef * outputs.entropy
         log_ratio = log_ratio.detach()
         ratio = log_ratio.exp()

@@ -17,12 +17,13 @@ from rich.console import Console
 from rich.table import Table
 
 from rlmt.cli.lightning_cli import RLMTCLI, run
-from rlmt.data import RolloutDataModule
+from rlmt.data import PreferenceDataModule, RolloutDataModule, SFTDataModule
 from rlmt.distributed.fsdp2 import FSDP2
 from rlmt.errors import UserError
-from rlmt.memory.budget import GIB, PHASES, Budget, format_gib, make_budget
+from rlmt.memory.budget import GIB, Budget, format_gib, make_budget
 from rlmt.memory.bytes import Parallelism
-from rlmt.modules import RLMTModule
+from rlmt.memory.supervised import make_supervised_budget
+from rlmt.modules import SFT, RewardModeling, RLMTModule
 from rlmt.options import PositiveFloat
 
 
@@ -34,14 +35,14 @@ def print_budget(budget: Budget, console: Console | None = None) -> None:
         console: Console to print to; standard output by default.
     """
     console = console or Console(highlight=False)
-    table = Table("GiB", *PHASES, box=None, pad_edge=False)
+    table = Table("GiB", *budget.phases, box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
     for line in budget.lines:
-        sizes = [getattr(line, phase) for phase in PHASES]
+        sizes = [getattr(line, phase) for phase in budget.phases]
         table.add_row(line.name, *(format_gib(size) if size else "" for size in sizes))
     table.add_section()
-    table.add_row("total", *(format_gib(budget.total(phase)) for phase in PHASES), style="bold")
+    table.add_row("total", *(format_gib(budget.total(phase)) for phase in budget.phases), style="bold")
     console.print(table)
     spare = budget.memory - budget.total(budget.peak)
     verdict = f"yes, {format_gib(spare)} GiB to spare" if budget.fits else "no"
@@ -80,13 +81,8 @@ class PlanCLI(RLMTCLI):
         """Prints the budget.
 
         Raises:
-            UserError: The run is no RL run, the device's memory is not known, or the run must fit and does not.
+            UserError: The module is not known, the device's memory is not known, or the run must fit and does not.
         """
-        if not (isinstance(self.model, RLMTModule) and isinstance(self.datamodule, RolloutDataModule)):
-            raise UserError(
-                f"--model {type(self.model).__name__}: `rlmt plan` supports only RL runs; plan an RL run of the same "
-                "model, whose weights, adapter, optimizer states and gradients take the same memory."
-            )
         option = self._get(self.config_init, "memory")
         if option is None:
             if not torch.cuda.is_available():
@@ -95,12 +91,30 @@ class PlanCLI(RLMTCLI):
         else:
             memory = round(option * GIB)
         compute = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else torch.float32
-        budget = make_budget(self.model, self.datamodule, compute, memory, self._parallelism())
+        budget = self._budget(compute, memory)
         print_budget(budget)
         if self._get(self.config_init, "must_fit") and not budget.fits:
             raise UserError(
                 f"--must_fit: the run does not fit in {memory / GIB:.0f} GB; reduce what the table shows, or unset it."
             )
+
+    def _budget(self, compute: torch.dtype, memory: int) -> Budget:
+        """The budget of the configured run.
+
+        Raises:
+            UserError: The module is no module of rlmt, or the data module is none for it.
+        """
+        model, data, devices = self.model, self.datamodule, self._parallelism()
+        if isinstance(model, RLMTModule) and isinstance(data, RolloutDataModule):
+            return make_budget(model, data, compute, memory, devices)
+        if isinstance(model, SFT) and isinstance(data, SFTDataModule):
+            return make_supervised_budget(model, data, compute, memory, devices)
+        if isinstance(model, RewardModeling) and isinstance(data, PreferenceDataModule):
+            return make_supervised_budget(model, data, compute, memory, devices)
+        raise UserError(
+            f"--model {type(model).__name__} with --data {type(data).__name__}: `rlmt plan` knows RLMTModule with "
+            "RolloutDataModule, SFT with SFTDataModule, and RewardModeling with PreferenceDataModule."
+        )
 
     def _parallelism(self) -> Parallelism:
         """Number of devices and sharding that the Trainer's options request.

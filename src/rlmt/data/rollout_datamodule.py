@@ -262,7 +262,7 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
                 if engine is self.engine:
                     self._one_step_off.wait()
                 rollouts = generate(prompts, *settings)
-        return replace(rollouts, engine_logprobs=rollouts.engine_logprobs.to(device))
+        return replace(rollouts, engine_logprobs=rollouts.engine_logprobs.to(device), rounded=engine.rounds_weights)
 
     def next_prompts(self) -> PromptBatch:
         """Takes the next training batch of prompts out of turn; the loader continues after it.

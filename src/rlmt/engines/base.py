@@ -27,6 +27,8 @@ class Engine(ABC):
     replays: bool = False
     """Whether it returns recorded samples of the prompts that it `knows`. They come from other weights than the
     policy's, so it is not synced."""
+    rounds_weights: bool = False
+    """Whether it samples from the policy's weights in fewer bits than the trainer computes with."""
     concurrent: bool = False
     """Whether `generate` may run in another thread while the policy is trained; `close` then cancels it."""
 

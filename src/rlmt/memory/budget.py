@@ -9,6 +9,7 @@ Left out: fragmentation of torch's allocator, and host memory.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -20,7 +21,7 @@ from rlmt.data import RolloutDataModule
 from rlmt.engines import TransformersEngine, VLLMEngine
 from rlmt.engines.vllm.tensor_parallel import check_ranks
 from rlmt.errors import UserError
-from rlmt.memory.activations import forward_footprint, update_footprint
+from rlmt.memory.activations import BatchShape, forward_footprint, update_footprint
 from rlmt.memory.bytes import (
     Parallelism,
     all_gather_bytes,
@@ -33,17 +34,27 @@ from rlmt.memory.bytes import (
     tensor_bytes,
     weight_bytes,
 )
-from rlmt.memory.meta_models import adapter_options, meta_critic, meta_from_config, meta_policy
+from rlmt.memory.meta_models import (
+    adapter_options,
+    meta_critic,
+    meta_from_config,
+    meta_policy,
+    vllm_activation_bytes,
+)
 from rlmt.models import loading
+from rlmt.models.loading import cast_linear_weights
 from rlmt.models.quantization import quantized_weights
 from rlmt.modules import RLMTModule
+from rlmt.modules.base import TrainingModule
 from rlmt.rewards import ClassifierReward
 
 GIB = 2**30
 CUDA_CONTEXT = 3 * GIB // 4
 """Assumed: the CUDA context and memory of CUDA libraries."""
 VLLM_OVERHEAD = GIB
-"""Assumed: memory of vLLM besides weights and cache; its CUDA graphs stay while it sleeps."""
+"""Assumed: memory of vLLM besides weights, activations, CUDA graphs and cache, such as workspaces of its kernels."""
+CUDA_GRAPHS = GIB // 2
+"""Assumed: vLLM's CUDA graphs, which it estimates and deducts from its cache, and which stay while it sleeps."""
 
 Phase = Literal["rollout", "reward", "update"]
 PHASES: tuple[Phase, ...] = ("rollout", "reward", "update")
@@ -77,6 +88,8 @@ class Budget:
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     """Reasons why the run cannot start even if the totals fit."""
+    phases: tuple[Phase, ...] = PHASES
+    """Phases of a step."""
 
     def total(self, phase: Phase) -> int:
         """Bytes of a phase."""
@@ -85,7 +98,7 @@ class Budget:
     @property
     def peak(self) -> Phase:
         """The phase with the largest total."""
-        return max(PHASES, key=self.total)
+        return max(self.phases, key=self.total)
 
     @property
     def fits(self) -> bool:
@@ -132,11 +145,17 @@ def _add_policy(
         size = weight_bytes(base)
     else:
         size = weight_bytes(base, quantized_weights(config), quantization.double_quant)
-    add(BudgetLine.all_phases(f"policy weights ({_describe(base, dtype, quantization)})", devices.shard_bytes(size)))
+    add(BudgetLine.all_phases(f"policy weights ({describe(base, dtype, quantization)})", devices.shard_bytes(size)))
     if lora is not None:
         add(BudgetLine.all_phases(f"LoRA adapter (rank {lora.rank})", tensor_bytes(trained)))
     elif module.algorithm.needs_reference:
-        add(BudgetLine.all_phases(f"reference weights ({_describe(base, dtype, None)})", devices.shard_bytes(size)))
+        reference = size
+        if compute is torch.bfloat16:
+            reference = weight_bytes(
+                cast_linear_weights(meta_from_config(AutoModelForCausalLM, config, dtype), compute)
+            )
+        name = f"reference weights ({describe(base, compute, None)})"
+        add(BudgetLine.all_phases(name, devices.shard_bytes(reference)))
 
     shape = largest_micro_batch(
         module.tokens_per_micro_batch,
@@ -157,19 +176,62 @@ def _add_policy(
         adapter = tensor_bytes(p for p in critic if p.requires_grad) if lora is not None else 0
         add(BudgetLine.all_phases("critic weights", devices.shard_bytes(weights - adapter) + adapter))
         trained += [p for p in critic if p.requires_grad]
+    logits = logits_bytes(shape.rows * shape.completion, output_projection(base), compute)
+    peak = max(footprint.peak, critic_footprint.peak)
+    add_update(budget, module, devices, trained, Update(shape, footprint.saved, peak, logits, gathered), base, compute)
+
+
+@dataclass(frozen=True)
+class Update:
+    """Bytes of the forward and backward of the largest micro-batch."""
+
+    shape: BatchShape
+    """Size of the micro-batch."""
+    saved: int
+    """Bytes that autograd saves for backward."""
+    peak: int
+    """Maximum number of bytes alive at any time."""
+    logits: int
+    """Bytes of a chunk of logits and its gradients; part of the peak."""
+    gathered: int
+    """Bytes that FSDP2 holds unsharded."""
+
+
+def add_update(
+    budget: Budget,
+    module: TrainingModule,
+    devices: Parallelism,
+    trained: Sequence[Tensor],
+    update: Update,
+    base: PreTrainedModel,
+    compute: torch.dtype,
+) -> None:
+    """Adds optimizer states, gradients and the memory of an update.
+
+    Args:
+        budget: Budget with the weights.
+        module: Module with its options.
+        devices: Number of devices and sharding.
+        trained: Trained parameters.
+        update: Memory of the largest micro-batch.
+        base: Model without adapters, on the meta device.
+        compute: dtype of the forward.
+    """
+    lora, quantization = adapter_options(module)
+    add = budget.lines.append
     per_device = devices.shard_bytes if lora is None else int  # adapters are not sharded
     add(BudgetLine.all_phases("optimizer states", per_device(optimizer_bytes(module.optimizer_factory, trained))))
     add(BudgetLine("gradients", update=per_device(tensor_bytes(trained))))
     if devices.sharded:
-        add(BudgetLine("all-gathered blocks", update=gathered))
+        add(BudgetLine("all-gathered blocks", update=update.gathered))
     elif devices.ranks > 1:
         add(BudgetLine.all_phases("DDP gradient buckets", tensor_bytes(trained)))
-
-    add(BudgetLine(f"activations ({shape.rows} × {shape.row_length} tokens)", update=footprint.saved))
-    logits = logits_bytes(shape.rows * shape.completion, output_projection(base), compute)
-    add(BudgetLine("logits chunk", update=logits))
+    rows, length = update.shape.rows, update.shape.row_length
+    add(BudgetLine(f"activations ({rows} × {length} tokens)", update=update.saved))
+    if update.logits:
+        add(BudgetLine("logits chunk", update=update.logits))
     step = per_device(optimizer_step_bytes(module.optimizer_factory, trained))
-    rest = max(footprint.peak, critic_footprint.peak, step) - footprint.saved - logits
+    rest = max(update.peak, step) - update.saved - update.logits
     if quantization is not None:  # a 4-bit layer dequantizes its weight to compute
         largest = max((p.numel() for name, p in base.named_parameters() if ".layers." in name), default=0)
         rest += largest * compute.itemsize
@@ -197,7 +259,7 @@ def _add_rewards(budget: Budget, module: RLMTModule, data: RolloutDataModule, de
         if quantization is None:
             per_device = devices.shard_bytes(size)
             gathered = all_gather_bytes(model.requires_grad_(False), dtype) if devices.sharded else 0
-        budget.lines.append(BudgetLine.all_phases(f"{kind} ({_describe(model, dtype, quantization)})", per_device))
+        budget.lines.append(BudgetLine.all_phases(f"{kind} ({describe(model, dtype, quantization)})", per_device))
         length = min(
             reward.max_length or loading.max_positions(config),
             reward.tokens_per_batch,
@@ -246,15 +308,19 @@ def _add_vllm(
         engine.check_adapter(lora.config(meta_from_config(AutoModelForCausalLM, config, dtype)))
         adapter = [p for p in meta_policy(module, dtype).parameters() if p.requires_grad]
         weights += sum(p.numel() for p in adapter) * dtype.itemsize
-    cache = max(round(engine.gpu_memory_utilization * budget.memory) - weights - VLLM_OVERHEAD, 0)
+    graphs = 0 if engine.enforce_eager else CUDA_GRAPHS
+    activations = vllm_activation_bytes(config, dtype, engine.max_num_batched_tokens, engine.max_num_seqs)
+    besides = weights + activations + graphs + VLLM_OVERHEAD
+    cache = max(round(engine.gpu_memory_utilization * budget.memory) - besides, 0)
     line = (lambda name, size: BudgetLine(name, rollout=size)) if engine.sleep else BudgetLine.all_phases
     budget.lines.append(line(f"vLLM weights ({_dtype_name(quantization or dtype)})", weights))
     budget.lines.append(line("vLLM KV cache (granted)", cache))
-    budget.lines.append(BudgetLine.all_phases("vLLM overhead (assumed)", VLLM_OVERHEAD))
+    budget.lines.append(line(f"vLLM activations ({engine.max_num_batched_tokens} tokens)", activations))
+    budget.lines.append(BudgetLine.all_phases("vLLM overhead (assumed)", graphs + VLLM_OVERHEAD))
     token_bytes = kv_bytes(config, dtype, tensor_parallel_size)
     sequences = min(engine.max_num_seqs, data.batch_size * data.group_size * tensor_parallel_size // devices.ranks)
     if (tokens := cache // token_bytes) < length:
-        minimum = (weights + VLLM_OVERHEAD + length * token_bytes) / budget.memory
+        minimum = (besides + length * token_bytes) / budget.memory
         budget.problems.append(
             f"vLLM's KV cache cannot hold one sample of {length:,} tokens: set data.engine.gpu_memory_utilization to "
             f"at least {minimum:.2f}."
@@ -264,7 +330,7 @@ def _add_vllm(
             f"vLLM's KV cache holds {tokens:,} tokens: {tokens // length:,} samples of the maximum length "
             f"({length:,}), or up to {sequences:,} shorter ones, at a time."
         )
-    trainer = budget.total("rollout") - cache - weights - VLLM_OVERHEAD + CUDA_CONTEXT
+    trainer = budget.total("rollout") - cache - besides + CUDA_CONTEXT
     share = (budget.memory - trainer) / budget.memory
     budget.notes.append(
         f"The trainer takes {format_gib(trainer)} GiB: data.engine.gpu_memory_utilization can be at most {share:.2f}."
@@ -293,7 +359,7 @@ def _vllm_weight_bytes(config: PretrainedConfig, dtype: torch.dtype, quantizatio
     return size - round(weights * (dtype.itemsize - _BYTES_PER_WEIGHT[quantization]))
 
 
-def _describe(model: PreTrainedModel, dtype: torch.dtype, quantization: object | None) -> str:
+def describe(model: PreTrainedModel, dtype: torch.dtype, quantization: object | None) -> str:
     """Number of parameters and dtype of a model."""
     billions = sum(p.numel() for p in model.parameters()) / 1e9
     return f"{billions:.2f}B, {_dtype_name(dtype) if quantization is None else 'NF4'}"

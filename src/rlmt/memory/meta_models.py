@@ -9,10 +9,11 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from rlmt.memory.activations import BatchShape, Footprint, update_footprint
+from rlmt.memory.activations import BatchShape, Footprint, forward_footprint, update_footprint
 from rlmt.models import loading
 from rlmt.models.micro_batch import hidden_states
-from rlmt.modules import RLMTModule
+from rlmt.modules import SFT, RLMTModule
+from rlmt.modules.base import TrainingModule
 
 
 def meta_from_config(auto: Any, config: PretrainedConfig, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
@@ -28,23 +29,37 @@ def meta_from_config(auto: Any, config: PretrainedConfig, dtype: torch.dtype, **
         return cast(PreTrainedModel, auto.from_config(config, dtype=dtype, **options))
 
 
-def adapter_options(module: RLMTModule) -> tuple[Any, Any]:
+def adapter_options(module: TrainingModule) -> tuple[Any, Any]:
     """LoRA and 4-bit options of the policy; None where it has none."""
     return getattr(module, "lora", None), getattr(module, "quantization", None)
 
 
-def meta_policy(module: RLMTModule, dtype: torch.dtype, config: PretrainedConfig | None = None) -> PreTrainedModel:
+def meta_policy(
+    module: RLMTModule | SFT, dtype: torch.dtype, config: PretrainedConfig | None = None
+) -> PreTrainedModel:
     """The policy as the module trains it, on the meta device; weights that the run quantizes are not quantized here.
 
     Args:
-        module: RL module with its options.
+        module: RL or SFT module with its options.
         dtype: dtype in which the weights are stored; adapters are in float32.
         config: Config of another model that is trained with the same options.
+    """
+    return meta_trained(module, AutoModelForCausalLM, config or module.policy_config, dtype)
+
+
+def meta_trained(module: TrainingModule, auto: Any, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A model with the adapter, attention and gradient checkpointing of a module, on the meta device.
+
+    Args:
+        module: Module with its options.
+        auto: Auto class of transformers.
+        config: Config of the model.
+        dtype: dtype in which the weights are stored; adapters are in float32.
     """
     lora, _ = adapter_options(module)
     # The other attention kernels save as much as torch's own, and may not be installed here.
     eager = {"attn_implementation": "eager"} if module.attn_implementation == "eager" else {}
-    policy = meta_from_config(AutoModelForCausalLM, config or module.policy_config, dtype, **eager)
+    policy = meta_from_config(auto, config, dtype, **eager)
     if lora is not None:
         policy.requires_grad_(False)
         options = LoraConfig(
@@ -93,3 +108,18 @@ def meta_critic(
         model, shape, autocast, lambda model, batch: hidden_states(model.get_decoder(), batch).float().sum(1)
     )
     return [*own, head], footprint
+
+
+def vllm_activation_bytes(config: PretrainedConfig, dtype: torch.dtype, tokens: int, samples: int) -> int:
+    """Peak bytes of vLLM's forward, which it measures on dummy inputs at its start and deducts from its cache.
+
+    Args:
+        config: Config of the policy.
+        dtype: dtype of the engine.
+        tokens: Tokens of a forward (`max_num_batched_tokens`).
+        samples: Samples decoded at once (`max_num_seqs`), which have a row of logits each: in the engine's dtype, and
+            in float32 scaled, as log-probs and as probabilities.
+    """
+    model = meta_from_config(AutoModelForCausalLM, config, dtype)
+    logits = samples * int(config.get_text_config().vocab_size) * (dtype.itemsize + 3 * 4)
+    return max(forward_footprint(model, 1, tokens).peak, logits)

@@ -6,6 +6,7 @@ of one line, before anything is downloaded or unpickled.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterator
@@ -169,6 +170,37 @@ def random_policy(path: str | Path, attn_implementation: str | None = None) -> P
     auto: Any = AutoModelForCausalLM
     with seeded_init():
         return cast(PreTrainedModel, auto.from_config(config, dtype=torch.float32, **options).eval())
+
+
+def frozen_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A frozen copy of a model, in eval mode.
+
+    Args:
+        model: The model.
+        dtype: Dtype of autocast, in which the copy stores its linear weights; float32 without autocast.
+    """
+    frozen: PreTrainedModel = copy.deepcopy(model).requires_grad_(False).train(False)
+    return frozen if dtype is torch.float32 else cast_linear_weights(frozen, dtype)
+
+
+def cast_linear_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Casts the weights of linear layers in place to the dtype that autocast computes them in, which halves a model.
+
+    Outputs under autocast stay the same to the last bit. Embeddings, norms and an output projection tied to the
+    embedding keep their dtype, since autocast does not cast what they compute.
+
+    Args:
+        model: A frozen model, all of whose forwards run under autocast to `dtype`.
+        dtype: Dtype of autocast.
+
+    Returns:
+        The model.
+    """
+    embedding: Any = model.get_input_embeddings()
+    for module in model.modules():
+        if type(module) is torch.nn.Linear and module.weight is not embedding.weight:
+            module.to(dtype)
+    return model
 
 
 @contextmanager

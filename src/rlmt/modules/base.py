@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, ClassVar
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import AdamW
@@ -142,8 +143,12 @@ class TrainingModule(LightningModule):
         apply_optimizer_options(self, self._optimizer_options)
 
     def accumulate_gradient(self, loss: Tensor) -> None:
-        """Adds the gradient of a micro-batch on this rank; gradients are summed over ranks once per optimizer step."""
-        with no_gradient_sync(self.trainer.strategy):
+        """Adds the gradient of a micro-batch on this rank; gradients are summed over ranks once per optimizer step.
+
+        The backward runs outside of the step's autocast, which would round the float32 operations of backward: each
+        operation has the dtype that it had in forward.
+        """
+        with no_gradient_sync(self.trainer.strategy), torch.autocast(self.device.type, enabled=False):
             self.manual_backward(loss)
 
     def optimizer_step_and_schedule(self) -> None:

@@ -8,11 +8,13 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+from transformers import PretrainedConfig
 
 from rlmt.algorithms import CriticOptions
 from rlmt.distributed.fsdp2 import FSDP2
-from rlmt.engines import Engine, TransformersEngine
+from rlmt.engines import Engine, TransformersEngine, VLLMEngine
 from rlmt.errors import UserError
 from rlmt.models.adapters import LoRA
 from rlmt.models.quantization import NF4
@@ -31,6 +33,11 @@ def check_trainer(trainer: Trainer) -> None:
         raise UserError(
             f"--trainer.precision is {trainer.precision}: use {' or '.join(PRECISIONS)}, since weights of 16 bits lose "
             "small updates."
+        )
+    if trainer.precision == "32-true" and trainer.strategy.root_device.type == "cuda":
+        rank_zero_warn(
+            "--trainer.precision is 32-true on a GPU, which takes twice the memory of bf16-mixed for activations and "
+            "several times its time: set --trainer.precision bf16-mixed unless you need float32."
         )
     if isinstance(trainer.strategy, FSDP2):
         module: Any = trainer.lightning_module
@@ -83,6 +90,30 @@ def check_sharded_run(trainer: Trainer, critic: CriticOptions | None, engines: S
             "--data.engine is TransformersEngine, which generates with the policy itself and does not support sharded "
             "weights (--config fsdp). Use VLLMEngine or VLLMServerEngine."
         )
+
+
+def check_engines(engines: Sequence[Engine], policy: PretrainedConfig, adapter: dict[str, Any] | None) -> None:
+    """Checks that the engines support the policy, and that at most one vLLM runs in this process.
+
+    Sleep mode and the parallel state of vLLM belong to the process.
+
+    Args:
+        engines: Engines of the data module.
+        policy: The policy's config.
+        adapter: PEFT's configuration of its adapter; None without one.
+
+    Raises:
+        UserError: One of them does not support the policy or the adapter, or there are two vLLMs.
+    """
+    if sum(isinstance(engine, VLLMEngine) for engine in engines) > 1:
+        raise UserError(
+            "--data.val_engine is a second VLLMEngine, but a process can hold one: leave the option out; validation "
+            "then uses --data.engine."
+        )
+    for engine in engines:
+        engine.check_policy(policy)
+        if adapter is not None:
+            engine.check_adapter(adapter)
 
 
 def check_minibatches(minibatches: int, batch_size: int, ranks: int) -> None:

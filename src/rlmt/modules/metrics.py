@@ -198,6 +198,18 @@ def distinct_pairs(ids: Sequence[int]) -> float:
     return len(np.unique((tokens[:-1] << 32) + tokens[1:])) / (len(tokens) - 1)
 
 
+def with_effective_sample_size(metrics: dict[str, float]) -> dict[str, float]:
+    """Replaces the mean square of importance weights w by their effective sample size, (Σ w)² / (n Σ w²).
+
+    It is the share of the n tokens that, unweighted, would estimate the gradient as precisely (Kong, 1992): 1 if all
+    weights are equal.
+    """
+    square = metrics.pop("engine/importance_square", None)
+    if square is not None:
+        metrics["engine/effective_sample_size"] = metrics["engine/importance_mean"] ** 2 / square
+    return metrics
+
+
 class StepTimer:
     """Measures the seconds of training steps, each from the end of the step before, validation left out.
 

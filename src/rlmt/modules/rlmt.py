@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -23,9 +22,9 @@ from rlmt.models.adapters import adapter_weights, base_tensors, trainable_parame
 from rlmt.models.critic import Critic, build_critic, check_critic
 from rlmt.models.logprobs import compute_logprobs, compute_values
 from rlmt.models.quantization import dequantize
+from rlmt.modules import checks
 from rlmt.modules.base import PolicyMixin, TrainingModule
 from rlmt.modules.checkpoints import check_has_critic, weights_to_load
-from rlmt.modules.checks import check_held_out, check_minibatches, check_sharded_run, check_trainer, weights_dtype
 from rlmt.modules.dynamic_sampling import resample
 from rlmt.modules.metrics import PROGRESS_BAR, StepTimer, evaluation_metrics, step_metrics
 from rlmt.modules.offline_rollouts import add_reference_logprobs, check_offline_rollouts
@@ -229,25 +228,21 @@ class RLMTModule(ScoringMixin, PolicyMixin, TrainingModule):
             UserError: Trainer, policy, rewards, adapter, objective and data do not fit each other.
         """
         data, engines = self.data, [engine for engine in (self.data.engine, self.data.val_engine) if engine is not None]
-        check_trainer(self.trainer)
-        check_sharded_run(self.trainer, self.algorithm.critic, engines)
+        checks.check_trainer(self.trainer)
+        checks.check_sharded_run(self.trainer, self.algorithm.critic, engines)
         loading.check_head(self.policy_config, self.policy_path)
         self.reward.check()
         self.held_out.check(self.reward)
         check_inputs(nn.ModuleList([self.reward, self.held_out]), self.malformed, data.extra_columns)
         self.check_adapter()
-        adapter = self.planned_adapter_config()
-        for engine in engines:
-            engine.check_policy(self.policy_config)
-            if adapter is not None:
-                engine.check_adapter(adapter)
+        checks.check_engines(engines, self.policy_config, self.planned_adapter_config())
         if stage != "fit":
             return
         if self.algorithm.critic is not None:
             check_critic(self.algorithm.critic.init, self.policy_path, self.tokenizer)
         self.algorithm.check(data.group_size)
-        check_minibatches(self.algorithm.minibatches, data.batch_size, self.trainer.world_size)
-        check_held_out(self.held_out.names, bool(data.val_dataloader()))
+        checks.check_minibatches(self.algorithm.minibatches, data.batch_size, self.trainer.world_size)
+        checks.check_held_out(self.held_out.names, bool(data.val_dataloader()))
         if data.offline_rollouts is not None:
             check_offline_rollouts(data.offline_rollouts, self.policy_config, self.algorithm)
 
@@ -261,14 +256,14 @@ class RLMTModule(ScoringMixin, PolicyMixin, TrainingModule):
         """
         if self.policy is not None:
             return
-        dtype = weights_dtype(self.trainer, self.lora)
+        dtype = checks.weights_dtype(self.trainer, self.lora)
         policy = loading.load_policy(self.policy_path, dtype, self.attn_implementation, self.quantization)
         if self.fitting and self.algorithm.needs_reference:
             if (rollouts := self.data.offline_rollouts) is not None:
                 budget = self.tokens_per_micro_batch
                 add_reference_logprobs(rollouts, policy, self.algorithm, self.trainer, self.data.temperature, budget)
             elif self.lora is None:
-                self.reference = copy.deepcopy(policy).requires_grad_(False).train(False)
+                self.reference = loading.frozen_copy(policy, self.compute_dtype)
         if self.lora is not None:
             self.lora.add_to(policy)
         if self.fitting and self.algorithm.critic is not None:

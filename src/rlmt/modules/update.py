@@ -28,7 +28,7 @@ from rlmt.models.micro_batch import (
     token_offsets,
     token_positions,
 )
-from rlmt.modules.metrics import UpdateMetrics
+from rlmt.modules.metrics import UpdateMetrics, with_effective_sample_size
 from rlmt.types import Experience, TokenBatch
 
 
@@ -98,7 +98,7 @@ class PolicyUpdate:
 
     def metrics(self) -> dict[str, float]:
         """Metrics of the steps on the last rollout batch, under their final names. All ranks have to call it."""
-        return self._metrics.compute()
+        return with_effective_sample_size(self._metrics.compute())
 
     def _accumulate(
         self,
@@ -255,7 +255,7 @@ def _token_batch(experience: Experience, batch: MicroBatch, positions: Tensor, w
         ref_logprobs=take(experience.ref_logprobs),
         engine_logprobs=experience.engine_logprobs[positions],
         weights=weights[positions],
-        off_policy=experience.rollouts.off_policy,
+        off_policy=experience.rollouts.off_policy or experience.rollouts.rounded,
         values=take(experience.values),
         returns=take(experience.returns),
     )

@@ -66,8 +66,9 @@ class VLLMEngine(Engine):
         serve: How to serve a LoRA adapter: `adapter` sends LoRA requests beside the frozen base; `merged` merges it
             into a copy of the weights at each sync, which is slower, and needed where vLLM has no support (DoRA).
         quantization: vLLM's quantization method for the linear layers, to 8 or 4 bits, applied at each sync. It saves
-            memory, but the log-probs differ from the trainer's (`engine/mismatch_kl` measures by how much). None keeps
-            the weights in `dtype`, which is exact. Requires bfloat16.
+            memory, but the log-probs differ from the trainer's (`engine/mismatch_kl` measures by how much), and policy
+            gradients then correct by importance weights. None keeps the weights in `dtype`, which is exact. Requires
+            bfloat16.
         tensor_parallel_size: Number of neighbouring ranks that share one copy of the policy, each with a shard of every
             layer; must divide the number of ranks and of the policy's attention heads. Each rank then computes the
             samples of all of them.
@@ -96,6 +97,7 @@ class VLLMEngine(Engine):
         self.sleep = sleep
         self.serve = serve
         self.quantization = quantization
+        self.rounds_weights = quantization is not None
         self.tensor_parallel_size = tensor_parallel_size
         self._llm: Any = None
         self._lora: LoRASlot | None = None
