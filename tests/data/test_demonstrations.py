@@ -11,10 +11,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlmt.data.demonstrations import DemonstrationEncoder, SFTDataModule, load_demonstrations
+from rlmt.data.demonstrations import (
+    Demonstration,
+    DemonstrationEncoder,
+    SFTDataModule,
+    Turn,
+    load_demonstrations,
+)
 from rlmt.errors import UserError
+from rlmt.formats.resolve import resolve_format
 from rlmt.formats.thinking import ThinkingFormat
 from rlmt.types import Split, Status
+
+from ..chat_templates import SHAPES
 
 
 def user(text: str) -> dict[str, str]:
@@ -78,6 +87,45 @@ def test_no_think_drops_the_thought_of_the_same_data(tmp_path, byte_tokenizer):
         think = pieces(source, ThinkingFormat("think"), byte_tokenizer)
         assert think == [(prompt, "<think>\ngreet\n</think>\n\nHello!<|im_end|>")]
         assert pieces(source, ThinkingFormat("no_think"), byte_tokenizer) == [(prompt, "Hello!<|im_end|>")]
+
+
+@pytest.mark.parametrize(
+    ("shape", "name"),
+    [
+        *(
+            (shape, name)
+            for shape in ("ChatML", "Llama 3.2, with the date", "Qwen2.5", "Phi-3", "Gemma", "OpenChat")
+            for name in ("think", "no_think")
+        ),
+        ("Qwen3", "think"),
+        ("Qwen3.5", "think"),
+    ],
+)
+def test_sequence_is_the_conversation_that_the_template_writes(shape, name):
+    """Up to the token that ends the turn; the template renders the target as the content of the assistant's turn."""
+    tokenizer = SHAPES[shape].tokenizer()
+    form = resolve_format(ThinkingFormat(name), tokenizer, shape)
+    row = Demonstration(0, [Turn([user("Hi")], "a plan", "Hello!")])
+    ids = DemonstrationEncoder(form, tokenizer)(row).sequences[0].tolist()
+    content = "<think>\na plan\n</think>\n\nHello!" if name == "think" else "Hello!"
+    text = tokenizer.apply_chat_template(
+        [user("Hi"), assistant(content)], tokenize=False, date_string="26 Jul 2024", **form.chat_template_kwargs
+    )
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert ids == whole[: len(ids)]
+    ends = {"Llama 3.2, with the date": "<|eot_id|>", "Phi-3": "<|end|>", "Gemma": "<end_of_turn>"}
+    ends["OpenChat"] = "<|end_of_turn|>"
+    assert tokenizer.decode(ids[-1:]) == ends.get(shape, "<|im_end|>")
+
+
+@pytest.mark.parametrize(("shape", "end"), [("GLM-4.5", "<|user|>"), ("R1 distill", "<|end_of_sentence|>")])
+def test_target_ends_with_the_token_of_the_template(shape, end):
+    tokenizer = SHAPES[shape].tokenizer()
+    form = resolve_format(ThinkingFormat("think"), tokenizer, shape)
+    encoded = DemonstrationEncoder(form, tokenizer)(Demonstration(0, [Turn([user("Hi")], "a plan", "Hello!")]))
+    (ids,), (prompt,) = encoded.sequences, encoded.prompts
+    opening = "" if shape == "R1 distill" else "<think>\n"
+    assert tokenizer.decode(ids[prompt:]) == f"{opening}a plan\n</think>\n\nHello!{end}"
 
 
 def test_prefill_moves_the_opening_tag_into_the_prompt(tmp_path, byte_tokenizer):

@@ -104,7 +104,7 @@ def check_predictions(folder: Path) -> None:
         assert samples[name].to_pylist() == [value] * 2
 
 
-@pytest.mark.parametrize(("shape", "format"), [("Phi-3", "no_think"), ("GLM-4.5", "think"), ("OpenChat", "no_think")])
+@pytest.mark.parametrize(("shape", "format"), [("Phi-3", "no_think"), ("OpenChat", "think")])
 def test_chat_and_predict_end_where_the_template_ends_a_turn(
     shape: str,
     format: FormatName,
@@ -155,10 +155,24 @@ def test_export_keeps_all_stop_tokens(
     stops = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|user|>", "<|observation|>"])
     config = json.loads((policy / "generation_config.json").read_text()) | {"eos_token_id": stops[::2]}
     (policy / "generation_config.json").write_text(json.dumps(config))
-    arguments = options(policy, tmp_path, "no_think", "--data.engine", "TransformersEngine", "--trainer.max_steps", 1)
-    assert main(["fit", *arguments]) == 0
-    (samples,) = (pq.read_table(path) for path in (tmp_path / "run").rglob("rollouts*.parquet"))
-    assert samples["response"].to_pylist() == [ANSWER] * 2 and samples["reward"].to_pylist() == [1.0] * 2
+    assert main(["predict", *options(policy, tmp_path, "no_think", "--data.engine", "TransformersEngine")]) == 0
+    check_predictions(tmp_path)
+    demonstrations = tmp_path / "demonstrations.jsonl"
+    demonstrations.write_text(json.dumps({"prompt": "Which?", "response": ANSWER}) + "\n")
+    chosen = {
+        "--model.policy": policy,
+        "--model.format": "no_think",
+        "--model.optimizer.init_args.lr": 1e-9,
+        "--data.path": demonstrations,
+        "--data.batch_size": 1,
+        "--data.max_length": 128,
+        "--data.val_size": 0,
+        "--trainer.max_steps": 1,
+        "--trainer.default_root_dir": tmp_path / "run",
+        "--trainer.enable_progress_bar": "false",
+        "--trainer.accelerator": "cpu",
+    }
+    assert main(["fit", "--config", "sft", *(str(word) for pair in chosen.items() for word in pair)]) == 0
     exported = tmp_path / "exported"
     assert main(["export", str(tmp_path / "run" / "checkpoints" / "last.ckpt"), str(exported)]) == 0
     assert "chat_template_kwargs {'enable_thinking': False}" in capsys.readouterr().out
@@ -174,11 +188,11 @@ def test_export_keeps_all_stop_tokens(
 @pytest.mark.parametrize(
     ("shape", "format", "message"),
     [
-        ("named templates, none of them default", "think", "rag, tool_use and none named default"),
         ("ChatML without generation prompt", "no_think", "'<|im_start|>assistant' before an answer"),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
+                ("named templates, none of them default", "think", "rag, tool_use and none named default"),
                 ("R1 distill", "no_think", "opens a thought, unlike format no_think"),
                 ("always an empty thought", "think", "closes an empty thought"),
                 ("no template", "think", "no chat template"),
@@ -211,6 +225,7 @@ def set_clock(monkeypatch: pytest.MonkeyPatch, day: int) -> None:
     monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
 
 
+@pytest.mark.slow
 def test_run_and_replay_do_not_depend_on_the_day(
     tiny: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -238,12 +253,12 @@ def test_run_and_replay_do_not_depend_on_the_day(
         checkpoint = torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)
         assert checkpoint["rlmt"]["format"]["date"] == "2024-07-26"
         states.append(checkpoint["state_dict"])
-    first, second = (read_rollouts(tmp_path / name / "rollouts") for name in ("unbroken", "broken"))
+    first, second = (read_rollouts(tmp_path / name / "version_0" / "rollouts") for name in ("unbroken", "broken"))
     assert first["prompt_ids"].to_pylist() == second["prompt_ids"].to_pylist()
     assert first["reward"].to_pylist() == second["reward"].to_pylist()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     tokenizer = loading.load_tokenizer(tmp_path / "policy")
     assert "26 Jul 2024" in tokenizer.decode(first["prompt_ids"][0].as_py())
     assert b'"date": "2024-07-26"' in first.schema.metadata[b"rlmt"]
-    replay = ["--data.engine", "ReplayEngine", "--data.engine.path", tmp_path / "unbroken" / "rollouts"]
+    replay = ["--data.engine", "ReplayEngine", "--data.engine.path", tmp_path / "unbroken" / "version_0" / "rollouts"]
     run("fit", "replayed", 27, *replay, "--trainer.max_steps", 1)
