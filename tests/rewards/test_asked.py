@@ -263,6 +263,13 @@ def test_recorded_verdicts_are_reused(scorer: Loopback, loaded: Any, tmp_path: P
     assert len(scorer.bodies) == 4
 
 
+def test_every_rank_has_a_ledger_of_its_own(tmp_path: Path, loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlmt.distributed.collectives.world_size", lambda: 2)
+    monkeypatch.setattr("rlmt.distributed.collectives.rank", lambda: 1)
+    loaded(JudgeReward(Endpoint("http://127.0.0.1:9/v1"), str(tmp_path / "judge.jsonl")))
+    assert [path.name for path in tmp_path.iterdir()] == ["judge.rank1.jsonl"]
+
+
 # Requests ------------------------------------------------------------------------------------------------------------
 
 TAGS = ["<think>", "</think>", "<response>", "</response>", " ", "\n", "x"]
