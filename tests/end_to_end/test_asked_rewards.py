@@ -8,6 +8,7 @@ import json
 import math
 import re
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 from rlmt.cli.commands import main
+from rlmt.models.logprobs import compute_logprobs
 
 sys.path.append(str(Path(__file__).parents[1] / "endpoints"))
 from loopback import Loopback, Reply, completion  # noqa: E402
@@ -105,15 +107,32 @@ def metrics(run: str) -> list[dict[str, float]]:
         return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 
-def test_sum_of_every_reward_trains_and_sends_no_thought(fit: Fit, service: Loopback, tiny: Path) -> None:
+def test_sum_of_every_reward_trains_and_log_probs_are_computed_while_it_is_asked_for(
+    fit: Fit, service: Loopback, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed, waited = threading.Event(), []
+
+    def compute(*args: Any) -> torch.Tensor:
+        computed.set()
+        return compute_logprobs(*args)
+
+    def slow(path: str, body: Any) -> Reply:
+        """Answers about responses only once log-probs are computed."""
+        if path != "/classify":  # these are probed at start
+            waited.append(computed.wait(60))
+        return score_anything(path, body)
+
+    monkeypatch.setattr("rlmt.modules.rlmt.compute_logprobs", compute)
+    service.script = slow
     parts = list(rewards_of(service, tiny).values())
     scale = ["running_std", "none", "batch_std", "none", "running_std"]
     init = {"rewards": parts, "weights": [1.0] * 5, "scale": scale}
     reward = {"class_path": "rlmt.rewards.WeightedSum", "init_args": init}
-    assert fit("run", reward, "--model.format", "think", "--trainer.max_steps", 2, "--data.val_size", 2) == 0
+    assert fit("run", reward, "--trainer.max_steps", 2, "--trainer.val_check_interval", 1, "--data.val_size", 2) == 0
     rows = [row for row in metrics("run") if "reward/mean" in row]
     names = ("judge", "win_rate", "rubric", "remote", "reward_model")
-    assert len(rows) == 2
+    assert waited and all(waited)
+    assert len(rows) >= 2  # steps without a learning signal do not count
     for row in rows:
         assert all(f"reward/{name}" in row for name in names)
         assert row["reward/judge_unparsed"] == row["reward/rubric_unparsed"] == 0
@@ -121,9 +140,9 @@ def test_sum_of_every_reward_trains_and_sends_no_thought(fit: Fit, service: Loop
     table = [row for path in Path("run").rglob("rollouts_*.parquet") for row in pq.read_table(path).to_pylist()]
     assert {json.loads(row["extra"])["reference"] for row in table} == {"Yes."}
     responses = [text for body in service.bodies for text in body.get("responses", [])]
-    assert sorted(responses) == sorted(row["scored_text"] for row in table)
+    assert not Counter(row["scored_text"] for row in table) - Counter(responses)
     saved = torch.load("run/checkpoints/last.ckpt", weights_only=True)["rlmt"]["rewards"]
-    assert saved == {"0": {"0": saved["0"]["0"], "4": saved["0"]["4"]}} and saved["0"]["0"][0] == 32
+    assert saved == {"0": {"0": saved["0"]["0"], "4": saved["0"]["4"]}} and saved["0"]["0"][0] == 16 * len(rows)
 
 
 @pytest.mark.slow
@@ -145,18 +164,18 @@ def test_judge_that_dies_ends_the_run_resumable_and_no_verdict_is_asked_for_twic
         return completion(f"Score: {next(scores)}")
 
     def dying(path: str, body: Any) -> Reply:
-        return fickle(path, body) if len(service.bodies) < 40 else Reply({}, 503)  # in the second batch of 32 requests
+        return fickle(path, body) if len(service.bodies) < 40 else Reply({}, 503)  # a batch has at most 32 requests
 
     reward = rewards_of(service, tiny)["JudgeReward"]
     service.script = dying
     assert fit("run", reward) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rlmt: error: ")]
     assert "no answer in 2 attempts (status 503" in line and "resume with --ckpt_path last" in line
-    assert len([row for row in metrics("run") if "reward/mean" in row]) == 1
+    assert 1 <= len([row for row in metrics("run") if "reward/mean" in row]) < 3
     service.script = fickle
     assert fit("run", reward, "--ckpt_path", "last") == 0
     recorded = [json.loads(row)["key"] for row in Path("ledger/judge.jsonl").read_text().splitlines()]
-    assert len(recorded) == len(set(recorded)) > 60
+    assert len(recorded) == len(set(recorded)) > 40
     asked = len(service.bodies)
 
     service.script = lambda path, body: Reply({}, 503)
@@ -164,7 +183,6 @@ def test_judge_that_dies_ends_the_run_resumable_and_no_verdict_is_asked_for_twic
     assert len(service.bodies) == asked
     ends = [torch.load(f"{run}/checkpoints/last.ckpt", weights_only=True)["state_dict"] for run in ("run", "again")]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1])
-    assert max(Counter(recorded).values()) == 1
 
 
 def test_missing_column_is_an_error_before_any_model_is_loaded(

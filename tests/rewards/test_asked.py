@@ -29,6 +29,7 @@ from rlmt.rewards import (
     WeightedSum,
     score,
 )
+from rlmt.rewards.base import all_rewards
 from rlmt.rewards.prompt_text import fill_template
 from rlmt.rewards.rubric import read_answers
 from rlmt.rewards.scoring import check_inputs, prefetch
@@ -262,6 +263,13 @@ def test_recorded_verdicts_are_reused(scorer: Loopback, loaded: Any, tmp_path: P
     assert len(scorer.bodies) == 4
 
 
+def test_every_rank_has_a_ledger_of_its_own(tmp_path: Path, loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlmt.distributed.collectives.world_size", lambda: 2)
+    monkeypatch.setattr("rlmt.distributed.collectives.rank", lambda: 1)
+    loaded(JudgeReward(Endpoint("http://127.0.0.1:9/v1"), str(tmp_path / "judge.jsonl")))
+    assert [path.name for path in tmp_path.iterdir()] == ["judge.rank1.jsonl"]
+
+
 # Requests ------------------------------------------------------------------------------------------------------------
 
 TAGS = ["<think>", "</think>", "<response>", "</response>", " ", "\n", "x"]
@@ -342,7 +350,11 @@ def test_template_is_filled_in_one_pass() -> None:
         (RubricReward, {"template": "{response}"}, "template does not contain {criteria}"),
         (RubricReward, {"items": []}, "items is no checklist"),
         (RubricReward, {"items": [{"weight": 1}]}, "items has a criterion without text"),
-        (RubricReward, {"items": [{"criterion": "a", "weight": -1}]}, "the weight of 'a' is -1; use a number above 0"),
+        (
+            RubricReward,
+            {"items": [{"criterion": "a", "weight": -1}]},
+            "items: the weight of 'a' is -1; use a number above 0",
+        ),
     ],
 )
 def test_invalid_options_are_refused(kind: Any, options: dict[str, Any], message: str) -> None:
@@ -384,7 +396,7 @@ def test_served_scores_equal_those_in_process(serve: Serve, loaded: Any, reward_
     torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
     assert [len(server.bodies) for server in servers] == [4, 3]  # two probes each; three requests in turn
     assert all(body["model"] == "rm" for server in servers for body in server.bodies)
-    assert not list(reward.parameters())
+    assert not list(reward.parameters()) and all_rewards(reward) == [reward], "no reward model of this process"
 
 
 @pytest.mark.parametrize("always", [True, False])

@@ -78,7 +78,7 @@ def test_malformed_sample_never_scores_above_a_well_formed_one(
 def test_batch_without_well_formed_samples_gets_the_penalty() -> None:
     got = score(WeightedSum([Recorder(), FormatReward()], [1.0, 1.0]), PROMPTS[:2], [SPLITS[1]] * 2, TEXTS[:2])
     assert got.total.tolist() == [-10, -10]
-    assert sorted(got.parts) == ["format", "recorder"]
+    assert sorted(got.parts) == ["format", "format_share", "recorder", "recorder_share"]
     assert all(part.isnan().all() for part in got.parts.values())
 
 

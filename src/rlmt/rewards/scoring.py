@@ -89,13 +89,16 @@ def prefetch(
 ) -> bool:
     """Starts the requests of all rewards for the texts that `score` will pass to them; arguments as of `score`.
 
+    The call is collective, like that of `score`.
+
     Returns:
         Whether a reward asks.
     """
-    *_, batch = _batch_to_score(prompts, splits, texts, mode)
-    for reward in all_rewards(rewards):
-        reward.prefetch(*batch)
-    return any(reward.asks for reward in all_rewards(rewards))
+    asking = [reward for reward in all_rewards(rewards) if reward.asks]
+    if asking:
+        *_, batch = _batch_to_score(prompts, splits, texts, mode)
+        run_on_all_ranks(lambda: [reward.prefetch(*batch) for reward in asking])
+    return bool(asking)
 
 
 def check_inputs(rewards: nn.Module, mode: MalformedMode, extra_columns: Sequence[str]) -> None:
