@@ -16,7 +16,7 @@ from rlmt.cli.commands import main
 from rlmt.data import RolloutDataModule
 from rlmt.engines import TransformersEngine, VLLMEngine
 from rlmt.errors import UserError
-from rlmt.memory.budget import CUDA_CONTEXT, GIB, VLLM_OVERHEAD, Budget, _add_engine, make_budget
+from rlmt.memory.budget import CUDA_CONTEXT, CUDA_GRAPHS, GIB, VLLM_OVERHEAD, Budget, _add_engine, make_budget
 from rlmt.memory.bytes import Parallelism
 from rlmt.models import LoRA
 from rlmt.models.loading import load_policy
@@ -112,7 +112,12 @@ def test_8b_policy_and_8b_reward_model_fit_in_24_gb(shapes: Path) -> None:
     assert found["logits chunk"].update == pytest.approx(2**25 * 10, rel=0.01)
     engine = LINEAR + unquantized + 2 * ADAPTER
     assert found["vLLM weights"].rollout == pytest.approx(engine, rel=1e-6) and found["vLLM weights"].update == 0
-    cache = 0.52 * 24 * GIB - found["vLLM weights"].rollout - VLLM_OVERHEAD
+    activations = found["vLLM activations"].rollout
+    # Of 8,192 tokens in bfloat16: gate, up and their product of one layer, and the residual stream with its norm.
+    assert activations == pytest.approx(8192 * (3 * 14336 + 3 * 4096) * 2, rel=0.15)
+    besides = found["vLLM weights"].rollout + activations + CUDA_GRAPHS + VLLM_OVERHEAD
+    cache = 0.52 * 24 * GIB - besides
+    assert 1.3 * GIB < cache < 1.7 * GIB
     assert found["vLLM KV cache"].rollout == pytest.approx(cache, abs=1)
     assert f"{int(cache // (128 * 1024)):,} tokens" in budget.notes[0]  # 128 KiB a token
     assert found["CUDA context"].reward == CUDA_CONTEXT
@@ -173,7 +178,9 @@ def test_16_bit_vllm_weights_exceed_24_gb_and_fit_in_48(shapes: Path) -> None:
     data.engine.tensor_parallel_size = 16  # type: ignore[attr-defined]
     _add_engine(split, module, data, torch.bfloat16, Parallelism(16))
     assert lines_by_name(split)["vLLM weights"].rollout == pytest.approx(2 * (ALL / 16 + ADAPTER), rel=1e-6)
-    cache = 0.52 * 48 * GIB - lines_by_name(split)["vLLM weights"].rollout - VLLM_OVERHEAD
+    found = lines_by_name(split)
+    cache = 0.52 * 48 * GIB - found["vLLM weights"].rollout - found["vLLM activations"].rollout
+    cache -= VLLM_OVERHEAD + CUDA_GRAPHS
     assert f"{int(cache // (16 * 1024)):,} tokens" in split.notes[0]  # one of eight key-value heads, 16 KiB a token
     with pytest.raises(UserError, match="quantization awq"):
         _add_engine(budget, *qlora(shapes, quantization="awq"), torch.bfloat16, Parallelism())
@@ -327,16 +334,60 @@ def test_invalid_options_are_one_line_errors(
     assert "not a causal language model" in error_of("--memory", 24, "--model.policy", "reward")
 
 
+@pytest.mark.parametrize("max_num_batched_tokens", [64, 4096])
+def test_vllm_deducts_activations_and_cuda_graphs_from_its_cache(two_layers: Path, max_num_batched_tokens: int) -> None:
+    module, data = qlora(two_layers)
+    budgets = []
+    for eager in (None, True):
+        data.engine = VLLMEngine(0.5, max_num_batched_tokens=max_num_batched_tokens, enforce_eager=eager)
+        _add_engine(budget := Budget(24 * GIB), module, data, torch.bfloat16, Parallelism())
+        budgets.append(lines_by_name(budget))
+        assert budget.total("rollout") == pytest.approx(12 * GIB, abs=1)
+    graphs, eager_budget = budgets
+    assert eager_budget["vLLM KV cache"].rollout - graphs["vLLM KV cache"].rollout == CUDA_GRAPHS
+    assert graphs["vLLM overhead"].update == VLLM_OVERHEAD + CUDA_GRAPHS and graphs["vLLM activations"].update == 0
+    logits = 256 * 128256 * (2 + 3 * 4)  # of as many samples as are decoded at once
+    forward = max_num_batched_tokens * (3 * 14336 + 3 * 4096) * 2
+    assert graphs["vLLM activations"].rollout == pytest.approx(max(logits, forward), rel=0.15)
+
+
 @pytest.mark.parametrize("kind", ["sft", "reward"])
-def test_other_runs_than_rl_are_a_one_line_error(
-    kind: str, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_supervised_run_has_one_phase(
+    kind: str, two_layers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """With the configs' bfloat16 and checkpointing, where backward has a layer's input for each layer."""
     monkeypatch.chdir(tmp_path)
     model = "--model.policy" if kind == "sft" else "--model.model"
-    configs = f"plan --config {kind} --config lora --config nf4 --data.path x.jsonl --memory 24 {model}"
-    assert main([*configs.split(), str(shapes / "policy")]) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rlmt: error:")]
-    assert f"--model {'SFT' if kind == 'sft' else 'RewardModeling'}: `rlmt plan` supports only RL runs" in line
+    line = f"plan --config {kind} --data.path x.jsonl --data.max_length 2048 --memory 80 {model}"
+    assert main([*line.split(), str(two_layers / "policy"), "--must_fit", "true"]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[0].split() == ["GiB", "update"] and "in update." in out
+    found = {name: cells[0] for name, cells in table(out).items()}
+    size = LINEAR // 16 + 128256 * 4096 + 5 * 4096 + (128256 * 4096 if kind == "sft" else 4096)
+    weights = found["policy weights" if kind == "sft" else "reward model weights"]
+    assert weights == pytest.approx(4 * size / GIB, abs=0.01) and found["optimizer states"] == pytest.approx(
+        8 * size / GIB, abs=0.01
+    )
+    assert found["gradients"] == weights
+    rows, length = (8, 2047) if kind == "sft" else (8, 2048)
+    assert f"activations ({rows} × {length} tokens)" in out
+    hidden = rows * length * 4096 * 4
+    assert 2 * hidden / GIB < found["activations"] < 6 * hidden / GIB
+    assert ("logits chunk" in found) == (kind == "sft")
+    # In float32 without checkpointing every matrix product saves its input.
+    plain = ["--trainer.precision", "32-true", "--model.gradient_checkpointing", "false"]
+    assert main([*line.split(), str(two_layers / "policy"), *plain]) == 0
+    each = rows * length * (5 * 4096 + 3 * 14336) * 4
+    assert table(capsys.readouterr().out)["activations"][0] > 2 * each / GIB
+
+
+def test_plan_of_an_unknown_module_is_a_one_line_error(
+    two_layers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = "plan --config sft --data PreferenceDataModule --data.path x.jsonl --memory 24 --model.policy"
+    assert main([*line.split(), str(two_layers / "policy")]) == 2
+    assert "--model SFT with --data PreferenceDataModule: `rlmt plan` knows" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["single-gpu", "scaling"])
@@ -357,8 +408,12 @@ def test_docs_table_shows_the_printed_peaks(
 ) -> None:
     """Every row of the table of cards and the configs for them."""
     text = (Path(__file__).parents[2] / "docs" / "single-gpu.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (\d+) GB \| .*? \| `(.*?)` \| ([\d.]+) GiB \|$", text, re.MULTILINE)
+    rows = re.findall(r"^\| (\d+) GB \| .*? \| `(--.*?)` \| ([\d.]+) GiB \|$", text, re.MULTILINE)
     assert {int(card) for card, _, _ in rows} == {12, 24, 48, 80}
+    exact = {options: float(peak) for _, options, peak in rows}
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| one GPU of \d+ GB.*? \| `(.*?)` \| ([\d.]+) GiB \|$", readme, re.MULTILINE)
+    assert len(shown) == 3 and all(float(peak) == round(exact[options], 1) for options, peak in shown)
     monkeypatch.chdir(tmp_path)
     Qwen2Config(**QWEN_1_5B, architectures=["Qwen2ForCausalLM"]).save_pretrained("Qwen/Qwen2.5-1.5B-Instruct")
     (tmp_path / "meta-llama").mkdir()
@@ -369,4 +424,22 @@ def test_docs_table_shows_the_printed_peaks(
             continue
         words = f"plan --config base --config grpo --config llama-3.1-8b {options} --memory {card}"
         assert main([*words.split(), "--model.reward.model", str(shapes / "reward"), "--must_fit", "true"]) == 0
+        assert f"Peak: {peak} GiB" in capsys.readouterr().out, words
+
+
+@pytest.mark.slow
+def test_docs_table_shows_the_peaks_of_supervised_runs(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "single-gpu.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) GB \| `rlmt plan (.*?)` \| ([\d.]+) GiB \|$", text, re.MULTILINE)
+    assert {re.findall(r"--config (sft|reward)", options)[0] for _, options, _ in rows} == {"sft", "reward"}
+    monkeypatch.chdir(tmp_path)
+    small = QWEN_1_5B | {"max_position_embeddings": 131072}
+    Qwen2Config(**small, architectures=["Qwen2ForCausalLM"]).save_pretrained("Qwen/Qwen2.5-1.5B")
+    (tmp_path / "meta-llama").mkdir()
+    (tmp_path / "meta-llama" / "Llama-3.1-8B").symlink_to(shapes / "policy")
+    for card, options, peak in rows:
+        words = f"plan {options} --data.path x.jsonl --memory {card} --must_fit true"
+        assert main(words.split()) == 0
         assert f"Peak: {peak} GiB" in capsys.readouterr().out, words

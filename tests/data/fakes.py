@@ -27,6 +27,7 @@ class FakeEngine(Engine):
 
     def start(self, policy, tokenizer, max_model_len, dtype):
         assert dtype is torch.float32
+        assert not torch.is_autocast_enabled("cpu")
         assert self.version is None
         self.calls.append(("start", max_model_len))
 
@@ -37,6 +38,7 @@ class FakeEngine(Engine):
         self.calls.append(("sync", version))
 
     def generate(self, requests, sampling):
+        assert not torch.is_autocast_enabled("cpu")  # an engine computes in its own dtype
         self.calls.append(("generate", len(requests)))
         self.sampling = sampling
         ids, logprobs = [], []

@@ -172,9 +172,12 @@ def test_rollouts_are_generated_with_the_current_weights_and_settings(tokenizer,
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed", "64-true"])
 def test_every_precision_keeps_engine_logprobs_in_fp32(tokenizer, prompts, tmp_path, precision):
-    module = FakeModule(tokenizer)
-    trainer(tmp_path, max_steps=1, precision=precision).fit(module, datamodule=make(prompts))
-    assert len(module.seen["train"]) == 1  # `note` looks at the dtype
+    module = FakeModule(tokenizer, more=(1,))  # another batch within the step, as dynamic sampling generates
+    data = make(prompts)
+    data.engine.rounds_weights = precision == "bf16-mixed"
+    trainer(tmp_path, max_steps=1, precision=precision).fit(module, datamodule=data)
+    assert len(module.seen["train"]) == len(module.seen["more"]) == 1  # `note` looks at the dtype
+    assert module.last.rounded == data.engine.rounds_weights
 
 
 def test_epochs_are_complete_reshuffled_and_numbered(tokenizer, prompts, tmp_path):

@@ -129,10 +129,9 @@ def test_reward_forward_footprint_matches_real_tensors(allocated_peak: Any) -> N
     estimate = forward_footprint(meta, 4, 100)
     model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
     ids = torch.zeros(4, 100, dtype=torch.long)
-    mask = (torch.arange(100) < torch.tensor([[100], [90], [80], [70]])).long()
 
     def score() -> None:
         with torch.no_grad():
-            model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+            model.base_model(input_ids=ids, use_cache=False)
 
     assert estimate.peak == pytest.approx(allocated_peak(score), rel=0.15)

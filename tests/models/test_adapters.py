@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedModel, Qwen2Config
 from transformers import Qwen2ForCausalLM as Qwen2
@@ -208,3 +209,32 @@ def test_checkpoint_of_another_adapter_raises() -> None:
     for saved, wanted, words in refusals:
         with pytest.raises(UserError, match=f"--ckpt_path: the checkpoint .*{words}.*--model.lora"):
             check_same_adapter(saved, wanted)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapter_without_peft_cast_has_the_same_gradient_and_saves_less(dora: bool) -> None:
+    """Under autocast PEFT's cast of inputs to float32 is undone at once, but each adapter saves a copy of its own."""
+    results: list[tuple[Tensor, dict[str, Tensor]]] = []
+    sizes = []
+    for cast in (True, False):
+        torch.manual_seed(0)
+        policy = LlamaForCausalLM(LlamaConfig(**SIZES)).bfloat16()
+        LoRA(rank=4, dora=dora).add_to(policy)
+        for module in policy.modules():
+            if isinstance(module, LoraLayer):
+                module.cast_input_dtype_enabled = cast or module.cast_input_dtype_enabled
+                torch.nn.init.normal_(module.lora_B["default"].weight, std=0.1)
+        saved: dict[int, int] = {}
+
+        def save(tensor: Tensor, saved: dict[int, int] = saved) -> Tensor:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(save, lambda t: t):
+            logits = policy(IDS).logits
+        logits.float().logsumexp(-1).sum().backward()
+        results.append((logits, {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}))
+        sizes.append(sum(saved.values()))
+    assert len(results[0][1]) == (3 if dora else 2) * 14
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+    assert sizes[1] < 0.9 * sizes[0], sizes

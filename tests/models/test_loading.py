@@ -1,14 +1,17 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BloomConfig, Gemma2Config, LlamaConfig
+from transformers import BloomConfig, Gemma2Config, LlamaConfig, Qwen2Config, Qwen2ForCausalLM
 
 from rlmt.errors import UserError
-from rlmt.models.loading import check_head, load_config, load_policy, load_tokenizer, max_positions
+from rlmt.models.loading import check_head, frozen_copy, load_config, load_policy, load_tokenizer, max_positions
+from rlmt.models.logprobs import token_logprobs
+from rlmt.models.micro_batch import no_op_micro_batch
 
 
 @pytest.fixture
@@ -101,3 +104,33 @@ def test_models_that_change_their_logits_raise() -> None:
     with pytest.raises(UserError, match="final_logit_softcapping"):
         check_head(Gemma2Config(), "some/model")
     check_head(LlamaConfig(), "some/model")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_reference_in_16_bits_has_the_same_logprobs_under_autocast(tied: bool) -> None:
+    torch.manual_seed(0)
+    shape = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Qwen2Config(**shape, **heads, tie_word_embeddings=tied, initializer_range=0.3)
+    policy = Qwen2ForCausalLM(config)
+    for name, parameter in policy.named_parameters():
+        if "norm" in name or "bias" in name:
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.1)
+    frozen, full = frozen_copy(policy, torch.bfloat16), frozen_copy(policy, torch.float32)
+    batch = no_op_micro_batch(torch.device("cpu"))
+    batch = replace(
+        batch,
+        input_ids=torch.arange(40).view(2, 20),
+        rows=torch.tensor([0, 1] * 9),
+        columns=torch.arange(18),
+        targets=torch.arange(18),
+    )
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = token_logprobs(full, batch, 0.7).logprobs
+        assert torch.equal(token_logprobs(frozen, batch, 0.7).logprobs, expected)
+    # 2 bytes for each weight and bias of a linear layer, 4 for embeddings and norms.
+    head = 0 if tied else 2 * 61 * 32
+    layer = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 32 + 2 * 16) + 4 * 2 * 32
+    assert sum(p.numel() * p.element_size() for p in frozen.parameters()) == 4 * 61 * 32 + head + 2 * layer + 4 * 32
+    assert not any(p.requires_grad for p in frozen.parameters()) and not frozen.training
+    assert all(p.dtype is torch.float32 for p in [*policy.parameters(), *full.parameters()])

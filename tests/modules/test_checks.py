@@ -1,12 +1,15 @@
 """Unsupported strategies are refused in one line, before any model is loaded."""
 
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from bitsandbytes.optim import AdamW8bit
+from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.optim import AdamW
+from transformers import LlamaConfig
 
 from rlmt.algorithms import GRPO, PPO, Algorithm
 from rlmt.distributed.fsdp2 import FSDP2
@@ -15,12 +18,13 @@ from rlmt.engines.base import Engine
 from rlmt.errors import UserError
 from rlmt.models.adapters import LoRA
 from rlmt.models.quantization import NF4
-from rlmt.modules.checks import check_sharded_run, check_trainer
+from rlmt.modules.checks import check_engines, check_sharded_run, check_trainer
 
 
 def trainer(strategy: Any = None, engine: Engine | None = None, world_size: int = 2, module: Any = None) -> Any:
     return SimpleNamespace(
         strategy=strategy or DDPStrategy(),
+        accelerator=CPUAccelerator(),
         world_size=world_size,
         datamodule=SimpleNamespace(engine=engine or TransformersEngine(), val_engine=None),
         lightning_module=module,
@@ -84,3 +88,22 @@ def test_supervised_runs_need_only_the_trainer_check() -> None:
     check_trainer(trainer(DDPStrategy(), module=bare))
     with pytest.raises(UserError, match=r"optimizer is AdamW8bit"):
         check_trainer(trainer(FSDP2(), module=bare))
+
+
+def test_second_vllm_in_a_process_is_refused() -> None:
+    with pytest.raises(UserError, match=r"--data\.val_engine is a second VLLMEngine.*leave the option out"):
+        check_engines([VLLMEngine(), VLLMEngine()], LlamaConfig(), None)
+    check_engines([servers(), VLLMEngine()], LlamaConfig(), None)
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "precision", "warns"),
+    [(CUDAAccelerator, "32-true", True), (CUDAAccelerator, "bf16-mixed", False), (CPUAccelerator, "32-true", False)],
+)
+def test_float32_on_a_gpu_is_warned_about(accelerator: Any, precision: str, warns: bool) -> None:
+    given = trainer(world_size=1)
+    given.accelerator, given.precision = accelerator(), precision
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check_trainer(given)
+    assert ["--trainer.precision is 32-true on a GPU" in str(w.message) for w in caught] == [True] * warns

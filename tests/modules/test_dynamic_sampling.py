@@ -66,8 +66,9 @@ def rows(data: Experience) -> list[tuple[Any, ...]]:
 def test_merge_and_select_keep_samples_whole() -> None:
     one, two = batch(0, [[1, 2], [3, 3], [4, 5]]), batch(7, [[6, 6], [7, 8]], epoch=1)
     one.rollouts.lag, two.rollouts.lag = 1, 0
+    one.rollouts.rounded = two.rollouts.rounded = True
     both = merge([one, two])
-    assert rows(both) == rows(one) + rows(two)
+    assert rows(both) == rows(one) + rows(two) and both.rollouts.rounded and select(both, [0]).rollouts.rounded
     assert both.group.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     assert both.rollouts.epochs == [0, 0, 0, 1, 1] and both.rollouts.weight_version == 5
     assert both.rollouts.seconds == {"rollout": 3.0, "sync": 0.0} and both.rollouts.lag == 1
@@ -88,7 +89,7 @@ def test_every_field_of_the_records_is_merged() -> None:
     assert {field.name for field in fields(Experience)} == known | made
     assert {field.name for field in fields(RolloutBatch)} == {
         *("prompts", "group_size", "prompt_ids", "completion_ids", "engine_logprobs", "finish", "sampling"),
-        *("weight_version", "lag", "epoch", "off_policy", "ref_logprobs", "epochs", "seconds"),
+        *("weight_version", "lag", "epoch", "off_policy", "rounded", "ref_logprobs", "epochs", "seconds"),
     }
     assert {field.name for field in fields(Scores)} == {"total", "parts", "texts"}
 

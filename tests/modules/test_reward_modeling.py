@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
@@ -49,6 +50,19 @@ def comparisons(attributes: int = 0) -> list[EncodedComparison]:
         EncodedComparison(1, tokens(5, 2, 30, 7), [(1, 0), (2, 0), (2, 1), (2, 3), (3, 0)], [0.0] * 5, "b", ratings(4)),
         EncodedComparison(2, tokens(17, 3), [(0, 1)], [2.0], "b", ratings(2)),
     ]
+
+
+def test_backward_of_the_float32_head_is_float32_under_autocast(module: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = module(centering=0.1)
+    monkeypatch.setattr(made, "manual_backward", Tensor.backward)
+    made.trainer = SimpleNamespace(strategy=SingleDeviceStrategy())  # type: ignore[assignment]
+    with torch.autocast("cpu", torch.bfloat16):
+        for part in made.losses(comparisons()):
+            made.accumulate_gradient(part.loss)
+            assert torch.is_autocast_enabled("cpu")
+    assert made.model is not None
+    gradient: Any = made.model.score.weight.grad
+    assert (gradient != gradient.bfloat16().float()).float().mean() > 0.9
 
 
 def scores_of(model: LlamaForSequenceClassification, sequences: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -111,7 +125,7 @@ def test_accuracies_and_loss_of_held_out_pairs(module: Make, monkeypatch: pytest
     monkeypatch.setattr(made, "log", lambda name, value, **options: logged.update({name: value}))
     data = SimpleNamespace(subsets=["a", "b"])
     made._trainer = SimpleNamespace(  # type: ignore[assignment]
-        precision="32-true", world_size=1, strategy=None, datamodule=data
+        precision="32-true", world_size=1, strategy=None, accelerator=None, datamodule=data
     )
     made.setup("validate")
     made._trainer = None

@@ -110,7 +110,7 @@ def forward_footprint(model: PreTrainedModel, rows: int, length: int) -> Footpri
         ids = torch.zeros(rows, length, dtype=torch.long)
         with torch.no_grad():
             backbone = cast(Any, model).base_model
-            backbone(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            backbone(input_ids=ids, use_cache=False)
         return 0
 
     return _measure(model, run)

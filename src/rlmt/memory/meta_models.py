@@ -6,11 +6,13 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from rlmt.memory.activations import BatchShape, Footprint, forward_footprint, update_footprint
 from rlmt.models import loading
+from rlmt.models.activation_checkpointing import enable_checkpointing
 from rlmt.models.micro_batch import hidden_states
 from rlmt.modules import SFT, RLMTModule
 from rlmt.modules.base import TrainingModule
@@ -72,12 +74,13 @@ def meta_trained(module: TrainingModule, auto: Any, config: PretrainedConfig, dt
         )
         policy.add_adapter(options, adapter_name="default")
         for submodule in policy.modules():
+            if isinstance(submodule, LoraLayer):
+                submodule.cast_input_dtype_enabled = False  # as in LoRA.add_to
             for name, parameter in list(submodule._parameters.items()):
                 if parameter is not None and parameter.requires_grad:
                     submodule._parameters[name] = nn.Parameter(parameter.float())
     policy.train()
-    if module.gradient_checkpointing:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
+    enable_checkpointing(policy, module.gradient_checkpointing)
     return policy
 
 

@@ -131,6 +131,9 @@ class LoRA:
         for layer in model.modules():
             if isinstance(layer, LoraLayer):
                 layer._active_adapter = [first]
+                # Inputs have the adapter's dtype, or autocast casts both: PEFT's cast to float32 would be undone at
+                # once, and backward would save a copy for every adapter.
+                layer.cast_input_dtype_enabled = False
                 for module in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
                     module.float().requires_grad_(True)
                 if self.dora and adapter_name in layer.lora_magnitude_vector:

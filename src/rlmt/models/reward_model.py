@@ -136,12 +136,12 @@ def last_token_states(backbone: Any, rows: Sequence[Tensor], device: torch.devic
         [b, H] in the decoder's dtype.
     """
     lengths = torch.tensor([len(row) for row in rows])
-    ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)  # the mask hides the padding
+    # Padding on the right needs no mask: causal attention does not look right. A mask would exclude the fused kernels.
+    ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = row
-    mask = torch.arange(ids.shape[1]) < lengths[:, None]
-    ids, mask, last = ids.to(device), mask.long().to(device), (lengths - 1).to(device)
-    hidden: Tensor = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    ids, last = ids.to(device), (lengths - 1).to(device)
+    hidden: Tensor = backbone(input_ids=ids, use_cache=False).last_hidden_state
     return hidden[torch.arange(len(rows), device=device), last]
 
 

@@ -21,6 +21,7 @@ from rlmt.distributed.gradients import no_gradient_sync
 from rlmt.formats.resolve import resolve_format
 from rlmt.formats.thinking import ThinkingFormat
 from rlmt.models import loading
+from rlmt.models.activation_checkpointing import Checkpointing, enable_checkpointing
 from rlmt.models.adapters import LoRA
 from rlmt.models.assets import POLICY_ASSETS, load_stop_token_ids, save_policy_assets
 from rlmt.models.quantization import NF4
@@ -46,7 +47,8 @@ class TrainingModule(LightningModule):
             constant.
         tokens_per_micro_batch: Tokens, prompt and padding included, in one forward and backward pass.
         max_grad_norm: The gradient is clipped to this norm.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time. `selective` keeps
+            the results of matrix products and attention: between false and true in memory, little more time than false.
         attn_implementation: Attention implementation of transformers, such as flash_attention_2; null takes its
             default.
         lora: Trains an adapter on the frozen model; null trains all parameters. The frozen weights are stored in the
@@ -68,7 +70,7 @@ class TrainingModule(LightningModule):
         scheduler: LRSchedulerCallable | None = None,
         tokens_per_micro_batch: PositiveInt = 16384,
         max_grad_norm: PositiveFloat = 1.0,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: Checkpointing = False,
         attn_implementation: str | None = None,
         lora: LoRA | None = None,
         quantization: NF4 | None = None,
@@ -93,8 +95,8 @@ class TrainingModule(LightningModule):
     def set_training_mode(self, model: PreTrainedModel) -> PreTrainedModel:
         """Sets train mode and gradient checkpointing for `fit`, eval mode for other stages."""
         model.train(self.fitting)
-        if self.fitting and self.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.fitting:
+            enable_checkpointing(model, self.gradient_checkpointing)
         return model
 
     def log_step(self, metrics: Mapping[str, float], batch_size: int, progress_bar: Mapping[str, str]) -> None:

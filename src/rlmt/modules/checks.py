@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
@@ -34,7 +35,7 @@ def check_trainer(trainer: Trainer) -> None:
             f"--trainer.precision is {trainer.precision}: use {' or '.join(PRECISIONS)}, since weights of 16 bits lose "
             "small updates."
         )
-    if trainer.precision == "32-true" and trainer.strategy.root_device.type == "cuda":
+    if trainer.precision == "32-true" and isinstance(trainer.accelerator, CUDAAccelerator):
         rank_zero_warn(
             "--trainer.precision is 32-true on a GPU, which takes twice the memory of bf16-mixed for activations and "
             "several times its time: set --trainer.precision bf16-mixed unless you need float32."

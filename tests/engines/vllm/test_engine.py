@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import random
@@ -19,7 +20,8 @@ from torch import distributed
 
 from rlmt.engines import VLLMEngine
 from rlmt.engines.vllm.isolation import unbound_process_group
-from rlmt.engines.vllm.launch import device_args
+from rlmt.engines.vllm.launch import device_args, save_config
+from rlmt.engines.vllm.temporary_folders import ContentFolder
 from rlmt.errors import UserError
 from rlmt.types import FinishReason, SampleRequest, Sampling
 
@@ -347,3 +349,17 @@ def test_forward_of_vllm_has_at_most_the_tokens_of_the_option(on_cpu: bool) -> N
     }
     expected = [5120, 5120] if on_cpu else [2048, 256]  # a step must hold a token of each sample
     assert [args["max_num_batched_tokens"] for args in tokens.values()] == expected
+
+
+@needs_vllm
+def test_compile_cache_does_not_depend_on_the_start(helpers: Any) -> None:
+    """vLLM's compile cache has a hash of the model's config, with its path, in its name."""
+    from vllm.config import ModelConfig
+
+    hashes = []
+    for architecture in ("llama-tied", "llama-tied", "llama-untied"):
+        policy, tokenizer = helpers.policy(architecture), helpers.tokenizer()
+        folder = ContentFolder("vllm", functools.partial(save_config, policy, tokenizer))
+        hashes.append(ModelConfig(model=folder.path, dtype="float32").compute_hash())
+        folder.close()
+    assert hashes[0] == hashes[1] != hashes[2]
