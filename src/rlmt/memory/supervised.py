@@ -19,6 +19,7 @@ from rlmt.memory.bytes import (
     tensor_bytes,
     weight_bytes,
 )
+from rlmt.memory.known_models import model_config
 from rlmt.memory.meta_models import adapter_options, meta_from_config, meta_trained
 from rlmt.models import loading
 from rlmt.models.micro_batch import MicroBatch
@@ -51,8 +52,9 @@ def make_supervised_budget(
     dtype = torch.float32 if lora is None else compute
     auto: Any = AutoModelForSequenceClassification
     if isinstance(module, SFT):
-        loading.check_causal_lm(module.policy_config, module.policy_path)
-        auto, config = AutoModelForCausalLM, module.policy_config
+        config = model_config(module.policy_path)
+        loading.check_causal_lm(config, module.policy_path)
+        auto = AutoModelForCausalLM
     else:
         config = module.model_config
     model, base = meta_trained(module, auto, config, dtype), meta_from_config(auto, config, dtype)
