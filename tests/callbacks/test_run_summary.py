@@ -50,9 +50,9 @@ def test_resumed_run_reports_the_change_since_its_first_step(world, module, tmp_
     options = {"validate": True, "val_check_interval": 1, "enable_checkpointing": True}
     world.fit(tmp_path, [RunSummary(), saving], steps=2, module=module, **options)
     capsys.readouterr()
-    world.fit(tmp_path, [RunSummary()], steps=4, module=module, ckpt_path=tmp_path / "step=2.ckpt", **options)
+    world.fit(tmp_path, [RunSummary()], steps=4, module=module, ckpt_path=tmp_path / "step=4.ckpt", **options)
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert "since step 1" in lines["steps"]
+    assert "since step 2" in lines["steps"]
     assert lines["reward"].startswith("1 ± ") and "at step 1 → " in lines["reward"] and "at step 4" in lines["reward"]
 
 
@@ -88,6 +88,14 @@ def test_supervised_modules_are_exported_next(tmp_path):
         global_step=2,
         max_epochs=-1,
         num_training_batches=1,
+        fit_loop=SimpleNamespace(
+            epoch_loop=SimpleNamespace(
+                batch_progress=SimpleNamespace(total=SimpleNamespace(processed=2)),
+                manual_optimization=SimpleNamespace(
+                    optim_step_progress=SimpleNamespace(total=SimpleNamespace(ready=2))
+                ),
+            )
+        ),
     )
     callback._points = {"loss": [(1, 2.0, None), (2, 1.0, None)]}
     *_, loss, following = callback.lines(trainer, SimpleNamespace(kind="SFT"))
