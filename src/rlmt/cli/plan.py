@@ -20,9 +20,10 @@ from rlmt.cli.lightning_cli import RLMTCLI, run
 from rlmt.data import PreferenceDataModule, RolloutDataModule, SFTDataModule
 from rlmt.distributed.fsdp2 import FSDP2
 from rlmt.errors import UserError
-from rlmt.memory.budget import GIB, Budget, format_gib, make_budget
+from rlmt.memory.budget import format_gib, make_budget
 from rlmt.memory.bytes import Parallelism
 from rlmt.memory.cures import CARDS, Cure, find_cures, fitting_cards
+from rlmt.memory.records import GIB, Budget
 from rlmt.memory.supervised import make_supervised_budget
 from rlmt.modules import SFT, RewardModeling, RLMTModule
 from rlmt.options import PositiveFloat

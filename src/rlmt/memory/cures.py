@@ -13,8 +13,9 @@ import torch
 
 from rlmt.data import RolloutDataModule
 from rlmt.engines import VLLMEngine
-from rlmt.memory.budget import GIB, Budget, make_budget
+from rlmt.memory.budget import make_budget
 from rlmt.memory.bytes import Parallelism
+from rlmt.memory.records import GIB, Budget
 from rlmt.models import NF4, LoRA
 from rlmt.modules import RLMTModule
 from rlmt.rewards import ClassifierReward

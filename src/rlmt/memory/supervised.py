@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlmt.data import PreferenceDataModule, SFTDataModule
 from rlmt.memory.activations import BatchShape, update_footprint
-from rlmt.memory.budget import CUDA_CONTEXT, Budget, BudgetLine, Update, add_update, describe
+from rlmt.memory.budget import CUDA_CONTEXT, Update, add_update, describe
 from rlmt.memory.bytes import (
     Parallelism,
     all_gather_bytes,
@@ -21,6 +21,7 @@ from rlmt.memory.bytes import (
 )
 from rlmt.memory.known_models import model_config
 from rlmt.memory.meta_models import adapter_options, meta_from_config, meta_trained
+from rlmt.memory.records import Budget, BudgetLine
 from rlmt.models import loading
 from rlmt.models.micro_batch import MicroBatch
 from rlmt.models.quantization import quantized_weights

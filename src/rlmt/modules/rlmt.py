@@ -39,7 +39,7 @@ from rlmt.rewards.scoring import MalformedMode, check_inputs
 from rlmt.types import AdapterWeights, Experience, PromptBatch
 
 
-class RLMTModule(ScoringMixin, PolicyMixin, TrainingModule):
+class RLMTModule(ScoringMixin, PolicyMixin, TrainingModule):  # type: ignore[misc] # Lightning's load_from_checkpoint
     """Trains a policy on rollouts against a reward that never sees its thoughts.
 
     Args:
@@ -280,12 +280,13 @@ class RLMTModule(ScoringMixin, PolicyMixin, TrainingModule):
 
     def _load_rewards(self) -> None:
         """Loads and shards the rewards that are not loaded yet; prediction needs no held-out ones."""
-        held_out = [] if self.trainer.state.fn == "predict" else [self.held_out]
-        for rewards in (self.reward, *held_out):
-            if rewards not in self._loaded:
-                rewards.load()
-                shard_models(self.trainer, *shardable_models(rewards), autocast=False)
-                self._loaded.append(rewards)
+        both: tuple[Reward | HeldOutRewards, ...] = (self.reward, self.held_out)
+        wanted = both[:1] if self.trainer.state.fn == "predict" else both
+        unloaded = [rewards for rewards in wanted if rewards not in self._loaded]
+        for rewards in unloaded:
+            rewards.load()
+            shard_models(self.trainer, *shardable_models(rewards), autocast=False)
+        self._loaded += unloaded
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The policy's parameters, and the critic's with a learning rate of their own."""

@@ -24,7 +24,7 @@ from rlmt.options import FiniteNonNegativeFloat, check_ranges
 from rlmt.progress import track
 
 
-class SFT(PolicyMixin, SupervisedModule):
+class SFT(PolicyMixin, SupervisedModule):  # type: ignore[misc] # Lightning's load_from_checkpoint
     """Trains a policy on demonstrations: thought, response and end of turn, or without thinking the response alone.
 
     The loss is the mean negative log-prob over the target tokens of a whole optimizer step, whatever turn or row they
