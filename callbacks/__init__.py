@@ -4,8 +4,10 @@ from .calibration import Calibration
 from .cot_length import CoTLength
 from .policy_checkpoint import PolicyCheckpoint
 from .policy_health import PolicyHealth
+from .progress_bar import StepProgressBar
 from .reward_curves import RewardCurves
 from .rollout_writer import RolloutWriter
+from .run_summary import RunSummary
 from .sample_table import SampleTable
 
 __all__ = [
@@ -15,5 +17,7 @@ __all__ = [
     "PolicyHealth",
     "RewardCurves",
     "RolloutWriter",
+    "RunSummary",
     "SampleTable",
+    "StepProgressBar",
 ]

@@ -86,8 +86,8 @@ def format_of(pl_module: LightningModule) -> dict[str, Any] | None:
 class PictureCallback(Callback):
     """Base of callbacks that draw one picture of a run, from points that they collect.
 
-    The picture is drawn every `every_n_steps` steps, at the end, and when a run is interrupted or fails. Its path is
-    printed at the end.
+    The picture is drawn every `every_n_steps` steps, at the end, and when a run is interrupted or fails; then its path
+    is printed. At the end `RunSummary` names it among the files of the run.
 
     Args:
         every_n_steps: Steps between drawings during training; 0 draws at the end only.
@@ -105,7 +105,6 @@ class PictureCallback(Callback):
         check_ranges(type(self), locals())
         self.every_n_steps = every_n_steps
         self._folder: Path | None = None
-        self._drawn: Path | None = None
 
     @abstractmethod
     def draw(self, path: Path) -> Path | None:
@@ -123,22 +122,12 @@ class PictureCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws the whole run."""
-        self._drawn = self._draw(trainer)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Prints the picture's path, after the progress bar."""
-        if stage == "fit":
-            self._print_path()
+        self._draw(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Draws an interrupted or failed run."""
-        self._drawn = self._draw(trainer)
-        self._print_path()  # Lightning does not call teardown after an exception
-
-    def _print_path(self) -> None:
-        if self._drawn is not None:
-            say(f"{self.title}: {self._drawn}")
-            self._drawn = None
+        """Draws an interrupted or failed run, and prints the picture's path."""
+        if (drawn := self._draw(trainer)) is not None:
+            say(f"{self.title}: {drawn}")
 
     def _draw(self, trainer: Trainer) -> Path | None:
         if self._folder is None or not trainer.is_global_zero:

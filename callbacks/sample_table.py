@@ -17,7 +17,7 @@ from rich.text import Text
 
 from rlmt.engines.rollout_files import read_rollouts, rollout_table, write_rollouts
 from rlmt.options import IntFromTwenty, NonNegativeInt, PositiveInt, check_ranges
-from rlmt.types import Experience
+from rlmt.types import Experience, Split, Status
 
 from ._common import (
     experience_of,
@@ -184,14 +184,27 @@ def render_samples(
     for i in chosen:
         split = experience.splits[i]
         messages = experience.rollouts.prompts[i // experience.rollouts.group_size].messages
-        # A split has only the status of a malformed completion, so the completion itself is shown.
-        thought, response = (split.thought, split.response) if split.ok else ("", experience.texts[i])
+        thought, response = shown_parts(split, experience.texts[i])
         cells = [Text(shorten(text, max_chars)) for text in (messages[-1]["content"], thought, response)]
         status = Text(split.status.value, style="green" if split.ok else "red")
         table.add_row(Text(f"{rewards[i]:.3f}"), status, *cells)
     out = io.StringIO()
     Console(file=out, force_terminal=colour, width=width, legacy_windows=False).print(table)
     return out.getvalue().rstrip("\n")
+
+
+def shown_parts(split: Split, text: str) -> tuple[str, str]:
+    """Thought and response to show; of a malformed completion, the text that follows the thought.
+
+    Args:
+        split: Split of the completion.
+        text: The completion with its tags.
+    """
+    if split.ok:
+        return split.thought, split.response
+    if split.status is Status.UNCLOSED:
+        return split.thought or text, ""
+    return split.thought, text.partition(split.thought)[2] if split.thought else text
 
 
 def shorten(text: str, max_chars: int) -> str:

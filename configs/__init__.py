@@ -26,23 +26,31 @@ def resolve_configs(args: Sequence[str]) -> list[str]:
     expecting = False
     for arg in args:
         if expecting:
-            resolved.append(_find_config(arg))
+            resolved.append(find_config(arg))
         elif arg.startswith(("--config=", "-c=")):
             option, _, value = arg.partition("=")
-            resolved.append(f"{option}={_find_config(value)}")
+            resolved.append(f"{option}={find_config(value)}")
         else:
             resolved.append(arg)
         expecting = arg in ("--config", "-c") and not expecting
     return resolved
 
 
-def _find_config(name: str) -> str:
-    """The path of a config file or of a shipped config."""
+def shipped_configs() -> dict[str, Path]:
+    """Name of each shipped config → its file."""
+    folder = Path(__file__).parent
+    return {str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.rglob("*.yaml"))}
+
+
+def find_config(name: str) -> str:
+    """The path of a config file or of a shipped config.
+
+    Raises:
+        UserError: There is neither a file nor a shipped config with that name.
+    """
     if Path(name).is_file():
         return name
-    folder = Path(__file__).parent
-    key = name.removeprefix("configs/").removesuffix(".yaml")
-    shipped = {str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.rglob("*.yaml"))}
+    key, shipped = name.removeprefix("configs/").removesuffix(".yaml"), shipped_configs()
     if key not in shipped:
         choices = [other for other in shipped if Path(other).parent == Path(key).parent] or shipped
         raise UserError(

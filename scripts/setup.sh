@@ -99,3 +99,4 @@ fi
 
 printf '%s\n%s\n' "$target" "$inputs" > $stamp
 say "done"
+.venv/bin/rlmt doctor || true

@@ -7,9 +7,10 @@ import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from rlmt.callbacks import RolloutWriter, SampleTable
-from rlmt.callbacks.sample_table import render_samples, shorten
+from rlmt.callbacks.sample_table import render_samples, shorten, shown_parts
 from rlmt.engines.rollout_files import SCHEMA, read_rollouts
 from rlmt.errors import UserError
+from rlmt.types import Split, Status
 
 
 def names(folder):
@@ -98,6 +99,15 @@ def test_samples_are_printed_every_n_steps_and_span_the_rewards(world, tmp_path,
     assert all(text in first for text in ("1.000", "3.000", "5.000", "response 0", "thought 2", "unclosed"))
     assert "2.000" not in first
     assert "[bold]question[/]" in first, "a prompt's text is no markup"
+
+
+def test_malformed_completions_are_shown_in_their_parts():
+    unclosed = shown_parts(Split("I wonder", "", Status.UNCLOSED), "<think>I wonder")
+    assert unclosed == ("I wonder", ""), "an unclosed thought is no response"
+    stray = shown_parts(Split("plan", "", Status.STRAY_TAG), "<think>plan</think>Hi</think>there")
+    assert stray == ("plan", "</think>Hi</think>there")
+    assert shown_parts(Split("", "", Status.UNOPENED), "just text") == ("", "just text")
+    assert shown_parts(Split("a", "b", Status.OK), "<think>a</think>b") == ("a", "b")
 
 
 def test_the_terminal_obeys_no_sampled_escape_sequence(world):

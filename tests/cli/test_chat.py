@@ -15,7 +15,7 @@ from rlmt.engines.transformers import stream
 from rlmt.export.checkpoints import save_policy_assets
 from rlmt.formats.thinking import ThinkingFormat
 from rlmt.models.loading import load_policy, load_tokenizer
-from rlmt.types import Message, SampleRequest, Sampling
+from rlmt.types import Message, SampleRequest, Sampling, Split, Status
 
 HELLO = [Message(role="user", content="Hello there")]
 
@@ -127,6 +127,23 @@ def test_conversation_runs_commands_and_turns(tiny: Path, monkeypatch: pytest.Mo
     assert "/nonsense is not a command" in text and "thoughts are folded" in text and "/quit" in text
     assert next(lines) == "never read"
     assert f"({len(policy.ids)} tokens)" in text
+
+
+def test_thought_and_response_have_headings_without_styles() -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, width=80)
+    with _StreamPrinter(console, console) as printer:
+        for split in (
+            Split("a", "", Status.UNCLOSED),
+            Split("a plan", "", Status.UNCLOSED),
+            Split("a plan", "Hi", Status.OK),
+        ):
+            printer.update(split)
+    assert screen.getvalue() == "── thought ──\na plan\n\n── response ──\nHi\n"
+    screen.truncate(0)
+    with _StreamPrinter(console, None) as printer:
+        printer.update(Split("a plan", "Hi", Status.OK))
+    assert screen.getvalue().strip("\0") == "Hi\n", "a folded thought needs no heading"
 
 
 def test_interrupted_reply_does_not_end_the_conversation(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

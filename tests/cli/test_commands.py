@@ -61,7 +61,9 @@ def test_fit_resume_validate_predict_and_export(
         assert all(row[name] for row in rows), name
     assert [float(row["engine/weight_version"]) for row in rows] == [0.0, 1.0]
     assert (run / "version_0" / "curves.png").stat().st_size > 10_000
-    assert str(run / "version_0" / "curves.png") in capsys.readouterr().out.replace("\n", "")
+    printed = capsys.readouterr().out
+    assert f"files     {run / 'version_0'}: metrics.csv, curves.png" in printed
+    assert f"next      rlmt chat {run / 'checkpoints' / 'last.ckpt'}" in printed
     saved = yaml.safe_load((run / "version_0" / "config.yaml").read_text())
     assert saved["model"]["init_args"]["format"] == "no_think"
 

@@ -56,7 +56,7 @@ def test_every_option_has_a_meaning(reference: ModuleType) -> None:
 def test_commands_have_the_help_of_every_command(reference: ModuleType) -> None:
     text = reference.commands()
     assert (
-        "--dtype DTYPE" in text and "--must_fit" in text and "--trainer.max_steps" in text and "--prompt PROMPT" in text
+        "--dtype DTYPE" in text and "--memory" in text and "--trainer.max_steps" in text and "--prompt PROMPT" in text
     )
 
 

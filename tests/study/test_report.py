@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from rlmt.report.estimates import Estimate
 from rlmt.study.figure import draw_study
 from rlmt.study.report import Comparison, Findings, comparison_sentences, write_report
-from rlmt.study.results import Estimate
 
 HIGH, LOW, MIXED = Estimate((5.0, 6.0, 5.5)), Estimate((1.0, 2.0, 1.4)), Estimate((0.0, 9.0, 5.0))
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from rlmt.errors import UserError
-from rlmt.study.results import Estimate, last_values, read_rows
+from rlmt.report.estimates import Estimate
+from rlmt.study.results import last_values, read_rows
 
 
 def test_students_interval_equals_manual_calculation() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from rlmt.checkpointing.csv_logger import ResumableCSVLogger
@@ -45,8 +46,15 @@ class ConfigInCheckpoint(SaveConfigCallback):
     """Writes config.yaml beside metrics.csv, and stores the configuration in every checkpoint.
 
     Unlike Lightning's callback it writes after the first batch: a start that fails earlier leaves no files, and does
-    not change those of the run that it resumes.
+    not change those of the run that it resumes. Loggers other than the CSV logger receive the configuration as
+    hyper-parameters, under the names of the command line.
     """
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Passes the configuration to the loggers."""
+        for logger in trainer.loggers:
+            if not isinstance(logger, CSVLogger):
+                logger.log_hyperparams(dict(_flat(self.plain)))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Does nothing."""

@@ -1,4 +1,4 @@
-"""`rlmt chat`: chat with a policy in the terminal; thoughts are printed dimmed, responses are not.
+"""`rlmt chat`: chat with a policy in the terminal; thought and response have a heading each.
 
 Samples come from the distribution that training samples from: same rendering, same stop conditions, same split. Left
 out: tools, images, several users.
@@ -31,6 +31,9 @@ COMMANDS = """/thought  print the last thought
 /fold     fold thoughts, or unfold them
 /new      start a new conversation
 /quit     quit (also Ctrl-D); Ctrl-C stops a response"""
+
+HEADINGS = ("── thought ──", "── response ──")
+"""Lines before a thought and before the response after it."""
 
 _MALFORMED = {
     Status.UNOPENED: "the completion does not start with the format's opening tag",
@@ -257,6 +260,8 @@ class _StreamPrinter:
     def update(self, split: Split) -> None:
         """Prints what is new in the thought (unless folded) and in the response."""
         if self.thought_console is not None and split.thought.startswith(self.thought):
+            if split.thought and not self.thought:
+                self.thought_console.print(Text(HEADINGS[0], style="dim"))
             self.thought_console.print(Text(split.thought[len(self.thought) :], style="dim italic"), end="")
             self.thought = split.thought
         if split.response and split.response.startswith(self.response):
@@ -270,7 +275,7 @@ class _StreamPrinter:
         if self._spinner is not None:
             self._spinner.stop()
         if self.thought and self.thought_console is not None:
-            self.thought_console.print("\n")
+            self.thought_console.print(Text(f"\n\n{HEADINGS[1]}", style="dim"))
 
     def __exit__(self, *_: object) -> None:
         """Stops the spinner and ends the line."""

@@ -23,6 +23,8 @@ usage: rlmt COMMAND [options]
   test      the same for a final test set, passed as --data.val_prompts
   predict   generate and score samples for every prompt, and write them to parquet
   plan      print the memory a run takes, before any weights are loaded: rlmt plan --config … --memory 24
+  configs   list the shipped configs; print or copy one: rlmt configs [show NAME …] [copy NAME FILE]
+  doctor    print what this machine has, what is missing, and which shipped configs would run on it
   export    convert a checkpoint to a Hugging Face folder: rlmt export CKPT OUT
   chat      chat with a checkpoint or an exported folder: rlmt chat CKPT_OR_FOLDER [--prompt TEXT]
   distill   ask a teacher for demonstrations: rlmt distill --config distill --prompts FILE --out FILE
@@ -137,9 +139,27 @@ def _study(command: str, args: list[str]) -> int:
     return run(args)
 
 
+def _configs(command: str, args: list[str]) -> int:
+    from rlmt.cli.configs import run
+
+    return run(args)
+
+
+def _doctor(command: str, args: list[str]) -> int:
+    import argparse
+
+    from rlmt.cli.doctor import doctor
+
+    description = "Prints what this machine has, what is missing with its cure, and which shipped configs would run."
+    argparse.ArgumentParser(prog="rlmt doctor", description=description).parse_args(args)
+    return doctor()
+
+
 _COMMANDS: dict[str, Callable[[str, list[str]], int]] = {
     **dict.fromkeys(("fit", "validate", "test", "predict"), _lightning),
     "plan": _plan,
+    "configs": _configs,
+    "doctor": _doctor,
     "export": _export,
     "chat": _chat,
     "distill": _distill,

@@ -8,7 +8,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.plugins import CheckpointIO
@@ -20,7 +21,7 @@ import rlmt.data
 import rlmt.engines
 import rlmt.modules
 import rlmt.rewards  # noqa: F401 - importing them lets options name their classes without a module path
-from rlmt.callbacks import PolicyCheckpoint
+from rlmt.callbacks import PolicyCheckpoint, RunSummary, StepProgressBar
 from rlmt.checkpointing.config_changes import ConfigInCheckpoint, warn_about_changes
 from rlmt.checkpointing.csv_logger import ResumableCSVLogger
 from rlmt.checkpointing.files import AtomicCheckpointIO, read_checkpoint
@@ -58,6 +59,22 @@ def check_manual_optimization(config: Any) -> None:
         )
 
 
+def with_display(callbacks: Callback | list[Callback], bar: bool) -> list[Callback]:
+    """Adds the progress bar and the summary of a run, where the configuration has none of its own.
+
+    Args:
+        callbacks: Callbacks of the configuration.
+        bar: Whether progress bars are enabled.
+    """
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    added: list[Callback] = []
+    if bar and not any(isinstance(callback, ProgressBar) for callback in callbacks):
+        added.append(StepProgressBar())
+    if not any(isinstance(callback, RunSummary) for callback in callbacks):
+        added.append(RunSummary())
+    return [*callbacks, *added]
+
+
 class RLMTCLI(LightningCLI):
     """LightningCLI with the layout of a run folder, a CSV logger in every run, and one-line errors."""
 
@@ -85,6 +102,7 @@ class RLMTCLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins = [*plugins, AtomicCheckpointIO()]
         overrides = {"logger": loggers, "default_root_dir": str(root), "plugins": plugins}
+        overrides["callbacks"] = with_display(config.callbacks or [], config.enable_progress_bar is not False)
         return super().instantiate_trainer(**overrides, **kwargs)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -184,6 +202,14 @@ class RLMTCLI(LightningCLI):
         for logger in self.trainer.loggers:
             if ckpt_path == "last" and isinstance(logger, ResumableCSVLogger) and run.get("version") is not None:
                 logger.resume(run["version"], run["step"])
+
+    def validate(self, **kwargs: Any) -> None:
+        """Runs validation; `RunSummary` prints the results, with intervals."""
+        self.trainer.validate(**{**kwargs, "verbose": False})
+
+    def test(self, **kwargs: Any) -> None:
+        """Runs the test; `RunSummary` prints the results, with intervals."""
+        self.trainer.test(**{**kwargs, "verbose": False})
 
     def predict(self, **kwargs: Any) -> None:
         """Runs prediction without collecting the results in memory; a callback writes them."""

@@ -20,8 +20,10 @@ from rlmt.cli.lightning_cli import RLMTCLI, run
 from rlmt.data import PreferenceDataModule, RolloutDataModule, SFTDataModule
 from rlmt.distributed.fsdp2 import FSDP2
 from rlmt.errors import UserError
-from rlmt.memory.budget import GIB, Budget, format_gib, make_budget
+from rlmt.memory.budget import format_gib, make_budget
 from rlmt.memory.bytes import Parallelism
+from rlmt.memory.cures import CARDS, Cure, find_cures, fitting_cards
+from rlmt.memory.records import GIB, Budget
 from rlmt.memory.supervised import make_supervised_budget
 from rlmt.modules import SFT, RewardModeling, RLMTModule
 from rlmt.options import PositiveFloat
@@ -49,9 +51,36 @@ def print_budget(budget: Budget, console: Console | None = None) -> None:
     if spare < 0:
         verdict += f", {format_gib(-spare)} GiB too much"
     console.print(f"\nPeak: {format_gib(budget.total(budget.peak))} GiB, in {budget.peak}.")
-    console.print(f"Fits in {budget.memory / GIB:.0f} GB: {verdict}.")
+    console.print(f"Fits in {budget.memory / GIB:.4g} GiB: {verdict}.")
     for text in (*budget.problems, *budget.notes):
         console.print(text, soft_wrap=True)
+    fitting = fitting_cards(budget)
+    for answer, fits in (("Fits on", True), ("Does not fit on", False)):
+        cards = [f"{card} ({CARDS[card]:g})" for card in fitting if fitting[card] == fits]
+        if cards:
+            console.print(f"{answer}: {', '.join(cards)} GiB.", soft_wrap=True)
+
+
+def print_cures(cures: list[Cure], memory: int, console: Console | None = None) -> None:
+    """Prints the options with which a run would fit.
+
+    Args:
+        cures: The options, each with its peak.
+        memory: Memory of the device in bytes.
+        console: Console to print to; standard output by default.
+    """
+    console = console or Console(highlight=False)
+    if not cures:
+        tried = "LoRA, QLoRA, smaller micro-batches, a smaller cache, 8 sharded GPUs"
+        console.print(f"None of {tried} makes it fit in {memory / GIB:.4g} GiB: take a smaller model.", soft_wrap=True)
+        return
+    console.print("It would fit with")
+    for cure in cures:
+        console.print(f"  {cure.options}: {format_gib(cure.peak)} GiB", soft_wrap=True)
+
+
+class DoesNotFit(Exception):
+    """The run does not fit."""
 
 
 class PlanCLI(RLMTCLI):
@@ -65,11 +94,10 @@ class PlanCLI(RLMTCLI):
         super().add_arguments_to_parser(parser)
         parser.add_argument(
             "--memory",
-            type=PositiveFloat | None,
+            type=PositiveFloat | str | None,
             default=None,
-            help="device memory in GiB; default: that of this GPU",
+            help=f"device memory in GiB, or one of {', '.join(CARDS)}; default: that of this GPU",
         )
-        parser.add_argument("--must_fit", type=bool, default=False, help="exit with an error if the run does not fit")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Creates a Trainer for the CPU, whatever device is planned for."""
@@ -81,22 +109,18 @@ class PlanCLI(RLMTCLI):
         """Prints the budget.
 
         Raises:
-            UserError: The module is not known, the device's memory is not known, or the run must fit and does not.
+            DoesNotFit: The run does not fit; for RL runs the options with which it would are printed.
+            UserError: The module is not known, or the device's memory is not known.
         """
-        option = self._get(self.config_init, "memory")
-        if option is None:
-            if not torch.cuda.is_available():
-                raise UserError("--memory is required without a GPU; pass the device's GiB (24 for a card of 24 GB).")
-            memory = torch.cuda.mem_get_info()[1]
-        else:
-            memory = round(option * GIB)
+        memory = device_memory(self._get(self.config_init, "memory"))
         compute = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else torch.float32
         budget = self._budget(compute, memory)
         print_budget(budget)
-        if self._get(self.config_init, "must_fit") and not budget.fits:
-            raise UserError(
-                f"--must_fit: the run does not fit in {memory / GIB:.0f} GB; reduce what the table shows, or unset it."
-            )
+        if not budget.fits:
+            if isinstance(self.model, RLMTModule) and isinstance(self.datamodule, RolloutDataModule):
+                devices = self._parallelism()
+                print_cures(find_cures(self.model, self.datamodule, compute, memory, devices, budget), memory)
+            raise DoesNotFit
 
     def _budget(self, compute: torch.dtype, memory: int) -> Budget:
         """The budget of the configured run.
@@ -136,18 +160,40 @@ class PlanCLI(RLMTCLI):
         return Parallelism(ranks, sharded, sharded and strategy.offload)
 
 
+def device_memory(option: float | str | None) -> int:
+    """The bytes of `--memory`: GiB, the name of a card, or None for the GPU of this machine.
+
+    Raises:
+        UserError: The card is not known, or there is no GPU.
+    """
+    if isinstance(option, str):
+        names = {name.lower().replace(" ", ""): size for name, size in CARDS.items()}
+        key = option.lower().replace(" ", "")
+        if key not in names:
+            raise UserError(f"--memory {option}: pass a number of GiB, or one of {', '.join(CARDS)}.")
+        return round(names[key] * GIB)
+    if option is not None:
+        return round(option * GIB)
+    if not torch.cuda.is_available():
+        raise UserError("--memory is required without a GPU; pass its GiB or a card, such as --memory L4.")
+    return int(torch.cuda.mem_get_info()[1])
+
+
 def plan(args: Sequence[str]) -> int:
     """Runs `rlmt plan`.
 
     Args:
-        args: Options of `rlmt fit`, `--memory` and `--must_fit`.
+        args: Options of `rlmt fit`, and `--memory`.
 
     Returns:
-        Exit status 0.
+        Exit status: 0 if the run fits, 1 if it does not.
 
     Raises:
-        UserError: The configuration is invalid, or the run must fit and does not.
+        UserError: The configuration is invalid.
     """
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # they describe the CPU Trainer, not the planned one
-    return run(["fit", *args], PlanCLI)
+    try:
+        return run(["fit", *args], PlanCLI)
+    except DoesNotFit:
+        return 1

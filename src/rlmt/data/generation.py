@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlmt import progress
 from rlmt.data.sampler import sample_seed
 from rlmt.distributed import collectives
 from rlmt.engines.base import Engine
@@ -123,8 +124,10 @@ def generate(
     version = source.policy_version
     began = perf_counter()
     if not engine.replays:
+        progress.report("syncing weights")
         sync_weights(engine, source)
     synced = perf_counter()
+    progress.report("sampling", 0, len(requests) * group_size)
     samples = collectives.run_on_all_ranks(lambda: engine.generate(requests, sampling))
     seconds = {"rollout": perf_counter() - synced, "sync": synced - began}
     expected = samples.weight_version if engine.replays else version

@@ -15,6 +15,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from rlmt import progress
 from rlmt.checkpointing.watchdog import time_limit
 from rlmt.data.generation import LoadedPrompts, PolicySource, generate, recorded_prompts
 from rlmt.data.one_step_off import OneStepOff
@@ -252,6 +253,7 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
         with time_limited, torch.autocast(device.type, enabled=False):
             if engine not in self._started:
                 assert source.policy is not None
+                progress.report(f"starting {type(engine).__name__}")
                 self._started.append(engine)
                 engine.start(source.policy, source.tokenizer, self._max_model_len, source.compute_dtype)
             if self.rollout_lag and self.trainer.training:

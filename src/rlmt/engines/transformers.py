@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlmt import progress
 from rlmt.engines.base import Engine, max_completion_tokens
 from rlmt.models.logprobs import eval_mode
 from rlmt.options import PositiveInt, check_ranges
@@ -87,8 +88,11 @@ class TransformersEngine(Engine):
         # Under autocast like the trainer, even if the frozen base of an adapter has this dtype already.
         device, autocast = self._policy.device.type, self._dtype != torch.float32
         with eval_mode(self._policy), torch.autocast(device, self._dtype, enabled=autocast):
+            done = 0
             for batch in self._batches(rows, sampling.max_new_tokens):
-                self._sample_batch(self._policy, batch, sampling)
+                for finished in self._sample_batch(self._policy, batch, sampling):
+                    progress.report("sampling", done + finished, len(rows))
+                done += len(batch)
         return Samples(
             completion_ids=[row.ids for row in rows],
             logprobs=[row.logprobs for row in rows],
@@ -112,9 +116,9 @@ class TransformersEngine(Engine):
         if batch:
             yield batch
 
-    def _sample_batch(self, policy: PreTrainedModel, rows: list[_Row], sampling: Sampling) -> None:
-        """Samples one batch; rows that have ended leave the batch."""
-        device = policy.device
+    def _sample_batch(self, policy: PreTrainedModel, rows: list[_Row], sampling: Sampling) -> Iterator[int]:
+        """Samples one batch; rows that have ended leave the batch. Yields the number of ended rows after each token."""
+        device, count = policy.device, len(rows)
         cache = DynamicCache(config=policy.config)
         logits, mask = _prefill(policy, cache, rows)
         uniforms = torch.stack([_uniforms(row.seed, sampling.max_new_tokens) for row in rows]).to(device)
@@ -125,6 +129,7 @@ class TransformersEngine(Engine):
                 row.logprobs.append(logprob)
                 row.finish = self._finish_reason(row, sampling)
             active = [i for i, row in enumerate(rows) if row.finish is None]
+            yield count - len(active)
             if not active:
                 return
             if len(active) < len(rows):

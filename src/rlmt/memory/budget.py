@@ -10,8 +10,8 @@ Left out: fragmentation of torch's allocator, and host memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from rlmt.data import RolloutDataModule
 from rlmt.engines import TransformersEngine, VLLMEngine
 from rlmt.engines.vllm.tensor_parallel import check_ranks
 from rlmt.errors import UserError
-from rlmt.memory.activations import BatchShape, forward_footprint, update_footprint
+from rlmt.memory.activations import BatchShape, Footprint, forward_footprint, update_footprint
 from rlmt.memory.bytes import (
     Parallelism,
     all_gather_bytes,
@@ -34,6 +34,7 @@ from rlmt.memory.bytes import (
     tensor_bytes,
     weight_bytes,
 )
+from rlmt.memory.known_models import model_config
 from rlmt.memory.meta_models import (
     adapter_options,
     meta_critic,
@@ -41,6 +42,7 @@ from rlmt.memory.meta_models import (
     meta_policy,
     vllm_activation_bytes,
 )
+from rlmt.memory.records import GIB, PHASES, Budget, BudgetLine, Phase, VLLMShare
 from rlmt.models import loading
 from rlmt.models.loading import cast_linear_weights
 from rlmt.models.quantization import quantized_weights
@@ -48,7 +50,6 @@ from rlmt.modules import RLMTModule
 from rlmt.modules.base import TrainingModule
 from rlmt.rewards import ClassifierReward
 
-GIB = 2**30
 CUDA_CONTEXT = 3 * GIB // 4
 """Assumed: the CUDA context and memory of CUDA libraries."""
 VLLM_OVERHEAD = GIB
@@ -56,58 +57,17 @@ VLLM_OVERHEAD = GIB
 CUDA_GRAPHS = GIB // 2
 """Assumed: vLLM's CUDA graphs, which it estimates and deducts from its cache, and which stay while it sleeps."""
 
-Phase = Literal["rollout", "reward", "update"]
-PHASES: tuple[Phase, ...] = ("rollout", "reward", "update")
-
 _BYTES_PER_WEIGHT = {"fp8_per_tensor": 1.0, "fp8_per_channel": 1.0, "mxfp4": 17 / 32}
 """By vLLM's online quantization method, for linear layers; the 4-bit one has a scale for 32 weights."""
 
 
-@dataclass(frozen=True)
-class BudgetLine:
-    """One line of the budget, in bytes per phase."""
-
-    name: str
-    rollout: int = 0
-    reward: int = 0
-    update: int = 0
-
-    @classmethod
-    def all_phases(cls, name: str, size: int) -> BudgetLine:
-        """A line with the same size in all phases."""
-        return cls(name, size, size, size)
-
-
-@dataclass
-class Budget:
-    """Memory of a run on one device."""
-
-    memory: int
-    """Memory of the device in bytes."""
-    lines: list[BudgetLine] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    """Reasons why the run cannot start even if the totals fit."""
-    phases: tuple[Phase, ...] = PHASES
-    """Phases of a step."""
-
-    def total(self, phase: Phase) -> int:
-        """Bytes of a phase."""
-        return sum(getattr(line, phase) for line in self.lines)
-
-    @property
-    def peak(self) -> Phase:
-        """The phase with the largest total."""
-        return max(self.phases, key=self.total)
-
-    @property
-    def fits(self) -> bool:
-        """Whether every phase fits and there are no problems."""
-        return not self.problems and self.total(self.peak) <= self.memory
-
-
 def make_budget(
-    module: RLMTModule, data: RolloutDataModule, compute: torch.dtype, memory: int, devices: Parallelism | None = None
+    module: RLMTModule,
+    data: RolloutDataModule,
+    compute: torch.dtype,
+    memory: int,
+    devices: Parallelism | None = None,
+    activations: bool = True,
 ) -> Budget:
     """Computes the budget of a run on one of its devices.
 
@@ -117,26 +77,33 @@ def make_budget(
         compute: dtype of the forward.
         memory: Memory of the device in bytes.
         devices: Number of devices and sharding; None is a single device.
+        activations: False leaves out activations and working memory, which take seconds to measure.
 
     Raises:
         UserError: The config of a model cannot be read or is of the wrong kind, or the adapter cannot be built or
             served.
     """
     budget, devices = Budget(memory), devices or Parallelism()
-    loading.check_causal_lm(module.policy_config, module.policy_path)
-    _add_policy(budget, module, data, compute, devices)
-    _add_rewards(budget, module, data, devices)
+    loading.check_causal_lm(model_config(module.policy_path), module.policy_path)
+    _add_policy(budget, module, data, compute, devices, activations)
+    _add_rewards(budget, module, data, devices, activations)
     _add_engine(budget, module, data, compute, devices)
     budget.lines.append(BudgetLine.all_phases("CUDA context (assumed)", CUDA_CONTEXT))
+    _check_vllm(budget, data.max_prompt_tokens + data.max_new_tokens)
     return budget
 
 
 def _add_policy(
-    budget: Budget, module: RLMTModule, data: RolloutDataModule, compute: torch.dtype, devices: Parallelism
+    budget: Budget,
+    module: RLMTModule,
+    data: RolloutDataModule,
+    compute: torch.dtype,
+    devices: Parallelism,
+    activations: bool,
 ) -> None:
     """Adds the policy, adapters, critic and reference, and everything that training them takes."""
     lora, quantization = adapter_options(module)
-    config, add = module.policy_config, budget.lines.append
+    config, add = model_config(module.policy_path), budget.lines.append
     dtype = torch.float32 if lora is None else compute
     policy = meta_policy(module, dtype)
     trained: list[Tensor] = [p for p in policy.parameters() if p.requires_grad]
@@ -167,8 +134,8 @@ def _add_policy(
     )
     autocast = compute if compute is not torch.float32 else None
     gathered = all_gather_bytes(policy, compute)
-    footprint = update_footprint(policy, shape, autocast)
-    critic, critic_footprint = meta_critic(module, dtype, shape, autocast)
+    footprint = update_footprint(policy, shape, autocast) if activations else Footprint(0, 0)
+    critic, critic_footprint = meta_critic(module, dtype, shape, autocast, activations)
     if critic_options := module.algorithm.critic:
         # A copy of a 4-bit policy is in 4 bits, too; a critic from another model is not.
         is_copy = critic_options.init == "policy" and not critic_options.shared
@@ -238,14 +205,16 @@ def add_update(
     add(BudgetLine("working memory", update=max(rest, 0)))
 
 
-def _add_rewards(budget: Budget, module: RLMTModule, data: RolloutDataModule, devices: Parallelism) -> None:
+def _add_rewards(
+    budget: Budget, module: RLMTModule, data: RolloutDataModule, devices: Parallelism, activations: bool
+) -> None:
     """Adds the weights of all reward models, held-out ones included, and the largest of their forwards."""
     forward, training_rewards = 0, list(module.reward.modules())
     # Held-out reward models are loaded together with the policy and stay loaded.
     for reward in (*training_rewards, *module.held_out.modules()):
         if not isinstance(reward, ClassifierReward):
             continue
-        config = loading.load_config(reward.source)
+        config = model_config(reward.source)
         stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
         dtype = stored if reward.dtype == "auto" else cast(torch.dtype, getattr(torch, reward.dtype))
         quantization = getattr(reward, "quantization", None)
@@ -267,7 +236,7 @@ def _add_rewards(budget: Budget, module: RLMTModule, data: RolloutDataModule, de
         )
         samples = data.batch_size * data.group_size // devices.ranks
         rows = min(max(1, reward.tokens_per_batch // length), max(1, samples))
-        forward = max(forward, gathered + forward_footprint(model, rows, length).peak)
+        forward = max(forward, gathered + (forward_footprint(model, rows, length).peak if activations else 0))
     if forward:
         budget.lines.append(BudgetLine("reward forward", reward=forward))
 
@@ -279,7 +248,7 @@ def _add_engine(
     engine = data.engine
     if isinstance(engine, TransformersEngine):
         tokens = max(engine.tokens_per_batch, data.max_prompt_tokens + data.max_new_tokens)
-        cache = tokens * kv_bytes(module.policy_config, compute)
+        cache = tokens * kv_bytes(model_config(module.policy_path), compute)
         budget.lines.append(BudgetLine(f"KV cache ({tokens:,} tokens)", rollout=cache))
     elif isinstance(engine, VLLMEngine):
         _add_vllm(budget, engine, module, data, compute, devices)
@@ -295,8 +264,8 @@ def _add_vllm(
     compute: torch.dtype,
     devices: Parallelism,
 ) -> None:
-    """Adds vLLM in process, with notes on the samples that its cache holds and on `gpu_memory_utilization`."""
-    config, length = module.policy_config, data.max_prompt_tokens + data.max_new_tokens
+    """Adds vLLM in process, with a note on the samples that its cache holds."""
+    config, length = model_config(module.policy_path), data.max_prompt_tokens + data.max_new_tokens
     dtype = compute if engine.dtype is None else cast(torch.dtype, getattr(torch, engine.dtype))
     tensor_parallel_size = engine.tensor_parallel_size
     check_ranks(tensor_parallel_size, devices.ranks)
@@ -319,24 +288,41 @@ def _add_vllm(
     budget.lines.append(BudgetLine.all_phases("vLLM overhead (assumed)", graphs + VLLM_OVERHEAD))
     token_bytes = kv_bytes(config, dtype, tensor_parallel_size)
     sequences = min(engine.max_num_seqs, data.batch_size * data.group_size * tensor_parallel_size // devices.ranks)
-    if (tokens := cache // token_bytes) < length:
-        minimum = (besides + length * token_bytes) / budget.memory
-        budget.problems.append(
-            f"vLLM's KV cache cannot hold one sample of {length:,} tokens: set data.engine.gpu_memory_utilization to "
-            f"at least {minimum:.2f}."
-        )
-    else:
+    phases: tuple[Phase, ...] = ("rollout",) if engine.sleep else PHASES
+    budget.vllm = VLLMShare(engine.gpu_memory_utilization, besides, cache, length * token_bytes, phases)
+    if (tokens := cache // token_bytes) >= length:
         budget.notes.append(
             f"vLLM's KV cache holds {tokens:,} tokens: {tokens // length:,} samples of the maximum length "
             f"({length:,}), or up to {sequences:,} shorter ones, at a time."
         )
-    trainer = budget.total("rollout") - cache - besides + CUDA_CONTEXT
-    share = (budget.memory - trainer) / budget.memory
-    budget.notes.append(
-        f"The trainer takes {format_gib(trainer)} GiB: data.engine.gpu_memory_utilization can be at most {share:.2f}."
-        if share > 0
-        else "The trainer alone leaves no memory for vLLM."
-    )
+
+
+def _check_vllm(budget: Budget, length: int) -> None:
+    """Adds what `gpu_memory_utilization` can be: a note, or a problem if its value does not work.
+
+    Args:
+        budget: The budget, complete otherwise.
+        length: Maximum tokens of a prompt and its completion.
+    """
+    if budget.vllm is None:
+        return
+    least, most = budget.vllm_limits()
+    if least > most:
+        budget.problems.append(
+            f"vLLM's weights and one sample of {length:,} tokens take {least:.2f} of the memory, and the trainer "
+            f"leaves {max(most, 0):.2f}: no value of data.engine.gpu_memory_utilization fits."
+        )
+    elif budget.vllm.cache < budget.vllm.sample:
+        budget.problems.append(
+            f"vLLM's KV cache cannot hold one sample of {length:,} tokens: set data.engine.gpu_memory_utilization to a "
+            f"value from {least:.2f} to {most:.2f}."
+        )
+    else:
+        trainer = max(budget.trainer(phase) for phase in budget.vllm.phases)
+        budget.notes.append(
+            f"The trainer takes {format_gib(trainer)} GiB: data.engine.gpu_memory_utilization can be at most "
+            f"{most:.2f}."
+        )
 
 
 def _vllm_weight_bytes(config: PretrainedConfig, dtype: torch.dtype, quantization: str | None) -> int:

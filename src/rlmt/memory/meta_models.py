@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from rlmt.memory.activations import BatchShape, Footprint, forward_footprint, update_footprint
-from rlmt.models import loading
+from rlmt.memory.known_models import model_config
 from rlmt.models.activation_checkpointing import enable_checkpointing
 from rlmt.models.micro_batch import hidden_states
 from rlmt.modules import SFT, RLMTModule
@@ -46,7 +46,7 @@ def meta_policy(
         dtype: dtype in which the weights are stored; adapters are in float32.
         config: Config of another model that is trained with the same options.
     """
-    return meta_trained(module, AutoModelForCausalLM, config or module.policy_config, dtype)
+    return meta_trained(module, AutoModelForCausalLM, config or model_config(module.policy_path), dtype)
 
 
 def meta_trained(module: TrainingModule, auto: Any, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -85,7 +85,7 @@ def meta_trained(module: TrainingModule, auto: Any, config: PretrainedConfig, dt
 
 
 def meta_critic(
-    module: RLMTModule, dtype: torch.dtype, shape: BatchShape, autocast: torch.dtype | None
+    module: RLMTModule, dtype: torch.dtype, shape: BatchShape, autocast: torch.dtype | None, activations: bool
 ) -> tuple[list[Tensor], Footprint]:
     """Parameters of the critic on the meta device and the footprint of its update; empty without a critic.
 
@@ -94,12 +94,13 @@ def meta_critic(
         dtype: dtype in which the weights are stored.
         shape: Size of the largest micro-batch.
         autocast: dtype of the forward where it is not that of the weights.
+        activations: Whether to measure the footprint; it is 0 otherwise.
     """
     options = module.algorithm.critic
     if options is None:
         return [], Footprint(0, 0)
     from_policy = options.shared or options.init == "policy"
-    model = meta_policy(module, dtype, None if from_policy else loading.load_config(options.init))
+    model = meta_policy(module, dtype, None if from_policy else model_config(options.init))
     lora, _ = adapter_options(module)
     if options.shared:
         # The value head shares the policy's backbone; under LoRA it has an adapter of its own.
@@ -107,6 +108,8 @@ def meta_critic(
     else:
         own = list(cast(nn.Module, cast(Any, model).get_decoder()).parameters())
     head = torch.empty(cast(Any, model.config).get_text_config().hidden_size + 1, device="meta", requires_grad=True)
+    if not activations:
+        return [*own, head], Footprint(0, 0)
     footprint = update_footprint(
         model, shape, autocast, lambda model, batch: hidden_states(model.get_decoder(), batch).float().sum(1)
     )

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlmt.data import PreferenceDataModule, SFTDataModule
 from rlmt.memory.activations import BatchShape, update_footprint
-from rlmt.memory.budget import CUDA_CONTEXT, Budget, BudgetLine, Update, add_update, describe
+from rlmt.memory.budget import CUDA_CONTEXT, Update, add_update, describe
 from rlmt.memory.bytes import (
     Parallelism,
     all_gather_bytes,
@@ -19,7 +19,9 @@ from rlmt.memory.bytes import (
     tensor_bytes,
     weight_bytes,
 )
+from rlmt.memory.known_models import model_config
 from rlmt.memory.meta_models import adapter_options, meta_from_config, meta_trained
+from rlmt.memory.records import Budget, BudgetLine
 from rlmt.models import loading
 from rlmt.models.micro_batch import MicroBatch
 from rlmt.models.quantization import quantized_weights
@@ -51,8 +53,9 @@ def make_supervised_budget(
     dtype = torch.float32 if lora is None else compute
     auto: Any = AutoModelForSequenceClassification
     if isinstance(module, SFT):
-        loading.check_causal_lm(module.policy_config, module.policy_path)
-        auto, config = AutoModelForCausalLM, module.policy_config
+        config = model_config(module.policy_path)
+        loading.check_causal_lm(config, module.policy_path)
+        auto = AutoModelForCausalLM
     else:
         config = module.model_config
     model, base = meta_trained(module, auto, config, dtype), meta_from_config(auto, config, dtype)

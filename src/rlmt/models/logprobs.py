@@ -23,6 +23,7 @@ from rlmt.models.micro_batch import (
     token_positions,
 )
 from rlmt.models.output_head import LOGITS_PER_CHUNK, linear_logprobs
+from rlmt.progress import track
 from rlmt.types import PolicyOutputs, RolloutBatch
 
 
@@ -106,7 +107,7 @@ def _per_token(
     selected = range(len(rollouts)) if samples is None else samples
     with eval_mode(model):  # disables dropout, and gradient checkpointing, which is useless without a backward
         batches = micro_batches(rollouts, selected, budget, shares_prompts(model), device)
-        for batch in pad_with_no_ops(batches, model, no_op_micro_batch(device)):
+        for batch in track("computing log-probs", pad_with_no_ops(batches, model, no_op_micro_batch(device))):
             values = function(batch)
             if batch.samples:
                 out[token_positions(batch.samples, offsets, rollouts.lengths).to(device)] = values

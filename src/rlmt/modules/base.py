@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from rlmt.checkpointing.optimizer_options import apply_optimizer_options, optimizer_options
 from rlmt.checkpointing.random_states import random_states, restore_random_states
 from rlmt.distributed.gradients import no_gradient_sync
+from rlmt.errors import UserError
 from rlmt.formats.resolve import resolve_format
 from rlmt.formats.thinking import ThinkingFormat
 from rlmt.models import loading
@@ -89,8 +90,24 @@ class TrainingModule(LightningModule):
 
     @property
     def fitting(self) -> bool:
-        """Whether the trainer runs `fit`."""
-        return self.trainer.state.fn == "fit"
+        """Whether the trainer runs `fit`; False without a trainer."""
+        return self._trainer is not None and self.trainer.state.fn == "fit"
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Fills `trainer.callback_metrics`, which Lightning does only when it is read, with the metrics of the step."""
+        _ = self.trainer.callback_metrics
+
+    def learning_rates(self, *names: str) -> dict[str, float]:
+        """The learning rates of the next optimizer step.
+
+        Args:
+            *names: Name to log for each group of `parameter_groups`.
+        """
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        # An optimizer may split a group, into groups with one learning rate.
+        rates = [float(optimizer.param_groups[0]["lr"]), float(optimizer.param_groups[-1]["lr"])]
+        return dict(zip(names, rates, strict=False))
 
     def set_training_mode(self, model: PreTrainedModel) -> PreTrainedModel:
         """Sets train mode and gradient checkpointing for `fit`, eval mode for other stages."""
@@ -228,6 +245,8 @@ class TrainingModule(LightningModule):
 class PolicyMixin:
     """A policy and its thinking format: what is known before weights are loaded."""
 
+    restored: bool = False
+    """Whether `load_from_checkpoint` made the module: its policy is the trained one, and cannot be a reference."""
     policy_path: str
     """Folder or hub name of the initial policy."""
     configured_format: ThinkingFormat
@@ -280,6 +299,31 @@ class PolicyMixin:
         for folder in checkpoint_folders(trainer):
             assets = folder / POLICY_ASSETS
             save_policy_assets(assets, self.trained_model.config, self.tokenizer, self.format, self.stop_token_ids)
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = None, **options: Any) -> Any:
+        """Makes the module of a checkpoint, with its trained policy, to generate, validate or predict with.
+
+        Args:
+            checkpoint_path: Checkpoint that `rlmt fit` or a `Trainer` wrote.
+            map_location: Device of the policy; None is the CPU.
+            **options: Options of the constructor that replace those of the run. A run of `rlmt fit` stores its options;
+                after a run from Python pass `reward` and `algorithm`, and `lora` where the run had an adapter.
+
+        Raises:
+            UserError: The file is not a checkpoint of this module, or options are missing or do not fit it.
+        """
+        from rlmt.modules.from_checkpoint import restore
+
+        return restore(cls, checkpoint_path, map_location, options)
+
+    def check_restored(self) -> None:
+        """Raises UserError if a module of `load_from_checkpoint` is to be trained."""
+        if self.restored and cast(Any, self).fitting:
+            raise UserError(
+                "A module of load_from_checkpoint cannot be trained, since its reference would be the trained policy; "
+                "make a new module and pass fit(..., ckpt_path=CHECKPOINT)."
+            )
 
     def check_format(self, saved: ThinkingFormat, where: str) -> None:
         """Checks that a checkpoint has the format of this run.

@@ -83,29 +83,25 @@ def reward_metrics(experience: Experience) -> dict[str, float]:
     return metrics
 
 
-def evaluation_metrics(experience: Experience) -> dict[str, tuple[float, int]]:
-    """Metrics of a validation or test batch. All ranks have to call it.
+def evaluation_values(experience: Experience) -> dict[str, Tensor]:
+    """The values of held-out samples, whose means are logged under `val/` or `test/`.
 
     Args:
         experience: B scored samples.
 
     Returns:
-        Name → mean on this rank, and the number of samples that it is a mean of: `reward_mean`, `malformed`,
-        `thought_tokens` and `response_tokens`; and of several rewards or parts the mean raw score of each over the
-        samples that it scored, except where it scored none on any rank.
+        `reward_mean`, `malformed` and `{thought,response}_tokens`, each [B] float32; and, if there are several rewards,
+        the raw scores of each over the samples that it scored.
     """
-    size, parts = len(experience.rollouts), experience.scores.parts
-    metrics = {
-        "reward_mean": (float(experience.scores.total.mean()), size),
-        "malformed": (sum(not split.ok for split in experience.splits) / len(experience.splits), size),
-        "thought_tokens": (float(experience.thought_tokens.float().mean()), size),
-        "response_tokens": (float(experience.response_tokens.float().mean()), size),
+    malformed = torch.tensor([not split.ok for split in experience.splits], dtype=torch.float32)
+    values = {
+        "reward_mean": experience.scores.total,
+        "malformed": malformed,
+        "thought_tokens": experience.thought_tokens.float(),
+        "response_tokens": experience.response_tokens.float(),
     }
-    for name, values in parts.items():
-        scored = values[values.isfinite()]
-        if len(parts) > 1 and any(all_gather_object(len(scored))):
-            metrics[name] = (float(scored.sum() / max(1, len(scored))), len(scored))
-    return metrics
+    parts = experience.scores.parts
+    return values | {name: scores[scores.isfinite()] for name, scores in parts.items() if len(parts) > 1}
 
 
 class UpdateMetrics:

@@ -27,6 +27,7 @@ from rlmt.modules.checkpoints import checkpoint_folders
 from rlmt.modules.checks import check_trainer, weights_dtype
 from rlmt.modules.supervised import SupervisedModule
 from rlmt.options import FiniteNonNegativeFloat, check_ranges
+from rlmt.progress import track
 from rlmt.rewards.calibration import calibration_bins, calibration_error
 from rlmt.rewards.conversation import ConversationReader
 
@@ -176,6 +177,7 @@ class RewardModeling(SupervisedModule):
                 parts.append(part)
                 yield part.loss
 
+        rates = self.learning_rates("rm/lr")
         loss, norm = self.take_step(losses())
         rankings, differences, _ = _pairs_of_all_ranks(parts)
         metrics = {
@@ -184,6 +186,7 @@ class RewardModeling(SupervisedModule):
             "rm/accuracy": float((differences > 0).float().mean()),
             "rm/difference": float(differences.mean()),
             "rm/grad_norm": norm,
+            **rates,
         }
         self.log_step(metrics, len(batch.rows), {"rm/accuracy": "acc"})
 
@@ -199,7 +202,7 @@ class RewardModeling(SupervisedModule):
         most = max((len(row.sequences) for row in rows), default=1)
         parts = batches_by_length([row.longest for row in rows], self.tokens_per_micro_batch, most)
         assert self.model is not None
-        for part in pad_with_no_ops(parts, self.model, []):
+        for part in track("micro-batch", pad_with_no_ops(parts, self.model, [])):
             yield self._loss_of([rows[i] for i in part], pair_count, rating_count if regress else 0)
 
     def _loss_of(self, rows: list[EncodedComparison], pair_count: int, rating_count: int) -> PairLoss:

@@ -26,7 +26,7 @@ from rlmt.modules import checks
 from rlmt.modules.base import PolicyMixin, TrainingModule
 from rlmt.modules.checkpoints import check_has_critic, weights_to_load
 from rlmt.modules.dynamic_sampling import resample
-from rlmt.modules.metrics import PROGRESS_BAR, StepTimer, evaluation_metrics, step_metrics
+from rlmt.modules.metrics import PROGRESS_BAR, StepTimer, evaluation_values, step_metrics
 from rlmt.modules.offline_rollouts import add_reference_logprobs, check_offline_rollouts
 from rlmt.modules.scoring import ScoringMixin
 from rlmt.modules.skipped_steps import SkippedSteps
@@ -39,7 +39,7 @@ from rlmt.rewards.scoring import MalformedMode, check_inputs
 from rlmt.types import AdapterWeights, Experience, PromptBatch
 
 
-class RLMTModule(ScoringMixin, PolicyMixin, TrainingModule):
+class RLMTModule(ScoringMixin, PolicyMixin, TrainingModule):  # type: ignore[misc] # Lightning's load_from_checkpoint
     """Trains a policy on rollouts against a reward that never sees its thoughts.
 
     Args:
@@ -95,7 +95,7 @@ class RLMTModule(ScoringMixin, PolicyMixin, TrainingModule):
         self.critic: Critic | None = None
         self._update = PolicyUpdate(algorithm, self.tokens_per_micro_batch, self.max_grad_norm)
         self._skipped_steps = SkippedSteps(max_skipped, max_idle)
-        self._timer = StepTimer()
+        self._timer, self._loaded = StepTimer(), list[Reward | HeldOutRewards]()
 
     # One step ---------------------------------------------------------------------------------------------------------
 
@@ -105,7 +105,7 @@ class RLMTModule(ScoringMixin, PolicyMixin, TrainingModule):
         Returns:
             `experience`, all samples that were generated, and the `metrics` of this rank, for callbacks.
         """
-        began = time.perf_counter()
+        began, rates = time.perf_counter(), self.learning_rates("policy/lr", *["critic/lr"] * (self.critic is not None))
         experience = generated = self.split(self.data.generate(prompts))
         if self.ask(experience) and not (self.algorithm.selects or self.algorithm.dynamic_sampling):
             self._add_logprobs(experience)  # while the requests of the rewards are answered
@@ -121,7 +121,7 @@ class RLMTModule(ScoringMixin, PolicyMixin, TrainingModule):
         else:
             metrics = self._skip_batch(generated)
         # The update's metrics are those of all ranks; a rank without pairs has none of its own.
-        metrics = step_metrics(generated, experience) | metrics | self._timer.step(began, scored, generated)
+        metrics = step_metrics(generated, experience) | rates | metrics | self._timer.step(began, scored, generated)
         self.log_step(metrics, len(generated.rollouts), PROGRESS_BAR)
         return {"experience": generated, "metrics": metrics}
 
@@ -195,11 +195,11 @@ class RLMTModule(ScoringMixin, PolicyMixin, TrainingModule):
 
     # Held-out prompts -------------------------------------------------------------------------------------------------
 
-    def validation_step(self, prompts: PromptBatch, batch_idx: int) -> dict[str, Experience]:
+    def validation_step(self, prompts: PromptBatch, batch_idx: int) -> dict[str, Any]:
         """Generates and scores rollouts for validation prompts."""
         return self._evaluate(prompts, "val")
 
-    def test_step(self, prompts: PromptBatch, batch_idx: int) -> dict[str, Experience]:
+    def test_step(self, prompts: PromptBatch, batch_idx: int) -> dict[str, Any]:
         """Generates and scores rollouts for test prompts."""
         return self._evaluate(prompts, "test")
 
@@ -207,16 +207,17 @@ class RLMTModule(ScoringMixin, PolicyMixin, TrainingModule):
         """Generates and scores rollouts, for a callback to write."""
         return {"experience": self.score(self.split(self.data.generate(prompts)))}
 
-    def _evaluate(self, prompts: PromptBatch, stage: str) -> dict[str, Experience]:
+    def _evaluate(self, prompts: PromptBatch, stage: str) -> dict[str, Any]:
+        """Logs means over held-out samples; returns the `experience` and the `values` of each sample, for callbacks."""
         experience = self.split(self.data.generate(prompts))
         self.ask(experience, held_out=True)
-        self.score(experience)
-        for name, (value, weight) in evaluation_metrics(experience).items():
-            on_bar = name == "reward_mean"
-            self.log(f"{stage}/{name}", value, batch_size=weight, sync_dist=True, prog_bar=on_bar)
-        for name, held_out in self.held_out.means(experience, self.malformed, self.malformed_reward).items():
-            self.log(f"{stage}/{name}", held_out, batch_size=len(experience.rollouts), sync_dist=True)
-        return {"experience": experience}
+        values = evaluation_values(self.score(experience))
+        values |= self.held_out.scores(experience, self.malformed, self.malformed_reward)
+        for name, of_samples in values.items():
+            if any(all_gather_object(count := len(of_samples))):
+                mean, on_bar = of_samples.sum() / max(1, count), name == "reward_mean"
+                self.log(f"{stage}/{name}", mean, batch_size=count, sync_dist=True, prog_bar=on_bar)
+        return {"experience": experience, "values": values}
 
     # Setup ------------------------------------------------------------------------------------------------------------
 
@@ -254,7 +255,9 @@ class RLMTModule(ScoringMixin, PolicyMixin, TrainingModule):
         computed here, and no reference model stays in memory. Lightning restores a checkpoint after this hook, so a
         resumed run computes them with the initial policy, too.
         """
+        self.check_restored()
         if self.policy is not None:
+            self._load_rewards()
             return
         dtype = checks.weights_dtype(self.trainer, self.lora)
         policy = loading.load_policy(self.policy_path, dtype, self.attn_implementation, self.quantization)
@@ -273,10 +276,17 @@ class RLMTModule(ScoringMixin, PolicyMixin, TrainingModule):
         if self.critic is not None:
             self.set_training_mode(self.critic.backbone)
         shard_models(self.trainer, self.policy, self.reference, self.critic)
-        self.reward.load()
-        if self.trainer.state.fn != "predict":
-            self.held_out.load()
-        shard_models(self.trainer, *shardable_models(self.reward), *shardable_models(self.held_out), autocast=False)
+        self._load_rewards()
+
+    def _load_rewards(self) -> None:
+        """Loads and shards the rewards that are not loaded yet; prediction needs no held-out ones."""
+        both: tuple[Reward | HeldOutRewards, ...] = (self.reward, self.held_out)
+        wanted = both[:1] if self.trainer.state.fn == "predict" else both
+        unloaded = [rewards for rewards in wanted if rewards not in self._loaded]
+        for rewards in unloaded:
+            rewards.load()
+            shard_models(self.trainer, *shardable_models(rewards), autocast=False)
+        self._loaded += unloaded
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The policy's parameters, and the critic's with a learning rate of their own."""

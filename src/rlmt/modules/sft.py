@@ -21,9 +21,10 @@ from rlmt.modules.base import PolicyMixin
 from rlmt.modules.checks import check_trainer, weights_dtype
 from rlmt.modules.supervised import SupervisedModule
 from rlmt.options import FiniteNonNegativeFloat, check_ranges
+from rlmt.progress import track
 
 
-class SFT(PolicyMixin, SupervisedModule):
+class SFT(PolicyMixin, SupervisedModule):  # type: ignore[misc] # Lightning's load_from_checkpoint
     """Trains a policy on demonstrations: thought, response and end of turn, or without thinking the response alone.
 
     The loss is the mean negative log-prob over the target tokens of a whole optimizer step, whatever turn or row they
@@ -69,6 +70,7 @@ class SFT(PolicyMixin, SupervisedModule):
     @rank_hook
     def configure_model(self) -> None:
         """Loads the policy or initializes it, and shards it under FSDP2."""
+        self.check_restored()
         if self.policy is not None:
             return
         if self.from_scratch:
@@ -85,9 +87,10 @@ class SFT(PolicyMixin, SupervisedModule):
 
     def training_step(self, batch: RowBatch[EncodedDemonstration], batch_idx: int) -> None:
         """Takes one optimizer step on a batch of demonstrations."""
+        rates = self.learning_rates("sft/lr")
         loss, norm = self.take_step(self.losses(batch.rows, self.prompt_weight))
         tokens = float(_target_tokens_of_all_ranks(batch.rows))
-        metrics = {"sft/loss": loss, "sft/grad_norm": norm, "sft/tokens": tokens}
+        metrics = {"sft/loss": loss, "sft/grad_norm": norm, "sft/tokens": tokens, **rates}
         self.log_step(metrics, len(batch.rows), {"sft/loss": "loss"})
 
     def losses(self, rows: list[EncodedDemonstration], prompt_weight: float) -> Iterator[Tensor]:
@@ -100,7 +103,8 @@ class SFT(PolicyMixin, SupervisedModule):
         first = [1 if prompt_weight else count for count in prompts]
         plan = batches_by_length([len(sequence) - 1 for sequence in sequences], self.tokens_per_micro_batch)
         parts = (_micro_batch(part, sequences, first, self.device) for part in plan)
-        for batch in pad_with_no_ops(parts, self.trained_model, no_op_micro_batch(self.device)):
+        padded = pad_with_no_ops(parts, self.trained_model, no_op_micro_batch(self.device))
+        for batch in track("micro-batch", padded):
             weights = torch.ones(len(batch.targets), device=self.device)
             if not batch.samples:  # a no-op micro-batch
                 weights.zero_()

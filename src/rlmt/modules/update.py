@@ -29,6 +29,7 @@ from rlmt.models.micro_batch import (
     token_positions,
 )
 from rlmt.modules.metrics import UpdateMetrics, with_effective_sample_size
+from rlmt.progress import track
 from rlmt.types import Experience, TokenBatch
 
 
@@ -122,7 +123,7 @@ class PolicyUpdate:
         temperature = self.algorithm.logprob_temperature or rollouts.sampling.temperature
         compare_engine &= not rollouts.off_policy and temperature == rollouts.sampling.temperature
         batches = micro_batches(rollouts, samples, self.tokens_per_micro_batch, shares_prompts(policy), device, unit)
-        for batch in pad_with_no_ops(batches, policy, no_op_micro_batch(device)):
+        for batch in track("update", pad_with_no_ops(batches, policy, no_op_micro_batch(device))):
             if not batch.samples:
                 self._run_no_op(trained, critic, batch, temperature, backward)
                 continue

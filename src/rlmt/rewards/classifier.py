@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from rlmt import progress
 from rlmt.distributed.fsdp2 import call_as_forward, compute_device, pad_with_no_ops
 from rlmt.errors import UserError
 from rlmt.models.micro_batch import batches_by_length
@@ -135,7 +136,10 @@ class ClassifierReward(Reward):
         rows = self.encode(prompts, responses)
         scores = torch.empty(len(rows), dtype=torch.float32)
         batches = batches_by_length([len(row) for row in rows], self.tokens_per_batch)
+        scored = 0
         for indices in pad_with_no_ops(batches, self._loaded_model, []):
+            progress.report("scoring", scored, len(rows))
+            scored += len(indices)
             if indices:
                 scores[indices] = self._forward([rows[i] for i in indices]).cpu()
             else:

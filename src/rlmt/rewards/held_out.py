@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from rlmt.errors import UserError
 from rlmt.rewards.base import Reward
@@ -68,8 +68,8 @@ class HeldOutRewards(nn.Module):
         for reward in self._rewards:
             reward.load()
 
-    def means(self, experience: Experience, mode: MalformedMode, penalty: float) -> dict[str, float]:
-        """Computes the mean score of a batch under each reward.
+    def scores(self, experience: Experience, mode: MalformedMode, penalty: float) -> dict[str, Tensor]:
+        """Computes the scores of a batch under each reward.
 
         Args:
             experience: B samples with their splits and texts.
@@ -78,14 +78,12 @@ class HeldOutRewards(nn.Module):
                 where that is lower.
 
         Returns:
-            Reward name → mean over all B samples, malformed ones included.
+            Reward name → [B] float32 scores, those of malformed samples included.
         """
         rollouts = experience.rollouts
         return {
-            reward.name: float(
-                score(
-                    reward, rollouts.prompt_per_sample, experience.splits, experience.texts, mode, penalty
-                ).total.mean()
-            )
+            reward.name: score(
+                reward, rollouts.prompt_per_sample, experience.splits, experience.texts, mode, penalty
+            ).total
             for reward in self._rewards
         }

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlmt.errors import UserError
 from rlmt.options import NonNegativeInt, PositiveInt, check_ranges
+from rlmt.progress import track
 from rlmt.rewards.base import Reward
 from rlmt.types import Message, Prompt, Status
 
@@ -134,7 +135,7 @@ class CallableReward(Reward):
         function = self._import()
         takes_extra = _takes_extra(function)
         scores = []
-        for prompt, response in zip(prompts, responses, strict=True):
+        for prompt, response in track("scoring", list(zip(prompts, responses, strict=True))):
             messages = [Message(role=m["role"], content=m["content"]) for m in prompt.messages]
             extra = {"extra": copy.deepcopy(prompt.extra)} if takes_extra else {}
             try:

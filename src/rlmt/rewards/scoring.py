@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from rlmt import progress
 from rlmt.distributed.collectives import all_gather_object, run_on_all_ranks
 from rlmt.errors import UserError
 from rlmt.rewards.base import Reward, all_rewards
@@ -69,6 +70,7 @@ def score(
     shown, rows, batch = _batch_to_score(prompts, splits, texts, mode)
 
     def score_shown() -> tuple[Tensor, dict[str, Tensor]]:
+        progress.report("scoring", 0, len(rows))
         total, parts = reward.score_parts(*batch)
         total = _check_scores(total, reward.name, len(rows))
         return total, {name: _check_scores(values, name, len(rows)) for name, values in parts.items()}

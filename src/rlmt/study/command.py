@@ -15,8 +15,9 @@ from rich.console import Console
 
 from rlmt.errors import UserError
 from rlmt.options import PositiveInt, check_ranges
+from rlmt.report.estimates import Estimate
 from rlmt.study.report import Comparison, Findings, comparison_sentences, terminal_table, write_report
-from rlmt.study.results import Estimate, Row, last_values, read_rows
+from rlmt.study.results import Row, last_values, read_rows
 from rlmt.study.runner import JobState, Runner
 from rlmt.study.stages import Arm, Plan, Stage, job_digests
 

@@ -14,7 +14,7 @@ from typing import Literal
 from markdown_it import MarkdownIt
 from rich.table import Table
 
-from rlmt.study.results import Estimate
+from rlmt.report.estimates import Estimate
 
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>

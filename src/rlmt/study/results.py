@@ -1,22 +1,16 @@
-"""Logged metrics of a job, and their means and paired differences over seeds with 95 % confidence intervals."""
+"""Logged metrics of a job."""
 
 from __future__ import annotations
 
 import csv
 import math
-import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-
-from scipy.stats import t as student
 
 from rlmt.errors import UserError
 
 Row = dict[str, float]
 """Metric → value of one line of metrics.csv, without empty cells."""
-
-CONFIDENCE = 0.95
 
 
 def read_rows(folder: Path) -> list[Row]:
@@ -66,34 +60,3 @@ def last_values(rows: Sequence[Row], metrics: dict[str, str], folder: Path) -> d
             raise UserError(f"--metrics.{name}: {logged} was never logged in {folder}; name a logged metric.")
         found[name] = values[-1]
     return found
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds with its confidence interval."""
-
-    values: tuple[float, ...]
-    """One value per seed."""
-
-    @property
-    def mean(self) -> float:
-        """Mean over seeds."""
-        return statistics.fmean(self.values)
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """95 % confidence interval of the mean by Student's t; None for a single seed."""
-        n = len(self.values)
-        if n < 2:
-            return None
-        half = float(student.ppf(0.5 + CONFIDENCE / 2, n - 1)) * statistics.stdev(self.values) / math.sqrt(n)
-        return self.mean - half, self.mean + half
-
-    def minus(self, other: Estimate) -> Estimate:
-        """Differences paired by seed."""
-        return Estimate(tuple(a - b for a, b in zip(self.values, other.values, strict=True)))
-
-    def format(self, digits: int = 1) -> str:
-        """`80.8 ± 1.9`, the mean and half of the interval's width; the mean alone for a single seed."""
-        mean = f"{self.mean:.{digits}f}"
-        return mean if self.interval is None else f"{mean} ± {self.interval[1] - self.mean:.{digits}f}"

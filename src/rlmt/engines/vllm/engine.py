@@ -37,7 +37,7 @@ from rlmt.engines.vllm.isolation import (
 )
 from rlmt.engines.vllm.launch import device_args, save_config
 from rlmt.engines.vllm.lora import LoRASlot, lora_engine_args, merge_adapters, unsupported_reason
-from rlmt.engines.vllm.sampling import sampling_params
+from rlmt.engines.vllm.sampling import SamplingProgress, sampling_params
 from rlmt.engines.vllm.temporary_folders import ContentFolder, remove_abandoned
 from rlmt.engines.vllm.tensor_parallel import check_heads, check_ranks, gather_requests, gloo_communicator
 from rlmt.errors import UserError
@@ -335,7 +335,7 @@ class VLLMEngine(Engine):
         )
         with isolate_rng(), eager, single_thread(self._on_gpu):
             results = self._llm.generate(
-                prompts, params, use_tqdm=False, lora_request=self._lora and self._lora.request
+                prompts, params, use_tqdm=SamplingProgress, lora_request=self._lora and self._lora.request
             )
         outputs = [result.outputs[0] for result in results[own]]
         samples = Samples(

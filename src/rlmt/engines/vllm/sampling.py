@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
+from tqdm import tqdm
+
+from rlmt import progress
 from rlmt.types import Sampling
+
+
+class SamplingProgress(tqdm):  # type: ignore[misc]
+    """Reports how many samples vLLM has finished, in place of the progress bar that vLLM would print."""
+
+    monitor_interval = 0  # starts no thread
+
+    def __init__(self, *iterable: Any, **options: Any) -> None:
+        super().__init__(*iterable, **options, file=io.StringIO())
+
+    def update(self, n: float | None = 1) -> None:
+        """Counts `n` more finished samples."""
+        self.n += n or 0
+        progress.report("sampling", self.n, self.total)
 
 
 def sampling_params(sampling: Sampling, seed: int, room: int) -> Any:

@@ -27,6 +27,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlmt import progress
 from rlmt.distributed import collectives
 from rlmt.endpoints.connections import require_client_libraries
 from rlmt.engines.base import Engine, max_completion_tokens
@@ -89,6 +90,7 @@ class VLLMServerEngine(Engine):
         self._folder: SharedFolder | None = None
         self._published: PublishedWeights | None = None
         self._cancel: Callable[[], object] | None = None
+        self._answered = 0
 
     # Checks -----------------------------------------------------------------------------------------------------------
 
@@ -317,8 +319,9 @@ class VLLMServerEngine(Engine):
         try:
             while todo := [call for call in calls if call not in done]:
                 fleet = Fleet(await self._usable_servers(), max(1, self.max_in_flight // collectives.world_size()))
+                self._answered = 0
                 answers = await gather_or_cancel(
-                    fleet.run(call.group, partial(self._complete, call, sampling)) for call in todo
+                    fleet.run(call.group, partial(self._complete, call, sampling, len(todo))) for call in todo
                 )
                 stale = await self._stale_servers(fleet.usable)
                 done |= {
@@ -330,10 +333,13 @@ class VLLMServerEngine(Engine):
             self._cancel = None
         return [done[call] for call in calls]
 
-    async def _complete(self, call: _Call, sampling: Sampling, server: ServerClient) -> Completion:
-        """Completes one call on a server, and marks the server as lost if it fails."""
+    async def _complete(self, call: _Call, sampling: Sampling, calls: int, server: ServerClient) -> Completion:
+        """Completes one of some calls on a server, and marks the server as lost if it fails."""
         try:
-            return await server.complete(call.prompt_ids, call.seed, call.room, sampling)
+            completion = await server.complete(call.prompt_ids, call.seed, call.room, sampling)
+            self._answered += 1
+            progress.report("sampling", self._answered, calls)
+            return completion
         except ServerLost as error:
             self._mark_lost(server, error)
             raise

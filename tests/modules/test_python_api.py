@@ -1,0 +1,127 @@
+"""rlmt from Python: the metrics of the trainer, a module from a checkpoint, prediction, hyper-parameters."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LinearLR
+
+from rlmt.algorithms import GRPO
+from rlmt.callbacks import PolicyCheckpoint
+from rlmt.data import RolloutDataModule
+from rlmt.engines import TransformersEngine
+from rlmt.errors import UserError
+from rlmt.models import LoRA
+from rlmt.modules import SFT, RLMTModule
+from rlmt.rewards import LengthWindow
+
+OPTIONS: dict[str, Any] = {"reward": LengthWindow(5, 20, 40), "algorithm": GRPO(kl_coef=0.0)}
+
+
+def data(prompts: Path) -> RolloutDataModule:
+    sizes = {"batch_size": 2, "group_size": 2, "max_prompt_tokens": 256, "max_new_tokens": 8, "val_size": 2}
+    return RolloutDataModule(str(prompts), TransformersEngine(), **sizes)  # type: ignore[arg-type]
+
+
+def trainer(folder: Path, **options: Any) -> Trainer:
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    logger = CSVLogger(folder, name=None, version="")
+    return Trainer(logger=logger, max_epochs=-1, num_sanity_val_steps=0, log_every_n_steps=1, **quiet, **options)
+
+
+@pytest.fixture(scope="module")
+def run(tiny: Path, prompts_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RLMTModule, Trainer, Path]:
+    """Two steps from Python, with a LoRA adapter and a schedule."""
+    folder = tmp_path_factory.mktemp("run")
+    schedule = partial(LinearLR, start_factor=0.5, total_iters=2)
+    module = RLMTModule(
+        str(tiny / "policy"),
+        format="no_think",
+        optimizer=partial(AdamW, lr=1e-2),
+        scheduler=schedule,  # type: ignore[arg-type]
+        lora=LoRA(rank=2),
+        **OPTIONS,
+    )
+    fitted = trainer(folder, max_steps=2, callbacks=[PolicyCheckpoint(dirpath=str(folder))])
+    fitted.fit(module, data(prompts_file))
+    return module, fitted, folder / "last.ckpt"
+
+
+def test_callback_metrics_and_learning_rate_are_those_of_the_last_step(run: Any) -> None:
+    _, fitted, checkpoint = run
+    rows = (checkpoint.parent / "metrics.csv").read_text().splitlines()
+    names = rows[0].split(",")
+    cells = [row.split(",")[names.index("policy/lr")] for row in rows[1:]]
+    assert [float(cell) for cell in cells if cell] == pytest.approx([0.5e-2, 0.75e-2])  # factors 0.5 and (0.5 + 1) / 2
+    assert float(fitted.callback_metrics["policy/lr"]) == pytest.approx(0.75e-2)
+    assert {"reward/mean", "policy/kl", "length/response_mean"} <= fitted.callback_metrics.keys()
+
+
+def test_module_from_a_checkpoint_has_the_trained_policy_and_predicts(
+    run: Any, prompts_file: Path, tmp_path: Path
+) -> None:
+    trained, _, checkpoint = run
+    module = RLMTModule.load_from_checkpoint(checkpoint, lora=LoRA(rank=2), **OPTIONS)
+    assert module.format.name == "no_think" and not module.training
+    state = trained.state_dict()
+    assert state.keys() == module.state_dict().keys() and any("lora" in name for name in state)
+    assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+    predictions = trainer(tmp_path).predict(module, data(prompts_file))
+    assert predictions is not None and len(predictions) == 12  # 24 prompts, two a batch
+    assert len(predictions[0]["experience"].texts) == 4  # type: ignore[index, call-overload]
+    (results,) = trainer(tmp_path).validate(module, data(prompts_file), verbose=False)
+    assert "val/reward_mean" in results
+    with pytest.raises(UserError, match="ckpt_path=CHECKPOINT"):
+        trainer(tmp_path, max_steps=1).fit(module, data(prompts_file))
+
+
+def test_checkpoint_without_options_names_what_is_missing(run: Any) -> None:
+    with pytest.raises(UserError, match=r"last.ckpt: .*reward and algorithm"):
+        RLMTModule.load_from_checkpoint(run[2])
+    with pytest.raises(UserError, match="is a checkpoint of RLMTModule"):
+        SFT.load_from_checkpoint(run[2])
+
+
+def test_options_of_rlmt_fit_are_stored_in_the_checkpoint(
+    tiny: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The module is made without any option, and TensorBoard shows the configuration as hyper-parameters."""
+    from rlmt.cli import main
+
+    logged: dict[str, Any] = {}
+    monkeypatch.setattr(TensorBoardLogger, "log_hyperparams", lambda logger, params: logged.update(params))
+    options = {
+        "--model.policy": tiny / "policy",
+        "--model.reward": "LengthWindow",
+        "--model.reward.min_chars": 5,
+        "--model.reward.max_chars": 20,
+        "--model.reward.margin": 40,
+        "--model.format": "no_think",
+        "--data.prompts": prompts_file,
+        "--data.engine": "TransformersEngine",
+        "--data.batch_size": 2,
+        "--data.group_size": 2,
+        "--data.max_new_tokens": 4,
+        "--data.val_size": 0,
+        "--trainer.max_steps": 1,
+        "--trainer.logger": "TensorBoardLogger",
+        "--trainer.logger.save_dir": tmp_path,
+        "--trainer.default_root_dir": tmp_path / "run",
+        "--trainer.enable_progress_bar": "false",
+        "--trainer.accelerator": "cpu",
+    }
+    words = [str(word) for pair in options.items() for word in pair]
+    assert main(["fit", "--config", "base", "--config", "grpo", "--config", "tiny", *words]) == 0
+    (checkpoint,) = (tmp_path / "run").rglob("last.ckpt")
+    monkeypatch.chdir(tmp_path)
+    module = RLMTModule.load_from_checkpoint(checkpoint)
+    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert all(torch.equal(saved[name], value) for name, value in module.state_dict().items())
+    assert module.reward.max_chars == 20 and module.algorithm.dual_clip == 3.0
+    expected = {"model.algorithm.kl_coef": 0.001, "model.format": "no_think", "trainer.max_steps": 1}
+    assert expected.items() <= logged.items()
