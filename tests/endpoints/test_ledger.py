@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,20 @@ def test_foreign_line_is_refused_and_file_kept(tmp_path: Path, line: str) -> Non
     with pytest.raises(UserError, match=r"ledger\.jsonl: line 4 is not a record of an answer"):
         Ledger(path)
     assert path.read_bytes() == before
+
+
+def test_threads_share_a_ledger(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    calls = [Call("/a", {"model": "m", "n": n}) for n in range(400)]
+
+    def write(thread: int) -> None:
+        for call in calls[thread::4]:
+            ledger.add(call, {"text": "x" * (call.body["n"] * 20), "n": call.body["n"]})
+            assert (ledger.get(call.key) or {})["n"] == call.body["n"]
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    ledger.close()
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    assert [(ledger.get(call.key) or {})["n"] for call in calls] == list(range(400))
+    ledger.close()

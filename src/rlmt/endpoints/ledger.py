@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import threading
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ class Ledger:
     """Answers by the key of their call: one JSON object per line, appended and flushed as they arrive.
 
     A line that a killed process left truncated is removed when the file is opened. Only one process at a time uses a
-    file; in a run of several ranks each rank has its own.
+    file, by any of its threads; in a run of several ranks each rank has its own.
 
     Args:
         path: Path of the file; it is created with its folder if it does not exist.
@@ -30,6 +31,7 @@ class Ledger:
         self.usage: defaultdict[str, Usage] = defaultdict(Usage)
         """Billed tokens of all records by model."""
         self._offsets: dict[str, int] = {}
+        self._mutex = threading.Lock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a+b")
@@ -89,8 +91,10 @@ class Ledger:
         """
         if key not in self._offsets:
             return None
-        self._file.seek(self._offsets[key])
-        answer: dict[str, Any] = json.loads(self._file.readline())["answer"]
+        with self._mutex:
+            self._file.seek(self._offsets[key])
+            line = self._file.readline()
+        answer: dict[str, Any] = json.loads(line)["answer"]
         return answer
 
     def add(self, call: Call, answer: dict[str, Any], secret: str | None = None) -> None:
@@ -106,15 +110,16 @@ class Ledger:
         """
         model = str(call.body.get("model", ""))
         line = redact(json.dumps({"key": call.key, "model": model, "answer": answer}), secret).encode() + b"\n"
-        try:
-            self._file.write(line)
-            self._file.flush()
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}); make room, then run the same command again."
-            ) from error
-        self._index(call.key, model, answer, self._end)
-        self._end += len(line)
+        with self._mutex:
+            try:
+                self._file.write(line)
+                self._file.flush()
+            except OSError as error:
+                raise UserError(
+                    f"{self.path}: cannot be written ({error.strerror}); make room, then run the same command again."
+                ) from error
+            self._index(call.key, model, answer, self._end)
+            self._end += len(line)
 
     def close(self) -> None:
         """Closes the file and releases its lock."""
