@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -60,7 +62,16 @@ def test_foreign_line_is_refused_and_file_kept(tmp_path: Path, line: str) -> Non
     assert path.read_bytes() == before
 
 
-def test_threads_share_a_ledger(tmp_path: Path) -> None:
+@pytest.fixture
+def switch_often() -> Iterator[None]:
+    """Python switches between threads as often as it can."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def test_threads_share_a_ledger(tmp_path: Path, switch_often: None) -> None:
     ledger = Ledger(tmp_path / "ledger.jsonl")
     calls = [Call("/a", {"model": "m", "n": n}) for n in range(400)]
 
