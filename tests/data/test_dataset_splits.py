@@ -107,7 +107,7 @@ def test_saved_dataset_without_splits_is_read(tmp_path: Path) -> None:
     assert "without splits; leave it out" in error_of(DataSource(name, split="train"))
     assert "without subsets; leave it out" in error_of(DataSource(name, subset="en"))
     (tmp_path / "set" / "data-00000-of-00001.arrow").unlink()
-    assert "no complete dataset of save_to_disk" in error_of(name)
+    assert "not a complete dataset of save_to_disk" in error_of(name)
 
 
 def test_files_without_split_names_are_all_read(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from rlmt.models.critic import build_critic
 from rlmt.models.loading import load_policy, load_tokenizer, random_policy
 from rlmt.models.reward_model import load_reward_model
 from rlmt.rewards import ClassifierReward
-from rlmt.types import Status
+from rlmt.types import Prompt, Status
 
 CAP = 2.0
 SHAPE: dict[str, Any] = {
@@ -61,10 +61,10 @@ def reference_scores(folder: Path, texts: list[str], implementation: str) -> Ten
 def test_reward_model_is_scored_with_its_cap(gemma_reward: Path) -> None:
     reward = ClassifierReward(str(gemma_reward))
     reward.load()
-    prompt: Any = [{"role": "user", "content": "Tell me about red bees."}]
+    prompt = Prompt(0, [{"role": "user", "content": "Tell me about red bees."}])
     responses = ["Sure: red", "No one knows.", "A bee is a bee.", "red red red", "x"]
     got = reward.score([prompt] * 5, responses, [Status.OK] * 5)
-    texts = [reward.render(prompt, response) for response in responses]
+    texts = [reward.render(prompt.messages, response) for response in responses]
     capped, plain = (reference_scores(gemma_reward, texts, name) for name in ("eager", "sdpa"))
     assert (capped - plain).abs().max() > 0.05  # the case can fail
     torch.testing.assert_close(got, capped, atol=1e-5, rtol=1e-5)

@@ -16,7 +16,7 @@ from rlmt.models.assets import save_reward_assets
 from rlmt.models.loading import load_config, load_tokenizer
 from rlmt.rewards import ClassifierReward
 from rlmt.rewards.conversation import ConversationReader, set_pad_token
-from rlmt.types import Message, Status
+from rlmt.types import Prompt, Status
 
 MakeModel = Callable[..., str]
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
@@ -24,7 +24,7 @@ MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
 BOS, EOT = "<|bos|>", "<|eot|>"
 TURNS = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<|eot|>{% endfor %}"
 NEWLINE = "{{ '\\n' }}"
-PROMPT: list[Message] = [{"role": "user", "content": "hi"}]
+PROMPT = Prompt(0, [{"role": "user", "content": "hi"}])
 RESPONSES = ["a", "bb" * 40, "", "c" * 7, "z!", "dd dd"]
 
 
@@ -54,7 +54,7 @@ def test_transformers_scores_of_an_export_are_ours(
 
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     own = AutoTokenizer.from_pretrained(tmp_path / "out")
-    texts = [ours.render(PROMPT, response) for response in RESPONSES]
+    texts = [ours.render(PROMPT.messages, response) for response in RESPONSES]
     assert theirs.config.pad_token_id == own.pad_token_id is not None
     with torch.no_grad():
         for side in ("right", "left"):

@@ -61,7 +61,7 @@ def meta_trained(module: TrainingModule, auto: Any, config: PretrainedConfig, dt
     """
     lora, _ = adapter_options(module)
     # The other attention kernels save as much as torch's own, and may not be installed here.
-    attention = attention_options(config, module.attn_implementation, config.name_or_path)
+    attention = attention_options(config, module.attn_implementation, str(config.name_or_path or config.model_type))
     eager = attention if attention.get("attn_implementation") == "eager" else {}
     policy = meta_from_config(auto, config, dtype, **eager)
     if lora is not None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from rlmt.errors import UserError
-from rlmt.formats.tokenizer import chat_text, control_strings
+from rlmt.formats.chat_template import ChatTemplate
+from rlmt.formats.tokenizer import control_strings
 from rlmt.types import Message
 
 _TAGS = ("<think>", "</think>", "<response>", "</response>")
@@ -50,5 +51,5 @@ def _written(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     roles = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     written = {token_id for token_id in roles if isinstance(token_id, int)}
     if isinstance(tokenizer.chat_template, str):
-        written.update(tokenizer(chat_text(_CONVERSATION, tokenizer), add_special_tokens=False)["input_ids"])
+        written.update(tokenizer(ChatTemplate(tokenizer).prompt(_CONVERSATION), add_special_tokens=False)["input_ids"])
     return written
