@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rlmt.distributed import collectives
 from rlmt.engines.rollout_files import interleave_ranks, rollout_table
 from rlmt.errors import UserError
+from rlmt.options import check_writable
 
 from ._common import experience_of, format_of, run_folder, say
 
@@ -44,10 +45,18 @@ class RolloutWriter(Callback):
         self._prompts = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Finds the file to write."""
+        """Finds the file to write.
+
+        Raises:
+            UserError: The file cannot be written.
+        """
         if stage != "predict":
             return
         self._final = run_folder(trainer) / "predictions.parquet" if self.path is None else Path(self.path)
+        if trainer.is_global_zero:
+            check_writable(self._final.parent, "The folder of the predictions")
+            if self._final.is_dir():
+                raise UserError(f"{self._final}: is a folder; give the path of a file for the predictions.")
         self._batches = self._prompts = 0
 
     def on_predict_batch_end(

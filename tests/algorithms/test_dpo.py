@@ -45,6 +45,7 @@ def batch(ratios: list[list[float]], pairs_in_step: int) -> tuple[TokenBatch, Po
 # Δ_chosen = 0.5 · log 3 over two tokens, Δ_rejected = -1.5 · log 3 over one: they differ by 2 · log 3.
 PAIR = [[LOG3, -0.5 * LOG3], [-1.5 * LOG3]]
 GAP = 2 * LOG3
+MEAN_GAP = 7 / 4 * LOG3
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,9 @@ GAP = 2 * LOG3
         # beta · gap = log 3, so σ = 3/4: the loss is log(4/3), and its gradient -beta σ(-log 3) = -beta / 4
         ({"beta": 0.5}, math.log(4 / 3), -0.125, 0.125),
         # the minimum of the loss is at a gap of 1 / (2 beta) = 2
-        ({"beta": 0.25, "loss": "ipo"}, (GAP - 2) ** 2, 2 * (GAP - 2), -2 * (GAP - 2)),
+        ({"beta": 0.25, "loss": "ipo_sum"}, (GAP - 2) ** 2, 2 * (GAP - 2), -2 * (GAP - 2)),
+        # by token: a gap of 7/4 log 3, and gradients divided by 2 tokens and 1 token
+        ({"beta": 0.25, "loss": "ipo"}, (MEAN_GAP - 2) ** 2, MEAN_GAP - 2, -2 * (MEAN_GAP - 2)),
         # Δ by token are log 3 / 4 and -1.5 log 3, which differ by 7/4 log 3; with beta 4/7 σ is 3/4 again
         ({"beta": 4 / 7, "loss": "length_normalized"}, math.log(4 / 3), -1 / 14, 1 / 7),
     ],
@@ -69,18 +72,19 @@ def test_dpo_loss_and_gradient_of_a_pair_equal_the_formulas(
     torch.testing.assert_close(gradient, torch.tensor([chosen, chosen, rejected]), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("kind", ["sigmoid", "ipo", "length_normalized"])
+@pytest.mark.parametrize("kind", ["sigmoid", "ipo", "ipo_sum", "length_normalized"])
 def test_dpo_loss_is_the_mean_over_the_pairs_of_the_step(kind: Any) -> None:
     make = torch.Generator().manual_seed(0)
     ratios = [torch.randn(length, generator=make).tolist() for length in (3, 1, 7, 4, 2, 2)]
     beta = 0.3
     losses = []
     for chosen, rejected in zip(ratios[::2], ratios[1::2], strict=True):
-        if kind == "length_normalized":
+        if kind in ("ipo", "length_normalized"):
             margin = beta * (sum(chosen) / len(chosen) - sum(rejected) / len(rejected))
         else:
             margin = beta * (sum(chosen) - sum(rejected))
-        losses.append((margin / beta - 1 / (2 * beta)) ** 2 if kind == "ipo" else math.log(1 + math.exp(-margin)))
+        ipo = kind.startswith("ipo")
+        losses.append((margin / beta - 1 / (2 * beta)) ** 2 if ipo else math.log(1 + math.exp(-margin)))
     dpo = DPO(beta=beta, loss=kind)
     whole, _ = dpo.loss(*batch(ratios, pairs_in_step=3))
     parts = [dpo.loss(*batch(ratios[k : k + 2], pairs_in_step=3))[0].item() for k in (0, 2, 4)]

@@ -60,6 +60,33 @@ def test_kl_estimators(estimator: KLEstimator, value: float, slope: float) -> No
     assert logprobs.grad.item() == pytest.approx(slope, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("d", "clamp", "value", "slope"),
+    [
+        (-2.0, None, math.exp(2) - 3, 1 - math.exp(2)),
+        (-25.0, None, math.exp(20) - 21, 0.0),  # not 1, which would push the policy further away
+        (25.0, None, 24.0, 1.0),
+        (-2.0, 10.0, math.exp(2) - 3, 1 - math.exp(2)),
+        (-3.0, 10.0, 10.0, 0.0),  # exp(3) - 4 = 16.1
+        (-25.0, 10.0, 10.0, 0.0),
+        (10.9, 10.0, 9.9 + math.exp(-10.9), 1.0),
+        (12.0, 10.0, 10.0, 0.0),
+    ],
+)
+def test_k3_far_from_the_reference(d: float, clamp: float | None, value: float, slope: float) -> None:
+    logprobs = torch.tensor([d - 30], dtype=torch.float64, requires_grad=True)
+    got = policy_loss.kl_penalty(logprobs, torch.tensor([-30.0], dtype=torch.float64), "k3", clamp)
+    assert got.item() == pytest.approx(value, rel=1e-9)
+    got.sum().backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad.item() == pytest.approx(slope, rel=1e-4, abs=1e-9)
+
+
+def test_k1_is_clamped_on_both_sides() -> None:
+    got = policy_loss.kl_penalty(torch.tensor([-30.0, -3.0, 0.0]), torch.tensor([-3.0, -30.0, -1.0]), "k1", 10.0)
+    assert got.tolist() == [-10.0, 10.0, 1.0]
+
+
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
 def test_mean_of_kl_estimators_is_the_true_kl(estimator: KLEstimator) -> None:
     p, q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.3, 0.3, 0.4])

@@ -134,6 +134,21 @@ def test_reinforce_plus_plus_whitens_rewards_to_go() -> None:
     assert data.advantages.tolist() == pytest.approx([(a - mean) / std for a in to_go], rel=1e-4)
 
 
+@pytest.mark.parametrize("truncated", [0, 2])
+def test_reinforce_plus_plus_whitens_over_the_samples_in_the_loss(truncated: int) -> None:
+    rewards = [1.0, -0.5, 2.0, 0.25]
+    rewards[truncated] = 100.0  # would otherwise dominate mean and deviation
+    data = experience(rewards)
+    data.rollouts.finish[truncated] = FinishReason.LENGTH
+    REINFORCEPlusPlus(reward_kl_coef=0.0, mask_truncated=True).prepare(data)
+    to_go = [rewards[i] for i, n in enumerate(LENGTHS) if i != truncated for _ in range(n)]
+    mean = sum(to_go) / len(to_go)
+    std = math.sqrt(sum((a - mean) ** 2 for a in to_go) / (len(to_go) - 1))
+    assert data.advantages is not None
+    got = [row for i, row in enumerate(by_sample(data.advantages)) if i != truncated]
+    assert [a for row in got for a in row] == pytest.approx([(a - mean) / std for a in to_go], rel=1e-4)
+
+
 def test_reinforce_plus_plus_without_kl_needs_no_reference_and_no_groups() -> None:
     algorithm = REINFORCEPlusPlus(reward_kl_coef=0.0)
     assert not algorithm.needs_reference and not algorithm.needs_old_logprobs

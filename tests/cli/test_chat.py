@@ -1,7 +1,7 @@
 """`rlmt chat` on a tiny policy: the printed text is the split of the format, and one prompt can be piped."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -177,3 +177,96 @@ def test_invalid_options_are_user_errors(options: dict[str, object], message: st
     arguments: dict[str, object] = {"model": tiny / "policy", "prompt": "x"} | options
     with pytest.raises(UserError, match=message):
         chat(**arguments)  # type: ignore[arg-type]
+
+
+# Completions and prompts that are not as they should be
+
+
+@pytest.fixture
+def scripted(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, bool], None]:
+    """`scripted(text, ends)`: the policy writes this text, and then ends its turn or goes on to the limit."""
+    tokenizer = load_tokenizer(tiny / "policy")
+
+    def script(text: str, ends: bool) -> None:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = [*ids, tokenizer.eos_token_id] if ends else ids * 1000
+        monkeypatch.setattr(
+            "rlmt.cli.chat.stream", lambda policy, prompt, sampling, seed: ids[: sampling.max_new_tokens]
+        )
+
+    return script
+
+
+@pytest.mark.parametrize(
+    ("encoding", "printed"),
+    [
+        ("ascii", b"Gr\\xfc\\xdfe \\U0001f600\n"),
+        ("latin-1", b"Gr\xfc\xdfe \\U0001f600\n"),
+        ("utf-8", "Gr\u00fc\u00dfe \U0001f600\n".encode()),
+    ],
+)
+def test_characters_that_the_terminal_cannot_encode_are_escaped(
+    encoding: str, printed: bytes, scripted: Callable[[str, bool], None], tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted("Gr\u00fc\u00dfe \U0001f600", True)
+    pipe = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(pipe, encoding=encoding, write_through=True))
+    assert main(["chat", str(tiny / "policy"), "--format", "no_think", "--prompt", "hi"]) == 0
+    assert pipe.getvalue() == printed
+
+
+@pytest.mark.parametrize(
+    ("text", "ends", "options", "message"),
+    [
+        ("<think>hm", True, [], "the thought is not closed: the policy ended its turn after {} tokens."),
+        ("<think>hm", False, ["--max_new_tokens", "7"], "not closed after 7 tokens; raise --max_new_tokens."),
+        ("<think>hm", False, [], "the thought is not closed: the policy's context is full; start a new"),
+        ("<think>hm</think>\n", True, [], "the response is empty: the policy ended its turn after {} tokens."),
+    ],
+)
+def test_malformed_completion_is_explained(
+    text: str,
+    ends: bool,
+    options: list[str],
+    message: str,
+    scripted: Callable[[str, bool], None],
+    tiny: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    scripted(text, ends)
+    tokens = len(load_tokenizer(tiny / "policy")(text, add_special_tokens=False)["input_ids"]) + 1
+    assert main(["chat", str(tiny / "policy"), "--format", "think", "--prompt", "hi", *options]) == 2
+    error = capsys.readouterr().err
+    assert message.format(tokens) in error
+    assert ("raise --max_new_tokens" in error) == (bool(options))
+
+
+@pytest.mark.parametrize(
+    ("argument", "piped", "message"),
+    [
+        (["--prompt", "a\udcff"], b"", "--prompt contains a lone surrogate, which no tokenizer can encode"),
+        (["--prompt", "a", "--system", " "], b"", "--system is empty"),
+        ([], b"caf\xe9", "The piped prompt is not utf-8 text (byte 3); convert it."),
+    ],
+)
+def test_prompt_that_is_no_text_is_one_line(
+    argument: list[str],
+    piped: bytes,
+    message: str,
+    tiny: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(piped), encoding="utf-8"))
+    monkeypatch.setattr("rlmt.cli.chat.load_policy", lambda *_: pytest.fail("the weights were read"))
+    assert main(["chat", str(tiny / "policy"), "--format", "think", *argument]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_folder_for_temporary_files_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "last.ckpt").write_text("not read")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "last.ckpt"))
+    assert main(["chat", str(tmp_path / "last.ckpt"), "--prompt", "hi"]) == 2
+    assert "set TMPDIR to a folder that can be written" in capsys.readouterr().err

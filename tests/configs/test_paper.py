@@ -146,7 +146,11 @@ def test_settings_equal_the_papers(name: str, monkeypatch: pytest.MonkeyPatch, t
     settings = (trainer.max_steps, lr, data.batch_size, data.group_size)
     assert settings == SETTINGS.get(name, settings)
     assert (data.max_prompt_tokens, data.max_new_tokens, data.temperature, data.top_p) == (1024, 4096, 0.7, 1.0)
-    assert optimizer.defaults["weight_decay"] == 0.01
+    dpo = "-dpo-" in name
+    assert optimizer.defaults["weight_decay"] == (1e-4 if dpo else 0.01)
+    assert tuple(optimizer.defaults["betas"]) == ((0.9, 0.95) if dpo else (0.9, 0.999))
+    assert dpo or (module.algorithm.kl_estimator, module.algorithm.kl_clamp) == ("k3", 10)
+    assert (module.reward.truncation_side, module.reward.dtype) == ("right", "bfloat16")
     assert trainer.default_root_dir == f"runs/paper/{name}"
     assert ("V2" in module.reward.source) == ("skywork-v2" in name)
 

@@ -219,7 +219,7 @@ def test_unreadable_files_are_refused(tmp_path, name, content, expected):
 def test_missing_files_and_folders_are_refused(tmp_path):
     for missing in ("rows.parquet", "./rows", str(tmp_path / "nothing"), "~/nowhere-to-be-found", "a/b/c"):
         assert "does not exist" in error_of(missing)
-    assert "is a folder" in error_of(str(tmp_path))
+    assert "is a folder without data files" in error_of(str(tmp_path))
 
 
 def test_invalid_system_prompt_is_an_error(tmp_path):
@@ -231,18 +231,18 @@ def test_invalid_system_prompt_is_an_error(tmp_path):
 def test_hub_datasets_are_read_by_name(monkeypatch):
     asked = []
 
-    def load_dataset(name, split):
-        asked.append((name, split))
-        return datasets.Dataset.from_list([{"prompt": "A"}, {"prompt": "B"}])
+    def load_dataset(name, subset):
+        asked.append((name, subset))
+        return datasets.DatasetDict(train=datasets.Dataset.from_list([{"prompt": "A"}, {"prompt": "B"}]))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert [p.messages for p in load_prompts("owner/set-v1.5")] == [[user("A")], [user("B")]]
-    assert asked == [("owner/set-v1.5", "train")]
+    assert asked == [("owner/set-v1.5", None)]
     assert "'prompt'" in error_of("owner/set-v1.5", column="text")
 
 
 def test_hub_error_is_one_line(monkeypatch):
-    def load_dataset(name, split):
+    def load_dataset(name, subset):
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)

@@ -1,5 +1,6 @@
 """RolloutDataModule: prompts, generation with a real Trainer, and checks of options."""
 
+import json
 import random
 from collections import Counter
 
@@ -80,6 +81,20 @@ def test_training_prompts_in_the_validation_set_are_dropped_and_counted(
 def test_validation_on_all_training_prompts_is_an_error(prompts, tokenizer):
     with pytest.raises(UserError, match="all training prompts are validation prompts"):
         attached(make(prompts, val_prompts=prompts, val_size=None), FakeModule(tokenizer))
+
+
+def test_another_split_of_the_prompts_is_held_out(tokenizer, tmp_path):
+    (tmp_path / "data").mkdir()
+    for split, texts in (("train_prefs", "abcdef"), ("test_prefs", "xyz")):
+        rows = "".join(json.dumps({"prompt": f"say{text}"}) + "\n" for text in texts)
+        (tmp_path / "data" / f"{split}-00000-of-00001.jsonl").write_text(rows)
+    options = {"split": "train_prefs", "val_split": "test_prefs", "batch_size": 2}
+    for size, held_out in ((None, "xyz"), (2, "xy")):
+        data = attached(make(str(tmp_path), val_size=size, **options), FakeModule(tokenizer))
+        texts = [[prompt.messages[0]["content"][3:] for prompt in prompts] for prompts in (data._train, data._val)]
+        assert ["".join(sorted(texts[0])), "".join(texts[1])] == ["abcdef", held_out]
+    with pytest.raises(UserError, match="--data.val_size is 4, but .* has 3 prompts"):
+        attached(make(str(tmp_path), val_size=4, **options), FakeModule(tokenizer))
 
 
 @pytest.mark.parametrize(
@@ -281,9 +296,10 @@ def test_without_validation_prompts_fit_trains_only(tokenizer, prompts, tmp_path
     assert len(module.seen["train"]) == 3 and module.seen["val"] == []
 
 
-def test_predict_uses_all_prompts_in_order(tokenizer, prompts, tmp_path):
+@pytest.mark.parametrize("options", [{}, {"val_size": 1000}, {"val_size": 7, "val_prompts": "missing.jsonl"}])
+def test_predict_uses_all_prompts_in_order_whatever_is_held_out(tokenizer, prompts, tmp_path, options):
     module = FakeModule(tokenizer)
-    trainer(tmp_path).predict(module, datamodule=make(prompts))
+    trainer(tmp_path).predict(module, datamodule=make(prompts, **options))
     assert [i for _, rows, *_ in module.seen["predict"] for i in rows] == list(range(22))
     assert all(len(ids) == 2 * len(rows) for _, rows, ids, _ in module.seen["predict"])
 

@@ -65,6 +65,23 @@ def test_long_preferences_are_dropped_and_their_number_is_logged(tmp_path, byte_
     assert sorted(row.longest for row in data.train_rows) == [12, 29]
 
 
+@pytest.mark.parametrize("kind", [SFTDataModule, PreferenceDataModule])
+def test_splits_of_a_folder_are_trained_and_validated_on(kind, tmp_path, byte_tokenizer):
+    columns = {"response": "a"} if kind is SFTDataModule else {"chosen": "a", "rejected": "b"}
+    (tmp_path / "data").mkdir()
+    for split, count in (("train_prefs", 6), ("test_prefs", 3), ("test_other", 1)):
+        rows = "".join(json.dumps({"prompt": f"{split} {n}"} | columns) + "\n" for n in range(count))
+        (tmp_path / "data" / f"{split}-00000-of-00001.jsonl").write_text(rows)
+    module = Module(byte_tokenizer, kind.__name__)
+    options = {"batch_size": 2, "max_length": 100, "split": "train_prefs", "val_split": "test_prefs"}
+    data = set_up(kind(str(tmp_path), **options), module)
+    assert (len(data.train_rows), len(data.val_rows)) == (6, 3)
+    data = set_up(kind(str(tmp_path), val_path=str(tmp_path), **(options | {"val_split": "test_other"})), module)
+    assert (len(data.train_rows), len(data.val_rows)) == (6, 1)
+    with pytest.raises(UserError, match="--data.val_size is 4, but .* has 3"):
+        set_up(kind(str(tmp_path), val_size=4, **options), module)
+
+
 def test_split_and_order_depend_only_on_the_seed_and_the_rows(source, byte_tokenizer):
     first, again, other, fewer = (
         set_up(SFTDataModule(source, 4, max_length, val_size=4, seed=seed), Module(byte_tokenizer))

@@ -99,7 +99,7 @@ def update(
     return steps, run.metrics()
 
 
-@pytest.mark.parametrize("kind", ["sigmoid", "ipo", "length_normalized"])
+@pytest.mark.parametrize("kind", ["sigmoid", "ipo", "ipo_sum", "length_normalized"])
 @pytest.mark.parametrize("budget", [1, 60, 100_000])  # with the smallest each pair goes alone
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["shared prompts", "checkpointed layers"])
 def test_gradient_is_that_of_one_big_padded_batch(kind: Any, budget: int, checkpointing: bool) -> None:
@@ -113,10 +113,10 @@ def test_gradient_is_that_of_one_big_padded_batch(kind: Any, budget: int, checkp
     with torch.no_grad():
         ref = [sequence_logprobs(reference, data.rollouts, side) for side in (chosen, rejected)]
     delta = [now - before for now, before in zip(lp, ref, strict=True)]
-    if kind == "length_normalized":
+    if kind in ("ipo", "length_normalized"):
         delta = [d / data.lengths[side] for d, side in zip(delta, (chosen, rejected), strict=True)]
     gap = delta[0] - delta[1]
-    losses = (gap - 1 / (2 * beta)) ** 2 if kind == "ipo" else -logsigmoid(beta * gap)
+    losses = (gap - 1 / (2 * beta)) ** 2 if kind.startswith("ipo") else -logsigmoid(beta * gap)
     losses.mean().backward()
     expected = gradients(policy)
     policy.zero_grad()

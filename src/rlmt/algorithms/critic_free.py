@@ -76,9 +76,9 @@ class CriticFree(PolicyGradient):
             experience.metrics["reward/overlong_penalty"] = float(penalty.mean())
         if self.reward_kl_coef:
             rewards = rewards - sum_by_sample(self.kl_in_reward(experience), experience.lengths)
-        experience.advantages = self.advantages(rewards, experience)
         if self.mask_truncated:
             experience.mask = ~experience.truncated
+        experience.advantages = self.advantages(rewards, experience)
 
     def kl_in_reward(self, experience: Experience) -> Tensor:
         """KL penalty of each token: reward_kl_coef · (log old policy - log reference), [T] float32."""

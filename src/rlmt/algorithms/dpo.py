@@ -15,7 +15,7 @@ from rlmt.errors import UserError
 from rlmt.options import IntAboveOne, NonNegativeFloat, PositiveFloat, PositiveInt, check_ranges
 from rlmt.types import Experience, PolicyOutputs, TokenBatch
 
-PairLoss = Literal["sigmoid", "ipo", "length_normalized"]
+PairLoss = Literal["sigmoid", "ipo", "ipo_sum", "length_normalized"]
 
 PAIR_METRICS = (
     *("dpo/accuracy", "dpo/margin", "dpo/chosen_reward", "dpo/rejected_reward"),
@@ -34,7 +34,9 @@ class DPO(Algorithm):
     With the log-ratio Δ(y) = log pi(y) - log ref(y), summed over all tokens of a completion, the loss of a pair is
 
     - `sigmoid`: -log σ(beta (Δ_chosen - Δ_rejected)) (arXiv 2305.18290, eq. 7),
-    - `ipo`: (Δ_chosen - Δ_rejected - 1 / (2 beta))² (arXiv 2310.12036, eq. 17, where beta is called tau),
+    - `ipo`: (Δ_chosen - Δ_rejected - 1 / (2 beta))² with each Δ divided by its completion's tokens, as its authors ran
+      it (arXiv 2310.12036, eq. 17, where beta is called tau),
+    - `ipo_sum`: the same with Δ as it is, which is the equation by the letter,
     - `length_normalized`: the sigmoid loss with each Δ divided by its completion's tokens (Tülu 3, arXiv 2411.15124),
       so beta has to be larger (5 in the paper).
 
@@ -43,7 +45,7 @@ class DPO(Algorithm):
 
     Args:
         beta: Strength of the pull towards the reference.
-        loss: Pair loss: sigmoid, ipo or length_normalized.
+        loss: Pair loss: sigmoid, ipo, ipo_sum or length_normalized.
         min_valid: Minimum number of well-formed samples; prompts with fewer are skipped.
         min_margin: Minimum difference of best and worst reward; prompts with less, or with equal rewards, are skipped.
         max_tokens: Maximum length of a sample in tokens, prompt included; longer pairs are dropped; null keeps all.
@@ -132,10 +134,11 @@ class DPO(Algorithm):
             return torch.zeros_like(batch.lengths, dtype=values.dtype).index_add(0, batch.sample, values)
 
         ratios = sum_per_sample(outputs.logprobs - batch.ref_logprobs)
-        if self.pair_loss == "length_normalized":
+        if self.pair_loss in ("length_normalized", "ipo"):
             ratios = ratios / batch.lengths
         gap = ratios[::2] - ratios[1::2]
-        losses = (gap - 1 / (2 * self.beta)).square() if self.pair_loss == "ipo" else -logsigmoid(self.beta * gap)
+        is_ipo = self.pair_loss in ("ipo", "ipo_sum")
+        losses = (gap - 1 / (2 * self.beta)).square() if is_ipo else -logsigmoid(self.beta * gap)
         weights = batch.weights[batch.lengths.cumsum(0) - batch.lengths][::2]
         logprobs, rewards = sum_per_sample(outputs.logprobs.detach()), self.beta * ratios.detach()
         margin = rewards[::2] - rewards[1::2]

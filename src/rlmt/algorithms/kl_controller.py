@@ -11,6 +11,9 @@ class AdaptiveKL:
 
     e = clip(KL / target - 1, -0.2, 0.2);  coefficient ← coefficient · (1 + e · samples / horizon).
 
+    A step of more samples than the horizon counts as steps of one horizon each and a rest, all with the same error.
+    The formula itself would make the coefficient negative for a step of more than five horizons.
+
     Args:
         coef: Initial coefficient, > 0.
         target: Target KL(policy ‖ reference) of a completion, in nats.
@@ -29,4 +32,5 @@ class AdaptiveKL:
             samples: Number of samples of the step.
         """
         error = min(max(kl / self.target - 1, -MAX_ERROR), MAX_ERROR)
-        self.coef *= 1 + error * min(samples / self.horizon, 1.0)
+        horizons, rest = divmod(samples, self.horizon)
+        self.coef *= (1 + error) ** horizons * (1 + error * (rest / self.horizon))

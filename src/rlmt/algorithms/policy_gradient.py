@@ -29,6 +29,7 @@ class PolicyGradient(Algorithm):
         dual_clip: Bound of the loss for negative advantages (dual clip); null is off.
         kl_coef: Weight of the KL penalty; 0 needs no reference model.
         kl_estimator: KL estimator: k1, k2 or k3.
+        kl_clamp: Maximum absolute value of a token's KL estimate in the loss, in nats; null is off.
         entropy_coef: Weight of the entropy bonus.
         update_epochs: Number of passes over a rollout batch.
         minibatches: Number of optimizer steps per pass.
@@ -53,11 +54,13 @@ class PolicyGradient(Algorithm):
         minibatches: PositiveInt = 1,
         mask_truncated: bool = False,
         importance_cap: PositiveFloat | None = None,
+        kl_clamp: PositiveFloat | None = None,
     ) -> None:
         check_ranges(PolicyGradient, locals())
         self.loss_aggregation = loss_aggregation
         self.clip_low, self.clip_high, self.dual_clip = clip_low, clip_high, dual_clip
-        self.kl_coef, self.kl_estimator, self.entropy_coef = kl_coef, kl_estimator, entropy_coef
+        self.kl_coef, self.kl_estimator, self.kl_clamp = kl_coef, kl_estimator, kl_clamp
+        self.entropy_coef = entropy_coef
         self.update_epochs, self.minibatches = update_epochs, minibatches
         self.mask_truncated = mask_truncated
         self.importance_cap = importance_cap
@@ -113,7 +116,7 @@ class PolicyGradient(Algorithm):
             "policy/ratio_max": ratio,
         }
         if batch.ref_logprobs is not None:
-            kl = policy_loss.kl_penalty(outputs.logprobs, batch.ref_logprobs, self.kl_estimator)
+            kl = policy_loss.kl_penalty(outputs.logprobs, batch.ref_logprobs, self.kl_estimator, self.kl_clamp)
             loss = loss + self.kl_loss_coef * kl
             metrics["policy/kl"] = kl.detach()
         return torch.sum(loss * batch.weights), metrics

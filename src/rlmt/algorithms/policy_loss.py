@@ -38,17 +38,19 @@ def clipped_surrogate(
     return loss
 
 
-def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator) -> Tensor:
+def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator, clamp: float | None = None) -> Tensor:
     """Estimates KL(policy ‖ reference) per token from the policy's own samples.
 
     With d = log pi - log ref: k1 = d, k2 = d²/2, k3 = exp(-d) - 1 + d (Schulman, "Approximating KL divergence", 2020).
     As a loss, k1 has no useful gradient (its expectation is 0); k2 has the gradient of the true KL, and k3 that of the
-    reverse KL.
+    reverse KL. Where the policy is less likely than the reference by more than 20 nats, k3 is constant.
 
     Args:
         logprobs: [t] log-probs of the policy, with gradients.
         ref_logprobs: [t] log-probs of the reference.
         estimator: KL estimator.
+        clamp: Maximum absolute value of a token's estimate; beyond it the token has no gradient (the authors' code
+            clamps k3 to 10). None is off.
 
     Returns:
         [t] estimates.
@@ -56,11 +58,14 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator) -
     d = logprobs - ref_logprobs
     match estimator:
         case "k1":
-            return d
+            kl = d
         case "k2":
-            return d.square() / 2
+            kl = d.square() / 2
         case "k3":
-            return (-d).clamp(max=MAX_LOG_RATIO).exp() - 1 + d
+            # Both terms are clamped: exp(-d) alone would leave the gradient of d, which pushes the token further down.
+            d = d.clamp(min=-MAX_LOG_RATIO)
+            kl = (-d).exp() - 1 + d
+    return kl if clamp is None else kl.clamp(-clamp, clamp)
 
 
 def truncated_importance(logprobs: Tensor, engine_logprobs: Tensor, cap: float) -> Tensor:

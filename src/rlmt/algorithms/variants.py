@@ -106,7 +106,7 @@ class GSPO(GRPO):
 
 
 class REINFORCEPlusPlus(CriticFree):
-    """REINFORCE++ (https://arxiv.org/abs/2501.03262): rewards-to-go, whitened over all tokens of the step.
+    """REINFORCE++ (https://arxiv.org/abs/2501.03262): rewards-to-go, whitened over the tokens of the step in the loss.
 
     Samples of one prompt are not compared, so one sample per prompt is enough. The KL penalty is part of each token's
     reward, so a token's reward-to-go includes the penalties of itself and of later tokens.
@@ -129,4 +129,5 @@ class REINFORCEPlusPlus(CriticFree):
         to_go = rewards.repeat_interleave(experience.lengths)
         if self.reward_kl_coef:  # `rewards` include the penalties of all tokens, so the earlier ones are added back
             to_go = to_go + sum_before(self.kl_in_reward(experience), experience.lengths)
-        return whitened(to_go, torch.ones_like(to_go, dtype=torch.bool))
+        mask = torch.ones_like(experience.lengths, dtype=torch.bool) if experience.mask is None else experience.mask
+        return whitened(to_go, mask.repeat_interleave(experience.lengths))

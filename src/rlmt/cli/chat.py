@@ -18,12 +18,14 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlmt.data.messages import text_problem
 from rlmt.engines.transformers import stream
 from rlmt.errors import UserError
 from rlmt.formats.resolve import check_format, resolve_format
 from rlmt.formats.thinking import FILE_NAME, FormatName, ThinkingFormat
 from rlmt.models.assets import load_stop_token_ids
-from rlmt.models.loading import load_policy, load_tokenizer, max_positions
+from rlmt.models.loading import load_config, load_policy, load_tokenizer, max_positions
+from rlmt.models.vocabulary import check_vocabulary
 from rlmt.options import NonNegativeFloat, PositiveInt, UnitIntervalAboveZero, check_ranges
 from rlmt.types import Message, Sampling, Split, Status
 
@@ -37,9 +39,9 @@ HEADINGS = ("── thought ──", "── response ──")
 
 _MALFORMED = {
     Status.UNOPENED: "the completion does not start with the format's opening tag",
-    Status.UNCLOSED: "the thought is not closed; raise --max_new_tokens",
+    Status.UNCLOSED: "the thought is not closed",
     Status.STRAY_TAG: "the response contains a tag of the format",
-    Status.EMPTY_RESPONSE: "the response after the thought is empty",
+    Status.EMPTY_RESPONSE: "the response is empty",
 }
 
 
@@ -55,6 +57,8 @@ class ChatPolicy:
     """Seed of the next completion; each completion increments it."""
     ids: list[int] = field(default_factory=list)
     """Token ids of the last completion."""
+    limit: int = 0
+    """Maximum number of tokens of the last completion: `max_new_tokens`, or what the context had room for."""
 
     def stream_reply(self, messages: list[Message]) -> Iterator[Split]:
         """Generates a reply to a conversation and yields its split after each token, without a partial tag at its end.
@@ -71,7 +75,8 @@ class ChatPolicy:
             raise UserError(
                 f"The conversation of {len(prompt)} tokens fills the policy's context; start a new one or shorten it."
             )
-        sampling = replace(self.sampling, max_new_tokens=min(self.sampling.max_new_tokens, room))
+        self.limit = min(self.sampling.max_new_tokens, room)
+        sampling = replace(self.sampling, max_new_tokens=self.limit)
         self.ids = []
         seed, self.seed = self.seed, self.seed + 1
         for token in stream(self.policy, prompt, sampling, seed):
@@ -85,6 +90,18 @@ class ChatPolicy:
     def last_split(self) -> Split:
         """Thought, response and status of the last completion."""
         return self.format.split(self.format.decode(self.ids, self.tokenizer))
+
+    @property
+    def problem(self) -> str:
+        """Why the last completion is malformed, and what to do about a truncated one."""
+        status = self.last_split.status
+        if status not in (Status.UNCLOSED, Status.EMPTY_RESPONSE):
+            return _MALFORMED[status]
+        if len(self.ids) < self.limit or self.ids[-1] in self.sampling.stop_token_ids:
+            return f"{_MALFORMED[status]}: the policy ended its turn after {len(self.ids)} tokens"
+        if self.limit < self.sampling.max_new_tokens:
+            return f"{_MALFORMED[status]}: the policy's context is full; start a new conversation or shorten it"
+        return f"{_MALFORMED[status]} after {len(self.ids)} tokens; raise --max_new_tokens"
 
     @property
     def token_counts(self) -> tuple[int, int]:
@@ -131,9 +148,12 @@ def chat(
             malformed.
     """
     check_ranges(chat, locals())
-    single_prompt = prompt if prompt is not None else None if sys.stdin.isatty() else sys.stdin.read()
+    single_prompt = prompt if prompt is not None else None if sys.stdin.isatty() else _read_piped()
     if single_prompt is not None and not single_prompt.strip():
         raise UserError("--prompt: the prompt is empty; pass some text, or pipe it in.")
+    for option, text in (("--prompt", single_prompt), ("--system", system)):
+        if text is not None and (problem := text_problem(text)):
+            raise UserError(f"{option} {problem}; pass other text.")
     sampling = Sampling(temperature, max_new_tokens, top_p=top_p)
     policy = _load(model, format, sampling, seed, device)
     system_turn = [] if system is None else [Message(role="system", content=system)]
@@ -143,6 +163,14 @@ def chat(
         _converse(policy, system_turn, Console(highlight=False, soft_wrap=True), fold)
 
 
+def _read_piped() -> str:
+    """The text on standard input."""
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UserError(f"The piped prompt is not {error.encoding} text (byte {error.start}); convert it.") from error
+
+
 def _load(model: Path, name: FormatName | None, sampling: Sampling, seed: int, device: str | None) -> ChatPolicy:
     """Loads a model folder; a checkpoint is first exported to a temporary one."""
     if not model.exists():
@@ -150,11 +178,12 @@ def _load(model: Path, name: FormatName | None, sampling: Sampling, seed: int, d
     if model.is_file() or (model / "meta.pt").is_file():
         from rlmt.export.checkpoints import write_export
 
-        with tempfile.TemporaryDirectory(prefix="rlmt-chat-") as folder:
+        with _temporary_folder() as folder:
             write_export(model, Path(folder, "policy"))
             return _load(Path(folder, "policy"), name, sampling, seed, device)
     saved = ThinkingFormat.load(model) if (model / FILE_NAME).is_file() else None
     tokenizer = load_tokenizer(model)
+    check_vocabulary(tokenizer, load_config(model), str(model))
     if saved is not None:
         if name not in (None, saved.name):
             raise UserError(f"{model}: was trained with {saved}; omit --format.")
@@ -171,6 +200,17 @@ def _load(model: Path, name: FormatName | None, sampling: Sampling, seed: int, d
     return ChatPolicy(policy.to(target), tokenizer, thinking_format, sampling, seed)
 
 
+def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """A temporary folder for an exported checkpoint."""
+    try:
+        return tempfile.TemporaryDirectory(prefix="rlmt-chat-")
+    except OSError as error:
+        raise UserError(
+            f"The checkpoint cannot be exported to a temporary folder ({error.strerror or error}); set TMPDIR to a "
+            "folder that can be written, or export it with `rlmt export` first."
+        ) from error
+
+
 def _respond_once(policy: ChatPolicy, messages: list[Message]) -> None:
     """Streams the response to stdout, and the thought, dimmed, to stderr where that is a terminal."""
     stderr = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -179,7 +219,7 @@ def _respond_once(policy: ChatPolicy, messages: list[Message]) -> None:
             printer.update(split)
         printer.update(policy.last_split)
     if not policy.last_split.ok:
-        raise UserError(f"The completion is malformed: {_MALFORMED[policy.last_split.status]}.")
+        raise UserError(f"The completion is malformed: {policy.problem}.")
 
 
 def _converse(policy: ChatPolicy, system_turn: list[Message], console: Console, fold: bool) -> None:
@@ -214,6 +254,9 @@ def _read_line(console: Console) -> str | None:
     except (EOFError, KeyboardInterrupt):
         console.print()
         return None
+    except UnicodeDecodeError as error:
+        console.print(Text(f"this line is not {error.encoding} text; it is skipped", style="red"))
+        return ""
 
 
 def _run_turn(policy: ChatPolicy, messages: list[Message], console: Console, fold: bool) -> list[Message]:
@@ -234,7 +277,7 @@ def _run_turn(policy: ChatPolicy, messages: list[Message], console: Console, fol
     console.print(Text(f"({counts}{', interrupted' if interrupted else ''})", style="dim"))
     final = policy.last_split
     if not final.ok:
-        console.print(Text(f"malformed: {_MALFORMED[final.status]}", style="red"))
+        console.print(Text(f"malformed: {policy.problem}", style="red"))
         return messages[:-1]
     return [*messages, Message(role="assistant", content=final.response)]
 

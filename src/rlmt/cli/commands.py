@@ -6,6 +6,7 @@ Each subcommand imports its dependencies when it runs, so that `rlmt --help` ans
 from __future__ import annotations
 
 import errno
+import io
 import sys
 from collections.abc import Callable, Sequence
 
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     command, *rest = args
     silence_third_party()
+    _escape_what_cannot_be_encoded()
     try:
         run = _COMMANDS.get(command)
         if run is None:
@@ -70,6 +72,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not (isinstance(user_error, AllRanksUserError) and user_error.reported_elsewhere):
             print(f"rlmt: error: {user_error}", file=sys.stderr)
         return 2
+
+
+def _escape_what_cannot_be_encoded() -> None:
+    """Prints characters outside the encoding of a terminal or pipe as escapes, in place of a UnicodeEncodeError."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _user_error_from(error: BaseException | None) -> UserError | None:

@@ -24,9 +24,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rlmt.data.messages import check_system, check_turns, text_problem, to_conversation, type_name, with_system
+from rlmt.data.messages import (
+    check_system,
+    check_turns,
+    decode_messages,
+    text_problem,
+    to_conversation,
+    type_name,
+    with_system,
+)
 from rlmt.data.supervised import EncodedRow, SupervisedDataModule
-from rlmt.data.tables import Cells, parse_rows, read_table
+from rlmt.data.tables import Cells, DataSource, parse_rows, read_table
 from rlmt.errors import UserError
 from rlmt.formats.thinking import ThinkingFormat
 from rlmt.formats.tokenizer import control_strings, encode, one_bos, shield
@@ -73,11 +81,11 @@ class EncodedDemonstration(EncodedRow):
     """Number of prompt tokens of each sequence, at least 1; the rest is the target."""
 
 
-def load_demonstrations(source: str, thinks: bool, system: str | None = None) -> list[Demonstration]:
-    """Reads all demonstrations of a file or a Hub dataset.
+def load_demonstrations(source: str | DataSource, thinks: bool, system: str | None = None) -> list[Demonstration]:
+    """Reads all demonstrations of a file, a folder or a Hub dataset.
 
     Args:
-        source: Path or Hub name.
+        source: Path or Hub name, or either with a split and a subset.
         thinks: Whether thoughts are trained, so that every row requires one.
         system: System prompt for rows without one.
 
@@ -92,7 +100,7 @@ def load_demonstrations(source: str, thinks: bool, system: str | None = None) ->
     return parse_rows(source, rows, lambda index, cells: _parse(index, cells, thinks, system))
 
 
-def _select_columns(found: Sequence[str], source: str) -> list[str]:
+def _select_columns(found: Sequence[str], source: str | DataSource) -> list[str]:
     if not ({"messages", "text"}.intersection(found) or {"prompt", "response"} <= set(found)):
         raise UserError(
             f"{source} has neither a column 'messages' nor both 'prompt' and 'response', only "
@@ -131,6 +139,7 @@ def _turn_from_columns(cells: Cells, thinks: bool, system: str | None) -> Turn:
 
 
 def _turns_from_chat(cell: object, thinks: bool, system: str | None) -> list[Turn]:
+    cell = _decoded("messages", cell)
     if not isinstance(cell, list):
         raise ValueError(f"`messages` is {type_name(cell)}, not a list of messages")
     messages = to_conversation(cell)
@@ -179,8 +188,17 @@ def _without_thought(message: Message, where: str) -> Message:
     return Message(role="assistant", content=_split(message["content"], where)[1])
 
 
+def _decoded(column: str, cell: object) -> object:
+    """As `decode_messages`, with the column in its error."""
+    try:
+        return decode_messages(cell)
+    except ValueError as error:
+        raise ValueError(f"`{column}` {error}") from error
+
+
 def prompt_messages(cell: object) -> list[Message]:
     """The conversation in a cell of the column `prompt`: text, or messages that end with a user turn."""
+    cell = _decoded("prompt", cell)
     if isinstance(cell, list):
         messages = to_conversation(cell)
         check_turns(messages)
@@ -244,7 +262,7 @@ class SFTDataModule(SupervisedDataModule[EncodedDemonstration]):
     """Demonstrations for supervised fine-tuning, in the thinking format of the module.
 
     Args:
-        path: File (.parquet, .jsonl, .json, .csv) or Hub dataset; `rlmt.data.demonstrations` lists its columns.
+        path: File (.parquet, .jsonl, .json, .csv), folder or Hub dataset; `rlmt.data.demonstrations` lists its columns.
         batch_size: Demonstrations per optimizer step, over all ranks.
         max_length: Maximum tokens of prompt and target. Longer demonstrations are dropped; their number is logged.
         system: System prompt for rows without one.
@@ -267,7 +285,7 @@ class SFTDataModule(SupervisedDataModule[EncodedDemonstration]):
         super().__init__(path, batch_size, max_length, **options)
         self.system = system
 
-    def read(self, source: str, module: Any) -> list[EncodedDemonstration]:
+    def read(self, source: DataSource, module: Any) -> list[EncodedDemonstration]:
         """Reads the demonstrations of a source and encodes them in the module's format."""
         encode_row = DemonstrationEncoder(module.format, module.tokenizer)
         encoded = []

@@ -5,10 +5,37 @@ A `ValueError` describes what is wrong with a cell; `rlmt.data.tables.parse_rows
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 
 from rlmt.errors import UserError
 from rlmt.types import Message
+
+_MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{.*\}\s*\]\s*""", re.DOTALL)
+_KEYS = [re.compile(rf"""["']{key}["']\s*:""") for key in ("role", "content")]
+
+
+def decode_messages(cell: object) -> object:
+    """Decodes a cell that holds a list of messages as JSON text, as CSV files and databases do.
+
+    Args:
+        cell: Cell of a column for prompts or conversations.
+
+    Returns:
+        The list of messages; any other cell, other text included, unchanged.
+
+    Raises:
+        ValueError: The text is a list of messages in another notation, such as that of Python.
+    """
+    if not isinstance(cell, str) or not _MESSAGES_AS_TEXT.fullmatch(cell) or not all(k.search(cell) for k in _KEYS):
+        return cell
+    try:
+        turns: object = json.loads(cell)
+    except ValueError:
+        raise ValueError("is a list of messages as text, but not JSON; write it with json.dumps") from None
+    keys = {"role", "content"}
+    return turns if all(isinstance(turn, dict) and keys <= turn.keys() for turn in turns) else cell  # type: ignore[attr-defined]
 
 
 def to_conversation(turns: Sequence[object]) -> list[Message]:

@@ -26,9 +26,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from rlmt.data.demonstrations import prompt_messages
-from rlmt.data.messages import check_turns, text_problem, to_conversation, type_name
+from rlmt.data.messages import check_turns, decode_messages, text_problem, to_conversation, type_name
 from rlmt.data.supervised import EncodedRow, SupervisedDataModule
-from rlmt.data.tables import Cells, parse_rows, read_table
+from rlmt.data.tables import Cells, DataSource, parse_rows, read_table
 from rlmt.errors import UserError
 from rlmt.options import PositiveInt
 from rlmt.types import Message
@@ -73,11 +73,11 @@ class EncodedComparison(EncodedRow):
     """n lists of k ratings; k is 0 without ratings."""
 
 
-def load_preferences(source: str) -> list[Comparison]:
-    """Reads all rows of a file or a Hub dataset.
+def load_preferences(source: str | DataSource) -> list[Comparison]:
+    """Reads all rows of a file, a folder or a Hub dataset.
 
     Args:
-        source: Path or Hub name.
+        source: Path or Hub name, or either with a split and a subset.
 
     Returns:
         The comparisons, in the order of the rows.
@@ -96,7 +96,7 @@ def load_preferences(source: str) -> list[Comparison]:
     return parsed
 
 
-def _select_columns(found: Sequence[str], source: str) -> list[str]:
+def _select_columns(found: Sequence[str], source: str | DataSource) -> list[str]:
     if not (set(_PAIR) <= set(found) or set(_SCORED) <= set(found)):
         raise UserError(
             f"{source} has neither the columns {' and '.join(map(repr, _PAIR))} nor {', '.join(map(repr, _SCORED))}, "
@@ -143,6 +143,9 @@ def _parse_scored(index: int, cells: Cells, subset: str | None) -> Comparison:
 def _parse_pair(cells: Cells) -> tuple[list[Message], str, str]:
     """The conversation before the responses, and both responses."""
     chosen, rejected = cells["chosen"], cells["rejected"]
+    decoded = decode_messages(chosen), decode_messages(rejected)
+    if all(isinstance(cell, list) for cell in decoded):  # a single one is a response that happens to be such a list
+        chosen, rejected = decoded
     if isinstance(chosen, list) and isinstance(rejected, list):
         before, good = _response_from_chat(chosen, "chosen", cells)
         other, bad = _response_from_chat(rejected, "rejected", cells)
@@ -218,7 +221,7 @@ class PreferenceDataModule(SupervisedDataModule[EncodedComparison]):
     """Preference data, encoded as the reward model reads it.
 
     Args:
-        path: File (.parquet, .jsonl, .json, .csv) or Hub dataset; `rlmt.data.preferences` lists its columns.
+        path: File (.parquet, .jsonl, .json, .csv), folder or Hub dataset; `rlmt.data.preferences` lists its columns.
         batch_size: Rows per optimizer step, over all ranks.
         max_length: Maximum tokens of a conversation. Rows with a longer one are dropped; their number is logged.
         **options: Options of `SupervisedDataModule`.
@@ -242,7 +245,7 @@ class PreferenceDataModule(SupervisedDataModule[EncodedComparison]):
         """Names of the subsets in the validation rows."""
         return sorted({row.subset for row in self.val_rows if row.subset is not None})
 
-    def read(self, source: str, module: Any) -> list[EncodedComparison]:
+    def read(self, source: DataSource, module: Any) -> list[EncodedComparison]:
         """Reads the rows of a source and encodes their conversations with the module's reader."""
         rows = load_preferences(source)
         differing = [row for row in rows if row.pairs]
@@ -255,7 +258,7 @@ class PreferenceDataModule(SupervisedDataModule[EncodedComparison]):
             rank_zero_info(f"dropped {equal:,} of {len(rows):,} rows whose responses are equal ({source})")
         return [self._encode(row, source, module) for row in differing]
 
-    def _encode(self, row: Comparison, source: str, module: Any) -> EncodedComparison:
+    def _encode(self, row: Comparison, source: DataSource, module: Any) -> EncodedComparison:
         """Renders and encodes the conversation of each response."""
         try:
             texts = [module.reader.render(row.context, response) for response in row.responses]

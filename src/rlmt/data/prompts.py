@@ -1,10 +1,10 @@
-"""Reads prompt sets: parquet, jsonl, json and csv files, or a dataset on the Hugging Face Hub.
+"""Reads prompt sets: parquet, jsonl, json and csv files, folders of them, or a dataset on the Hugging Face Hub.
 
-One column contains the prompts: `prompt` (text or a list of messages), else `messages`. A prompt is a conversation in
-which user and assistant alternate, with an optional system turn first. It ends with a user turn, because the policy
-writes the next one. A row that ends with an assistant turn (preference and SFT data) is an error and is not truncated
-silently: its last turn may be a target that the user wants to keep. Other columns are read only if they are named; they
-travel with the prompt as `Prompt.extra`.
+One column contains the prompts: `prompt` (text or a list of messages), else `messages`; a list of messages can be JSON
+text. A prompt is a conversation in which user and assistant alternate, with an optional system turn first. It ends with
+a user turn, because the policy writes the next one. A row that ends with an assistant turn (preference and SFT data) is
+an error and is not truncated silently: its last turn may be a target that the user wants to keep. Other columns are
+read only if they are named; they travel with the prompt as `Prompt.extra`.
 
 Every invalid row is reported with its file and row number before any model is loaded. Text is used unchanged, control
 characters included; only lone surrogates are refused, because no tokenizer can encode them.
@@ -22,9 +22,17 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Dataset
 
 from rlmt.data.generation import PolicySource
-from rlmt.data.messages import check_system, check_turns, text_problem, to_conversation, type_name, with_system
+from rlmt.data.messages import (
+    check_system,
+    check_turns,
+    decode_messages,
+    text_problem,
+    to_conversation,
+    type_name,
+    with_system,
+)
 from rlmt.data.sampler import shuffled
-from rlmt.data.tables import Cells, parse_rows, read_table
+from rlmt.data.tables import Cells, DataSource, held_out_source, parse_rows, read_table
 from rlmt.errors import UserError
 from rlmt.types import Message, Prompt
 
@@ -63,15 +71,15 @@ class PromptDataset(Dataset[Prompt]):
 
 
 def load_prompts(
-    source: str, column: str | None = None, system: str | None = None, extra_columns: Sequence[str] = ()
+    source: str | DataSource,
+    column: str | None = None,
+    system: str | None = None,
+    extra_columns: Sequence[str] = (),
 ) -> list[Prompt]:
-    """Reads all prompts of a file or a Hub dataset.
-
-    A source is a file if it exists, has a known suffix (.parquet, .jsonl, .json, .csv) or looks like a path. Anything
-    else is the name of a Hub dataset; its `train` split is read.
+    """Reads all prompts of a file, a folder or a Hub dataset; `rlmt.data.tables.read_table` says which is which.
 
     Args:
-        source: Path or Hub name.
+        source: Path or Hub name, or either with a split and a subset.
         column: Column with the prompts; None uses `prompt`, else `messages`.
         system: System prompt for rows without one.
         extra_columns: Columns to read into `Prompt.extra`.
@@ -102,6 +110,10 @@ def load_prompts(
 
 def _to_messages(column: str, cell: object, system: str | None) -> list[Message]:
     """Converts a cell to a conversation; raises ValueError with a short reason."""
+    try:
+        cell = decode_messages(cell)
+    except ValueError as error:
+        raise ValueError(f"`{column}` {error}") from error
     if isinstance(cell, str) and column != "messages":
         if problem := text_problem(cell):
             raise ValueError(f"`{column}` {problem}")
@@ -136,7 +148,7 @@ def _check_extra(column: str, value: object) -> None:
         raise ValueError(f"`{column}` has a value {type_name(value)}; use text, numbers, lists or objects")
 
 
-def _select_column(found: Sequence[str], column: str | None, source: str) -> str:
+def _select_column(found: Sequence[str], column: str | None, source: str | DataSource) -> str:
     for name in (column,) if column is not None else DEFAULT_COLUMNS:
         if name in found:
             return name
@@ -146,14 +158,17 @@ def _select_column(found: Sequence[str], column: str | None, source: str) -> str
 
 
 DEFAULT_VAL_SIZE = 64
-"""Prompts split off for validation if neither `val_size` nor `val_prompts` is set."""
+"""Prompts split off for validation if no option names validation prompts or their number."""
 
 
 class SplitOptions(Protocol):
     """Options of `RolloutDataModule` that select the training and validation prompts."""
 
     prompts: str
+    split: str | None
+    subset: str | None
     val_prompts: str | None
+    val_split: str | None
     val_size: int | None
     column: str | None
     system: str | None
@@ -163,22 +178,26 @@ class SplitOptions(Protocol):
 
 
 class PromptSets(NamedTuple):
-    """Prompts within the length limit."""
+    """Training and validation prompts within the length limit."""
 
-    all: list[Prompt]
-    """All prompts of the training file, in the order of its rows."""
     train: list[Prompt]
     """Training prompts, in a shuffled order."""
     held_out: list[Prompt]
     """Validation prompts."""
 
 
-def load_prompt_sets(options: SplitOptions, source: PolicySource) -> PromptSets:
-    """Reads the prompts and splits them; the split depends only on the seed and each prompt's row number.
+def training_source(options: SplitOptions) -> DataSource:
+    """The source of the training prompts."""
+    return DataSource(options.prompts, options.split, options.subset)
+
+
+def split_prompts(fitting: list[Prompt], options: SplitOptions, source: PolicySource) -> PromptSets:
+    """Splits prompts; the split depends only on the seed and each prompt's row number.
 
     A training prompt that equals a validation prompt is dropped, and the number of these is logged.
 
     Args:
+        fitting: The prompts of the training source within the length limit, in the order of the rows.
         options: Files, sizes and seed.
         source: Renders the prompts.
 
@@ -186,23 +205,20 @@ def load_prompt_sets(options: SplitOptions, source: PolicySource) -> PromptSets:
         The training and validation prompts.
 
     Raises:
-        UserError: A file cannot be read, or has too few prompts within the length limit.
+        UserError: The file of the validation prompts cannot be read, or there are too few prompts.
     """
-    fitting = _read_within_limit(options.prompts, options, source)
     shuffled_prompts = [fitting[i] for i in shuffled([prompt.index for prompt in fitting], options.seed, "split")]
-    if options.val_prompts is not None:
-        held_out = _read_within_limit(options.val_prompts, options, source)
-        size = len(held_out) if options.val_size is None else options.val_size
-        sets = PromptSets(fitting, shuffled_prompts, held_out[:size])
-    else:
-        held_out = shuffled_prompts
-        size = DEFAULT_VAL_SIZE if options.val_size is None else options.val_size
-        sets = PromptSets(fitting, shuffled_prompts[size:], shuffled_prompts[:size])
+    other = held_out_source(training_source(options), options.val_prompts, options.val_split)
+    held_out = shuffled_prompts if other is None else load_fitting_prompts(other, options, source)
+    size = options.val_size
+    if size is None:
+        size = DEFAULT_VAL_SIZE if other is None else len(held_out)
     if size > len(held_out):
         raise UserError(
-            f"--data.val_size is {size:,}, but {options.val_prompts or options.prompts} has {len(held_out):,} prompts; "
+            f"--data.val_size is {size:,}, but {other or options.prompts} has {len(held_out):,} prompts; "
             "lower it, or set --data.val_prompts."
         )
+    sets = PromptSets(shuffled_prompts[size:] if other is None else shuffled_prompts, held_out[:size])
     sets = sets._replace(train=_without_held_out(sets.train, sets.held_out, options))
     rank_zero_info(f"{len(sets.train):,} prompts to train on, {len(sets.held_out):,} to validate on")
     return sets
@@ -224,12 +240,22 @@ def _without_held_out(train: list[Prompt], held_out: list[Prompt], options: Spli
     return kept
 
 
-def _read_within_limit(name: str, options: SplitOptions, source: PolicySource) -> list[Prompt]:
-    """Loads one prompt set and drops prompts with more than `max_prompt_tokens` rendered tokens."""
-    prompts, limit = (
-        load_prompts(name, options.column, options.system, options.extra_columns),
-        options.max_prompt_tokens,
-    )
+def load_fitting_prompts(name: DataSource, options: SplitOptions, source: PolicySource) -> list[Prompt]:
+    """Loads one prompt set and drops prompts with more than `max_prompt_tokens` rendered tokens.
+
+    Args:
+        name: Source of the prompts.
+        options: Column, system prompt and length limit.
+        source: Renders the prompts.
+
+    Returns:
+        The prompts within the limit, in the order of the rows.
+
+    Raises:
+        UserError: The source cannot be read, or all prompts are too long.
+    """
+    prompts = load_prompts(name, options.column, options.system, options.extra_columns)
+    limit = options.max_prompt_tokens
     fitting = []
     for prompt in prompts:
         try:

@@ -19,7 +19,7 @@ from rlmt import progress
 from rlmt.checkpointing.watchdog import time_limit
 from rlmt.data.generation import LoadedPrompts, PolicySource, generate, recorded_prompts
 from rlmt.data.one_step_off import OneStepOff
-from rlmt.data.prompts import PromptDataset, load_prompt_sets
+from rlmt.data.prompts import PromptDataset, PromptSets, load_fitting_prompts, split_prompts, training_source
 from rlmt.data.sampler import PromptSampler, ResumableOrder
 from rlmt.distributed import collectives
 from rlmt.engines import Engine, ReplayEngine
@@ -45,7 +45,7 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
     Several ranks share the prompts of a batch, and the held-out prompts, evenly.
 
     Args:
-        prompts: File (.parquet, .jsonl, .json, .csv) or hub data set, see `rlmt.data.prompts`.
+        prompts: File (.parquet, .jsonl, .json, .csv), folder or hub data set, see `rlmt.data.prompts`.
         engine: Generates the samples.
         batch_size: Prompts per training step, over all ranks.
         group_size: Samples per prompt.
@@ -57,8 +57,12 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
         system: System prompt for rows without one.
         extra_columns: Other columns to read, such as a reference answer; rewards receive them with the prompt, and
             rollout files contain them. `val_prompts` must have them, too.
-        val_prompts: File or hub data set of validation prompts; null splits them off `prompts`.
-        val_size: Number of validation prompts, 0 for none; null takes 64 of `prompts`, or all of `val_prompts`.
+        split: Split of `prompts`, if it is a folder or hub data set; null takes `train`, or the only one.
+        subset: Subset (configuration) of `prompts`, if it is a folder or hub data set with several.
+        val_prompts: File, folder or hub data set of validation prompts; null splits them off `prompts`.
+        val_split: Split of the validation prompts: one of `val_prompts`, or another one of `prompts`.
+        val_size: Number of validation prompts, 0 for none; null takes 64 of `prompts`, or all that `val_prompts` or
+            `val_split` name. `rlmt predict` holds nothing out.
         seed: Seed of the order of prompts and of the samples.
         val_engine: Generates the samples of validation and test; null takes `engine`, unless that one replays.
         engine_timeout: Maximum seconds of one rollout, including the start of the engine for the first; after that the
@@ -90,6 +94,9 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
         val_engine: Engine | None = None,
         engine_timeout: PositiveFloat | None = 7200.0,
         rollout_lag: ZeroOrOne = 0,
+        split: str | None = None,
+        subset: str | None = None,
+        val_split: str | None = None,
     ) -> None:
         check_ranges(RolloutDataModule, locals())
         super().__init__()
@@ -104,6 +111,7 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
         self.column = column
         self.system = system
         self.extra_columns = extra_columns or []
+        self.split, self.subset, self.val_split = split, subset, val_split
         self.val_prompts = val_prompts
         self.val_size = val_size
         self.seed = seed
@@ -112,6 +120,7 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
         self.rollout_lag = rollout_lag
         self._one_step_off = OneStepOff()
         self._all: list[Prompt] | None = None
+        self._sets: PromptSets | None = None
         self._train: list[Prompt] = []
         self._val: list[Prompt] = []
         self._started: list[Engine] = []
@@ -140,8 +149,10 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
         samples = 1 if held_out else self.group_size
         engine.check_sampling(source.format, source.tokenizer, self._sampling(source), samples, self._max_model_len)
         if self._all is None:
-            sets = load_prompt_sets(self, source)
-            self._all, self._train, self._val = sets.all, sets.train, sets.held_out
+            self._all = load_fitting_prompts(training_source(self), self, source)
+        if stage != "predict" and self._sets is None:
+            self._sets = split_prompts(self._all, self, source)
+            self._train, self._val = self._sets
         self._sampler = None
         if stage == "fit":
             if self.rollout_lag and not engine.concurrent:

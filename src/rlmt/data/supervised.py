@@ -20,12 +20,13 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from rlmt.data.sampler import PromptSampler, ResumableOrder, shuffled
+from rlmt.data.tables import DataSource, held_out_source
 from rlmt.distributed import collectives
 from rlmt.errors import UserError
 from rlmt.options import NonNegativeInt, PositiveInt, check_ranges
 
 DEFAULT_VAL_SIZE = 64
-"""Rows split off for validation if neither `val_size` nor `val_path` is set."""
+"""Rows split off for validation if no option names validation rows or their number."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,12 +91,16 @@ class SupervisedDataModule(ResumableOrder, LightningDataModule, Generic[Row]):
     The order depends only on the seed and each row's number. An incomplete last batch of an epoch is dropped.
 
     Args:
-        path: File (.parquet, .jsonl, .json, .csv) or Hub dataset.
+        path: File (.parquet, .jsonl, .json, .csv), folder or Hub dataset.
         batch_size: Rows per optimizer step, over all ranks.
         max_length: Maximum tokens of a sequence. Rows with a longer one are dropped; their number is logged.
-        val_path: File or Hub dataset to validate on; None splits validation rows off `path`.
-        val_size: Number of validation rows, 0 for none; None uses 64 rows of `path`, or all of `val_path`.
+        val_path: File, folder or Hub dataset to validate on; None splits validation rows off `path`.
+        val_size: Number of validation rows, 0 for none; None uses 64 rows of `path`, or all that `val_path` or
+            `val_split` name.
         seed: Seed of the order of rows.
+        split: Split of `path`, if it is a folder or Hub dataset; None uses `train`, or the only one.
+        subset: Subset (configuration) of `path`, if it is a folder or Hub dataset with several.
+        val_split: Split of the validation rows: one of `val_path`, or another one of `path`.
 
     Raises:
         UserError: An argument is out of range.
@@ -112,12 +117,16 @@ class SupervisedDataModule(ResumableOrder, LightningDataModule, Generic[Row]):
         val_path: str | None = None,
         val_size: NonNegativeInt | None = None,
         seed: int = 0,
+        split: str | None = None,
+        subset: str | None = None,
+        val_split: str | None = None,
     ) -> None:
         check_ranges(SupervisedDataModule, locals())
         super().__init__()
         self.path = path
         self.batch_size = batch_size
         self.max_length = max_length
+        self.split, self.subset, self.val_split = split, subset, val_split
         self.val_path = val_path
         self.val_size = val_size
         self.seed = seed
@@ -126,11 +135,11 @@ class SupervisedDataModule(ResumableOrder, LightningDataModule, Generic[Row]):
         self._is_loaded = False
 
     @abstractmethod
-    def read(self, source: str, module: Any) -> list[Row]:
+    def read(self, source: DataSource, module: Any) -> list[Row]:
         """Reads and encodes all rows of a source.
 
         Args:
-            source: File or Hub name.
+            source: File, folder or Hub name, with split and subset.
             module: The LightningModule that is trained, with its tokenizer.
 
         Returns:
@@ -178,22 +187,24 @@ class SupervisedDataModule(ResumableOrder, LightningDataModule, Generic[Row]):
 
     def _load(self, module: Any) -> None:
         """Reads the rows and splits them into training and validation rows."""
-        rows = self._read_within_limit(self.path, module)
+        source = DataSource(self.path, self.split, self.subset)
+        rows = self._read_within_limit(source, module)
         shuffled_rows = [rows[i] for i in shuffled([row.index for row in rows], self.seed, "split")]
-        held_out = shuffled_rows if self.val_path is None else self._read_within_limit(self.val_path, module)
+        other = held_out_source(source, self.val_path, self.val_split)
+        held_out = shuffled_rows if other is None else self._read_within_limit(other, module)
         size = self.val_size
         if size is None:
-            size = DEFAULT_VAL_SIZE if self.val_path is None else len(held_out)
+            size = DEFAULT_VAL_SIZE if other is None else len(held_out)
         if size > len(held_out):
             raise UserError(
-                f"--data.val_size is {size:,}, but {self.val_path or self.path} has {len(held_out):,} {self.row_noun}; "
+                f"--data.val_size is {size:,}, but {other or source} has {len(held_out):,} {self.row_noun}; "
                 "lower it, or set --data.val_path."
             )
         self.val_rows = held_out[:size]
-        self.train_rows = shuffled_rows[size:] if self.val_path is None else shuffled_rows
+        self.train_rows = shuffled_rows[size:] if other is None else shuffled_rows
         rank_zero_info(f"{len(self.train_rows):,} {self.row_noun} to train on, {len(self.val_rows):,} to validate on")
 
-    def _read_within_limit(self, source: str, module: Any) -> list[Row]:
+    def _read_within_limit(self, source: DataSource, module: Any) -> list[Row]:
         """Reads a source and drops rows with a sequence longer than `max_length`."""
         rows = self.read(source, module)
         fitting = [row for row in rows if row.longest <= self.max_length]

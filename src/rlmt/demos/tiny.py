@@ -32,6 +32,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from rlmt.demos.tiny_models import Sizes, averaging_reward_model, warm_started_policy
 from rlmt.errors import UserError
+from rlmt.options import check_writable
 from rlmt.types import Message
 
 TAGS = ("<think>", "</think>", "<response>", "</response>")
@@ -175,8 +176,7 @@ def _tokenizer_texts(chats: Sequence[Sequence[Message]]) -> list[str]:
 def _prepare_folder(out: Path, replace_prompts: bool) -> None:
     """Creates the folder and deletes only what an earlier call wrote to it."""
     own = ["policy", "reward", *(["prompts.jsonl"] if replace_prompts else [])]
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: this is a file; pass a folder.")
+    check_writable(out, "rlmt tiny")
     found = [name for name in own if (out / name).exists()]
     if found and not (out / _MARKER).is_file():
         raise UserError(f"{out / found[0]}: `rlmt tiny` did not write this; pass another folder or move it away.")

@@ -40,6 +40,8 @@ from rlmt.models.adapters import CRITIC, PEFT_PREFIX, POLICY, is_adapter
 from rlmt.models.assets import POLICY_ASSETS, REWARD_ASSETS, load_stop_token_ids, save_policy_assets, save_reward_assets
 from rlmt.models.loading import load_config, load_tokenizer, meta_model
 from rlmt.models.quantization import quantized_weights
+from rlmt.options import check_writable
+from rlmt.rewards.conversation import ConversationReader, set_pad_token
 from rlmt.types import AdapterWeights
 
 _ADAPTER_WEIGHT = re.compile(rf"(.+)\.lora_(A|B|magnitude_vector)\.{POLICY}\.weight")
@@ -91,6 +93,7 @@ class _Checkpoint:
             format = ThinkingFormat.from_dict(self.record["format"])
             save_policy_assets(out, config, tokenizer, format, load_stop_token_ids(self.assets, tokenizer, format))
         else:
+            set_pad_token(ConversationReader(tokenizer, str(self.assets)), config)
             save_reward_assets(out, config, tokenizer)
 
 
@@ -136,6 +139,7 @@ def write_export(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: already exists and is not empty; pass a new folder to export to.")
+    check_writable(out.parent if out.exists() else out, "The export folder")
     if not ckpt.exists():
         raise UserError(f"{ckpt}: no such checkpoint; pass one that `rlmt fit` wrote.")
     checkpoint = _open(ckpt)
@@ -255,19 +259,22 @@ def _export_adapter(checkpoint: _Checkpoint, source: str, out: Path, dtype: torc
     adapter, head = _adapter(checkpoint), checkpoint.head
     folder = Path(source).expanduser()
     name = str(folder.resolve()) if folder.is_dir() else source  # a relative path would depend on the working directory
-    load_tokenizer(checkpoint.assets).save_pretrained(out)
+    tokenizer, config = load_tokenizer(checkpoint.assets), load_config(checkpoint.assets)
     options: dict[str, Any] = {"base_model_name_or_path": name, "inference_mode": True}
     if checkpoint.kind is _POLICY:
         ThinkingFormat.from_dict(checkpoint.record["format"]).save(out)
     else:
+        set_pad_token(ConversationReader(tokenizer, str(checkpoint.assets)), config)
         options |= {"task_type": "SEQ_CLS", "modules_to_save": sorted({name.split(".")[0] for name in head})}
+    tokenizer.save_pretrained(out)
     LoraConfig(**{**adapter.config, **options}).save_pretrained(str(out))
     trained = adapter.tensors | {PEFT_PREFIX + key: tensor for key, tensor in head.items()}
     tensors = {key: (t if dtype is None else t.to(dtype)).contiguous() for key, t in trained.items()}
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
     notes = [f"adapter of {len(adapted_layers(adapter))} layers for {name}"]
     if checkpoint.kind is _REWARD:
-        notes.append("Load its base as a sequence classifier with num_labels=1.")
+        pad = config.get_text_config().pad_token_id
+        notes.append(f"Load its base as a sequence classifier with num_labels=1 and pad_token_id={pad}.")
     if checkpoint.record.get("quantization") is not None:
         notes.append("It was trained on this model in 4 bits (NF4): load the model in NF4, or export --what merged.")
     return "\n".join(notes)

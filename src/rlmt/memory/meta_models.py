@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from rlmt.memory.activations import BatchShape, Footprint, forward_footprint, update_footprint
 from rlmt.memory.known_models import model_config
 from rlmt.models.activation_checkpointing import enable_checkpointing
+from rlmt.models.attention import attention_options
 from rlmt.models.micro_batch import hidden_states
 from rlmt.modules import SFT, RLMTModule
 from rlmt.modules.base import TrainingModule
@@ -60,7 +61,8 @@ def meta_trained(module: TrainingModule, auto: Any, config: PretrainedConfig, dt
     """
     lora, _ = adapter_options(module)
     # The other attention kernels save as much as torch's own, and may not be installed here.
-    eager = {"attn_implementation": "eager"} if module.attn_implementation == "eager" else {}
+    attention = attention_options(config, module.attn_implementation, str(config.name_or_path or config.model_type))
+    eager = attention if attention.get("attn_implementation") == "eager" else {}
     policy = meta_from_config(auto, config, dtype, **eager)
     if lora is not None:
         policy.requires_grad_(False)

@@ -103,7 +103,11 @@ def check_critic(init: str, policy: str, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def build_critic(
-    policy: PreTrainedModel, init: str = "policy", shared: bool = False, lora: LoRA | None = None
+    policy: PreTrainedModel,
+    init: str = "policy",
+    shared: bool = False,
+    lora: LoRA | None = None,
+    attn_implementation: str | None = None,
 ) -> Critic:
     """Builds the critic; if the policy is trained with an adapter, the critic gets an adapter of its own.
 
@@ -112,6 +116,7 @@ def build_critic(
         init: Initial weights of the critic: "policy", or the folder or hub name of a reward model.
         shared: Whether the critic uses the policy's backbone; `init` is then not read.
         lora: Options of the critic's adapter; None trains all parameters.
+        attn_implementation: As for `load_policy`; a copy of the policy has the policy's.
 
     Returns:
         The critic, on the policy's device if it uses the policy's weights, else on the CPU.
@@ -128,7 +133,7 @@ def build_critic(
         return Critic(copy.deepcopy(decoder))  # the critic does not use the output projection
     with _option_in_errors():
         classifier_config(init)
-        model: Any = load_classifier(init, dtype="float32")
+        model: Any = load_classifier(init, dtype="float32", attn_implementation=attn_implementation)
     backbone = getattr(model, model.base_model_prefix)
     if lora is not None:
         lora.add_to(backbone.to(policy.dtype))

@@ -7,6 +7,7 @@ of one line, before anything is downloaded or unpickled.
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import re
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rlmt.errors import UserError, first_line
+from rlmt.models.attention import attention_options
 from rlmt.models.quantization import NF4
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -40,6 +42,7 @@ _DTYPES: dict[str, torch.dtype | str] = {
 }
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+_UNWRITABLE = (PermissionError, NotADirectoryError, FileExistsError)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -98,7 +101,7 @@ def load_policy(
         path: A local folder or a hub name.
         dtype: Dtype of the weights.
         attn_implementation: transformers' attention kernel (`sdpa`, `eager`, `flash_attention_2`, ...); None is its
-            default.
+            default, or `eager` for a model that caps attention logits.
         quantization: Stores the linear layers of a frozen model in 4 bits; `dtype` is then their compute dtype. None
             does not quantize.
 
@@ -107,7 +110,8 @@ def load_policy(
 
     Raises:
         UserError: The folder or hub repository does not exist, its weights are not safetensors, are damaged, incomplete
-            or in 4 or 8 bits, it is not a causal language model, or it needs remote code.
+            or in 4 or 8 bits, it is not a causal language model, it needs remote code, or `attn_implementation` ignores
+            a cap on its attention logits.
     """
     if dtype not in _DTYPES:
         raise UserError(f"dtype {dtype!r} is not known; choose one of {', '.join(_DTYPES)}.")
@@ -116,7 +120,7 @@ def load_policy(
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"{path}: the weights are quantized; give the folder of the unquantized weights.")
     source = _source(path, _WEIGHT_FILES, "safetensors weights (model.safetensors)")
-    options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    options = attention_options(config, attn_implementation, str(path))
     if quantization is not None:
         options |= quantization.loading_options()
     with _one_line_errors(source, "safetensors weights"):
@@ -166,7 +170,7 @@ def random_policy(path: str | Path, attn_implementation: str | None = None) -> P
     """
     config = load_config(path)
     check_causal_lm(config, str(path))
-    options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    options = attention_options(config, attn_implementation, str(path))
     auto: Any = AutoModelForCausalLM
     with seeded_init():
         return cast(PreTrainedModel, auto.from_config(config, dtype=torch.float32, **options).eval())
@@ -322,6 +326,12 @@ def _one_line_errors(source: str, what: str) -> Iterator[None]:
     except json.JSONDecodeError as error:
         raise UserError(f"{source}: {what} is not valid JSON ({first_line(error)}); copy it again.") from error
     except OSError as error:
+        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+        if not Path(source).is_dir() and (isinstance(cause, _UNWRITABLE) or cause.errno == errno.EROFS):
+            raise UserError(
+                f"{source}: the hub's cache cannot be written ({cause.filename}: {cause.strerror}); set HF_HOME to a "
+                "folder that can."
+            ) from error
         if Path(source).is_dir():
             raise UserError(f"{source}: {what} cannot be read ({first_line(error)}); copy it again.") from error
         raise UserError(

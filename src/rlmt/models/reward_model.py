@@ -32,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 from rlmt.errors import UserError, first_line
 from rlmt.formats.chat_template import check_has_template
+from rlmt.models.attention import attention_options
 from rlmt.models.loading import load_config, safetensors_source, seeded_init
 from rlmt.models.quantization import NF4
 
@@ -92,21 +93,27 @@ def classifier_tokenizer(source: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_classifier(source: str, dtype: str = "auto", quantization: NF4 | None = None) -> PreTrainedModel:
+def load_classifier(
+    source: str, dtype: str = "auto", quantization: NF4 | None = None, attn_implementation: str | None = None
+) -> PreTrainedModel:
     """Loads a trained reward model in eval mode; check its config first with `classifier_config`.
 
     Args:
         source: Folder or hub name of the reward model.
         dtype: Dtype of the weights; `auto` is the checkpoint's.
         quantization: Stores the linear layers in 4 bits, but not the score head; None stores them in `dtype`.
+        attn_implementation: As for `load_policy`.
 
     Returns:
         The classifier, on the CPU; in 4 bits on torch's default device.
 
     Raises:
-        UserError: The weights are unreadable or lack the score head.
+        UserError: The weights are unreadable or lack the score head, or `attn_implementation` ignores a cap on the
+            model's attention logits.
     """
-    options = {} if quantization is None else quantization.loading_options()
+    options = attention_options(_read_classifier_config(source), attn_implementation, f"reward model {source!r}")
+    if quantization is not None:
+        options |= quantization.loading_options()
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
@@ -220,7 +227,7 @@ def load_reward_model(
     Args:
         path: Folder or hub name of a causal language model or of a classifier with one output.
         from_scratch: Initialises all weights at random; the folder's weights are not read.
-        attn_implementation: transformers' attention kernel; None is its default.
+        attn_implementation: As for `load_policy`.
         dtype: Dtype of the decoder.
         quantization: Stores the decoder's linear layers in 4 bits, as in `load_policy`.
 
@@ -234,9 +241,7 @@ def load_reward_model(
     auto: Any = AutoModelForSequenceClassification
     if not from_scratch and getattr(config, "quantization_config", None) is not None:
         raise UserError(f"{path}: the weights are quantized; give the folder of the unquantized weights.")
-    options: dict[str, Any] = {"dtype": dtype}
-    if attn_implementation is not None:
-        options["attn_implementation"] = attn_implementation
+    options = {"dtype": dtype, **attention_options(config, attn_implementation, str(path))}
     if quantization is not None:
         options |= quantization.loading_options()
     new_head = from_scratch or not _is_classifier(config)

@@ -26,6 +26,7 @@ from rlmt.models.activation_checkpointing import Checkpointing, enable_checkpoin
 from rlmt.models.adapters import LoRA
 from rlmt.models.assets import POLICY_ASSETS, load_stop_token_ids, save_policy_assets
 from rlmt.models.quantization import NF4
+from rlmt.models.vocabulary import check_vocabulary
 from rlmt.modules.checkpoints import (
     adapter_state,
     check_adapter_state,
@@ -51,7 +52,7 @@ class TrainingModule(LightningModule):
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time. `selective` keeps
             the results of matrix products and attention: between false and true in memory, little more time than false.
         attn_implementation: Attention implementation of transformers, such as flash_attention_2; null takes its
-            default.
+            default, or eager for a model that caps attention logits (Gemma 2), which the default ignores.
         lora: Trains an adapter on the frozen model; null trains all parameters. The frozen weights are stored in the
             dtype that the forward pass computes in.
         quantization: Stores the frozen model in 4 bits (QLoRA); requires `lora`.
@@ -262,8 +263,10 @@ class PolicyMixin:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Tokenizer of the policy."""
-        return loading.load_tokenizer(self.policy_path)
+        """Tokenizer of the policy; raises UserError if it has tokens that the policy has no embedding for."""
+        tokenizer = loading.load_tokenizer(self.policy_path)
+        check_vocabulary(tokenizer, self.policy_config, self.policy_path)
+        return tokenizer
 
     @cached_property
     def format(self) -> ThinkingFormat:

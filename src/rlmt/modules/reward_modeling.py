@@ -23,13 +23,14 @@ from rlmt.models import loading
 from rlmt.models.assets import REWARD_ASSETS, save_reward_assets
 from rlmt.models.micro_batch import batches_by_length
 from rlmt.models.reward_model import last_token_states, load_reward_model, reward_config, score_states
+from rlmt.models.vocabulary import check_vocabulary
 from rlmt.modules.checkpoints import checkpoint_folders
 from rlmt.modules.checks import check_trainer, weights_dtype
 from rlmt.modules.supervised import SupervisedModule
 from rlmt.options import FiniteNonNegativeFloat, check_ranges
 from rlmt.progress import track
 from rlmt.rewards.calibration import calibration_bins, calibration_error
-from rlmt.rewards.conversation import ConversationReader
+from rlmt.rewards.conversation import ConversationReader, set_pad_token
 
 
 @dataclass
@@ -103,8 +104,10 @@ class RewardModeling(SupervisedModule):
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Tokenizer of the reward model."""
-        return loading.load_tokenizer(self.model_path)
+        """Tokenizer of the reward model; raises UserError if it has tokens that the model has no embedding for."""
+        tokenizer = loading.load_tokenizer(self.model_path)
+        check_vocabulary(tokenizer, self.model_config, self.model_path)
+        return tokenizer
 
     @cached_property
     def reader(self) -> ConversationReader:
@@ -141,7 +144,7 @@ class RewardModeling(SupervisedModule):
         model = load_reward_model(
             self.model_path, self.from_scratch, self.attn_implementation, dtype, self.quantization
         )
-        model.config.pad_token_id = self.tokenizer.pad_token_id
+        set_pad_token(self.reader, model.config)
         if self.lora is not None:
             self.lora.add_to(model)
         self.model = self.set_training_mode(model)

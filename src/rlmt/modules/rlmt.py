@@ -271,7 +271,7 @@ class RLMTModule(ScoringMixin, PolicyMixin, TrainingModule):  # type: ignore[mis
             self.lora.add_to(policy)
         if self.fitting and self.algorithm.critic is not None:
             critic = self.algorithm.critic
-            self.critic = build_critic(policy, critic.init, critic.shared, self.lora)
+            self.critic = build_critic(policy, critic.init, critic.shared, self.lora, self.attn_implementation)
         self.policy = self.set_training_mode(policy)
         if self.critic is not None:
             self.set_training_mode(self.critic.backbone)

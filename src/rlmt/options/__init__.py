@@ -1,5 +1,6 @@
-"""Types of constructor options, and checks of their ranges."""
+"""Types of constructor options, checks of their ranges, and a check of folders to write to."""
 
+from rlmt.options.folders import check_writable
 from rlmt.options.ranges import (
     ClosedUnitInterval,
     FiniteFloat,
@@ -36,4 +37,5 @@ __all__ = [
     "UnitIntervalBelowOne",
     "ZeroOrOne",
     "check_ranges",
+    "check_writable",
 ]

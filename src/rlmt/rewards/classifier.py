@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from rlmt import progress
 from rlmt.distributed.fsdp2 import call_as_forward, compute_device, pad_with_no_ops
 from rlmt.errors import UserError
+from rlmt.models.attention import attention_options
 from rlmt.models.micro_batch import batches_by_length
 from rlmt.models.quantization import NF4
 from rlmt.models.reward_model import (
@@ -26,6 +27,7 @@ from rlmt.models.reward_model import (
     load_classifier,
     score_states,
 )
+from rlmt.models.vocabulary import check_vocabulary
 from rlmt.options import PositiveInt, check_ranges
 from rlmt.rewards.base import Reward
 from rlmt.rewards.conversation import ConversationReader
@@ -51,6 +53,8 @@ class ClassifierReward(Reward):
         tokens_per_batch: Tokens in one forward pass, padding included.
         name: Name under which the scores are logged.
         quantization: Quantizes the linear layers, except the score head, to 4 bits.
+        attn_implementation: Attention implementation of transformers, such as flash_attention_2; None takes its
+            default, or eager for a model that caps attention logits (Gemma 2), which the default ignores.
 
     Raises:
         UserError: An argument is out of range.
@@ -69,6 +73,7 @@ class ClassifierReward(Reward):
         tokens_per_batch: PositiveInt = 16384,
         name: str = "reward_model",
         quantization: NF4 | None = None,
+        attn_implementation: str | None = None,
     ) -> None:
         check_ranges(ClassifierReward, locals())
         super().__init__()
@@ -79,6 +84,7 @@ class ClassifierReward(Reward):
         self.tokens_per_batch = tokens_per_batch
         self.name = name
         self.quantization = quantization
+        self.attn_implementation = attn_implementation
         self.truncated = 0
         """Number of inputs truncated so far."""
         self.model: PreTrainedModel | None = None
@@ -88,14 +94,18 @@ class ClassifierReward(Reward):
         """Reads the model's configuration and tokenizer.
 
         Raises:
-            UserError: The model is missing, is not a classifier with one output, has no chat template, or `max_length`
-                exceeds its context or `tokens_per_batch`.
+            UserError: The model is missing, is not a classifier with one output, has no chat template, or has tokens
+                without an embedding; `max_length` exceeds its context or `tokens_per_batch`; or `attn_implementation`
+                ignores its cap on attention logits.
         """
         config = classifier_config(self.source)
+        attention_options(config, self.attn_implementation, f"reward model {self.source!r}")
         if self.quantization is not None:
             self.quantization.check()
         self.max_length = self._resolve_max_length(config)
-        self._reader = ConversationReader(classifier_tokenizer(self.source), self.source, self.template_date)
+        tokenizer = classifier_tokenizer(self.source)
+        check_vocabulary(tokenizer, config, f"reward model {self.source!r}")
+        self._reader = ConversationReader(tokenizer, self.source, self.template_date)
 
     def _resolve_max_length(self, config: PretrainedConfig) -> int:
         """`max_length`, or its default; raises UserError if it exceeds the context or `tokens_per_batch`."""
@@ -115,7 +125,8 @@ class ClassifierReward(Reward):
             UserError: As in `check`, or the weights cannot be read or lack the score head.
         """
         self.check()
-        self.model = load_classifier(self.source, self.dtype, self.quantization).requires_grad_(False)
+        self.model = load_classifier(self.source, self.dtype, self.quantization, self.attn_implementation)
+        self.model.requires_grad_(False)
 
     def train(self, mode: bool = True) -> ClassifierReward:
         """Stays in evaluation mode, whatever the mode of the parent module."""

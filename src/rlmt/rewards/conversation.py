@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import os.path
 import re
+from typing import cast
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from rlmt.errors import UserError
 from rlmt.formats.chat_template import TEMPLATE_DATE, ChatTemplate
 from rlmt.types import Message
+
+_PROBE = [Message(role="user", content="a")]
 
 
 class ConversationReader:
@@ -40,7 +43,7 @@ class ConversationReader:
         alternatives = sorted((re.escape(token) for token in special if token), key=len, reverse=True)
         self._special = re.compile("|".join(alternatives)) if alternatives else None
         # Two conversations that differ only in the response share exactly the suffix that closes the turn.
-        probes = self.encode([self.render([{"role": "user", "content": "a"}], text) for text in ("x", "y")])
+        probes = self.encode([self.render(_PROBE, text) for text in ("x", "y")])
         if probes[0] == probes[1]:
             raise UserError(f"reward model {source!r}: the chat template omits the response; use one for plain text.")
         self.suffix_length = len(os.path.commonprefix([row[::-1] for row in probes]))
@@ -108,3 +111,25 @@ class ConversationReader:
             return []
         rows: list[list[int]] = self.tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
         return rows
+
+
+def set_pad_token(reader: ConversationReader, config: PretrainedConfig) -> None:
+    """Sets the pad token of a reward model to one that no conversation ends with, in its tokenizer and its config.
+
+    Hugging Face's `...ForSequenceClassification` reads the score at the rightmost token that is not the pad token. If
+    the pad token ended a turn, it would read the score a token early. A tokenizer whose only special token ends the
+    turn gets no pad token: conversations are then scored one by one.
+
+    Args:
+        reader: Renders conversations with the reward model's tokenizer.
+        config: Config of the reward model.
+    """
+    tokenizer, rows = reader.tokenizer, config.get_text_config().vocab_size
+    names = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    # Tokens made for padding first, such as <|finetune_right_pad_id|>; the sort is stable.
+    names.sort(key=lambda name: (name != tokenizer.pad_token, "pad" not in name.lower()))
+    ends = {row[-1] for row in reader.encode([reader.render(_PROBE, text) for text in ("x", "y", "")])}
+    ids = {name: cast(int, tokenizer.convert_tokens_to_ids(name)) for name in names}
+    free = [(name, number) for name, number in ids.items() if number not in ends and number < rows]
+    tokenizer.pad_token, pad_id = free[0] if free else (None, None)
+    config.pad_token_id = config.get_text_config().pad_token_id = pad_id

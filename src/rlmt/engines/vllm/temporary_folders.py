@@ -1,4 +1,4 @@
-"""Folders for an engine's temporary files, removed after use, or at the next start if the process was killed."""
+"""Folders for an engine's temporary files, removed after use or at the next start if the process was killed; checks."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_warn
 
 from rlmt.distributed import collectives
+from rlmt.errors import UserError
+from rlmt.options import check_writable
 
 _MEMORY = Path("/dev/shm")
 _PREFIX = "rlmt-scratch-"
@@ -111,6 +113,25 @@ def remove_abandoned() -> list[Path]:
     """
     parents = {Path(tempfile.gettempdir()), *filter(None, [_shared_memory()])}
     return [folder for parent in sorted(parents) for folder in parent.glob(f"{_PREFIX}*") if _remove_unused(folder)]
+
+
+def check_folders(compiles: bool) -> None:
+    """Checks that temporary files and vLLM's compiled code can be written.
+
+    Args:
+        compiles: Whether vLLM compiles, and so writes to its cache.
+
+    Raises:
+        UserError: They cannot.
+    """
+    try:
+        tempfile.gettempdir()
+    except OSError as error:
+        raise UserError(f"TMPDIR: no folder of temporary files can be written ({error.strerror}); set it.") from error
+    if compiles:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "vllm")
+        cache = Path(os.environ.get("VLLM_CACHE_ROOT", cache)).expanduser()
+        check_writable(cache, "vLLM's cache", "set VLLM_CACHE_ROOT to a folder that can be written")
 
 
 def _shared_memory(size: int = 0) -> Path | None:

@@ -1,0 +1,37 @@
+"""Choice of an attention implementation that computes what the model's config says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from rlmt.errors import UserError
+
+
+def attention_options(config: PretrainedConfig, attn_implementation: str | None, source: str) -> dict[str, Any]:
+    """Selects the attention implementation of a model.
+
+    Gemma 2 and its relatives cap their attention logits (`attn_logit_softcapping`). transformers' default, `sdpa`,
+    silently computes attention without the cap, so such models get `eager` by default.
+
+    Args:
+        config: Config of the model.
+        attn_implementation: Implementation that the user asks for; None is the default.
+        source: Folder or hub name for the message.
+
+    Returns:
+        Options of transformers' `from_pretrained` and `from_config`.
+
+    Raises:
+        UserError: The implementation ignores the model's cap.
+    """
+    cap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    if cap is None:
+        return {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    if attn_implementation is not None and "sdpa" in attn_implementation:
+        raise UserError(
+            f"attn_implementation is {attn_implementation}, which ignores the cap on attention logits of {source} "
+            f"(attn_logit_softcapping {cap:g}); set it to eager, flex_attention or flash_attention_2, or leave it out."
+        )
+    return {"attn_implementation": attn_implementation or "eager"}
