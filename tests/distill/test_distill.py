@@ -10,9 +10,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from loopback import KEY, Loopback, Reply, completion
 from unreliable import (
     GOOD,
@@ -28,6 +30,8 @@ from unreliable import (
 from rlmt.cli.commands import main
 from rlmt.data.demonstrations import load_demonstrations
 from rlmt.distill.rows import check_answer
+from rlmt.formats.thinking import FormatName, ThinkingFormat
+from rlmt.types import Split, Status
 
 Serve = Callable[[Callable[[str, Any], Reply]], Loopback]
 
@@ -44,6 +48,22 @@ def test_answer_is_rejected_for_its_reason(reason: str, answer: tuple[str, str])
 
 def test_answer_without_choices_is_malformed() -> None:
     assert check_answer({"choices": []}).reason == "malformed"
+
+
+PIECES = ["<think>", "</think>", "<response>", "</response>", "plan", "answer", " ", "\n", "\u200b", "\u2028", "\ud800"]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=8).map("".join))
+@example("<think>plan</think>answer")
+def test_every_format_can_write_an_accepted_answer(text: str) -> None:
+    attempt = check_answer(completion(text).body)
+    if attempt.reason:
+        return
+    assert attempt.thought and attempt.response
+    for name in get_args(FormatName):
+        form = ThinkingFormat(name)
+        split = form.split(form.target(attempt.thought, attempt.response))
+        assert split == Split(attempt.thought if form.thinks else "", attempt.response, Status.OK)
 
 
 def test_unreliable_teacher_answers_every_prompt_once(

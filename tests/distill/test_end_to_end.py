@@ -31,6 +31,7 @@ def sft(policy: Path, data: Path, run: Path, form: str, epochs: int) -> Path:
         "--model.policy": policy,
         "--data.path": data,
         "--data.batch_size": 8,
+        "--data.max_length": 512,
         "--model.optimizer.lr": 3e-3,
         "--trainer.max_epochs": epochs,
         "--trainer.default_root_dir": run,

@@ -64,6 +64,7 @@ class LocalTeacher:
         self._lock = asyncio.Lock()  # vLLM's engine takes one call at a time
         self._waiting: dict[str, asyncio.Future[Any]] = {}
         self._driver: asyncio.Task[None] | None = None
+        self._closing = False
 
     async def __aenter__(self) -> LocalTeacher:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -87,9 +88,9 @@ class LocalTeacher:
         return self
 
     async def __aexit__(self, *error: Any) -> None:
+        self._closing = True
         if self._driver is not None:
-            self._driver.cancel()
-            await asyncio.gather(self._driver, return_exceptions=True)
+            await self._driver  # a step that has begun must end before the engine does
         self._engine.engine_core.shutdown()
 
     async def post(self, call: Call) -> dict[str, Any]:
@@ -133,17 +134,18 @@ class LocalTeacher:
 
     async def _drive(self) -> None:
         """Steps the engine while calls wait, and hands out finished outputs."""
-        while self._waiting:
+        while self._waiting and not self._closing:
             async with self._lock:
                 try:
                     outputs = await asyncio.to_thread(self._engine.step)
                 except Exception as error:  # otherwise the calls would wait for ever
                     for future in self._waiting.values():
-                        future.set_exception(error)
+                        if not future.done():
+                            future.set_exception(error)
                     self._waiting.clear()
                     return
             for output in outputs:
-                if output.finished and (future := self._waiting.pop(output.request_id, None)) is not None:
+                if output.finished and not (future := self._waiting.pop(output.request_id)).done():
                     future.set_result(output)
 
 

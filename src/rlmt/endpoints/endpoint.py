@@ -46,7 +46,7 @@ class Endpoint:
     options: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        check_ranges(type(self), {**vars(self), "self": self})
+        check_ranges(Endpoint, {**vars(self), "self": self})
         self._check_base_url()
         if self.api_key_variable is not None and not re.fullmatch("[A-Z_][A-Z0-9_]*", self.api_key_variable):
             raise UserError(
