@@ -46,7 +46,7 @@ def compose(*names: str) -> list[str]:
 
 
 def test_every_shipped_config_is_tested() -> None:
-    # test_paper.py, test_miniature_configs_instantiate and tests/study test the folders.
+    # test_paper.py, test_miniature_configs_instantiate and tests/study test the folders; tests/distill uses distill.
     assert {path.name for path in CONFIGS.iterdir() if path.is_dir()} <= {"paper", "mini", "study", "__pycache__"}
     shipped = {path.stem for path in CONFIGS.glob("*.yaml")} - {
         "ddp",
@@ -55,6 +55,7 @@ def test_every_shipped_config_is_tested() -> None:
     objectives = {"grpo", "ppo", "dpo", "dpo_offline"}
     assert shipped == {
         "base",
+        "distill",
         "early_stop",
         "lora",
         "nf4",

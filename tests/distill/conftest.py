@@ -1,4 +1,4 @@
-"""The loopback servers of tests/endpoints."""
+"""The loopback servers of tests/endpoints and the real ones of tests/engines/vllm_server."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "endpoints")]
+FOLDER = Path(__file__).parent
+sys.path += [str(FOLDER), str(FOLDER.parent / "endpoints"), str(FOLDER.parent / "engines" / "vllm_server")]
 
 from loopback import KEY, Loopback, Reply  # noqa: E402
 

@@ -10,9 +10,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from loopback import KEY, Loopback, Reply, completion
 from unreliable import (
     GOOD,
@@ -28,6 +30,8 @@ from unreliable import (
 from rlmt.cli.commands import main
 from rlmt.data.demonstrations import load_demonstrations
 from rlmt.distill.rows import check_answer
+from rlmt.formats.thinking import FormatName, ThinkingFormat
+from rlmt.types import Split, Status
 
 Serve = Callable[[Callable[[str, Any], Reply]], Loopback]
 
@@ -44,6 +48,22 @@ def test_answer_is_rejected_for_its_reason(reason: str, answer: tuple[str, str])
 
 def test_answer_without_choices_is_malformed() -> None:
     assert check_answer({"choices": []}).reason == "malformed"
+
+
+PIECES = ["<think>", "</think>", "<response>", "</response>", "plan", "answer", " ", "\n", "\u200b", "\u2028", "\ud800"]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=8).map("".join))
+@example("<think>plan</think>answer")
+def test_every_format_can_write_an_accepted_answer(text: str) -> None:
+    attempt = check_answer(completion(text).body)
+    if attempt.reason:
+        return
+    assert attempt.thought and attempt.response
+    for name in get_args(FormatName):
+        form = ThinkingFormat(name)
+        split = form.split(form.target(attempt.thought, attempt.response))
+        assert split == Split(attempt.thought if form.thinks else "", attempt.response, Status.OK)
 
 
 def test_unreliable_teacher_answers_every_prompt_once(
@@ -162,14 +182,14 @@ def run_in_process(server: Loopback, words: list[str], kill_after: int | None) -
     return process.exitcode
 
 
-def check_killed_runs(serve: Serve, tmp_path: Path, count: int, kills: list[int]) -> None:
+def check_killed_runs(serve: Serve, tmp_path: Path, count: int, kills: list[int], hang: float) -> None:
     """Kills a run several times; no answer that reached the ledger is asked for again, and no row is twice."""
-    teacher = UnreliableTeacher(hang=2.5)
+    teacher = UnreliableTeacher(hang)
     server = serve(teacher)
     out = tmp_path / "demos.jsonl"
     prompts = write_prompts(tmp_path / "prompts.jsonl", count)
     in_flight = 16
-    more = ("--teacher.max_in_flight", str(in_flight))
+    more = ("--teacher.max_in_flight", str(in_flight), "--teacher.timeout", "15")  # a busy machine answers late
     words = arguments(server, prompts, out, *more)
     ledger = out.with_name("demos.ledger.jsonl")
     recorded = b""
@@ -189,12 +209,12 @@ def check_killed_runs(serve: Serve, tmp_path: Path, count: int, kills: list[int]
 
 
 def test_killed_run_continues(serve: Serve, tmp_path: Path) -> None:
-    check_killed_runs(serve, tmp_path, 120, [50])
+    check_killed_runs(serve, tmp_path, 120, [50], hang=0.0)
 
 
 @pytest.mark.slow
 def test_three_kills_of_two_thousand_prompts(serve: Serve, tmp_path: Path) -> None:
-    check_killed_runs(serve, tmp_path, 2000, [300, 700, 600])
+    check_killed_runs(serve, tmp_path, 2000, [300, 700, 600], hang=17.0)
 
 
 def test_interrupt_records_outstanding_answers_and_writes_rows(serve: Serve, tmp_path: Path) -> None:

@@ -16,10 +16,11 @@ from rich.console import Console
 
 from rlmt.checkpointing.files import atomic_write
 from rlmt.data.prompts import load_prompts
+from rlmt.distill.client import TeacherClient, connect
 from rlmt.distill.estimate import estimate
 from rlmt.distill.rows import Attempt, Question, Row, check_answer, distinct
 from rlmt.distill.summary import summary_lines, terminal_table, word_counts, write_summary
-from rlmt.distill.teacher import Teacher, TeacherClient, connect
+from rlmt.distill.teacher import Teacher
 from rlmt.endpoints import Ledger, RequestRejected
 from rlmt.endpoints.progress import RequestProgress, track_requests
 from rlmt.errors import UserError

@@ -39,6 +39,8 @@ class Estimate:
         cost, most, spent = meter.price(self.usage), meter.price(self.most), meter.cost
         if cost is None or most is None or spent is None:
             return f"{text}. The prices are not set, so the cost is unknown."
+        if not most:  # no prices are charged for a folder
+            return f"{text}."
         return f"{text}, about US$ {cost:.2f}, at most US$ {most:.2f}; spent so far: US$ {spent:.2f}."
 
 

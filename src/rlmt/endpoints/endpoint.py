@@ -47,6 +47,15 @@ class Endpoint:
 
     def __post_init__(self) -> None:
         check_ranges(Endpoint, {**vars(self), "self": self})
+        self._check_base_url()
+        if self.api_key_variable is not None and not re.fullmatch("[A-Z_][A-Z0-9_]*", self.api_key_variable):
+            raise UserError(
+                "api_key_variable is not the name of an environment variable (capital letters, digits and _); give the "
+                "name of the variable, such as OPENAI_API_KEY, never the key."
+            )
+
+    def _check_base_url(self) -> None:
+        """Raises a UserError if the URL is invalid, or may contain a key."""
         url = urlsplit(self.base_url)
         if url.username is not None or url.query:  # these messages must not repeat what may be a key
             raise UserError(
@@ -55,11 +64,6 @@ class Endpoint:
             )
         if url.scheme not in ("http", "https") or not url.hostname:
             raise UserError(f"base_url is {self.base_url!r}: give a URL such as http://127.0.0.1:8000/v1.")
-        if self.api_key_variable is not None and not re.fullmatch("[A-Z_][A-Z0-9_]*", self.api_key_variable):
-            raise UserError(
-                "api_key_variable is not the name of an environment variable (capital letters, digits and _); give the "
-                "name of the variable, such as OPENAI_API_KEY, never the key."
-            )
 
     def check(self, option: str) -> None:
         """Checks that requests can be sent.

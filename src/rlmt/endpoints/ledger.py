@@ -57,6 +57,10 @@ class Ledger:
             raise UserError(
                 f"{self.path}: another process writes to it; wait until that one has ended, or use another path."
             ) from error
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be locked ({error.strerror}); choose a path on a file system with locks."
+            ) from error
 
     def _read(self) -> None:
         """Indexes the records, and removes a truncated last line."""
