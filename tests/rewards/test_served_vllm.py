@@ -36,7 +36,8 @@ def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             command,
-            env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+            env=os.environ
+            | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1"},
             cwd=folder,
             stdout=log,
             stderr=log,

@@ -122,10 +122,10 @@ class WeightedSum(Reward):
         for reward, weight, scale, moments in zip(self.parts, self.weights, self.scale, self._moments, strict=True):
             scores, inner = reward.score_parts(prompts, responses, statuses)
             scores = scores.to(total)
-            batch = RunningMoments()
-            batch.update(all_gather_tensor(scores))
+            gathered, batch = all_gather_tensor(scores), RunningMoments()
+            batch.update(gathered)
             if scale == "running_std" and self.training:
-                moments.update(all_gather_tensor(scores))
+                moments.update(gathered)
             divisor = {"none": 1.0, "batch_std": batch.std, "running_std": moments.std}[scale] or 1.0
             total += weight * (scores / divisor)
             spreads[_share_name(reward)] = abs(weight) * batch.std / divisor
