@@ -105,6 +105,7 @@ class PictureCallback(Callback):
         check_ranges(type(self), locals())
         self.every_n_steps = every_n_steps
         self._folder: Path | None = None
+        self._has_new_points = False
 
     @abstractmethod
     def draw(self, path: Path) -> Path | None:
@@ -113,10 +114,12 @@ class PictureCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Finds the run's folder; a `fast_dev_run` draws nothing."""
         fitting = stage == "fit" and not is_dry_run(trainer)
+        self._has_new_points = False
         self._folder = run_folder(trainer) if fitting else None
 
     def draw_if_due(self, trainer: Trainer) -> None:
         """Draws every `every_n_steps` steps; to be called at the end of a step."""
+        self._has_new_points = True
         if self.every_n_steps and (step_number(trainer) + 1) % self.every_n_steps == 0:
             self._draw(trainer)
 
@@ -125,8 +128,8 @@ class PictureCallback(Callback):
         self._draw(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Draws an interrupted or failed run, and prints the picture's path."""
-        if (drawn := self._draw(trainer)) is not None:
+        """Draws an interrupted or failed run, and prints the picture's path; a run without a step has none."""
+        if self._has_new_points and (drawn := self._draw(trainer)) is not None:
             say(f"{self.title}: {drawn}")
 
     def _draw(self, trainer: Trainer) -> Path | None:

@@ -141,7 +141,7 @@ def test_sum_of_every_reward_trains_and_log_probs_are_computed_while_it_is_asked
     assert {json.loads(row["extra"])["reference"] for row in table} == {"Yes."}
     responses = [text for body in service.bodies for text in body.get("responses", [])]
     assert not Counter(row["scored_text"] for row in table) - Counter(responses)
-    saved = torch.load("run/checkpoints/last.ckpt", weights_only=True)["rlmt"]["rewards"]
+    saved = torch.load("run/latest/checkpoints/last.ckpt", weights_only=True)["rlmt"]["rewards"]
     assert saved == {"0": {"0": saved["0"]["0"], "4": saved["0"]["4"]}} and saved["0"]["0"][0] == 16 * len(rows)
 
 
@@ -181,7 +181,9 @@ def test_judge_that_dies_ends_the_run_resumable_and_no_verdict_is_asked_for_twic
     service.script = lambda path, body: Reply({}, 503)
     assert fit("again", reward) == 0, "every verdict is recorded"
     assert len(service.bodies) == asked
-    ends = [torch.load(f"{run}/checkpoints/last.ckpt", weights_only=True)["state_dict"] for run in ("run", "again")]
+    ends = [
+        torch.load(f"{run}/latest/checkpoints/last.ckpt", weights_only=True)["state_dict"] for run in ("run", "again")
+    ]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1])
 
 

@@ -174,7 +174,7 @@ def test_export_keeps_all_stop_tokens(
     }
     assert main(["fit", "--config", "sft", *(str(word) for pair in chosen.items() for word in pair)]) == 0
     exported = tmp_path / "exported"
-    assert main(["export", str(tmp_path / "run" / "checkpoints" / "last.ckpt"), str(exported)]) == 0
+    assert main(["export", str(tmp_path / "run" / "latest" / "checkpoints" / "last.ckpt"), str(exported)]) == 0
     assert "chat_template_kwargs {'enable_thinking': False}" in capsys.readouterr().out
     assert set(json.loads((exported / "generation_config.json").read_text())["eos_token_id"]) == set(stops)
     prompt = torch.tensor([ThinkingFormat.load(exported).render(QUESTION, tokenizer)])  # type: ignore[arg-type]
@@ -250,7 +250,7 @@ def test_run_and_replay_do_not_depend_on_the_day(
     run("fit", "broken", 27, "--trainer.max_steps", 4, "--ckpt_path", "last")
     states = []
     for name in ("unbroken", "broken"):
-        checkpoint = torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)
+        checkpoint = torch.load(tmp_path / name / "latest" / "checkpoints" / "last.ckpt", weights_only=True)
         assert checkpoint["rlmt"]["format"]["date"] == "2024-07-26"
         states.append(checkpoint["state_dict"])
     first, second = (read_rollouts(tmp_path / name / "version_0" / "rollouts") for name in ("unbroken", "broken"))

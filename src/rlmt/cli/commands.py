@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -57,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, *rest = args
     silence_third_party()
     _escape_what_cannot_be_encoded()
+    if (folder := os.getcwd()) not in sys.path:
+        sys.path.append(folder)  # a user's own classes; at the end, so that no file there hides a package
     try:
         run = _COMMANDS.get(command)
         if run is None:
@@ -84,9 +87,14 @@ def _escape_what_cannot_be_encoded() -> None:
 def _user_error_from(error: BaseException | None) -> UserError | None:
     """The UserError in the chain of an exception's causes; jsonargparse wraps errors of constructors in its own.
 
-    A full disk counts as a user error, whichever file it concerns.
+    A full disk counts as a user error, whichever file it concerns, and so does an option that Lightning refuses.
     """
     while error is not None and not isinstance(error, UserError):
+        refused = type(error).__name__ == "MisconfigurationException" or "Early stopping conditioned on" in str(error)
+        if isinstance(error, Exception) and refused:
+            from rlmt.cli.checks import trainer_message
+
+            return UserError(trainer_message(error))
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             subject = f"{error.filename}: the" if error.filename else "The"
             return UserError(f"{subject} disk is full; free some space, then resume the run with --ckpt_path last.")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from difflib import get_close_matches
 from functools import reduce
 from importlib import import_module
 from pathlib import Path
@@ -13,8 +16,13 @@ import yaml
 from jsonargparse import set_loader
 from jsonargparse._loaders_dumpers import get_yaml_default_loader, yaml_load
 from jsonargparse._parameter_resolvers import get_signature_parameters
+from lightning.pytorch.utilities import rank_zero_info
 
+import rlmt.configs
 from rlmt.errors import UserError
+
+SHIPPED = Path(rlmt.configs.__file__).parent
+"""Folder of the shipped configs."""
 
 Tree = dict[str, Any]
 
@@ -48,7 +56,9 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"None"), ["N
 def load_yaml(text: str) -> Any:
     """Reads YAML as `_Loader` does; text that is no document of its own, such as `a:`, stays text."""
     value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of the safe loader
-    return yaml_load(text) if isinstance(value, dict) and all(item is None for item in value.values()) else value
+    if isinstance(value, dict) and all(item is None for item in value.values()):
+        return yaml_load(text)  # type: ignore[no-untyped-call]
+    return value
 
 
 set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))
@@ -85,14 +95,66 @@ class ConfigFiles:
         merged = merge(self.trees.values())
         return ["--config", yaml.safe_dump(merged, sort_keys=False, width=10**6), *self.other_args]
 
+    @contextmanager
+    def named_in_errors(self) -> Iterator[None]:
+        """Lets errors of the parser name the file that sets an option."""
+        token = _PARSED.set(self)
+        try:
+            yield
+        finally:
+            _PARSED.reset(token)
+
+    def check_names(self, known: Collection[str]) -> None:
+        """Checks the names at the top of each file.
+
+        Raises:
+            UserError: A name is not known; the parser would ignore it.
+        """
+        for path, tree in self.trees.items():
+            for name in tree:
+                if name.partition(".")[0] not in known:
+                    close = get_close_matches(name, known, 1)
+                    hint = f" Did you mean {close[0]}?" if close else ""
+                    raise UserError(f"--{name} ({path}): no such option.{hint} `--help` lists the options.")
+
+    def check_classes(self) -> None:
+        """Checks that a class is named for the module and its data.
+
+        Raises:
+            UserError: There are only options for one, as in a file that is to be composed with another.
+        """
+        merged = merge(self.trees.values())
+        for key in ("model", "data"):
+            given = any(word.partition("=")[0] in (f"--{key}", f"--{key}.class_path") for word in self.other_args)
+            options = merged.get(key)
+            if isinstance(options, dict) and "class_path" not in options and not given:
+                files = ", ".join(Path(path).name for path, tree in self.trees.items() if key in tree)
+                raise UserError(
+                    f"--config: {files} {'sets' if ',' not in files else 'set'} options of --{key}, but no config "
+                    "names its class; put --config base (or sft, or reward) first."
+                )
+
     def file_with(self, option: str) -> str | None:
         """The last file that sets an option; None if no file does.
 
         Args:
             option: Name as on the command line, such as `--model.algorithm.kl_coef`.
         """
+        if any(word.partition("=")[0].rstrip("+").replace(".init_args", "") == option for word in self.other_args):
+            return None  # the command line takes precedence
         keys = option.removeprefix("--").split(".")
-        return next((name for name, tree in reversed(self.trees.items()) if _has(tree, keys)), None)
+        path = next((path for path, tree in reversed(self.trees.items()) if _has(tree, keys)), None)
+        shipped = path is not None and Path(path).is_relative_to(SHIPPED)
+        return f"configs/{Path(path).relative_to(SHIPPED)}" if path is not None and shipped else path
+
+
+_PARSED: ContextVar[ConfigFiles | None] = ContextVar("config_files", default=None)
+
+
+def file_of(option: str) -> str | None:
+    """The file that sets an option, among those that are being parsed; None if none does."""
+    files = _PARSED.get()
+    return None if files is None else files.file_with(option)
 
 
 def merge(trees: Iterable[Mapping[str, Any]]) -> Tree:
@@ -163,7 +225,8 @@ class _Class(dict[str, Any]):
         """As a configuration names it."""
         used = self.get("class_path")
         kept = [args if _same(path, used) else _accepted(args, used) for path, args in self.layers]
-        init_args = _finish(reduce(_merge_mappings, kept, {}))
+        start: Mapping[str, Any] = {}
+        init_args = _finish(reduce(_merge_mappings, kept, start))
         return {**self, **({"init_args": init_args} if init_args else {})}
 
 
@@ -191,14 +254,16 @@ def _same(path: str | None, used: str | None) -> bool:
 
 def _accepted(init_args: Mapping[str, Any], class_path: str | None) -> Tree:
     """The arguments that a class has; all of them if the class is not found, which the parser will report."""
-    kind = _find_class(class_path or "")
+    kind = find_class(class_path or "")
     if kind is None:
         return dict(init_args)
     names = {parameter.name for parameter in get_signature_parameters(kind, "__init__")}
+    if dropped := [key for key in init_args if key.removesuffix("+") not in names]:
+        rank_zero_info(f"--config: {class_path} has no option {', '.join(dropped)}; of another class, it is dropped")
     return {key: value for key, value in init_args.items() if key.removesuffix("+") in names}
 
 
-def _find_class(class_path: str) -> type | None:
+def find_class(class_path: str) -> type | None:
     """The class of a path or of a name without one."""
     module, _, name = class_path.rpartition(".")
     for candidate in [module] if module else _MODULES:

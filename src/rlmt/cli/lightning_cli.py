@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -28,35 +29,23 @@ from rlmt.checkpointing.files import AtomicCheckpointIO, read_checkpoint
 from rlmt.checkpointing.last_checkpoint import CHECKPOINT, checkpoints, last_checkpoint
 from rlmt.checkpointing.signals import StoppedBySignal
 from rlmt.checkpointing.watchdog import TimedOut
+from rlmt.cli.checks import (
+    SERVICES,
+    check_data,
+    check_folder,
+    check_manual_optimization,
+    check_optimizer,
+    setup_message,
+    trainer_message,
+)
 from rlmt.cli.config_files import ConfigFiles
-from rlmt.cli.parsing import Parser
+from rlmt.cli.parsing import Parser, option_names
 from rlmt.distributed import collectives
 from rlmt.errors import AllRanksUserError, UserError
 from rlmt.formats.thinking import FILE_NAME, ThinkingFormat
 
 KEYWORDS = ("last", "best", "hpc", "registry")
 """Values of `--ckpt_path` that Lightning resolves."""
-
-
-def check_manual_optimization(config: Any) -> None:
-    """Checks the Trainer's options for a module with manual optimization; Lightning would raise an error of its own.
-
-    Args:
-        config: Options of the Trainer.
-
-    Raises:
-        UserError: An option controls optimizer steps, which the module takes itself.
-    """
-    if config.accumulate_grad_batches not in (None, 1):
-        raise UserError(
-            f"--trainer.accumulate_grad_batches is {config.accumulate_grad_batches}, but each batch is a whole step, "
-            "split into micro-batches of --model.tokens_per_micro_batch; set --data.batch_size to the rows of a step."
-        )
-    if config.gradient_clip_val:
-        raise UserError(
-            f"--trainer.gradient_clip_val is {config.gradient_clip_val}, but the module clips gradients itself; set "
-            "--model.max_grad_norm instead."
-        )
 
 
 def with_display(callbacks: Callback | list[Callback], bar: bool) -> list[Callback]:
@@ -101,9 +90,28 @@ class RLMTCLI(LightningCLI):
         plugins = config.plugins if isinstance(config.plugins, list) else [config.plugins] if config.plugins else []
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins = [*plugins, AtomicCheckpointIO()]
+        check_folder(root)
         overrides = {"logger": loggers, "default_root_dir": str(root), "plugins": plugins}
         overrides["callbacks"] = with_display(config.callbacks or [], config.enable_progress_bar is not False)
-        return super().instantiate_trainer(**overrides, **kwargs)
+        try:
+            return super().instantiate_trainer(**overrides, **kwargs)
+        except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as error:
+            raise UserError(trainer_message(error)) from error
+
+    def instantiate_classes(self) -> None:
+        """Creates the module, its data and the Trainer, and checks that they fit.
+
+        Raises:
+            UserError: A package is missing, a logger cannot start, or an option is invalid.
+        """
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            if (message := setup_message(error)) is None:
+                raise
+            raise UserError(message) from error
+        check_data(self.model, self.datamodule)
+        check_optimizer(self.model)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Merges the `--config` files and parses everything once.
@@ -112,6 +120,8 @@ class RLMTCLI(LightningCLI):
         """
         command, *options = map(str, args)
         files = ConfigFiles(options)
+        files.check_names({name.lstrip("-").partition(".")[0] for name in option_names(parser, command)})
+        files.check_classes()
         with files.named_in_errors():
             super().parse_arguments(parser, [command, *files.args])
         sys.argv = [sys.argv[0], command, *options]
@@ -126,6 +136,8 @@ class RLMTCLI(LightningCLI):
             UserError: The checkpoint does not exist, is damaged or does not fit the run.
         """
         ckpt_path = self._get(self.config_init, "ckpt_path")
+        if ckpt_path == "best":
+            raise UserError("--ckpt_path best: no earlier run is known; pass the path of its checkpoint.")
         path = self._last_checkpoint() if ckpt_path == "last" else ckpt_path and Path(ckpt_path)
         self._check_overwriting(resumed=ckpt_path == "last")
         if path is None:
@@ -142,7 +154,7 @@ class RLMTCLI(LightningCLI):
         if (policy_folder / FILE_NAME).is_file() and hasattr(self.model, "check_format"):
             self.model.check_format(ThinkingFormat.load(policy_folder), f"--ckpt_path {ckpt_path}")
         checkpoint = read_checkpoint(path, map_location="cpu", mmap=True) if path.is_file() else None
-        if checkpoint is not None and "rlmt" in checkpoint and hasattr(self.model, "check_checkpoint"):
+        if checkpoint is not None and hasattr(self.model, "check_checkpoint"):
             self.model.check_checkpoint(checkpoint, self.subcommand == "fit")
         if checkpoint is not None and self.subcommand == "fit":
             self._prepare_resume(checkpoint, ckpt_path)
@@ -248,6 +260,10 @@ def run(args: list[str], cli: type[RLMTCLI] = RLMTCLI) -> int:
         return 128 + signal.SIGTERM
     except AllRanksUserError:
         collectives.all_gather_object(None)  # Lightning kills rank 0 if it is still busy when the others have exited
+        raise
+    except Exception as error:
+        if type(error).__module__.startswith(SERVICES) and (message := setup_message(error)):
+            raise UserError(message) from error
         raise
     except SystemExit as stop:
         if not isinstance(stop.__context__, KeyboardInterrupt):

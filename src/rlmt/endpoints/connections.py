@@ -26,7 +26,7 @@ def require_client_libraries(user: str) -> None:
         UserError: They are not.
     """
     if any(importlib.util.find_spec(name) is None for name in ("httpx", "openai")):
-        raise UserError(f"{user} needs httpx and openai, which are not installed: pip install 'rlmt[servers]'.")
+        raise UserError(f"{user} needs httpx and openai, which are not installed: pip install httpx openai.")
 
 
 def open_client(base_url: str, key: str | None, timeout: float) -> AsyncOpenAI:

@@ -33,7 +33,7 @@ class NF4:
     def check(self) -> None:
         """Raises UserError if bitsandbytes is not installed."""
         if importlib.util.find_spec("bitsandbytes") is None:
-            raise UserError("NF4 needs bitsandbytes, which is not installed: pip install 'rlmt[quantization]'.")
+            raise UserError("NF4 needs bitsandbytes, which is not installed: pip install bitsandbytes.")
 
     def loading_options(self) -> dict[str, Any]:
         """Arguments of `from_pretrained` that quantize while loading, on torch's default device."""

