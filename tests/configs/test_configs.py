@@ -316,12 +316,20 @@ def test_adapters_compose_with_sft_and_reward(adapter: tuple[str, ...], kind: st
     ((trainer, module, _),) = launched
     assert isinstance(module.lora, LoRA) and module.lora.rank == 16
     four_bits = "nf4" in adapter
-    assert (module.quantization is not None) == four_bits == module.gradient_checkpointing
-    assert trainer.precision == ("bf16-mixed" if four_bits else "32-true")
+    assert (module.quantization is not None) == four_bits
+    assert module.gradient_checkpointing is True and trainer.precision == "bf16-mixed"
     defaults = module.optimizer_factory([torch.nn.Parameter(torch.zeros(1))]).defaults
     # The learning rate of lora and the betas of the base config.
     assert defaults["lr"] == 1e-5 and tuple(defaults["betas"]) == (0.9, 0.95)
     assert defaults["weight_decay"] == (1e-4 if kind == "sft" else 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward"])
+def test_miniature_world_computes_in_float32(kind: str, launched: list[Any]) -> None:
+    """So that its numbers do not depend on the precision of the configs that it builds on."""
+    assert main(compose(kind, f"mini/{kind}")) == 0
+    ((trainer, module, _),) = launched
+    assert module.gradient_checkpointing is False and trainer.precision == "32-true"
 
 
 def test_qlora_includes_lora_and_nf4() -> None:

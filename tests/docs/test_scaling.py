@@ -43,12 +43,14 @@ def test_table_of_traffic_and_memory_is_calculated(name: str) -> None:
     policy, reward = build(LlamaForCausalLM, name), build(LlamaForSequenceClassification, "8B")
     size, reward_bytes = policy.num_parameters(), 2 * reward.num_parameters()
     linear = sum(layer.weight.numel() for layer in linear_layers(policy))
+    # Under bf16-mixed the reference's linear weights, its head included, are in bfloat16.
+    reference = 4 * size - 2 * (linear + policy.get_output_embeddings().weight.numel())
     adapter = sum(RANK * (layer.in_features + layer.out_features) for layer in linear_layers(policy))
     ring = 2 * (RANKS - 1) / RANKS
     gathered = ((10 * MICRO_BATCHES + 4) * size + MICRO_BATCHES * reward_bytes) * (RANKS - 1) / RANKS
     expected = {
-        "all": (4 * size * ring, 2 * size, (20 + 4 + 2) * size + reward_bytes),
-        "all, `fsdp`": (gathered, 2 * size, ((16 + 4) * size + reward_bytes) / RANKS + 2 * size),
+        "all": (4 * size * ring, 2 * size, (20 + 2) * size + reference + reward_bytes),
+        "all, `fsdp`": (gathered, 2 * size, (16 * size + reference + reward_bytes) / RANKS + 2 * size),
         "all, `fsdp` and `offload`": (gathered, 2 * size, 2 * size),
         "`lora`": (4 * adapter * ring, 2 * size + 4 * adapter, 20 * adapter + 4 * size + reward_bytes),
         "`qlora`": (

@@ -55,7 +55,7 @@ def on_meta(module: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def scored() -> Experience:
-    """Two samples, one malformed, scored by a reward with two parts, which are on the CPU."""
+    """Two samples, one malformed, scored by a reward with two parts; all tensors are on the CPU."""
     rollouts = RolloutBatch(
         prompts=[Prompt(0, [{"role": "user", "content": "hi"}])],
         group_size=2,
@@ -71,11 +71,11 @@ def scored() -> Experience:
         rollouts=rollouts,
         texts=["a", "b"],
         splits=[Split("", "a", Status.OK), Split("", "", Status.UNCLOSED)],
-        thought_tokens=torch.tensor([0, 1], device=META),
-        scores=Scores(total=torch.tensor([1.0, -1.0], device=META), parts=parts, texts=["a", None]),
-        group=torch.zeros(2, dtype=torch.long, device=META),
-        lengths=torch.tensor([1, 1], device=META),
-        engine_logprobs=torch.zeros(2, device=META),
+        thought_tokens=torch.tensor([0, 1]),
+        scores=Scores(total=torch.tensor([1.0, -1.0]), parts=parts, texts=["a", None]),
+        group=torch.zeros(2, dtype=torch.long),
+        lengths=torch.tensor([1, 1]),
+        engine_logprobs=torch.zeros(2),
     )
 
 
@@ -84,7 +84,9 @@ def test_validation_of_a_reward_with_several_parts(stage: str, monkeypatch: pyte
     held_out = [CallableReward("x.held_out")]
     module = on_meta(RLMTModule("unread", CallableReward("x.rule"), GRPO(), held_out_rewards=held_out), monkeypatch)
     monkeypatch.setattr(RLMTModule, "data", SimpleNamespace(generate=lambda prompts: None))
-    monkeypatch.setattr(module, "score", lambda rollouts: scored())
+    monkeypatch.setattr(module, "split", lambda rollouts: scored())
+    monkeypatch.setattr(module, "ask", lambda experience, held_out: None)
+    monkeypatch.setattr(module, "score", lambda experience: None)
     monkeypatch.setattr(module.held_out, "means", lambda *_: {"held_out": 1.0})
     getattr(module, stage)(None, 0)
 
@@ -92,8 +94,6 @@ def test_validation_of_a_reward_with_several_parts(stage: str, monkeypatch: pyte
 def test_training_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     module = on_meta(RLMTModule("unread", CallableReward("x.rule"), GRPO()), monkeypatch)
     experience = scored()
-    experience.scores.total = experience.scores.total.new_zeros(2, device="cpu")
-    experience.thought_tokens = experience.group = experience.lengths = torch.ones(2, dtype=torch.long)
     module.log_step(step_metrics(experience, experience), 2, {"reward/mean": "reward"})
 
 

@@ -73,3 +73,12 @@ def test_sharded_reward_model_scores_as_the_unsharded_one(results: list[dict[str
 def test_failure_of_one_rank_is_raised_on_all_and_reported_once(results: list[dict[str, Any]]) -> None:
     for rank, reported_elsewhere in zip(results, (False, True), strict=True):
         assert rank["failures"] == [("wrong", reported_elsewhere), ("rank 1 failed: KeyError: 'x'", None)] * 2
+
+
+def test_ranks_of_a_machine_load_one_after_another(results: list[dict[str, Any]]) -> None:
+    """So that its memory holds one whole policy at a time."""
+    first, second = (rank["turns"] for rank in results)
+    assert first["interval"][1] <= second["interval"][0]
+    for rank in (first, second):
+        assert rank["kept"] < 0.75 * rank["model"]  # its shards, a half
+        assert rank["raised"] == ["wrong", "wrong"]

@@ -1,5 +1,6 @@
 """A rank of test_ranks.py: each objective's update on the rank's groups; rank 0 first computes it on all groups."""
 
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,11 @@ from rlmt.types import Experience, Prompt, Split, Status
 
 CPU = torch.device("cpu")
 BUDGET = 60
+LARGE: dict[str, Any] = {
+    **{"vocab_size": 2000, "hidden_size": 768, "intermediate_size": 2048},
+    **{"num_hidden_layers": 8, "num_attention_heads": 12},
+}
+"""A policy of 239 MB."""
 CASES: dict[str, tuple[Any, list[list[int]]]] = {  # objective, and groups of each rank
     "token_mean": (lambda: GRPO(kl_coef=0.1, entropy_coef=0.1), [[0, 1], [2]]),
     "sequence_mean": (lambda: GRPO(loss_aggregation="sequence_mean", kl_coef=0.1), [[0], [1, 2]]),
@@ -147,10 +153,7 @@ def memory(name: str) -> int:
 
 def streamed(mesh: DeviceMesh) -> dict[str, int]:
     """Bytes that an engine sync of a larger sharded policy takes: peak above the start, model, largest tensor."""
-    config = LlamaConfig(
-        vocab_size=2000, hidden_size=768, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=12
-    )
-    policy: Any = LlamaForCausalLM(config)
+    policy: Any = LlamaForCausalLM(LlamaConfig(**LARGE))
     expected = {name: float(weight.double().sum()) for name, weight in policy.state_dict().items()}
     weights = [weight.nbytes for weight in policy.state_dict().values()]
     shard_model(policy, mesh, mixed=False)
@@ -163,6 +166,33 @@ def streamed(mesh: DeviceMesh) -> dict[str, int]:
         del tensor
     assert not expected
     return {"model": sum(weights), "largest": max(weights), "peak": memory("VmHWM") - before}
+
+
+def turns(number: int, mesh: DeviceMesh) -> dict[str, Any]:
+    """When a rank held a whole policy, what stays in its memory, and what both raise if one fails in its turn."""
+
+    @collectives.rank_hook
+    def load(failing: int | None) -> PreTrainedModel:
+        with collectives.in_turn(number, 2):
+            began = time.monotonic()
+            if number == failing:
+                raise UserError("wrong")
+            policy = LlamaForCausalLM(LlamaConfig(**LARGE))
+            shard_model(policy, mesh, mixed=False)
+            interval.extend((began, time.monotonic()))
+        return policy
+
+    interval: list[float] = []
+    before = memory("VmRSS")
+    policy = load(None)
+    kept = memory("VmRSS") - before
+    raised = []
+    for failing in (0, 1):
+        try:
+            load(failing)
+        except AllRanksUserError as error:
+            raised.append(str(error))
+    return {"interval": interval[:2], "kept": kept, "model": 4 * policy.num_parameters(), "raised": raised}
 
 
 def main(number: int, folder: Path, reward: str) -> None:
@@ -182,6 +212,7 @@ def main(number: int, folder: Path, reward: str) -> None:
     }
     results = {"alone": alone, "shared": shared, "sharded": sharded, "offloaded": offloaded, "streamed": streamed(mesh)}
     results["failures"] = failures(number)
+    results["turns"] = turns(number, mesh)
     results["scores"] = {"alone": scores(reward, -1), "sharded": scores(reward, number, mesh)}
     torch.save(results, folder / f"rank{number}.pt")
     distributed.destroy_process_group()

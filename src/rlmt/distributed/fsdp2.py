@@ -13,6 +13,7 @@ export and all checks read it like any other checkpoint.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from types import MethodType
 from typing import Any, TypeVar, cast
 
@@ -35,7 +36,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rlmt.distributed.collectives import all_gather_object
+from rlmt.distributed.collectives import all_gather_object, in_turn
 from rlmt.distributed.lightning_internals import (
     disable_inference_mode,
     set_data_parallel,
@@ -127,6 +128,17 @@ class FSDP2(ModelParallelStrategy):
                 for index, values in saved["state"].items()
             }
             optimizer.load_state_dict({**saved, "state": state})
+
+
+def load_in_turn(trainer: Trainer) -> AbstractContextManager[None]:
+    """Context in which ranks load and shard models: under `FSDP2` one rank of a machine at a time.
+
+    A rank reads a whole model into host memory before it keeps its shards. So a machine holds one whole model at a time
+    and not one per rank; the files are in the system's cache when the second rank reads them.
+    """
+    if isinstance(trainer.strategy, FSDP2):
+        return in_turn(trainer.local_rank, trainer.num_devices)
+    return nullcontext()
 
 
 def shard_models(trainer: Trainer, *models: nn.Module | None, autocast: bool = True) -> None:

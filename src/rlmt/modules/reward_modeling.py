@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig, P
 from rlmt.data.preferences import EncodedComparison
 from rlmt.data.supervised import RowBatch
 from rlmt.distributed.collectives import all_gather_object, rank_hook
-from rlmt.distributed.fsdp2 import call_as_forward, pad_with_no_ops, shard_models
+from rlmt.distributed.fsdp2 import call_as_forward, load_in_turn, pad_with_no_ops, shard_models
 from rlmt.formats.chat_template import check_has_template
 from rlmt.models import loading
 from rlmt.models.assets import REWARD_ASSETS, save_reward_assets
@@ -137,8 +137,11 @@ class RewardModeling(SupervisedModule):
     @rank_hook
     def configure_model(self) -> None:
         """Loads the model or initializes it, adds a head for ratings if the data has them, and shards under FSDP2."""
-        if self.model is not None:
-            return
+        if self.model is None:
+            with load_in_turn(self.trainer):
+                self._load_model()
+
+    def _load_model(self) -> None:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         dtype = getattr(torch, weights_dtype(self.trainer, self.lora))
         model = load_reward_model(

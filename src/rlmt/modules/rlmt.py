@@ -14,7 +14,7 @@ from rlmt.algorithms import Algorithm
 from rlmt.data import RolloutDataModule
 from rlmt.distributed import collectives
 from rlmt.distributed.collectives import all_gather_object, rank_hook
-from rlmt.distributed.fsdp2 import full_tensor, shard_models
+from rlmt.distributed.fsdp2 import full_tensor, load_in_turn, shard_models
 from rlmt.errors import UserError
 from rlmt.formats.thinking import FormatName, ThinkingFormat
 from rlmt.models import loading
@@ -258,7 +258,13 @@ class RLMTModule(ScoringMixin, PolicyMixin, TrainingModule):  # type: ignore[mis
         self.check_restored()
         if self.policy is not None:
             self._load_rewards()
-            return
+        elif self.data.offline_rollouts is not None:
+            self._load_models()  # all ranks compute the reference's log-probs together
+        else:
+            with load_in_turn(self.trainer):
+                self._load_models()
+
+    def _load_models(self) -> None:
         dtype = checks.weights_dtype(self.trainer, self.lora)
         policy = loading.load_policy(self.policy_path, dtype, self.attn_implementation, self.quantization)
         if self.fitting and self.algorithm.needs_reference:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from rlmt.data.demonstrations import EncodedDemonstration
 from rlmt.data.supervised import RowBatch
 from rlmt.distributed.collectives import all_gather_object, rank_hook
-from rlmt.distributed.fsdp2 import pad_with_no_ops, shard_models
+from rlmt.distributed.fsdp2 import load_in_turn, pad_with_no_ops, shard_models
 from rlmt.formats.thinking import FormatName, ThinkingFormat
 from rlmt.models import loading
 from rlmt.models.logprobs import token_logprobs
@@ -71,8 +71,11 @@ class SFT(PolicyMixin, SupervisedModule):  # type: ignore[misc] # Lightning's lo
     def configure_model(self) -> None:
         """Loads the policy or initializes it, and shards it under FSDP2."""
         self.check_restored()
-        if self.policy is not None:
-            return
+        if self.policy is None:
+            with load_in_turn(self.trainer):
+                self._load_policy()
+
+    def _load_policy(self) -> None:
         if self.from_scratch:
             policy = loading.random_policy(self.policy_path, self.attn_implementation)
         else:
