@@ -25,6 +25,7 @@ from rlmt.formats.thinking import FILE_NAME, FormatName, ThinkingFormat
 from rlmt.models.assets import load_stop_token_ids
 from rlmt.models.loading import load_policy, load_tokenizer, max_positions
 from rlmt.options import NonNegativeFloat, PositiveInt, UnitIntervalAboveZero, check_ranges
+from rlmt.progress import busy
 from rlmt.types import Message, Sampling, Split, Status
 
 COMMANDS = """/thought  print the last thought
@@ -135,7 +136,8 @@ def chat(
     if single_prompt is not None and not single_prompt.strip():
         raise UserError("--prompt: the prompt is empty; pass some text, or pipe it in.")
     sampling = Sampling(temperature, max_new_tokens, top_p=top_p)
-    policy = _load(model, format, sampling, seed, device)
+    with busy("loading the policy …"):
+        policy = _load(model, format, sampling, seed, device)
     system_turn = [] if system is None else [Message(role="system", content=system)]
     if single_prompt is not None:
         _respond_once(policy, [*system_turn, Message(role="user", content=single_prompt)])
