@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 T_co = TypeVar("T_co", covariant=True)
@@ -40,6 +41,18 @@ def track(phase: str, units: _Batches[T_co]) -> Iterator[T_co]:
     for done, unit in enumerate(units):
         report(phase, done, len(units))
         yield unit
+
+
+@contextmanager
+def busy(text: str) -> Iterator[None]:
+    """Shows a spinner and a text on stderr, if that is a terminal, while the code inside runs; leaves stdout alone."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.spinner import Spinner
+
+    console = Console(stderr=True)
+    with Live(Spinner("dots", text), console=console, transient=True, redirect_stdout=False, redirect_stderr=False):
+        yield
 
 
 def listen(listener: Listener) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LinearLR
 
@@ -85,43 +85,3 @@ def test_checkpoint_without_options_names_what_is_missing(run: Any) -> None:
         RLMTModule.load_from_checkpoint(run[2])
     with pytest.raises(UserError, match="is a checkpoint of RLMTModule"):
         SFT.load_from_checkpoint(run[2])
-
-
-def test_options_of_rlmt_fit_are_stored_in_the_checkpoint(
-    tiny: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The module is made without any option, and TensorBoard shows the configuration as hyper-parameters."""
-    from rlmt.cli import main
-
-    logged: dict[str, Any] = {}
-    monkeypatch.setattr(TensorBoardLogger, "log_hyperparams", lambda logger, params: logged.update(params))
-    options = {
-        "--model.policy": tiny / "policy",
-        "--model.reward": "LengthWindow",
-        "--model.reward.min_chars": 5,
-        "--model.reward.max_chars": 20,
-        "--model.reward.margin": 40,
-        "--model.format": "no_think",
-        "--data.prompts": prompts_file,
-        "--data.engine": "TransformersEngine",
-        "--data.batch_size": 2,
-        "--data.group_size": 2,
-        "--data.max_new_tokens": 4,
-        "--data.val_size": 0,
-        "--trainer.max_steps": 1,
-        "--trainer.logger": "TensorBoardLogger",
-        "--trainer.logger.save_dir": tmp_path,
-        "--trainer.default_root_dir": tmp_path / "run",
-        "--trainer.enable_progress_bar": "false",
-        "--trainer.accelerator": "cpu",
-    }
-    words = [str(word) for pair in options.items() for word in pair]
-    assert main(["fit", "--config", "base", "--config", "grpo", "--config", "tiny", *words]) == 0
-    (checkpoint,) = (tmp_path / "run").rglob("last.ckpt")
-    monkeypatch.chdir(tmp_path)
-    module = RLMTModule.load_from_checkpoint(checkpoint)
-    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
-    assert all(torch.equal(saved[name], value) for name, value in module.state_dict().items())
-    assert module.reward.max_chars == 20 and module.algorithm.dual_clip == 3.0
-    expected = {"model.algorithm.kl_coef": 0.001, "model.format": "no_think", "trainer.max_steps": 1}
-    assert expected.items() <= logged.items()

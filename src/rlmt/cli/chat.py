@@ -27,6 +27,7 @@ from rlmt.models.assets import load_stop_token_ids
 from rlmt.models.loading import load_config, load_policy, load_tokenizer, max_positions
 from rlmt.models.vocabulary import check_vocabulary
 from rlmt.options import NonNegativeFloat, PositiveInt, UnitIntervalAboveZero, check_ranges
+from rlmt.progress import busy
 from rlmt.types import Message, Sampling, Split, Status
 
 COMMANDS = """/thought  print the last thought
@@ -155,7 +156,8 @@ def chat(
         if text is not None and (problem := text_problem(text)):
             raise UserError(f"{option} {problem}; pass other text.")
     sampling = Sampling(temperature, max_new_tokens, top_p=top_p)
-    policy = _load(model, format, sampling, seed, device)
+    with busy("loading the policy …"):
+        policy = _load(model, format, sampling, seed, device)
     system_turn = [] if system is None else [Message(role="system", content=system)]
     if single_prompt is not None:
         _respond_once(policy, [*system_turn, Message(role="user", content=single_prompt)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import zipfile
@@ -39,6 +40,7 @@ from rlmt.cli.checks import (
     trainer_message,
 )
 from rlmt.cli.config_files import ConfigFiles
+from rlmt.cli.lightning_habits import check_lightning_habits, with_default_classes
 from rlmt.cli.parsing import Parser, option_names
 from rlmt.distributed import collectives
 from rlmt.errors import AllRanksUserError, UserError
@@ -78,6 +80,11 @@ class RLMTCLI(LightningCLI):
         get folders of their own.
         """
         config = self._get(self.config_init, "trainer")
+        if str(config.precision).startswith("16"):  # on a CPU Lightning replaces it, with a warning
+            raise UserError(
+                f"--trainer.precision is {config.precision}: use 32-true or bf16-mixed, since rlmt scales no losses, "
+                "and small gradients would be 0 in float16."
+            )
         if not self.model.automatic_optimization:
             check_manual_optimization(config)
         name = getattr(getattr(self.model, "format", None), "name", "{format}")
@@ -119,6 +126,8 @@ class RLMTCLI(LightningCLI):
         The arguments are stored in `sys.argv`, from which Lightning launches the other processes of a run.
         """
         command, *options = map(str, args)
+        check_lightning_habits(options, os.environ)
+        options = with_default_classes(options)
         files = ConfigFiles(options)
         files.check_names({name.lstrip("-").partition(".")[0] for name in option_names(parser, command)})
         files.check_classes()

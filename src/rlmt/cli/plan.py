@@ -27,6 +27,7 @@ from rlmt.memory.records import GIB, Budget
 from rlmt.memory.supervised import make_supervised_budget
 from rlmt.modules import SFT, RewardModeling, RLMTModule
 from rlmt.options import PositiveFloat
+from rlmt.progress import busy
 
 
 def print_budget(budget: Budget, console: Console | None = None) -> None:
@@ -114,12 +115,14 @@ class PlanCLI(RLMTCLI):
         """
         memory = device_memory(self._get(self.config_init, "memory"))
         compute = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else torch.float32
-        budget = self._budget(compute, memory)
+        with busy("planning …"):
+            budget = self._budget(compute, memory)
         print_budget(budget)
         if not budget.fits:
             if isinstance(self.model, RLMTModule) and isinstance(self.datamodule, RolloutDataModule):
-                devices = self._parallelism()
-                print_cures(find_cures(self.model, self.datamodule, compute, memory, devices, budget), memory)
+                with busy("looking for options with which it fits …"):
+                    cures = find_cures(self.model, self.datamodule, compute, memory, self._parallelism(), budget)
+                print_cures(cures, memory)
             raise DoesNotFit
 
     def _budget(self, compute: torch.dtype, memory: int) -> Budget:

@@ -33,6 +33,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 from rlmt.demos.tiny_models import Sizes, averaging_reward_model, warm_started_policy
 from rlmt.errors import UserError
 from rlmt.options import check_writable
+from rlmt.progress import busy
 from rlmt.types import Message
 
 TAGS = ("<think>", "</think>", "<response>", "</response>")
@@ -97,7 +98,9 @@ def make_tiny(
     Raises:
         UserError: See `write_tiny`.
     """
-    for name, description in write_tiny(out, corpus, family, seed).items():
+    with busy("training a small policy on the format …"):
+        written = write_tiny(out, corpus, family, seed)
+    for name, description in written.items():
         print(f"{out / name}: {description}")
 
 
