@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 Checkpointing = bool | Literal["selective"]
 """Whether backward recomputes the activations of each layer: all of them, or none of matrix products and attention."""
 
-_ATEN = torch.ops.aten
+_ATEN: Any = torch.ops.aten
 _SAVED_OPERATORS = frozenset(
     operator
     for packet in (

@@ -99,7 +99,12 @@ def prefetch(
     asking = [reward for reward in all_rewards(rewards) if reward.asks]
     if asking:
         *_, batch = _batch_to_score(prompts, splits, texts, mode)
-        run_on_all_ranks(lambda: [reward.prefetch(*batch) for reward in asking])
+
+        def start() -> None:
+            for reward in asking:
+                reward.prefetch(*batch)
+
+        run_on_all_ranks(start)
     return bool(asking)
 
 
