@@ -15,6 +15,7 @@ from rlmt import progress
 from rlmt.distributed.collectives import all_gather_object, run_on_all_ranks
 from rlmt.errors import UserError
 from rlmt.rewards.base import Reward, all_rewards
+from rlmt.rewards.own_code import describe_own_error
 from rlmt.types import Prompt, Scores, Split, Status
 
 MalformedMode = Literal["penalty", "null", "score_all"]
