@@ -131,6 +131,10 @@ def test_callable_must_return_a_finite_number(functions: str, name: str, value: 
 
 
 def test_error_in_a_callable_names_it(functions: str) -> None:
-    with pytest.raises(KeyError, match="oops") as caught:
-        scores(CallableReward(f"{functions}.crash"), ["ab"])
-    assert caught.value.__notes__ == [f"in reward function {functions}.crash for the response 'ab'"]
+    with pytest.raises(
+        UserError, match=rf"{functions}.crash raised KeyError: 'oops' \(.*{functions}.py, line "
+    ) as caught:
+        scores(CallableReward(f"{functions}.crash"), ["ab" * 50])
+    message = str(caught.value)
+    assert "\n" not in message and "for the response 'ababab" in message and "ab" * 45 not in message
+    assert "--ckpt_path last" in message

@@ -237,3 +237,16 @@ def test_lowest_score_is_taken_over_all_ranks(tmp_path: Path) -> None:
     ]
     outputs = [process.communicate(timeout=120)[0].decode().strip() for process in ranks]
     assert outputs == ["[-20.0, -20.0]", "[3.0, -20.0]"]
+
+
+def test_error_in_a_users_class_names_its_line() -> None:
+    class Broken(Recorder):
+        def score(self, prompts: Sequence[Prompt], responses: Sequence[str], statuses: Sequence[Status]) -> Tensor:
+            return torch.tensor([1 / len(response[3:]) for response in responses])
+
+    expected = (
+        r"reward 'recorder' raised ZeroDivisionError: division by zero \(.*test_scoring.py, line \d+: return torch"
+    )
+    with pytest.raises(UserError, match=expected) as caught:
+        score(Broken(), PROMPTS, SPLITS, TEXTS)
+    assert "\n" not in str(caught.value) and str(caught.value).endswith("--ckpt_path last.")

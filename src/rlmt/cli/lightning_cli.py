@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,14 @@ def with_display(callbacks: Callback | list[Callback], bar: bool) -> list[Callba
 
 class RLMTCLI(LightningCLI):
     """LightningCLI with the layout of a run folder, a CSV logger in every run, and one-line errors."""
+
+    def __init__(self, *, args: Sequence[str], **options: Any) -> None:
+        self._command = args[0]
+        super().__init__(args=list(args), **options)
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The command that is given: a parser of the others, which are as large, would take seconds for nothing."""
+        return {self._command: super().subcommands()[self._command]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Links the data's seed to `--seed_everything`, which so determines samples and the order of prompts, too."""

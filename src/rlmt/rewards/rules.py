@@ -8,10 +8,7 @@ import inspect
 import math
 import numbers
 import re
-import sysconfig
-import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,6 +17,7 @@ from rlmt.errors import UserError, first_line
 from rlmt.options import NonNegativeInt, PositiveInt, check_ranges
 from rlmt.progress import track
 from rlmt.rewards.base import Reward
+from rlmt.rewards.own_code import describe_own_error
 from rlmt.types import Message, Prompt, Status
 
 
@@ -144,12 +142,10 @@ class CallableReward(Reward):
             try:
                 value = function(messages, response, **extra)
             except Exception as error:
-                frames = reversed(traceback.extract_tb(error.__traceback__))
-                frame = next((frame for frame in frames if is_own_code(frame.filename)), None)
-                place = f" ({frame.filename}, line {frame.lineno}: {frame.line})" if frame else ""
+                what = describe_own_error(error) or f"{type(error).__name__}: {first_line(error)}"
                 raise UserError(
-                    f"reward function {self.function} raised {type(error).__name__}: {first_line(error)}{place} for "
-                    f"the response {_excerpt(response)}; fix it, and resume with --ckpt_path last."
+                    f"reward function {self.function} raised {what} for the response {_excerpt(response)}; fix it, and "
+                    "resume with --ckpt_path last."
                 ) from error
             if not isinstance(value, numbers.Real) or not math.isfinite(value):
                 raise UserError(
@@ -181,12 +177,6 @@ def _takes_extra(function: Callable[..., object]) -> bool:
         return "extra" in inspect.signature(function).parameters
     except ValueError:
         return False
-
-
-def is_own_code(file_name: str) -> bool:
-    """Whether a file is neither of this package nor of an installed library."""
-    libraries = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")]
-    return not any(Path(file_name).is_relative_to(folder) for folder in [Path(__file__).parents[1], *libraries])
 
 
 def _excerpt(value: object) -> str:

@@ -15,6 +15,7 @@ from rlmt import progress
 from rlmt.distributed.collectives import all_gather_object, run_on_all_ranks
 from rlmt.errors import UserError
 from rlmt.rewards.base import Reward, all_rewards
+from rlmt.rewards.own_code import describe_own_error
 from rlmt.types import Prompt, Scores, Split, Status
 
 MalformedMode = Literal["penalty", "null", "score_all"]
@@ -71,7 +72,14 @@ def score(
 
     def score_shown() -> tuple[Tensor, dict[str, Tensor]]:
         progress.report("scoring", 0, len(rows))
-        total, parts = reward.score_parts(*batch)
+        try:
+            total, parts = reward.score_parts(*batch)
+        except UserError:
+            raise
+        except Exception as error:
+            if (what := describe_own_error(error)) is None:
+                raise
+            raise UserError(f"reward {reward.name!r} raised {what}{_FIX}") from error
         total = _check_scores(total, reward.name, len(rows))
         return total, {name: _check_scores(values, name, len(rows)) for name, values in parts.items()}
 
