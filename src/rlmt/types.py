@@ -9,7 +9,7 @@ samples, t completion tokens of one micro-batch, b samples of one micro-batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any, TypedDict
 
@@ -248,6 +248,14 @@ class Experience:
     """[B] bool samples that take part in the loss, set by `Algorithm.prepare`; None is all, or all in `pairs`."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Metrics, under their final names."""
+
+    def to(self, device: torch.device) -> Experience:
+        """A copy with its tensors on a device; Lightning calls it for predictions that it collects."""
+        scores = replace(self.scores, total=self.scores.total.to(device))
+        rollouts = replace(self.rollouts, engine_logprobs=self.rollouts.engine_logprobs.to(device))
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        moved = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, rollouts=rollouts, scores=scores, **moved)
 
     @property
     def response_tokens(self) -> Tensor:

@@ -48,7 +48,7 @@ def test_last_lines_state_change_files_and_next_command(world, module, tmp_path,
 def test_resumed_run_reports_the_change_since_its_first_step(world, module, tmp_path, capsys):
     saving = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
     options = {"validate": True, "val_check_interval": 1, "enable_checkpointing": True}
-    world.fit(tmp_path, [RunSummary(), saving], steps=2, module=module, **options)
+    world.fit(tmp_path, [RunSummary(), saving], steps=3, module=module, **options)
     capsys.readouterr()
     world.fit(tmp_path, [RunSummary()], steps=4, module=module, ckpt_path=tmp_path / "step=4.ckpt", **options)
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())

@@ -32,6 +32,7 @@ def fit(tiny: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.Monk
         "--data.engine": "TransformersEngine",
         "--data.batch_size": 2,
         "--data.group_size": 2,
+        "--data.max_prompt_tokens": 256,
         "--data.max_new_tokens": 4,
         "--data.val_size": 4,
         "--trainer.default_root_dir": "run",

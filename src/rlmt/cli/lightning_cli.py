@@ -96,7 +96,7 @@ class RLMTCLI(LightningCLI):
             )
         if not self.model.automatic_optimization:
             check_manual_optimization(config)
-        name = getattr(getattr(self.model, "format", None), "name", "{format}")
+        name = getattr(getattr(self.model, "configured_format", None), "name", "{format}")
         root = Path((config.default_root_dir or "runs/default").replace("{format}", name))
         logger = config.logger
         loggers: list[Logger] = logger if isinstance(logger, list) else [logger] if isinstance(logger, Logger) else []
