@@ -38,7 +38,7 @@ def sft(policy: Path, data: Path, run: Path, form: str, epochs: int) -> Path:
     }
     words = [str(word) for pair in options.items() for word in pair]
     assert main(["fit", "--config", "sft", "--config", form, *words, *QUIET]) == 0
-    assert main(["export", str(run / "checkpoints/last.ckpt"), str(run / "model")]) == 0
+    assert main(["export", str(run / "latest/checkpoints/last.ckpt"), str(run / "model")]) == 0
     return run / "model"
 
 
@@ -122,7 +122,7 @@ def test_vllm_server_teaches_a_policy_that_grpo_trains(
     }
     words = [str(word) for pair in options.items() for word in pair]
     assert main(["fit", "--config", "base", "--config", "grpo", "--config", "tiny", *words, *QUIET]) == 0
-    with (tmp_path / "grpo/version_0/metrics.csv").open() as file:
+    with (tmp_path / "grpo/latest/metrics.csv").open() as file:
         steps = [row for row in csv.DictReader(file) if row["reward/mean"]]
     assert len(steps) == 2
 
