@@ -105,13 +105,13 @@ def prefetch(
         Whether a reward asks.
     """
     asking = [reward for reward in all_rewards(rewards) if reward.asks]
+    *_, batch = _batch_to_score(prompts, splits, texts, mode)
+
+    def start() -> None:
+        for reward in asking:
+            reward.prefetch(*batch)
+
     if asking:
-        *_, batch = _batch_to_score(prompts, splits, texts, mode)
-
-        def start() -> None:
-            for reward in asking:
-                reward.prefetch(*batch)
-
         run_on_all_ranks(start)
     return bool(asking)
 
