@@ -254,7 +254,7 @@ class Experience:
         scores = replace(self.scores, total=self.scores.total.to(device))
         rollouts = replace(self.rollouts, engine_logprobs=self.rollouts.engine_logprobs.to(device))
         values = {each.name: getattr(self, each.name) for each in fields(self)}
-        moved = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {n: value.to(device) for n, value in values.items() if isinstance(value, Tensor)}
         return replace(self, rollouts=rollouts, scores=scores, **moved)
 
     @property
