@@ -57,6 +57,7 @@ class RLMTModule(ScoringMixin, PolicyMixin, TrainingModule):  # type: ignore[mis
             samples are malformed, or the rewards of each prompt's samples are equal. Such a batch changes nothing.
         held_out_rewards: Rewards that are not trained on; each scores the responses to validation and test prompts, and
             is logged as `val/<name>`.
+        dropout: Whether the dropout of the config is active in the update; the first ratio is then not 1.
         **options: Those of `TrainingModule`. The reference of a LoRA run is the policy without its adapter.
 
     Raises:
@@ -77,6 +78,7 @@ class RLMTModule(ScoringMixin, PolicyMixin, TrainingModule):  # type: ignore[mis
         max_skipped: PositiveInt = 5,
         max_idle: PositiveInt = 50,
         held_out_rewards: list[Reward] | None = None,
+        dropout: bool = False,
         **options: Any,
     ) -> None:
         check_ranges(RLMTModule, locals())
@@ -88,7 +90,7 @@ class RLMTModule(ScoringMixin, PolicyMixin, TrainingModule):  # type: ignore[mis
         set_template_date(nn.ModuleList([self.reward, self.held_out]), self.configured_format.date)
         self.algorithm = algorithm
         self.malformed: MalformedMode = malformed or "null"  # YAML reads the bare word null as None
-        self.malformed_reward = malformed_reward
+        self.malformed_reward, self.dropout = malformed_reward, dropout
         self.policy_version = 0
         self.policy: PreTrainedModel | None = None
         self.reference: PreTrainedModel | None = None
@@ -231,7 +233,7 @@ class RLMTModule(ScoringMixin, PolicyMixin, TrainingModule):  # type: ignore[mis
         data, engines = self.data, [engine for engine in (self.data.engine, self.data.val_engine) if engine is not None]
         checks.check_trainer(self.trainer)
         checks.check_sharded_run(self.trainer, self.algorithm.critic, engines)
-        loading.check_head(self.policy_config, self.policy_path)
+        loading.check_policy(self.policy_config, self.policy_path)
         self.reward.check()
         self.held_out.check(self.reward)
         check_inputs(nn.ModuleList([self.reward, self.held_out]), self.malformed, data.extra_columns)
