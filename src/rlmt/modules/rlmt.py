@@ -55,8 +55,7 @@ class RLMTModule(ScoringMixin, PolicyMixin, TrainingModule):  # type: ignore[mis
             run stops.
         max_idle: Maximum number of consecutive rollout batches without a learning signal before the run stops: all
             samples are malformed, or the rewards of each prompt's samples are equal. Such a batch changes nothing.
-        held_out_rewards: Rewards that are not trained on; each scores the responses to validation and test prompts, and
-            is logged as `val/<name>`.
+        held_out_rewards: Rewards not trained on, for responses to validation and test prompts; logged as `val/<name>`.
         dropout: Whether the dropout of the config is active in the update; the first ratio is then not 1.
         **options: Those of `TrainingModule`. The reference of a LoRA run is the policy without its adapter.
 
@@ -96,8 +95,8 @@ class RLMTModule(ScoringMixin, PolicyMixin, TrainingModule):  # type: ignore[mis
         self.reference: PreTrainedModel | None = None
         self.critic: Critic | None = None
         self._update = PolicyUpdate(algorithm, self.tokens_per_micro_batch, self.max_grad_norm)
-        self._skipped_steps = SkippedSteps(max_skipped, max_idle)
-        self._timer, self._loaded = StepTimer(), list[Reward | HeldOutRewards]()
+        self._skipped_steps, self._timer = SkippedSteps(max_skipped, max_idle), StepTimer()
+        self._loaded = list[Reward | HeldOutRewards]()
 
     # One step ---------------------------------------------------------------------------------------------------------
 
