@@ -22,7 +22,7 @@ from rlmt.memory.bytes import (
     tensor_bytes,
     weight_bytes,
 )
-from rlmt.models.output_head import LOGITS_PER_CHUNK, linear_logprobs
+from rlmt.models.output_head import LOGITS_PER_CHUNK, OutputHead, linear_logprobs
 from rlmt.models.quantization import nf4_bytes, quantized_weights
 
 SHAPE: dict[str, Any] = {
@@ -113,7 +113,10 @@ def test_foreach_step_takes_the_size_of_the_trained_tensors() -> None:
 
 
 @pytest.mark.parametrize("compute", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
-def test_logits_bytes_match_the_allocated_peak(compute: torch.dtype, allocated_peak: Any) -> None:
+@pytest.mark.parametrize("soft_cap", [None, pytest.param(30.0, marks=pytest.mark.slow)])
+def test_logits_bytes_match_the_allocated_peak(
+    compute: torch.dtype, soft_cap: float | None, allocated_peak: Any
+) -> None:
     tokens, vocabulary, width = 600, 2**17, 8
     hidden = torch.randn(tokens, width, dtype=compute, requires_grad=True)
     head = torch.randn(vocabulary, width, dtype=compute)
@@ -121,11 +124,13 @@ def test_logits_bytes_match_the_allocated_peak(compute: torch.dtype, allocated_p
 
     def work() -> None:
         chunk = LOGITS_PER_CHUNK // vocabulary
-        outputs = linear_logprobs(hidden, head, targets, 1.0, chunk)
+        outputs = linear_logprobs(hidden, OutputHead(head, soft_cap=soft_cap), targets, 1.0, chunk)
         (outputs.logprobs + outputs.entropy).sum().backward()
 
-    assert logits_bytes(tokens, head, compute) == pytest.approx(allocated_peak(work), rel=0.15)
-    assert logits_bytes(10, head, torch.float32) == 10 * vocabulary * 8
+    assert logits_bytes(tokens, OutputHead(head, soft_cap=soft_cap), compute) == pytest.approx(
+        allocated_peak(work), rel=0.15
+    )
+    assert logits_bytes(10, OutputHead(head), torch.float32) == 10 * vocabulary * 8
 
 
 def test_kv_bytes_match_hand_computation() -> None:

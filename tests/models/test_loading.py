@@ -6,12 +6,26 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BloomConfig, Gemma2Config, LlamaConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    BartConfig,
+    BertConfig,
+    BloomConfig,
+    Gemma2Config,
+    InklingTextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    XLMConfig,
+)
 
 from rlmt.errors import UserError
-from rlmt.models.loading import check_head, frozen_copy, load_config, load_policy, load_tokenizer, max_positions
+from rlmt.models.loading import check_policy, frozen_copy, load_config, load_policy, load_tokenizer, max_positions
 from rlmt.models.logprobs import token_logprobs
 from rlmt.models.micro_batch import no_op_micro_batch
+from rlmt.models.rope import check_vllm_rope
 
 
 @pytest.fixture
@@ -100,12 +114,6 @@ def test_max_positions_is_read_from_the_config():
     assert "max_position_embeddings" in _refusal(max_positions, BloomConfig())
 
 
-def test_models_that_change_their_logits_raise() -> None:
-    with pytest.raises(UserError, match="final_logit_softcapping"):
-        check_head(Gemma2Config(), "some/model")
-    check_head(LlamaConfig(), "some/model")
-
-
 @pytest.mark.parametrize("tied", [False, True])
 def test_reference_in_16_bits_has_the_same_logprobs_under_autocast(tied: bool) -> None:
     torch.manual_seed(0)
@@ -134,3 +142,44 @@ def test_reference_in_16_bits_has_the_same_logprobs_under_autocast(tied: bool) -
     assert sum(p.numel() * p.element_size() for p in frozen.parameters()) == 4 * 61 * 32 + head + 2 * layer + 4 * 32
     assert not any(p.requires_grad for p in frozen.parameters()) and not frozen.training
     assert all(p.dtype is torch.float32 for p in [*policy.parameters(), *full.parameters()])
+
+
+def test_policies_without_a_plain_decoder_or_head_raise() -> None:
+    check_policy(Gemma2Config(), "some/model")  # a soft cap
+    for config in (BertConfig(), XLMConfig(), BartConfig()):
+        assert "is not a plain decoder" in _refusal(check_policy, config, "some/model")
+    assert "the decoder's last hidden states" in _refusal(check_policy, InklingTextConfig(), "some/model")
+
+
+def test_length_dependent_rope_limits_the_context() -> None:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 64}
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": 256, "pad_token_id": 0}
+    longrope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, **factors}
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    assert max_positions(Phi3Config(**sizes, rope_parameters=longrope)) == 64
+    assert max_positions(LlamaConfig(**sizes, rope_parameters=dynamic)) == 256
+    assert max_positions(LlamaConfig(**sizes)) == 256
+    check_vllm_rope(Phi3Config(**sizes, rope_parameters=longrope))
+    assert "which vLLM scales" in _refusal(check_vllm_rope, LlamaConfig(**sizes, rope_parameters=dynamic))
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_padding_changes_logits_only_beyond_the_context_of_the_rope(kind: str) -> None:
+    """The reason for the limit: a longer row in the batch changes a short one."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 48}
+    rope: dict[str, object] = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
+    if kind == "longrope":
+        factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 16}
+        context = {"max_position_embeddings": 64}
+        config = Phi3Config(vocab_size=50, pad_token_id=0, **sizes, **context, rope_parameters=rope | factors)
+        policy = Phi3ForCausalLM(config).eval()
+    else:
+        config = LlamaConfig(vocab_size=50, max_position_embeddings=16, **sizes, rope_parameters=rope)
+        policy = LlamaForCausalLM(config).eval()
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        alone = policy(ids).logits[0]
+        for padding, same in ((4, True), (20, False)):
+            padded = policy(torch.nn.functional.pad(ids, (0, padding))).logits[0, :12]
+            assert torch.allclose(padded, alone, atol=1e-5) == same
+    assert max_positions(policy.config) == 16

@@ -8,32 +8,50 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from rlmt.models.logprobs import token_logprobs
 from rlmt.models.micro_batch import micro_batches
-from rlmt.models.output_head import linear_logprobs
+from rlmt.models.output_head import OutputHead, linear_logprobs
 from rlmt.types import RolloutBatch, Sampling
 
 SHAPE = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
+HEADS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bias": {"bias": True},
+    "scale": {"scale": 0.3},
+    "soft cap": {"soft_cap": 2.5},
+    "all": {"bias": True, "scale": 1.7, "soft_cap": 4.0},
+}
+
+
+@pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("chunk", [1, 3, 100])
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_linear_logprobs_equal_log_softmax_in_value_and_gradient(chunk: int, temperature: float) -> None:
+def test_linear_logprobs_equal_log_softmax_in_value_and_gradient(
+    options: dict[str, Any], chunk: int, temperature: float
+) -> None:
     torch.manual_seed(0)
     hidden = torch.randn(10, 6, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(13, 6, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(13, dtype=torch.float64, requires_grad=True) if "bias" in options else None
     targets = torch.randint(0, 13, (10,))
     a, b = torch.randn(10), torch.randn(10)
+    inputs = [hidden, weight] if bias is None else [hidden, weight, bias]
 
-    logs = torch.log_softmax(hidden @ weight.T / temperature, dim=1)
+    products = torch.nn.functional.linear(hidden, weight, bias) * options.get("scale", 1)
+    cap = options.get("soft_cap")
+    logits = products if cap is None else cap * torch.tanh(products / cap)
+    logs = torch.log_softmax(logits / temperature, dim=1)
     expected = logs.gather(1, targets[:, None]).squeeze(1)
     expected_entropy = -(logs.exp() * logs).sum(1)
-    expected_grads = torch.autograd.grad((a * expected + b * expected_entropy).sum(), (hidden, weight))
+    expected_grads = torch.autograd.grad((a * expected + b * expected_entropy).sum(), inputs)
 
-    out = linear_logprobs(hidden, weight, targets, temperature, chunk)
+    head = OutputHead(weight, bias, options.get("scale", 1), cap)
+    out = linear_logprobs(hidden, head, targets, temperature, chunk)
     torch.testing.assert_close(out.logprobs, expected.float())
     torch.testing.assert_close(out.entropy, expected_entropy.float())
-    grads = torch.autograd.grad((a * out.logprobs + b * out.entropy).sum(), (hidden, weight))
-    torch.testing.assert_close(grads[0], expected_grads[0], rtol=1e-5, atol=5e-6)
-    torch.testing.assert_close(grads[1], expected_grads[1], rtol=1e-5, atol=5e-6)
+    grads = torch.autograd.grad((a * out.logprobs + b * out.entropy).sum(), inputs)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=5e-6)
 
 
 @pytest.mark.parametrize("which", ["logprobs", "entropy"])
@@ -45,7 +63,9 @@ def test_each_output_has_its_own_gradient(which: str) -> None:
     logs = torch.log_softmax(hidden @ weight.T, dim=1)
     expected = logs.gather(1, targets[:, None]).sum() if which == "logprobs" else -(logs.exp() * logs).sum()
     (want,) = torch.autograd.grad(expected, hidden)
-    (got,) = torch.autograd.grad(getattr(linear_logprobs(hidden, weight, targets, 1.0, 2), which).sum(), hidden)
+    (got,) = torch.autograd.grad(
+        getattr(linear_logprobs(hidden, OutputHead(weight), targets, 1.0, 2), which).sum(), hidden
+    )
     torch.testing.assert_close(got, want)
 
 
@@ -57,7 +77,7 @@ def test_backward_recomputes_the_logits_of_forward_under_autocast() -> None:
     weight[:, 0] = 1
     targets = torch.randint(0, 500, (64,))
     with torch.autocast("cpu", torch.bfloat16):
-        out = linear_logprobs(hidden, weight, targets, 1.0, 16)
+        out = linear_logprobs(hidden, OutputHead(weight), targets, 1.0, 16)
         expected = torch.log_softmax(torch.nn.functional.linear(hidden, weight).float(), 1)
     torch.testing.assert_close(out.logprobs, expected.gather(1, targets[:, None]).squeeze(1))
     (gradient,) = torch.autograd.grad(out.logprobs.sum(), hidden)
@@ -72,7 +92,7 @@ def test_peak_memory_is_a_few_chunks_of_logits(allocated_peak: Any) -> None:
     targets = torch.randint(0, 8192, (1024,))
 
     def work() -> None:
-        out = linear_logprobs(hidden, weight, targets, 0.7, 64)
+        out = linear_logprobs(hidden, OutputHead(weight), targets, 0.7, 64)
         (out.logprobs.sum() + out.entropy.sum()).backward()
 
     one_chunk = 64 * 8192 * 4

@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rlmt.errors import UserError
 from rlmt.models import NF4, LoRA, loading
 from rlmt.models.adapters import adapter_weights, base_tensors, merge_adapter
-from rlmt.models.logprobs import eval_mode
 from rlmt.models.quantization import dequantize
+from rlmt.models.training_mode import eval_mode
 
 pytest.importorskip("bitsandbytes")
 IDS = torch.arange(2 * 11).view(2, 11) % 61

@@ -24,6 +24,7 @@ from rlmt.errors import UserError
 from rlmt.formats.resolve import check_format, resolve_format
 from rlmt.formats.thinking import FILE_NAME, FormatName, ThinkingFormat
 from rlmt.models.assets import load_stop_token_ids
+from rlmt.models.cache import check_cache
 from rlmt.models.loading import load_config, load_policy, load_tokenizer, max_positions
 from rlmt.models.vocabulary import check_vocabulary
 from rlmt.options import NonNegativeFloat, PositiveInt, UnitIntervalAboveZero, check_ranges
@@ -195,6 +196,7 @@ def _load(model: Path, name: FormatName | None, sampling: Sampling, seed: int, d
         thinking_format = resolve_format(ThinkingFormat(name), tokenizer, str(model))
     else:
         raise UserError(f"{model}: stores no thinking format ({FILE_NAME} is missing); pass --format.")
+    check_cache(load_config(model), str(model), "serve it with vLLM")
     stop_token_ids = load_stop_token_ids(model, tokenizer, thinking_format)
     sampling = replace(sampling, stop=thinking_format.stop, stop_token_ids=stop_token_ids)
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,5 +1,8 @@
 """Engine that generates with the training policy itself in plain transformers: it needs no copy of the weights.
 
+Models that keep keys and values per token run in padded batches, and the samples of a prompt share its prefill. Models
+with linear attention or other states run in batches of equally long prompts, without padding or sharing.
+
 Each sample has a random generator of its own and uses one uniform number per token, so a sample depends on its prompt,
 its seed and the weights, and not on the rest of the batch. `model.generate` is not used: it applies the policy's
 `generation_config` to every setting and keeps computing samples that have ended.
@@ -7,16 +10,19 @@ its seed and the weights, and not on the rest of the batch. `model.generate` is 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlmt import progress
 from rlmt.engines.base import Engine, max_completion_tokens
-from rlmt.models.logprobs import eval_mode
+from rlmt.models.cache import check_cache, shares_cache
+from rlmt.models.training_mode import eval_mode
 from rlmt.options import PositiveInt, check_ranges
 from rlmt.types import AdapterWeights, FinishReason, SampleRequest, Samples, Sampling
 
@@ -46,6 +52,17 @@ class TransformersEngine(Engine):
         check_ranges(TransformersEngine, locals())
         self.tokens_per_batch = tokens_per_batch
         self._policy: PreTrainedModel | None = None
+
+    def check_policy(self, config: PretrainedConfig) -> None:
+        """Checks that the policy generates from a cache.
+
+        Args:
+            config: The policy's configuration.
+
+        Raises:
+            UserError: It does not.
+        """
+        check_cache(config, config.name_or_path, "use --data.engine VLLMEngine, or another policy")
 
     def start(
         self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_model_len: int, dtype: torch.dtype
@@ -106,10 +123,13 @@ class TransformersEngine(Engine):
 
     def _batches(self, rows: list[_Row], max_new_tokens: int) -> Iterator[list[_Row]]:
         """Batches rows of similar prompt length, longest first, so that memory runs out in the first batch or never."""
+        assert self._policy is not None
+        pads = shares_cache(self._policy.config)
         batch: list[_Row] = []
         for row in sorted(rows, key=lambda row: len(row.prompt_ids), reverse=True):
-            longest = len((batch or [row])[0].prompt_ids) + max_new_tokens
-            if batch and (len(batch) + 1) * longest > self.tokens_per_batch:
+            longest = len((batch or [row])[0].prompt_ids)
+            full = (len(batch) + 1) * (longest + max_new_tokens) > self.tokens_per_batch
+            if batch and (full or (not pads and len(row.prompt_ids) < longest)):
                 yield batch
                 batch = []
             batch.append(row)
@@ -117,35 +137,27 @@ class TransformersEngine(Engine):
             yield batch
 
     def _sample_batch(self, policy: PreTrainedModel, rows: list[_Row], sampling: Sampling) -> Iterator[int]:
-        """Samples one batch; rows that have ended leave the batch. Yields the number of ended rows after each token."""
+        """Samples one batch; rows that have ended leave it if the cache allows. Yields the number of ended rows."""
         device, count = policy.device, len(rows)
-        cache = DynamicCache(config=policy.config)
-        logits, mask = _prefill(policy, cache, rows)
+        generation = _Generation(policy, [row.prompt_ids for row in rows])
         uniforms = torch.stack([_uniforms(row.seed, sampling.max_new_tokens) for row in rows]).to(device)
         for step in range(sampling.max_new_tokens):
-            tokens, logprobs = _sample_token(logits, uniforms[:, step], sampling)
+            tokens, logprobs = _sample_token(generation.logits, uniforms[:, step], sampling)
             for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
-                row.ids.append(token)
-                row.logprobs.append(logprob)
-                row.finish = self._finish_reason(row, sampling)
+                if row.finish is None:
+                    row.ids.append(token)
+                    row.logprobs.append(logprob)
+                    row.finish = self._finish_reason(row, sampling)
             active = [i for i, row in enumerate(rows) if row.finish is None]
             yield count - len(active)
             if not active:
                 return
-            if len(active) < len(rows):
+            if len(active) < len(rows) and generation.selects_rows:
                 index = torch.tensor(active, device=device)
-                cache.batch_select_indices(index)
+                generation.select_rows(index)
                 rows = [rows[i] for i in active]
-                tokens, mask, uniforms = tokens[index], mask[index], uniforms[index]
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-            positions = mask.sum(1, keepdim=True) - 1
-            logits = policy(
-                input_ids=tokens[:, None],
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            ).logits[:, -1]
+                tokens, uniforms = tokens[index], uniforms[index]
+            generation.append(tokens)
 
     def _finish_reason(self, row: _Row, sampling: Sampling) -> FinishReason | None:
         """Finish reason of a row whose newest token ends it, or None."""
@@ -177,44 +189,60 @@ def stream(policy: PreTrainedModel, prompt_ids: list[int], sampling: Sampling, s
     Yields:
         Token ids.
     """
-    cache = DynamicCache(config=policy.config)
-    logits, _ = _prefill(policy, cache, [_Row(prompt_ids, seed, sampling.max_new_tokens)])
+    generation = _Generation(policy, [prompt_ids])
     for uniform in _uniforms(seed, sampling.max_new_tokens).to(policy.device):
-        token = _sample_token(logits, uniform[None], sampling)[0]
+        token = _sample_token(generation.logits, uniform[None], sampling)[0]
         yield int(token)
         if int(token) in sampling.stop_token_ids:
             return
-        logits = policy(input_ids=token[:, None], past_key_values=cache, use_cache=True).logits[:, -1]
+        generation.append(token)
 
 
-def _prefill(policy: PreTrainedModel, cache: DynamicCache, rows: list[_Row]) -> tuple[Tensor, Tensor]:
-    """Computes each distinct prompt of the batch once and fills the KV cache for all rows.
+class _Generation:
+    """A batch of sequences in a model's cache, and the logits of their next tokens.
 
-    Returns:
-        Logits [rows, vocabulary] of the first completion token, and the attention mask [rows, longest prompt] of the
-        left-padded prompts.
+    Args:
+        policy: The model, in eval mode.
+        prompts: One prompt a row; equally long if the model has states in place of keys and values.
     """
-    distinct: dict[tuple[int, ...], int] = {}
-    for row in rows:
-        distinct.setdefault(tuple(row.prompt_ids), len(distinct))
-    longest = max(map(len, distinct))
-    ids = torch.zeros(len(distinct), longest, dtype=torch.long)
-    mask = torch.zeros(len(distinct), longest, dtype=torch.long)
-    for prompt, number in distinct.items():
-        ids[number, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[number, longest - len(prompt) :] = 1
-    ids, mask = ids.to(policy.device), mask.to(policy.device)
-    logits = policy(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
-    index = torch.tensor([distinct[tuple(row.prompt_ids)] for row in rows], device=policy.device)
-    cache.batch_select_indices(index)
-    return logits[index], mask[index]
+
+    def __init__(self, policy: PreTrainedModel, prompts: list[list[int]]) -> None:
+        self._policy = policy
+        self.selects_rows = shares_cache(policy.config)
+        """Whether rows can be repeated or left out."""
+        self._parameters = inspect.signature(policy.forward).parameters
+        distinct = {tuple(prompt): None for prompt in prompts} if self.selects_rows else prompts
+        longest = max(map(len, distinct))
+        padded = [[0] * (longest - len(prompt)) + list(prompt) for prompt in distinct]
+        mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in distinct]
+        self._mask = torch.tensor(mask, device=policy.device)
+        self._cache: Any = DynamicCache(config=policy.config) if self.selects_rows else None  # or else the model's own
+        self.logits = self._forward(torch.tensor(padded, device=policy.device))
+        """[rows, vocabulary] logits of each row's next token."""
+        if self.selects_rows:  # each distinct prompt was computed once
+            row_of = {prompt: row for row, prompt in enumerate(distinct)}
+            self.select_rows(torch.tensor([row_of[tuple(prompt)] for prompt in prompts], device=policy.device))
+
+    def select_rows(self, index: Tensor) -> None:
+        """Keeps the rows `index` [n] int64, in this order; a row can occur several times."""
+        self._cache.batch_select_indices(index)
+        self._mask, self.logits = self._mask[index], self.logits[index]
+
+    def append(self, tokens: Tensor) -> None:
+        """Appends one token [rows] int64 to each row and computes the logits of the next."""
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
+        self.logits = self._forward(tokens[:, None])
+
+    def _forward(self, ids: Tensor) -> Tensor:
+        options: dict[str, Any] = {}
+        if self.selects_rows:
+            positions = (self._mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            options |= {"attention_mask": self._mask, "position_ids": positions}
+        options = {name: value for name, value in (options | {"logits_to_keep": 1}).items() if name in self._parameters}
+        outputs = self._policy(input_ids=ids, past_key_values=self._cache, use_cache=True, **options)
+        self._cache = outputs.past_key_values
+        logits: Tensor = outputs.logits[:, -1]
+        return logits
 
 
 def _uniforms(seed: int, count: int) -> Tensor:

@@ -12,7 +12,8 @@ the saved bytes (the bytes alive after the forward are up to 7% more, under grad
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 from unittest import mock
@@ -23,9 +24,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, masking_utils
+from transformers.integrations import moe
 
+from rlmt.errors import UserError, first_line
 from rlmt.models.logprobs import token_logprobs
 from rlmt.models.micro_batch import MicroBatch
+from rlmt.models.output_head import output_head
 
 _FEWER_LAYERS, _MORE_LAYERS = 2, 4
 """The two depths at which a deep model is measured; even, for architectures that alternate two kinds of layers."""
@@ -76,6 +80,8 @@ def update_footprint(
         per_token: Computes one number a token from the model and a micro-batch; by default log-probs plus entropies.
     """
     compute = per_token or _logprobs_and_entropies
+    if per_token is None:
+        output_head(model)  # measured by a forward with data, which fake tensors lack
 
     def run(live: _LiveStorages) -> int:
         saved: dict[int, Any] = {}
@@ -88,7 +94,7 @@ def update_footprint(
 
         with torch.autocast("cpu", autocast, enabled=autocast is not None, cache_enabled=False):
             with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-                numbers = compute(model, _micro_batch(shape))
+                numbers = compute(model, micro_batch_of(shape))
             total = int(sum(storage.nbytes() for storage in saved.values()))
             saved.clear()
             cast(Any, numbers.sum()).backward()
@@ -121,7 +127,7 @@ def _logprobs_and_entropies(model: PreTrainedModel, batch: MicroBatch) -> Tensor
     return outputs.logprobs + outputs.entropy
 
 
-def _micro_batch(shape: BatchShape) -> MicroBatch:
+def micro_batch_of(shape: BatchShape) -> MicroBatch:
     """A micro-batch of zeros."""
     rows, prompt, completion = shape.rows, shape.prompt, shape.completion
     first = 0 if shape.shared_prefix else prompt - 1
@@ -147,7 +153,8 @@ def _measure(model: PreTrainedModel, run: Callable[[_LiveStorages], int]) -> Foo
 
     # Sequences packed into a row would need a mask; transformers looks for them in the data, which fake tensors lack.
     unpacked = mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda *_, **__: None)
-    with unpacked, FakeTensorMode():
+    grouped = mock.patch.object(moe, "_grouped_mm", _fake_grouped_mm)
+    with unpacked, grouped, _one_line_errors(model), FakeTensorMode():
         _make_fake(model)
         if not isinstance(layers, nn.ModuleList) or len(layers) <= _MORE_LAYERS:
             return measure_once()
@@ -160,6 +167,48 @@ def _measure(model: PreTrainedModel, run: Callable[[_LiveStorages], int]) -> Foo
         return Footprint(
             fewer.saved + round(factor * (more.saved - fewer.saved)),
             fewer.peak + round(factor * (more.peak - fewer.peak)),
+        )
+
+
+@contextmanager
+def _one_line_errors(model: PreTrainedModel) -> Iterator[None]:
+    """Raises UserError where the forward of an architecture depends on data, which fake tensors lack."""
+    try:
+        yield
+    except Exception as error:  # of any type
+        raise UserError(
+            f"{model.config.name_or_path or type(model).__name__}: `rlmt plan` cannot measure the activations of "
+            f"{model.config.model_type} ({first_line(error)}); try a step with `rlmt fit`."
+        ) from error
+
+
+def _fake_grouped_mm(rows: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+    """The products of a mixture of experts, for fake tensors; torch 2.13 has them in bfloat16 only.
+
+    Args:
+        rows: [tokens · active experts, in] one row for each token and expert that it is routed to.
+        weight: [experts, in, out] weights of all experts.
+        offs: [experts] end of each expert's rows.
+
+    Returns:
+        [tokens · active experts, out].
+    """
+    return cast(Tensor, cast(Any, _GroupedProducts).apply(rows.to(weight.dtype), weight))
+
+
+class _GroupedProducts(torch.autograd.Function):
+    """Allocates and saves what the grouped matrix product does, and computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        return rows.new_empty(len(rows), weight.shape[2])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return tuple(
+            torch.empty_like(saved) if needed else None
+            for saved, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=True)
         )
 
 

@@ -30,7 +30,6 @@ from rlmt.memory.bytes import (
     logits_bytes,
     optimizer_bytes,
     optimizer_step_bytes,
-    output_projection,
     tensor_bytes,
     weight_bytes,
 )
@@ -44,7 +43,9 @@ from rlmt.memory.meta_models import (
 )
 from rlmt.memory.records import GIB, PHASES, Budget, BudgetLine, Phase, VLLMShare
 from rlmt.models import loading
+from rlmt.models.cache import shares_cache
 from rlmt.models.loading import cast_linear_weights
+from rlmt.models.output_head import output_head
 from rlmt.models.quantization import quantized_weights
 from rlmt.modules import RLMTModule
 from rlmt.modules.base import TrainingModule
@@ -84,7 +85,7 @@ def make_budget(
             served.
     """
     budget, devices = Budget(memory), devices or Parallelism()
-    loading.check_causal_lm(model_config(module.policy_path), module.policy_path)
+    loading.check_policy(model_config(module.policy_path), module.policy_path)
     _add_policy(budget, module, data, compute, devices, activations)
     _add_rewards(budget, module, data, devices, activations)
     _add_engine(budget, module, data, compute, devices)
@@ -130,7 +131,9 @@ def _add_policy(
         data.max_new_tokens,
         data.batch_size * data.group_size // (module.algorithm.minibatches * devices.ranks),
         data.group_size,
-        shared_prefix=not (module.gradient_checkpointing or devices.sharded) and data.group_size > 1,
+        shared_prefix=shares_cache(config)
+        and not (module.gradient_checkpointing or devices.sharded)
+        and data.group_size > 1,
     )
     autocast = compute if compute is not torch.float32 else None
     gathered = all_gather_bytes(policy, compute)
@@ -143,7 +146,7 @@ def _add_policy(
         adapter = tensor_bytes(p for p in critic if p.requires_grad) if lora is not None else 0
         add(BudgetLine.all_phases("critic weights", devices.shard_bytes(weights - adapter) + adapter))
         trained += [p for p in critic if p.requires_grad]
-    logits = logits_bytes(shape.rows * shape.completion, output_projection(base), compute)
+    logits = logits_bytes(shape.rows * shape.completion, output_head(base), compute)
     peak = max(footprint.peak, critic_footprint.peak)
     add_update(budget, module, devices, trained, Update(shape, footprint.saved, peak, logits, gathered), base, compute)
 
@@ -286,7 +289,7 @@ def _add_vllm(
     budget.lines.append(line("vLLM KV cache (granted)", cache))
     budget.lines.append(line(f"vLLM activations ({engine.max_num_batched_tokens} tokens)", activations))
     budget.lines.append(BudgetLine.all_phases("vLLM overhead (assumed)", graphs + VLLM_OVERHEAD))
-    token_bytes = kv_bytes(config, dtype, tensor_parallel_size)
+    token_bytes = max(1, kv_bytes(config, dtype, tensor_parallel_size))
     sequences = min(engine.max_num_seqs, data.batch_size * data.group_size * tensor_parallel_size // devices.ranks)
     phases: tuple[Phase, ...] = ("rollout",) if engine.sleep else PHASES
     budget.vllm = VLLMShare(engine.gpu_memory_utilization, besides, cache, length * token_bytes, phases)

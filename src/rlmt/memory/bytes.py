@@ -12,12 +12,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlmt.memory.activations import BatchShape
 from rlmt.models.adapters import is_adapter
-from rlmt.models.output_head import LOGITS_PER_CHUNK
+from rlmt.models.output_head import LOGITS_PER_CHUNK, OutputHead
 from rlmt.models.quantization import nf4_bytes
 
 _SAMPLE_SIZE = 2**16
@@ -136,24 +137,25 @@ def optimizer_step_bytes(factory: Callable[[Any], Optimizer], trained: Iterable[
     return tensor_bytes(trained) if foreach and type(optimizer).__module__.startswith("torch.optim.") else 0
 
 
-def logits_bytes(tokens: int, head: Tensor, compute: torch.dtype) -> int:
+def logits_bytes(tokens: int, head: OutputHead, compute: torch.dtype) -> int:
     """Peak bytes of the logits of a micro-batch, which are computed in chunks, and of their gradients.
 
-    The backward holds two float32 copies of a chunk, and a third one in the forward's dtype if that is shorter.
+    The backward holds two float32 copies of a chunk, a third one for a soft cap, and one in the forward's dtype if that
+    is shorter.
 
     Args:
         tokens: Number of tokens with logits.
-        head: [V, H] output projection.
+        head: Output head with V logits.
         compute: dtype of the matrix product.
     """
-    vocabulary = head.shape[0]
+    vocabulary = head.weight.shape[0]
     chunk = min(tokens, max(1, LOGITS_PER_CHUNK // vocabulary))
-    third_copy = 0 if compute is torch.float32 else compute.itemsize
-    return chunk * vocabulary * (8 + third_copy)
+    shorter_copy = 0 if compute is torch.float32 else compute.itemsize
+    return chunk * vocabulary * (8 + (0 if head.soft_cap is None else 4) + shorter_copy)
 
 
 def kv_bytes(config: PretrainedConfig, dtype: torch.dtype, tensor_parallel_size: int = 1) -> int:
-    """Bytes of the keys and values of one token in all layers, per device.
+    """Bytes of the keys and values of one token in all layers, per device; layers that keep a state have none.
 
     Args:
         config: Config of the model.
@@ -161,9 +163,12 @@ def kv_bytes(config: PretrainedConfig, dtype: torch.dtype, tensor_parallel_size:
         tensor_parallel_size: Number of devices over which the heads are split.
     """
     text: Any = config.get_text_config()
+    layers = sum(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=text).layers)
+    if layers == 0:
+        return 0
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * int(text.num_hidden_layers) * max(int(heads) // tensor_parallel_size, 1) * int(width) * dtype.itemsize
+    return 2 * layers * max(int(heads) // tensor_parallel_size, 1) * int(width) * dtype.itemsize
 
 
 def largest_micro_batch(
@@ -186,8 +191,3 @@ def largest_micro_batch(
     if not shared_prefix and length < prompt:  # rows of this length would hold no completion
         rows, length = max(1, room // full), full
     return BatchShape(rows, prompt, max(1, length if shared_prefix else length - prompt + 1), shared_prefix)
-
-
-def output_projection(model: PreTrainedModel) -> Tensor:
-    """[V, H] weight of the language-model head."""
-    return cast(Tensor, cast(Any, model).get_output_embeddings().weight)

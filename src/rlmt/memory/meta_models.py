@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from rlmt.memory.activations import BatchShape, Footprint, forward_footprint, update_footprint
 from rlmt.memory.known_models import model_config
-from rlmt.models.activation_checkpointing import enable_checkpointing
 from rlmt.models.attention import attention_options
 from rlmt.models.micro_batch import hidden_states
+from rlmt.models.training_mode import set_training_mode
 from rlmt.modules import SFT, RLMTModule
 from rlmt.modules.base import TrainingModule
 
@@ -81,8 +81,7 @@ def meta_trained(module: TrainingModule, auto: Any, config: PretrainedConfig, dt
             for name, parameter in list(submodule._parameters.items()):
                 if parameter is not None and parameter.requires_grad:
                     submodule._parameters[name] = nn.Parameter(parameter.float())
-    policy.train()
-    enable_checkpointing(policy, module.gradient_checkpointing)
+    set_training_mode(policy, module.gradient_checkpointing, module.dropout)
     return policy
 
 

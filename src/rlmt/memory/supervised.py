@@ -15,7 +15,6 @@ from rlmt.memory.bytes import (
     Parallelism,
     all_gather_bytes,
     logits_bytes,
-    output_projection,
     tensor_bytes,
     weight_bytes,
 )
@@ -24,6 +23,7 @@ from rlmt.memory.meta_models import adapter_options, meta_from_config, meta_trai
 from rlmt.memory.records import Budget, BudgetLine
 from rlmt.models import loading
 from rlmt.models.micro_batch import MicroBatch
+from rlmt.models.output_head import output_head
 from rlmt.models.quantization import quantized_weights
 from rlmt.models.reward_model import score_states
 from rlmt.modules import SFT, RewardModeling
@@ -75,7 +75,7 @@ def make_supervised_budget(
     logits = 0
     if isinstance(module, SFT):
         footprint = update_footprint(model, shape, autocast)
-        logits = logits_bytes(shape.rows * shape.completion, output_projection(base), compute)
+        logits = logits_bytes(shape.rows * shape.completion, output_head(base), compute)
     else:
         footprint = update_footprint(model, shape, autocast, _scores)
     update = Update(shape, footprint.saved, footprint.peak, logits, gathered)

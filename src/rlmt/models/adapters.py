@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, _check_lora_target_modules_mamba
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -82,6 +82,7 @@ class LoRA:
         modules = model.base_model.named_modules()
         below = {name.rpartition(".")[2] for name, layer in modules if isinstance(layer, nn.Linear | BaseTunerLayer)}
         below -= {"base_layer", POLICY, CRITIC}  # inside a layer that already has an adapter
+        below = {name for name in below if _peft_supports(model, name)}
         selected = below if self.target_modules == "all-linear" else set(self.target_modules)
         if unknown := sorted(selected - below):
             raise UserError(
@@ -138,6 +139,15 @@ class LoRA:
                     module.float().requires_grad_(True)
                 if self.dora and adapter_name in layer.lora_magnitude_vector:
                     _reset_magnitude(layer, adapter_name)
+
+
+def _peft_supports(model: PreTrainedModel, name: str) -> bool:
+    """False for layers of state-space models whose weight a fused kernel reads past the adapter."""
+    try:
+        _check_lora_target_modules_mamba(LoraConfig(), model, name)
+    except ValueError:
+        return False
+    return True
 
 
 def _reset_magnitude(layer: Any, adapter: str) -> None:

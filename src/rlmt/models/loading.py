@@ -29,7 +29,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from rlmt.errors import UserError, first_line
 from rlmt.models.attention import attention_options
+from rlmt.models.logits_function import logits_function
 from rlmt.models.quantization import NF4
+from rlmt.models.rope import constant_rope_length
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 """Dtype of the weights; `auto` is the checkpoint's."""
@@ -43,6 +45,8 @@ _DTYPES: dict[str, torch.dtype | str] = {
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 _UNWRITABLE = (PermissionError, NotADirectoryError, FileExistsError)
+_NOT_CAUSAL = ("xlm", "xlnet", "reformer")
+"""Types with a language model that is not causal, or only with a further option."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -207,6 +211,14 @@ def cast_linear_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTraine
     return model
 
 
+def _looks_ahead(config: PretrainedConfig) -> bool:
+    """True for models that have an encoder, or whose attention is not causal."""
+    if config.model_type in _NOT_CAUSAL or config.is_encoder_decoder:
+        return True
+    # GPT-NeoX has the option, but no encoder.
+    return getattr(config, "is_decoder", None) is False and not config.model_type.startswith("gpt_neox")
+
+
 @contextmanager
 def safetensors_source(path: str | Path) -> Iterator[str]:
     """Yields the name under which transformers finds a model's safetensors; errors inside become one line.
@@ -228,18 +240,24 @@ def seeded_init() -> Iterator[None]:
 
 
 def check_causal_lm(config: PretrainedConfig, source: str) -> None:
-    """Checks that a config is one of a causal language model, so that no classifier is trained as a policy.
+    """Checks that a config is one of a causal language model, so that no classifier or encoder is used as a policy.
 
     Args:
         config: Config of the model.
         source: Folder or hub name for the message.
 
     Raises:
-        UserError: The model type has no causal language model, or the weights were saved from another class.
+        UserError: The model type has no causal language model, its tokens attend to later ones, or the weights were
+            saved from another class.
     """
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(
             f"{source}: {config.model_type} is not a causal language model that transformers supports; use another."
+        )
+    if _looks_ahead(config):
+        raise UserError(
+            f"{source}: {config.model_type} is not a plain decoder, in which tokens attend to earlier ones only; use "
+            "one, such as Llama, Qwen or Gemma."
         )
     classes: set[str] = set()
     for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
@@ -249,25 +267,27 @@ def check_causal_lm(config: PretrainedConfig, source: str) -> None:
         raise UserError(f"{source}: holds a {saved[0]}, not a causal language model; give the folder of a policy.")
 
 
-def check_head(config: PretrainedConfig, source: str) -> None:
-    """Checks that logits are just hidden states times the output projection.
+def check_policy(config: PretrainedConfig, source: str) -> None:
+    """Checks that rlmt computes a model's log-probs as the model itself does.
 
-    Log-probs are computed from the two in chunks, without the model's own head.
+    They are computed from its hidden states, a few tokens at a time, without its own forward.
 
     Args:
         config: Config of the model.
         source: Folder or hub name for the message.
 
     Raises:
-        UserError: This model type scales, caps or shifts its logits.
+        UserError: As `check_causal_lm`, or the logits are another function of the hidden states.
     """
-    text = config.get_text_config()
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
-        if getattr(text, name, None) not in (None, 1, 1.0):
-            raise UserError(
-                f"{source}: {config.model_type} changes its logits after the output projection ({name}), and rlmt's "
-                "log-probs would not be the model's; use another family, such as Llama, Qwen or Mistral."
-            )
+    check_causal_lm(config, source)
+    try:
+        model = meta_model(config)
+    except Exception as error:  # of any type, from the constructor of any architecture
+        reason = first_line(error)
+        raise UserError(
+            f"{source}: transformers cannot build this {config.model_type} ({reason}); use another."
+        ) from error
+    logits_function(model)
 
 
 def max_positions(config: PretrainedConfig) -> int:
@@ -277,7 +297,8 @@ def max_positions(config: PretrainedConfig) -> int:
         config: Config of the model; for a multimodal model its text config is used.
 
     Returns:
-        Maximum length of prompt and completion together, in tokens.
+        Maximum length of prompt and completion together, in tokens; the original context where rotary frequencies
+        depend on the length beyond it.
 
     Raises:
         UserError: The config has no context length.
@@ -288,7 +309,7 @@ def max_positions(config: PretrainedConfig) -> int:
             f"{config.name_or_path or config.model_type}: config.json has no max_position_embeddings; "
             "add it, so that prompts can be checked against the context length."
         )
-    return length
+    return min(length, constant_rope_length(config) or length)
 
 
 def absolute_path(path: str | Path) -> str:

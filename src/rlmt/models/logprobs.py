@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlmt.distributed.fsdp2 import call_as_forward, pad_with_no_ops
@@ -22,7 +21,8 @@ from rlmt.models.micro_batch import (
     token_offsets,
     token_positions,
 )
-from rlmt.models.output_head import LOGITS_PER_CHUNK, linear_logprobs
+from rlmt.models.output_head import LOGITS_PER_CHUNK, linear_logprobs, output_head
+from rlmt.models.training_mode import eval_mode
 from rlmt.progress import track
 from rlmt.types import PolicyOutputs, RolloutBatch
 
@@ -45,9 +45,9 @@ def token_logprobs(model: PreTrainedModel, batch: MicroBatch, temperature: float
 
 def _token_logprobs(model: Any, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
     hidden = hidden_states(model.get_decoder(), batch)
-    head = model.get_output_embeddings()
+    head = output_head(model)
     chunk = max(1, LOGITS_PER_CHUNK // head.weight.shape[0])
-    outputs = linear_logprobs(hidden, head.weight, batch.targets, temperature, chunk)
+    outputs = linear_logprobs(hidden, head, batch.targets, temperature, chunk)
     return outputs.logprobs, outputs.entropy
 
 
@@ -112,16 +112,3 @@ def _per_token(
             if batch.samples:
                 out[token_positions(batch.samples, offsets, rollouts.lengths).to(device)] = values
     return out
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Sets eval mode, then restores each module's own mode: a frozen part can be in eval mode while the rest trains."""
-    modes = [(module, module.training) for module in model.modules()]
-    for module, _ in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -2,7 +2,8 @@
 
 Samples of one prompt share its forward and backward pass: the prompt goes through the policy once, and all its samples
 use its keys and values. With 8 samples per prompt this leaves an eighth of the work on prompts, and the gradient is the
-same. With gradient checkpointing, keys and values cannot be shared, and every sample carries its own prompt.
+same. Every sample carries its own prompt where keys and values cannot be shared: with gradient checkpointing, and in
+models with linear attention or other states in place of keys and values.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlmt.distributed.fsdp2 import is_sharded
+from rlmt.models.cache import shares_cache
+from rlmt.models.training_mode import recomputes_activations
 from rlmt.types import RolloutBatch
 
 
@@ -39,7 +42,7 @@ class MicroBatch:
 
 def shares_prompts(model: PreTrainedModel) -> bool:
     """True if several samples can use one prompt's keys and values, with gradients if they are enabled."""
-    return not (model.is_gradient_checkpointing and model.training) and not is_sharded(model)
+    return shares_cache(model.config) and not recomputes_activations(model) and not is_sharded(model)
 
 
 def no_op_micro_batch(device: torch.device) -> MicroBatch:

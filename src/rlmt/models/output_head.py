@@ -1,24 +1,61 @@
-"""Log-probs and entropies from hidden states and the output projection, without all logits in memory at once."""
+"""Log-probs and entropies from hidden states and the output head, without all logits in memory at once."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from rlmt.models.logits_function import logits_function
 from rlmt.types import PolicyOutputs
 
 LOGITS_PER_CHUNK = 2**25
 """Number of logits in memory at a time, per copy: 128 MiB in float32."""
 
 
-def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int) -> PolicyOutputs:
-    """Computes log-probs and entropies under softmax(hidden · weightᵀ / temperature), `chunk` tokens at a time.
+@dataclass(frozen=True)
+class OutputHead:
+    """Logits from hidden states: z = scale · (hidden · weightᵀ + bias), with a soft cap c then c · tanh(z / c)."""
+
+    weight: Tensor
+    """[V, H] output projection."""
+    bias: Tensor | None = None
+    """[V], or None."""
+    scale: float = 1.0
+    """Factor of the products (Cohere, Granite)."""
+    soft_cap: float | None = None
+    """Bound of the logits (Gemma 2), or None."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Computes float32 logits [t, V] from hidden states [t, H]; the projection runs in their dtype."""
+        logits = (hidden @ self.weight.to(hidden.dtype).T).float()
+        if self.bias is not None:
+            logits += self.bias.float()
+        if self.scale != 1:
+            logits *= self.scale
+        return logits if self.soft_cap is None else logits.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
+
+
+def output_head(model: PreTrainedModel) -> OutputHead:
+    """The output head of a causal language model.
+
+    Raises:
+        UserError: The model computes its logits in another way.
+    """
+    scale, soft_cap = logits_function(model)
+    projection: Any = model.get_output_embeddings()
+    return OutputHead(projection.weight, projection.bias, scale, soft_cap)
+
+
+def linear_logprobs(hidden: Tensor, head: OutputHead, targets: Tensor, temperature: float, chunk: int) -> PolicyOutputs:
+    """Computes log-probs and entropies under softmax(logits / temperature), `chunk` tokens at a time.
 
     Args:
         hidden: [t, H] hidden states.
-        weight: [V, H] output projection.
+        head: Output head with V logits.
         targets: [t] int64 token ids.
         temperature: Sampling temperature, > 0.
         chunk: Number of tokens whose logits are in memory at a time.
@@ -29,7 +66,8 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):  # cast here, because backward recomputes the logits outside of autocast
         hidden = hidden.to(torch.get_autocast_dtype(kind))
-    logprobs, entropy = cast(Any, _LinearLogprobs).apply(hidden, weight, targets, temperature, chunk)
+    apply = cast(Any, _LinearLogprobs).apply
+    logprobs, entropy = apply(hidden, head.weight, head.bias, head, targets, temperature, chunk)
     return PolicyOutputs(logprobs, entropy)
 
 
@@ -38,34 +76,43 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: OutputHead,
+        targets: Tensor,
+        temperature: float,
+        chunk: int,
     ) -> tuple[Tensor, Tensor]:
         logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         entropy, normalizer = torch.empty_like(logprobs), torch.empty_like(logprobs)
-        projection = weight.to(hidden.dtype)
+        cast_head = replace(head, weight=weight.to(hidden.dtype), bias=bias)
         for part in _chunks(len(hidden), chunk):
-            logits = (hidden[part] @ projection.T).float().div_(temperature)
+            logits = cast_head.logits(hidden[part]).div_(temperature)
             lse = logits.logsumexp(dim=1)
             logprobs[part] = logits.gather(1, targets[part, None]).squeeze(1) - lse
             probabilities = (logits - lse[:, None]).exp_()
             entropy[part] = lse - (probabilities.mul_(logits)).sum(dim=1)
             normalizer[part] = lse
             del logits, probabilities  # frees them before the next chunk's are allocated
-        ctx.save_for_backward(hidden, weight, targets, normalizer, entropy)
-        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.save_for_backward(hidden, weight, bias, targets, normalizer, entropy)
+        ctx.scale, ctx.soft_cap, ctx.temperature, ctx.chunk = head.scale, head.soft_cap, temperature, chunk
         ctx.set_materialize_grads(False)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         logprob_grad, entropy_grad = grads
-        hidden, weight, targets, normalizer, entropy = ctx.saved_tensors
-        needs_hidden_grad, needs_weight_grad = ctx.needs_input_grad[:2]
-        hidden_grad = torch.zeros_like(hidden) if needs_hidden_grad else None
-        weight_grad = torch.zeros_like(weight) if needs_weight_grad else None
-        projection = weight.to(hidden.dtype)
+        hidden, weight, bias, targets, normalizer, entropy = ctx.saved_tensors
+        grads_of = zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
+        hidden_grad, weight_grad, bias_grad = (torch.zeros_like(x) if needed else None for x, needed in grads_of)
+        head = OutputHead(weight.to(hidden.dtype), bias, ctx.scale, ctx.soft_cap)
         for part in _chunks(len(hidden), ctx.chunk):
-            logs = (hidden[part] @ projection.T).float().div_(ctx.temperature).sub_(normalizer[part, None])
+            logs = head.logits(hidden[part])
+            # d c tanh(z / c) / dz = 1 - tanh(z / c)²
+            cap_slope = None if head.soft_cap is None else (logs / head.soft_cap).square_().neg_().add_(1)
+            logs = logs.div_(ctx.temperature).sub_(normalizer[part, None])
             p = logs.exp()
             # d logprob / d logit_v = [v = target] - p_v;  d entropy / d logit_v = -p_v (log p_v + entropy)
             slope = torch.zeros_like(normalizer[part]) if logprob_grad is None else logprob_grad[part].float()
@@ -75,13 +122,20 @@ class _LinearLogprobs(torch.autograd.Function):
                 down = entropy_grad[part].float()[:, None]
                 logit_grad = p.mul_(logs.add_(entropy[part, None]).mul_(-down).sub_(slope[:, None]))
             logit_grad.scatter_add_(1, targets[part, None], slope[:, None])
-            logit_grad = logit_grad.div_(ctx.temperature).to(hidden.dtype)
+            logit_grad = logit_grad.div_(ctx.temperature)
+            if cap_slope is not None:
+                logit_grad *= cap_slope
+            if head.scale != 1:
+                logit_grad *= head.scale
+            if bias_grad is not None:
+                bias_grad += logit_grad.sum(0).to(bias_grad.dtype)
+            logit_grad = logit_grad.to(hidden.dtype)
             if hidden_grad is not None:
-                hidden_grad[part] = logit_grad @ projection
+                hidden_grad[part] = logit_grad @ head.weight
             if weight_grad is not None:
                 weight_grad.add_((logit_grad.T @ hidden[part]).to(weight.dtype))
-            del logs, p, logit_grad  # frees them before the next chunk's are allocated
-        return hidden_grad, weight_grad, None, None, None
+            del logs, p, logit_grad, cap_slope  # frees them before the next chunk's are allocated
+        return hidden_grad, weight_grad, bias_grad, None, None, None, None
 
 
 def _chunks(total: int, size: int) -> list[slice]:

@@ -22,10 +22,11 @@ from rlmt.errors import UserError
 from rlmt.formats.resolve import resolve_format
 from rlmt.formats.thinking import ThinkingFormat
 from rlmt.models import loading
-from rlmt.models.activation_checkpointing import Checkpointing, enable_checkpointing
+from rlmt.models.activation_checkpointing import Checkpointing
 from rlmt.models.adapters import LoRA
 from rlmt.models.assets import POLICY_ASSETS, load_stop_token_ids, save_policy_assets
 from rlmt.models.quantization import NF4
+from rlmt.models.training_mode import set_training_mode
 from rlmt.models.vocabulary import check_vocabulary
 from rlmt.modules.checkpoints import (
     adapter_state,
@@ -65,6 +66,8 @@ class TrainingModule(LightningModule):
     """Name of the module in its checkpoints."""
     saved: ClassVar[tuple[str, ...]]
     """Prefixes of the weights that a checkpoint holds; frozen models are loaded again from their source."""
+    dropout = True
+    """Whether the dropout of the model's config is active in training."""
 
     def __init__(
         self,
@@ -112,9 +115,10 @@ class TrainingModule(LightningModule):
 
     def set_training_mode(self, model: PreTrainedModel) -> PreTrainedModel:
         """Sets train mode and gradient checkpointing for `fit`, eval mode for other stages."""
-        model.train(self.fitting)
         if self.fitting:
-            enable_checkpointing(model, self.gradient_checkpointing)
+            set_training_mode(model, self.gradient_checkpointing, self.dropout)
+        else:
+            model.eval()
         return model
 
     def log_step(self, metrics: Mapping[str, float], batch_size: int, progress_bar: Mapping[str, str]) -> None:

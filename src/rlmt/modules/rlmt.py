@@ -55,8 +55,8 @@ class RLMTModule(ScoringMixin, PolicyMixin, TrainingModule):  # type: ignore[mis
             run stops.
         max_idle: Maximum number of consecutive rollout batches without a learning signal before the run stops: all
             samples are malformed, or the rewards of each prompt's samples are equal. Such a batch changes nothing.
-        held_out_rewards: Rewards that are not trained on; each scores the responses to validation and test prompts, and
-            is logged as `val/<name>`.
+        held_out_rewards: Rewards not trained on, for responses to validation and test prompts; logged as `val/<name>`.
+        dropout: Whether the dropout of the config is active in the update; the first ratio is then not 1.
         **options: Those of `TrainingModule`. The reference of a LoRA run is the policy without its adapter.
 
     Raises:
@@ -77,6 +77,7 @@ class RLMTModule(ScoringMixin, PolicyMixin, TrainingModule):  # type: ignore[mis
         max_skipped: PositiveInt = 5,
         max_idle: PositiveInt = 50,
         held_out_rewards: list[Reward] | None = None,
+        dropout: bool = False,
         **options: Any,
     ) -> None:
         check_ranges(RLMTModule, locals())
@@ -88,14 +89,14 @@ class RLMTModule(ScoringMixin, PolicyMixin, TrainingModule):  # type: ignore[mis
         set_template_date(nn.ModuleList([self.reward, self.held_out]), self.configured_format.date)
         self.algorithm = algorithm
         self.malformed: MalformedMode = malformed or "null"  # YAML reads the bare word null as None
-        self.malformed_reward = malformed_reward
+        self.malformed_reward, self.dropout = malformed_reward, dropout
         self.policy_version = 0
         self.policy: PreTrainedModel | None = None
         self.reference: PreTrainedModel | None = None
         self.critic: Critic | None = None
         self._update = PolicyUpdate(algorithm, self.tokens_per_micro_batch, self.max_grad_norm)
-        self._skipped_steps = SkippedSteps(max_skipped, max_idle)
-        self._timer, self._loaded = StepTimer(), list[Reward | HeldOutRewards]()
+        self._skipped_steps, self._timer = SkippedSteps(max_skipped, max_idle), StepTimer()
+        self._loaded = list[Reward | HeldOutRewards]()
 
     # One step ---------------------------------------------------------------------------------------------------------
 
@@ -231,7 +232,7 @@ class RLMTModule(ScoringMixin, PolicyMixin, TrainingModule):  # type: ignore[mis
         data, engines = self.data, [engine for engine in (self.data.engine, self.data.val_engine) if engine is not None]
         checks.check_trainer(self.trainer)
         checks.check_sharded_run(self.trainer, self.algorithm.critic, engines)
-        loading.check_head(self.policy_config, self.policy_path)
+        loading.check_policy(self.policy_config, self.policy_path)
         self.reward.check()
         self.held_out.check(self.reward)
         check_inputs(nn.ModuleList([self.reward, self.held_out]), self.malformed, data.extra_columns)

@@ -63,8 +63,7 @@ class SFT(PolicyMixin, SupervisedModule):  # type: ignore[misc] # Lightning's lo
     def setup(self, stage: str) -> None:
         """Checks the configuration before any weights are loaded."""
         check_trainer(self.trainer)
-        loading.check_causal_lm(self.policy_config, self.policy_path)
-        loading.check_head(self.policy_config, self.policy_path)
+        loading.check_policy(self.policy_config, self.policy_path)
         self.check_adapter()
 
     @rank_hook
@@ -105,7 +104,7 @@ class SFT(PolicyMixin, SupervisedModule):  # type: ignore[misc] # Lightning's lo
         # A sequence's first token is never predicted; the others of its prompt only if they have a weight.
         first = [1 if prompt_weight else count for count in prompts]
         plan = batches_by_length([len(sequence) - 1 for sequence in sequences], self.tokens_per_micro_batch)
-        parts = (_micro_batch(part, sequences, first, self.device) for part in plan)
+        parts = (micro_batch_of_sequences(part, sequences, first, self.device) for part in plan)
         padded = pad_with_no_ops(parts, self.trained_model, no_op_micro_batch(self.device))
         for batch in track("micro-batch", padded):
             weights = torch.ones(len(batch.targets), device=self.device)
@@ -168,7 +167,9 @@ def _target_tokens_of_all_ranks(rows: list[EncodedDemonstration]) -> int:
     return sum(all_gather_object(target_tokens(rows)))
 
 
-def _micro_batch(part: list[int], sequences: list[Tensor], first: list[int], device: torch.device) -> MicroBatch:
+def micro_batch_of_sequences(
+    part: list[int], sequences: list[Tensor], first: list[int], device: torch.device
+) -> MicroBatch:
     """Pads some of the sequences on the right; the token at position `first` of each and all later ones are targets."""
     sequences, first = [sequences[i] for i in part], [first[i] for i in part]
     width = max(map(len, sequences)) - 1

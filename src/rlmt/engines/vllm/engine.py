@@ -42,6 +42,8 @@ from rlmt.engines.vllm.temporary_folders import ContentFolder, check_folders, re
 from rlmt.engines.vllm.tensor_parallel import check_heads, check_ranks, gather_requests, gloo_communicator
 from rlmt.errors import UserError
 from rlmt.models.adapters import adapter_weights, base_tensors
+from rlmt.models.cache import shares_cache
+from rlmt.models.rope import check_vllm_rope
 from rlmt.options import FinitePositiveFloat, PositiveInt, UnitIntervalAboveZero, check_ranges
 from rlmt.types import AdapterWeights, FinishReason, SampleRequest, Samples, Sampling
 
@@ -101,6 +103,8 @@ class VLLMEngine(Engine):
         self.tensor_parallel_size = tensor_parallel_size
         self._llm: Any = None
         self._lora: LoRASlot | None = None
+        self.chunks_prefill = False
+        """Whether vLLM prefills in chunks, which models with linear attention require on CPU."""
         self._has_base = False
         self._cache_filled = False
         self._folder: ContentFolder | None = None
@@ -121,15 +125,16 @@ class VLLMEngine(Engine):
         check_ranks(self.tensor_parallel_size, collectives.world_size())
 
     def check_policy(self, config: PretrainedConfig) -> None:
-        """Checks that the policy can be sharded over `tensor_parallel_size` ranks.
+        """Checks that the policy can be sharded over `tensor_parallel_size` ranks, and its rotary embeddings.
 
         Args:
             config: The policy's configuration.
 
         Raises:
-            UserError: It cannot.
+            UserError: It cannot, or vLLM computes other rotary embeddings than the trainer.
         """
         check_heads(self.tensor_parallel_size, config)
+        check_vllm_rope(config)
 
     def check_adapter(self, config: dict[str, Any]) -> None:
         """Checks that vLLM can serve the policy's adapter.
@@ -174,6 +179,7 @@ class VLLMEngine(Engine):
         self._names = frozenset(base_tensors(policy))
         self._has_base = False
         self._max_model_len = max_model_len
+        self.chunks_prefill = not shares_cache(policy.config)
         self._on_gpu = device.type == "cuda"
         self._sleeps = self.sleep and self._on_gpu
         self._asleep = False
@@ -236,7 +242,7 @@ class VLLMEngine(Engine):
             max_num_seqs=self.max_num_seqs,
             enforce_eager=self._eager,
             enable_sleep_mode=self._sleeps,
-            enable_prefix_caching=True,
+            enable_prefix_caching=not self.chunks_prefill,  # a state has no prefix to share
             logprobs_mode="processed_logprobs",  # at the sampling temperature
             generation_config="vllm",  # ignores the model's own generation_config
             trust_remote_code=False,

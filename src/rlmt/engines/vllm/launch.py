@@ -27,14 +27,16 @@ def device_args(engine: Any, on_cpu: bool, max_model_len: int) -> dict[str, Any]
         "max_num_batched_tokens": max(engine.max_num_batched_tokens, engine.max_num_seqs),
     }
     if on_cpu:
-        args = cpu_args(engine.cpu_kv_cache_gib, max_model_len, engine.max_num_seqs)
+        args = cpu_args(engine.cpu_kv_cache_gib, max_model_len, engine.max_num_seqs, engine.chunks_prefill)
     if collectives.world_size() > 1:  # each rank starts its own worker in the existing process group
         args["distributed_executor_backend"] = "external_launcher"
         args["tensor_parallel_size"] = engine.tensor_parallel_size
     return args
 
 
-def cpu_args(kv_cache_gib: float, max_model_len: int, max_num_seqs: int) -> dict[str, Any]:
+def cpu_args(
+    kv_cache_gib: float, max_model_len: int, max_num_seqs: int, chunks_prefill: bool = False
+) -> dict[str, Any]:
     """Arguments for vLLM's CPU build.
 
     It crashes where chunked prefill rewinds a seeded generator, so every prompt must fit into one step.
@@ -43,11 +45,12 @@ def cpu_args(kv_cache_gib: float, max_model_len: int, max_num_seqs: int) -> dict
         kv_cache_gib: Size of the KV cache in GiB.
         max_model_len: Longest prompt + completion in tokens.
         max_num_seqs: Maximum number of samples decoded at once.
+        chunks_prefill: Whether chunked prefill is enabled, which models with linear attention require.
     """
     return {
         "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
         "block_size": _CPU_BLOCK_SIZE,
-        "enable_chunked_prefill": False,
+        "enable_chunked_prefill": chunks_prefill,
         "max_num_batched_tokens": max(max_model_len, max_num_seqs, 4096),
     }
 

@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlmt import progress
 from rlmt.distributed import collectives
@@ -38,6 +38,7 @@ from rlmt.engines.vllm_server.weight_transfer import PublishedWeights, SharedFol
 from rlmt.errors import UserError
 from rlmt.formats.thinking import ThinkingFormat
 from rlmt.models.adapters import base_tensors
+from rlmt.models.rope import check_vllm_rope
 from rlmt.options import PositiveFloat, PositiveInt, check_ranges
 from rlmt.types import AdapterWeights, SampleRequest, Samples, Sampling
 
@@ -140,6 +141,17 @@ class VLLMServerEngine(Engine):
             await server.check_tokenizer(text, ids)
 
         self._check_servers(self._servers, check)
+
+    def check_policy(self, config: PretrainedConfig) -> None:
+        """Checks that vLLM computes the rotary embeddings of the policy as the trainer does.
+
+        Args:
+            config: The policy's configuration.
+
+        Raises:
+            UserError: It does not.
+        """
+        check_vllm_rope(config)
 
     def check_adapter(self, config: dict[str, Any]) -> None:
         """Checks that the servers can serve the policy's adapter.
