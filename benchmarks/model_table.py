@@ -279,10 +279,10 @@ INTRO = """
 # Model families
 
 What is computed on each family, against transformers' own forward of each sample alone: tiny random models in
-float32, at temperature 0.7, with the dropout of the config set to 0.1 where a family has it. A number is the largest
-difference, of a log-prob in nats or of a gradient relative to its largest entry; in the column of `rlmt plan` it is
-the difference of the planned activation memory from the measured one. A family that is refused is refused in one line
-before any weights are loaded.
+float32, at temperature 0.7, with dropout 0.1 in the configs of Granite, GPT-2, OPT, Phi, Phi-3 and Seed-OSS. A number
+is the largest difference, of a log-prob in nats or of a gradient relative to its largest entry; in the column of
+`rlmt plan` it is the difference of the planned activation memory from the measured one. A family that is refused is
+refused in one line before any weights are loaded.
 
 Where samples cannot share the state of a prompt, each sample carries its own prompt in every pass; that is slower and
 gives the same numbers. The table is measured by `python benchmarks/model_table.py`, with the versions of transformers

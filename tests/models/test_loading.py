@@ -152,11 +152,11 @@ def test_policies_without_a_plain_decoder_or_head_raise() -> None:
 
 
 def test_length_dependent_rope_limits_the_context() -> None:
-    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 64}
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": 256, "pad_token_id": 0}
     longrope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, **factors}
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
-    assert max_positions(Phi3Config(**sizes, rope_parameters=longrope)) == 64
+    assert max_positions(Phi3Config(**sizes, original_max_position_embeddings=64, rope_parameters=longrope)) == 64
     assert max_positions(LlamaConfig(**sizes, rope_parameters=dynamic)) == 256
     assert max_positions(LlamaConfig(**sizes)) == 256
     check_vllm_rope(Phi3Config(**sizes, rope_parameters=longrope))
@@ -169,8 +169,8 @@ def test_padding_changes_logits_only_beyond_the_context_of_the_rope(kind: str) -
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 48}
     rope: dict[str, object] = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
     if kind == "longrope":
-        factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 16}
-        context = {"max_position_embeddings": 64}
+        factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+        context = {"max_position_embeddings": 64, "original_max_position_embeddings": 16}
         config = Phi3Config(vocab_size=50, pad_token_id=0, **sizes, **context, rope_parameters=rope | factors)
         policy = Phi3ForCausalLM(config).eval()
     else:
