@@ -154,5 +154,5 @@ def test_sequences_equal_the_reader_output(tmp_path, byte_tokenizer):
     (row,) = PreferenceDataModule(source).read(source, Module(byte_tokenizer))
     texts = [byte_tokenizer.decode(sequence) for sequence in row.sequences]
     template = "<s><|user|>Hi<|im_end|>\n<|assistant|>{}<|im_end|>\n"
-    assert texts == [template.format("Hello!"), template.format("No.")]  # without the control string
+    assert texts == [template.format("Hello!"), template.format("No. ")]  # a space for the control string
     assert row.longest == len("Hi") + len("Hello!") + 7
