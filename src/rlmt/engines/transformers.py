@@ -62,7 +62,7 @@ class TransformersEngine(Engine):
         Raises:
             UserError: It does not.
         """
-        check_cache(config, config.name_or_path, "use --data.engine VLLMEngine, or another policy")
+        check_cache(config, str(config.name_or_path), "use --data.engine VLLMEngine, or another policy")
 
     def start(
         self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_model_len: int, dtype: torch.dtype

@@ -25,8 +25,8 @@ def shares_cache(config: PretrainedConfig) -> bool:
     Args:
         config: Config of a causal language model or of its decoder.
     """
-    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    return model is not None and _caches(model) and not model._is_stateful and _caches_per_token(config)
+    model: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return bool(model is not None and _caches(model) and not model._is_stateful and _caches_per_token(config))
 
 
 def check_cache(config: PretrainedConfig, source: str, fix: str) -> None:

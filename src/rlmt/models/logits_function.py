@@ -39,7 +39,7 @@ def logits_function(model: PreTrainedModel) -> tuple[float, float | None]:
 
 
 @torch.no_grad()
-def _measure(model: PreTrainedModel) -> tuple[float, float | None]:
+def _measure(model: Any) -> tuple[float, float | None]:
     projection: Any = model.get_output_embeddings()
     if not isinstance(projection, nn.Linear) or type(projection).forward is not nn.Linear.forward:
         raise _unsupported(model, f"its output projection is a {type(projection).__name__}")
@@ -70,7 +70,7 @@ def _measure(model: PreTrainedModel) -> tuple[float, float | None]:
     return scale, soft_cap
 
 
-def _forward_from(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+def _forward_from(model: Any, hidden: Tensor) -> Tensor:
     """Logits of the model's own forward, whose decoder returns the given hidden states."""
     decoder: Any = model.get_decoder()
     with _returns(decoder, _DecoderOutput(hidden)) as calls:

@@ -46,7 +46,7 @@ def output_head(model: PreTrainedModel) -> OutputHead:
         UserError: The model computes its logits in another way.
     """
     scale, soft_cap = logits_function(model)
-    projection: Any = model.get_output_embeddings()
+    projection: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     return OutputHead(projection.weight, projection.bias, scale, soft_cap)
 
 

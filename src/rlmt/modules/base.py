@@ -118,7 +118,7 @@ class TrainingModule(LightningModule):
         if self.fitting:
             set_training_mode(model, self.gradient_checkpointing, self.dropout)
         else:
-            model.eval()
+            model.train(False)
         return model
 
     def log_step(self, metrics: Mapping[str, float], batch_size: int, progress_bar: Mapping[str, str]) -> None:
