@@ -32,6 +32,7 @@ def sft(policy: Path, data: Path, run: Path, form: str, epochs: int) -> Path:
         "--data.path": data,
         "--data.batch_size": 8,
         "--data.max_length": 512,
+        "--data.val_size": 0,
         "--model.optimizer.lr": 3e-3,
         "--trainer.max_epochs": epochs,
         "--trainer.default_root_dir": run,
