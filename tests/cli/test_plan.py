@@ -469,13 +469,13 @@ def test_supervised_run_has_one_phase(
     assert table(capsys.readouterr().out)["activations"][0] > 2 * each / GIB
 
 
-def test_plan_of_an_unknown_module_is_a_one_line_error(
+def test_plan_of_unfitting_data_is_a_one_line_error(
     two_layers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     line = "plan --config sft --data PreferenceDataModule --data.path x.jsonl --memory 24 --model.policy"
     assert main([*line.split(), str(two_layers / "policy")]) == 2
-    assert "--model SFT with --data PreferenceDataModule: `rlmt plan` knows" in capsys.readouterr().err
+    assert "--data is PreferenceDataModule, but --model SFT trains on SFTDataModule" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["single-gpu", "scaling"])

@@ -86,8 +86,8 @@ def test_validation_of_a_reward_with_several_parts(stage: str, monkeypatch: pyte
     monkeypatch.setattr(RLMTModule, "data", SimpleNamespace(generate=lambda prompts: None))
     monkeypatch.setattr(module, "split", lambda rollouts: scored())
     monkeypatch.setattr(module, "ask", lambda experience, held_out: None)
-    monkeypatch.setattr(module, "score", lambda experience: None)
-    monkeypatch.setattr(module.held_out, "means", lambda *_: {"held_out": 1.0})
+    monkeypatch.setattr(module, "score", lambda experience: experience)
+    monkeypatch.setattr(module.held_out, "scores", lambda *_: {"held_out": torch.ones(2)})
     getattr(module, stage)(None, 0)
 
 

@@ -216,7 +216,7 @@ class RLMTModule(ScoringMixin, PolicyMixin, TrainingModule):  # type: ignore[mis
         values |= self.held_out.scores(experience, self.malformed, self.malformed_reward)
         for name, of_samples in values.items():
             if any(all_gather_object(count := len(of_samples))):
-                mean, on_bar = of_samples.sum() / max(1, count), name == "reward_mean"
+                mean, on_bar = float(of_samples.sum() / max(1, count)), name == "reward_mean"  # NCCL has no CPU tensors
                 self.log(f"{stage}/{name}", mean, batch_size=count, sync_dist=True, prog_bar=on_bar)
         return {"experience": experience, "values": values}
 
