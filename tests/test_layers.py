@@ -15,6 +15,6 @@ def test_imports_point_to_lower_layers() -> None:
     assert "Contracts: 1 kept, 0 broken." in result.stdout
 
 
-def test_package_has_five_flat_modules() -> None:
+def test_package_has_four_flat_modules() -> None:
     flat = {path.stem for path in (REPO / "src/rlmt").glob("*.py")}
-    assert flat == {"__init__", "__main__", "errors", "progress", "types"}
+    assert flat == {"__init__", "__main__", "errors", "types"}
