@@ -81,7 +81,7 @@ def test_compositions_instantiate(model: str, name: str, launched: list[Any]) ->
     assert main(compose("base", "grpo", model, name)) == 0
     ((_, module, data),) = launched
     assert isinstance(module.algorithm, GRPO) and isinstance(data.engine, VLLMEngine)
-    assert module.format.name == {"instructed": "think"}.get(name, name)
+    assert module.configured_format.name == {"instructed": "think"}.get(name, name)
     assert module.policy is None and module.reward.model is None  # nothing was loaded
 
 
@@ -175,7 +175,7 @@ def test_sft_config_has_the_papers_settings(name: str, launched: list[Any]) -> N
     assert main([*words, "--model.policy", "runs/policy", "--data.path", "demonstrations.jsonl"]) == 0
     ((trainer, module, data),) = launched
     assert isinstance(module, SFT) and isinstance(data, SFTDataModule)
-    assert module.format.name == name and module.policy is None
+    assert module.configured_format.name == name and module.policy is None
     assert (data.batch_size, data.max_length, trainer.max_epochs, module.prompt_weight) == (16, 20000, 2, 0)
     optimizer = module.optimizer_factory([torch.nn.Parameter(torch.zeros(1))])
     defaults = optimizer.defaults

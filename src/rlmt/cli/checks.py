@@ -15,6 +15,7 @@ from torch import nn
 
 from rlmt.cli.messages import Report, missing_module, nearest
 from rlmt.errors import UserError, first_line
+from rlmt.modules.supervised import SupervisedModule
 
 SERVICES = ("comet_ml", "mlflow", "wandb")
 """Packages of loggers, which raise errors of their own."""
@@ -81,7 +82,7 @@ def check_data(model: Any, data: Any) -> None:
 
 
 def check_optimizer(model: Any) -> None:
-    """Checks the optimizer's options on a small parameter.
+    """Checks the optimizer's options on two small parameters, one of them in a layer, with names where a run has them.
 
     Raises:
         UserError: The optimizer refuses one, such as a negative learning rate.
@@ -89,8 +90,9 @@ def check_optimizer(model: Any) -> None:
     factory = getattr(model, "optimizer_factory", None)
     if factory is None:
         return
+    named = {name: nn.Parameter(torch.zeros(2, 2)) for name in ("embedding.weight", "layers.0.weight")}
     try:
-        factory([{"params": [nn.Parameter(torch.zeros(2, 2))]}])
+        factory([{"params": list(named.items() if isinstance(model, SupervisedModule) else named.values())}])
     except (TypeError, ValueError) as error:
         raise UserError(f"--model.optimizer: {first_line(error)}; correct the option.") from error
 
