@@ -21,7 +21,6 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -167,7 +166,7 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, mixed: bool, offload: bool =
         mixed: Whether blocks are all-gathered and computed in bfloat16; gradients are reduced in float32.
         offload: Whether the shards are stored in host memory.
     """
-    has_adapter = any(isinstance(module, BaseTunerLayer) for module in model.modules())
+    has_adapter = any(".lora_" in name for name, _ in model.named_parameters())
     unsharded = {p for p in model.parameters() if p.requires_grad} if has_adapter else set()
     blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for module in [*blocks, model]:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
@@ -256,6 +255,8 @@ def _export_merged(checkpoint: _Checkpoint, source: str, out: Path, dtype: torch
 
 
 def _export_adapter(checkpoint: _Checkpoint, source: str, out: Path, dtype: torch.dtype | None) -> str:
+    from peft import LoraConfig  # takes seconds, and an export of full weights does not use it
+
     adapter, head = _adapter(checkpoint), checkpoint.head
     folder = Path(source).expanduser()
     name = str(folder.resolve()) if folder.is_dir() else source  # a relative path would depend on the working directory

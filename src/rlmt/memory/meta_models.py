@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from rlmt.memory.activations import BatchShape, Footprint, forward_footprint, update_footprint
 from rlmt.memory.known_models import model_config
+from rlmt.models.adapters import is_adapter_layer
 from rlmt.models.attention import attention_options
 from rlmt.models.micro_batch import hidden_states
 from rlmt.models.training_mode import set_training_mode
@@ -65,6 +65,8 @@ def meta_trained(module: TrainingModule, auto: Any, config: PretrainedConfig, dt
     eager = attention if attention.get("attn_implementation") == "eager" else {}
     policy = meta_from_config(auto, config, dtype, **eager)
     if lora is not None:
+        from peft import LoraConfig  # takes seconds, and most runs have no adapter
+
         policy.requires_grad_(False)
         options = LoraConfig(
             r=lora.rank,
@@ -75,8 +77,9 @@ def meta_trained(module: TrainingModule, auto: Any, config: PretrainedConfig, dt
             use_rslora=lora.rslora,
         )
         policy.add_adapter(options, adapter_name="default")
-        for submodule in policy.modules():
-            if isinstance(submodule, LoraLayer):
+        submodules: Iterator[Any] = policy.modules()
+        for submodule in submodules:
+            if is_adapter_layer(submodule):
                 submodule.cast_input_dtype_enabled = False  # as in LoRA.add_to
             for name, parameter in list(submodule._parameters.items()):
                 if parameter is not None and parameter.requires_grad:

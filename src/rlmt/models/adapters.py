@@ -2,6 +2,9 @@
 
 The base is never written to: no merge, no unmerge. Engines without LoRA and the export get merged weights from
 `merge_adapter`, one tensor at a time and on a copy.
+
+Functions import PEFT when they use it: it imports bitsandbytes and torch's compiler, which would take seconds at the
+start of every command, and most runs have no adapter.
 """
 
 from __future__ import annotations
@@ -10,18 +13,18 @@ import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer, _check_lora_target_modules_mamba
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlmt.errors import UserError
 from rlmt.options import FinitePositiveFloat, PositiveInt, UnitIntervalBelowOne, check_ranges
 from rlmt.types import AdapterWeights
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 POLICY = "default"
 """Name of the policy's adapter."""
@@ -80,7 +83,8 @@ class LoRA:
             UserError: The model has no such linear layer below its head.
         """
         modules = model.base_model.named_modules()
-        below = {name.rpartition(".")[2] for name, layer in modules if isinstance(layer, nn.Linear | BaseTunerLayer)}
+        linear = (name for name, layer in modules if isinstance(layer, nn.Linear) or is_adapter_layer(layer))
+        below = {name.rpartition(".")[2] for name in linear}
         below -= {"base_layer", POLICY, CRITIC}  # inside a layer that already has an adapter
         below = {name for name in below if _peft_supports(model, name)}
         selected = below if self.target_modules == "all-linear" else set(self.target_modules)
@@ -94,6 +98,8 @@ class LoRA:
         return sorted(selected)
 
     def _peft_config(self, model: PreTrainedModel) -> LoraConfig:
+        from peft import LoraConfig
+
         return LoraConfig(
             r=self.rank,
             lora_alpha=cast(int, int(self.alpha) if float(self.alpha).is_integer() else self.alpha),
@@ -124,13 +130,16 @@ class LoRA:
         Raises:
             UserError: The model has no such linear layers.
         """
+        from peft import inject_adapter_in_model
+
         first = next(iter(adapter_names(model)), adapter_name)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter, on purpose
             inject_adapter_in_model(self._peft_config(model), model, adapter_name)
         model.requires_grad_(False)
-        for layer in model.modules():
-            if isinstance(layer, LoraLayer):
+        layers: Iterator[Any] = model.modules()
+        for layer in layers:
+            if is_adapter_layer(layer):
                 layer._active_adapter = [first]
                 # Inputs have the adapter's dtype, or autocast casts both: PEFT's cast to float32 would be undone at
                 # once, and backward would save a copy for every adapter.
@@ -143,6 +152,9 @@ class LoRA:
 
 def _peft_supports(model: PreTrainedModel, name: str) -> bool:
     """False for layers of state-space models whose weight a fused kernel reads past the adapter."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+
     try:
         _check_lora_target_modules_mamba(LoraConfig(), model, name)
     except ValueError:
@@ -166,7 +178,7 @@ def use_adapter(model: nn.Module, adapter: str | None) -> Iterator[None]:
 
     A no-op on a model without adapters.
     """
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    layers: list[Any] = [module for module in model.modules() if is_adapter_layer(module)]
     before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
     # PEFT's own methods also change requires_grad, and the graph of the other adapter would lose its leaves.
     for layer in layers:
@@ -213,8 +225,15 @@ def adapter_weights(model: PreTrainedModel, adapter: str = POLICY) -> AdapterWei
     if config is None:
         return None
     own = {name: p.detach() for name, p in model.named_parameters() if f".{adapter}." in name and is_adapter(name)}
+    from peft import get_peft_model_state_dict
+
     named = get_peft_model_state_dict(model, own, adapter, save_embedding_layers=False)
     return AdapterWeights(config, {PEFT_PREFIX + name: tensor for name, tensor in named.items()})
+
+
+def is_adapter_layer(module: nn.Module) -> bool:
+    """True for a layer of PEFT, which computes a linear layer and its adapters; does not import PEFT."""
+    return hasattr(type(module), "_active_adapter")
 
 
 def is_adapter(name: str) -> bool:

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlmt.models.activation_checkpointing import Checkpointing, enable_checkpointing
+from rlmt.models.adapters import is_adapter_layer
 
 
 def set_training_mode(model: PreTrainedModel, gradient_checkpointing: Checkpointing, dropout: bool) -> None:
@@ -33,13 +33,14 @@ def set_training_mode(model: PreTrainedModel, gradient_checkpointing: Checkpoint
     enable_checkpointing(model, gradient_checkpointing)
     if dropout:
         return
-    for module in model.modules():
+    modules: Iterator[Any] = model.modules()
+    for module in modules:
         if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
             module.training = True
             if _enter_eval_mode not in module._forward_pre_hooks.values():  # policy and critic can share layers
                 module.register_forward_pre_hook(_enter_eval_mode)
                 module.register_forward_hook(_leave_eval_mode, always_call=True)  # recomputation ends by an exception
-        elif isinstance(module, LoraLayer):
+        elif is_adapter_layer(module):
             module.training = True
             module.lora_dropout.train()
 
