@@ -12,7 +12,7 @@ from typing import Any
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from rlmt.checkpointing.files import atomic_write
 
@@ -62,6 +62,9 @@ class ResumableCSVLogger(CSVLogger):
         if self._linked or not target.is_dir() or (not trained and (link / "checkpoints").is_dir()):
             return
         self._linked = True
+        if link.is_dir() and not link.is_symlink():
+            rank_zero_warn(f"{link} is a folder, so no link to {target.name} is made; rename the folder.")
+            return
         new = link.with_name(f".{LATEST}.{os.getpid()}")
         new.unlink(missing_ok=True)
         new.symlink_to(target.name)
