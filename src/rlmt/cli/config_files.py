@@ -16,7 +16,6 @@ import yaml
 from jsonargparse import set_loader
 from jsonargparse._loaders_dumpers import get_yaml_default_loader, yaml_load
 from jsonargparse._parameter_resolvers import get_signature_parameters
-from lightning.pytorch.utilities import rank_zero_info
 
 import rlmt.configs
 from rlmt.errors import UserError
@@ -259,6 +258,8 @@ def _accepted(init_args: Mapping[str, Any], class_path: str | None) -> Tree:
         return dict(init_args)
     names = {parameter.name for parameter in get_signature_parameters(kind, "__init__")}
     if dropped := [key for key in init_args if key.removesuffix("+") not in names]:
+        from lightning.pytorch.utilities import rank_zero_info  # this file is read before Lightning is imported
+
         rank_zero_info(f"--config: {class_path} has no option {', '.join(dropped)}; of another class, it is dropped")
     return {key: value for key, value in init_args.items() if key.removesuffix("+") in names}
 
