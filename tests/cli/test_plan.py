@@ -515,6 +515,27 @@ def test_docs_table_shows_the_printed_peaks(
         assert f"Peak: {peak} GiB" in capsys.readouterr().out, words
 
 
+def test_help_describes_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["plan", "--help"])
+    usage, _, rest = capsys.readouterr().out.partition("\n\n")
+    assert usage.startswith("usage: rlmt plan [") and " fit" not in usage
+    assert (
+        " ".join(rest.split()).startswith("Prints the memory of a run") and "optimization" not in rest.split("\n\n")[0]
+    )
+
+
+def test_readme_shows_the_peak_of_a_first_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(loading, "load_config", lambda path: pytest.fail("the hub was asked"))
+    assert main(["plan", "--config", "base", "--config", "qwen2.5-0.5b", "--memory", "24"]) == 0
+    (peak,) = re.findall(r"Peak: ([\d.]+) GiB", capsys.readouterr().out)
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"^\| a card of 24 GB, .*qwen2\.5-0\.5b.* \| ([\d.]+) GiB \|$", readme, re.MULTILINE)
+    assert float(shown) == round(float(peak), 1)
+
+
 @pytest.mark.slow
 def test_docs_table_shows_the_peaks_of_supervised_runs(
     shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -60,6 +60,7 @@ def test_every_shipped_config_is_tested() -> None:
         "lora",
         "nf4",
         "qlora",
+        "qwen2.5-0.5b",
         "server",
         "sft",
         "reward",
@@ -83,6 +84,35 @@ def test_compositions_instantiate(model: str, name: str, launched: list[Any]) ->
     assert isinstance(module.algorithm, GRPO) and isinstance(data.engine, VLLMEngine)
     assert module.configured_format.name == {"instructed": "think"}.get(name, name)
     assert module.policy is None and module.reward.model is None  # nothing was loaded
+
+
+def keys(config: dict[str, Any], parent: str = "") -> set[str]:
+    """Full names of the keys that a config sets to something other than a mapping."""
+    found: set[str] = set()
+    for name, value in config.items():
+        found |= keys(value, f"{parent}{name}.") if isinstance(value, dict) else {f"{parent}{name}"}
+    return found
+
+
+@pytest.mark.parametrize("model", ["llama-3.1-8b", "qwen2.5-7b"])
+@pytest.mark.parametrize("objective", ["grpo", "ppo", "dpo"])
+def test_objective_and_model_set_different_keys(objective: str, model: str) -> None:
+    of_objective, of_model = (
+        keys(yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())) for name in (objective, model)
+    )
+    assert len(of_objective) > 5 and len(of_model) > 5 and not of_objective & of_model
+
+
+def test_first_run_takes_two_configs(launched: list[Any]) -> None:
+    assert main(compose("base", "qwen2.5-0.5b")) == 0
+    assert main(compose("base", "grpo", "tiny", "instructed")) == 0
+    assert main(compose("base", "qwen2.5-0.5b", "no_think")) == 0
+    (trainer, first, data), (_, composed, _), (baseline_trainer, baseline, _) = launched
+    assert isinstance(first.algorithm, GRPO) and vars(first.algorithm) == vars(composed.algorithm)
+    assert first.configured_format == composed.configured_format
+    assert baseline.configured_format.name == "no_think" and not baseline.configured_format.instruction
+    assert trainer.max_steps == 120 and isinstance(data.engine, VLLMEngine)
+    assert trainer.default_root_dir != baseline_trainer.default_root_dir
 
 
 def test_think_and_no_think_differ_in_one_line() -> None:
@@ -149,7 +179,7 @@ def test_early_stop_appends_callbacks_that_monitor_the_held_out_reward(launched:
 
 
 def test_dpo_has_the_papers_settings(launched: list[Any]) -> None:
-    assert main(compose("base", "llama-3.1-8b", "dpo")) == 0
+    assert main(compose("base", "dpo", "llama-3.1-8b")) == 0
     ((trainer, module, data),) = launched
     dpo = module.algorithm
     assert isinstance(dpo, DPO) and vars(dpo) == vars(DPO())  # the class's defaults are also the paper's
@@ -197,7 +227,7 @@ def test_every_config_is_a_mapping() -> None:
 
 
 def test_offline_dpo_differs_only_in_the_engine_and_validation(launched: list[Any]) -> None:
-    for names in (("base", "llama-3.1-8b", "dpo"), ("base", "llama-3.1-8b", "dpo", "dpo_offline")):
+    for names in (("base", "dpo", "llama-3.1-8b"), ("base", "dpo", "llama-3.1-8b", "dpo_offline")):
         assert main(compose(*names)) == 0
     (_, online, online_data), (_, offline, offline_data) = ((run[0], run[1], run[2]) for run in launched)
     assert vars(online.algorithm) == vars(offline.algorithm)

@@ -82,6 +82,36 @@ def test_rlmt_command_reaches_its_function(
     assert reached == [words[0]]
 
 
+ORDER = (
+    ("base",),
+    ("grpo", "ppo", "dpo"),
+    ("tiny", "llama-3.1-8b", "qwen2.5-7b", "qwen2.5-0.5b", "mini/rl"),
+    ("think", "no_think", "zero_think", "zero_no_think", "instructed"),
+    ("lora", "qlora"),
+    ("server",),
+    ("ddp", "fsdp"),
+)
+"""Configs of RL runs by their place in a command: objective, models, format, adapter, engine, devices."""
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_have_one_order_of_configs(page: Path) -> None:
+    places = {name: place for place, names in enumerate(ORDER) for name in names}
+    for line in shell_lines(page):
+        names = re.findall(r"--config ([\w./-]+)", line)
+        if "base" in names:
+            found = [places[name] for name in names if name in places]
+            assert found == sorted(found), line
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_write_the_tiny_models_before_they_use_them(page: Path) -> None:
+    lines = shell_lines(page)
+    using = [n for n, line in enumerate(lines) if re.search(r"--config tiny\b|\bruns/tiny/", line)]
+    writing = [n for n, line in enumerate(lines) if re.match(r"rlmt tiny\b", line)]
+    assert not using or (writing and writing[0] < using[0]), lines[using[0]]
+
+
 def test_documentation_has_every_command() -> None:
     assert {arguments.split()[0] for arguments in COMMANDS} == set(commands._COMMANDS) - {"test"}
 

@@ -1,5 +1,6 @@
 """The reference generated from the code, and the renderer of formulas."""
 
+import ast
 import importlib.util
 import re
 from pathlib import Path
@@ -37,7 +38,8 @@ def test_options_have_type_default_and_meaning(reference: ModuleType) -> None:
 
     rows = {name: (kind, default) for name, kind, default, meaning in reference.options(RLMTModule) if meaning}
     assert rows["policy"] == ("str", "required") and rows["max_grad_norm"] == ("float above 0", "`1.0`")
-    assert rows["gradient_checkpointing"] == ("bool", "`false`") and rows["lora"] == ("LoRA \\| null", "`null`")
+    assert rows["gradient_checkpointing"] == ("bool \\| `selective`", "`false`")
+    assert rows["lora"] == ("LoRA \\| null", "`null`")
     fixed = {name for name, *_ in reference.options(DrGRPO)}
     assert "clip_low" in fixed and "kl_coef" not in fixed  # what the class fixes is no option
 
@@ -58,6 +60,43 @@ def test_commands_have_the_help_of_every_command(reference: ModuleType) -> None:
     assert (
         "--dtype DTYPE" in text and "--memory" in text and "--trainer.max_steps" in text and "--prompt PROMPT" in text
     )
+
+
+NAME = r"(?:reward|response|length|policy|engine|critic|dpo|time|perf|sft|rm|val)/[a-z0-9_<>/]+"
+
+
+def rows() -> list[list[str]]:
+    """Cells of each metric's row."""
+    lines = [line for line in METRICS.splitlines() if line.startswith("| `")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+
+
+def logged_names() -> set[str]:
+    """Names of metrics that are written out in the code: `{stage}` is val, any other value of an f-string a `<…>`."""
+    names: set[str] = set()
+    for path in [*(ROOT / "src" / "rlmt").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            text = ""
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                text = node.value
+            elif isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else ast.unparse(part) for part in node.values]
+                text = "".join(map(str, parts)).replace("{stage}", "val")
+            if re.fullmatch(NAME, text):
+                names.add(text)
+    return names
+
+
+def test_every_metric_of_the_code_is_documented() -> None:
+    documented = {name for row in rows() for name in re.findall(rf"`({NAME})`", row[0])}
+    internal = {"engine/importance_square"}  # becomes engine/effective_sample_size
+    names = logged_names()
+    assert len(names) > 50 and names - internal <= documented, names - internal - documented
+
+
+def test_every_metric_has_meaning_and_cure() -> None:
+    for row in rows():
+        assert len(row) == 5 and row[1] and row[4].endswith("."), row
 
 
 def test_configs_are_listed_with_their_purpose(reference: ModuleType) -> None:

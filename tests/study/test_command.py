@@ -64,6 +64,7 @@ def test_two_runs_are_reported_and_not_repeated(tmp_path: Path, tiny: Path, caps
         (["--jobs", "0"], {}, "--jobs is 0: must be an integer above 0."),
         ([], {"comparisons": [{"more": "rlmt", "than": "x"}]}, "--comparisons: unknown arm 'x'"),
         ([], {"comparisons": [{"more": "rlmt", "than": "rlhf", "by": "x"}]}, "--comparisons: unknown metric 'x'"),
+        ([], {"meanings": {"x": "?"}}, "--meanings: unknown arm or metric 'x'"),
         ([], {"picture": ["x"]}, "--picture: unknown arm 'x'"),
         ([], {"metrics": {}}, "--metrics: no entries; define at least one."),
         ([], {"arms": {}}, "--arms: no entries; define at least one."),

@@ -2,13 +2,15 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from rlmt.report.estimates import Estimate
+from rlmt.study.command import next_commands
 from rlmt.study.figure import draw_study
-from rlmt.study.report import Comparison, Findings, comparison_sentences, write_report
+from rlmt.study.report import Comparison, Findings, closing_lines, comparison_sentences, write_report
 
 HIGH, LOW, MIXED = Estimate((5.0, 6.0, 5.5)), Estimate((1.0, 2.0, 1.4)), Estimate((0.0, 9.0, 5.0))
 
@@ -69,3 +71,31 @@ def test_report_files_agree(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert "<td>5.50 ± 1.24</td>" in page and 'src="data:image/png;base64,' in page
     assert "<title>A &lt;study&gt;</title>" in page and "<study>" not in page
+
+
+def test_report_ends_with_its_words_and_the_next_command(tmp_path: Path) -> None:
+    meanings = {"a": "the first arm", "rubric": "points by rules", "elsewhere": "an arm that is not reported"}
+    found = replace(findings(Comparison("a", "b"), a=HIGH, b=LOW), meanings=meanings, next_commands=["rlmt chat x"])
+    expected = ["- A: the first arm", "- rubric: points by rules", "- next: `rlmt chat x`"]
+    assert closing_lines(found) == expected
+    write_report(found, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "\n".join(expected) in text and "elsewhere" not in text
+    assert "What the words mean" not in report_of(findings(Comparison("a", "b"), a=HIGH, b=LOW), tmp_path)
+
+
+def report_of(found: Findings, out: Path) -> str:
+    write_report(found, out)
+    return (out / "report.md").read_text()
+
+
+def test_next_commands_chat_with_the_compared_policies(tmp_path: Path) -> None:
+    folders = {arm: [tmp_path / arm / seed for seed in ("0", "1")] for arm in ("a", "b", "c")}
+    for arm in ("a", "c"):  # b has no checkpoint, as a validation
+        checkpoint = folders[arm][0] / "latest" / "checkpoints" / "last.ckpt"
+        checkpoint.parent.mkdir(parents=True)
+        checkpoint.touch()
+    comparisons = [Comparison("a", "b"), Comparison("c", "a")]
+    (command,) = next_commands(comparisons, folders, "plan a gift .")
+    assert command == f"rlmt chat {tmp_path}/a/0/latest/checkpoints/last.ckpt --prompt 'plan a gift .'"
+    assert next_commands([], folders, None) == [] == next_commands(comparisons, {"c": folders["c"]}, None)

@@ -78,6 +78,11 @@ class RLMTCLI(LightningCLI):
         """The command that is given: a parser of the others, which are as large, would take seconds for nothing."""
         return {self._command: super().subcommands()[self._command]}
 
+    def setup_parser(self, *args: Any, **options: Any) -> None:
+        """Creates the parser, whose help names the command as it is typed."""
+        super().setup_parser(*args, **options)
+        self._subcommand_parsers[self._command].prog = f"rlmt {self._command}"
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Links the data's seed to `--seed_everything`, which so determines samples and the order of prompts, too."""
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)

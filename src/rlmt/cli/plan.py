@@ -90,6 +90,16 @@ class PlanCLI(RLMTCLI):
     def before_fit(self) -> None:
         """Does nothing; a plan reads no checkpoint."""
 
+    def setup_parser(self, *args: Any, **options: Any) -> None:
+        """Creates the parser of `rlmt fit`, whose help describes the plan."""
+        super().setup_parser(*args, **options)
+        parser = self._subcommand_parsers["fit"]
+        parser.prog = "rlmt plan"
+        parser.description = (
+            "Prints the memory of a run on each device, phase by phase, before any weights are loaded. Takes the "
+            "options of `rlmt fit`, and --memory."
+        )
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the options that only the plan has."""
         super().add_arguments_to_parser(parser)

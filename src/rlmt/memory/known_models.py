@@ -59,6 +59,9 @@ KNOWN_MODELS: dict[str, dict[str, Any]] = {
     ),
     "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2": _LLAMA_8B | _CLASSIFIER,
     "Skywork/Skywork-Reward-V2-Llama-3.1-8B": _LLAMA_8B | _CLASSIFIER,
+    "Skywork/Skywork-Reward-V2-Qwen3-0.6B": _shape(
+        _QWEN3, 1024, 28, 16, 8, 3072, tied=True, num_labels=1, architectures=["Qwen3ForSequenceClassification"]
+    ),
 }
 """Hub name → the part of its config.json that determines memory."""
 

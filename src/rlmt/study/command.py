@@ -5,6 +5,7 @@ A study has no training loop of its own: its jobs are `rlmt` commands.
 
 from __future__ import annotations
 
+import shlex
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ from rich.console import Console
 from rlmt.errors import UserError
 from rlmt.options import PositiveInt, check_ranges
 from rlmt.report.estimates import Estimate
-from rlmt.study.report import Comparison, Findings, comparison_sentences, terminal_table, write_report
+from rlmt.study.report import Comparison, Findings, closing_lines, comparison_sentences, terminal_table, write_report
 from rlmt.study.results import Row, last_values, read_rows
 from rlmt.study.runner import JobState, Runner
 from rlmt.study.stages import Arm, Plan, Stage, job_digests
@@ -32,6 +33,8 @@ def study(
     texts: dict[str, str] | None = None,
     comparisons: list[Comparison] | None = None,
     picture: list[str] | None = None,
+    meanings: dict[str, str] | None = None,
+    example: str | None = None,
     only: list[str] | None = None,
     jobs: PositiveInt = 1,
     command: str = "rlmt study",
@@ -48,6 +51,8 @@ def study(
         texts: Name → text that several commands share.
         comparisons: Differences between arms that the report states.
         picture: Arms in the figure; null writes no figure.
+        meanings: Arm or metric → what it is, for the end of the report.
+        example: Prompt of the command that the report suggests next.
         only: Arms to run and report; null uses all of them.
         jobs: Maximum number of parallel jobs. The CPU cores are divided among them.
         command: Command line that reproduces the report; it is printed in the report.
@@ -61,14 +66,13 @@ def study(
     comparisons = comparisons or []
     _check_names("--only", only or [], "arm", arms)
     _check_names("--picture", picture or [], "arm", arms)
-    _check_names("--comparisons", [name for it in comparisons for name in (it.more, it.than)], "arm", arms)
-    _check_names("--comparisons", [it.by for it in comparisons if it.by is not None], "metric", metrics)
+    _check_comparisons(comparisons, arms, metrics)
+    _check_names("--meanings", list(meanings or {}), "arm or metric", {**arms, **metrics})
     selected = {name: arm for name, arm in arms.items() if only is None or name in only}
     plan = Plan(stages, seeds, out, texts or {})
     needed = plan.jobs_for(list(selected.values()))
     signal.signal(signal.SIGTERM, _exit_on_signal)
     Runner(needed, job_digests(needed, out), jobs).run()
-
     unfilled = Findings(
         title=title,
         command=command,
@@ -76,12 +80,18 @@ def study(
         labels={name: arm.label for name, arm in selected.items()},
         metrics=list(metrics),
         comparisons=comparisons,
+        meanings=meanings or {},
     )
-    report(plan, selected, metrics, unfilled, picture or [])
+    report(plan, selected, metrics, unfilled, picture or [], example)
 
 
 def report(
-    plan: Plan, arms: dict[str, Arm], metrics: dict[str, str], unfilled: Findings, figure: Sequence[str]
+    plan: Plan,
+    arms: dict[str, Arm],
+    metrics: dict[str, str],
+    unfilled: Findings,
+    figure: Sequence[str],
+    example: str | None = None,
 ) -> None:
     """Reads the logged metrics, writes the report and prints its table and sentences.
 
@@ -91,6 +101,7 @@ def report(
         metrics: Name → the name under which it was logged.
         unfilled: The findings without the results.
         figure: Names of the arms in the figure.
+        example: Prompt of the command that the report suggests next.
 
     Raises:
         UserError: A metric was not logged.
@@ -107,14 +118,33 @@ def report(
         table=table,
         minutes={name: _minutes(found) for name, found in folders.items()},
         figure=_draw(plan.out, unfilled.title, curves) if curves else None,
+        next_commands=next_commands(unfilled.comparisons, folders, example),
     )
     written = write_report(findings, plan.out)
     console = Console()
     console.print(terminal_table(findings))
     for sentence in comparison_sentences(findings):
         console.print(sentence.replace("**", ""), soft_wrap=True, markup=False, highlight=False)
+    for line in closing_lines(findings):
+        console.print(line.replace("`", ""), soft_wrap=True, markup=False, highlight=False)
     for path in [*written, *([findings.figure] if findings.figure else [])]:
         console.print(str(path), soft_wrap=True, highlight=False)
+
+
+def next_commands(
+    comparisons: Sequence[Comparison], folders: Mapping[str, Sequence[Path]], example: str | None
+) -> list[str]:
+    """Commands that chat with the two policies of the first comparison, as far as they are reported.
+
+    Args:
+        comparisons: Comparisons of the study.
+        folders: Reported arm → folder of its last stage, for each seed.
+        example: Prompt; None chats in the terminal.
+    """
+    prompt = [] if example is None else ["--prompt", example]
+    arms = [arm for comparison in comparisons[:1] for arm in (comparison.more, comparison.than) if arm in folders]
+    checkpoints = [folders[arm][0] / "latest" / "checkpoints" / "last.ckpt" for arm in arms]
+    return [shlex.join(["rlmt", "chat", str(path), *prompt]) for path in checkpoints if path.exists()]
 
 
 def _check_options(seeds: list[int], jobs: int, arms: Mapping[str, object], metrics: Mapping[str, object]) -> None:
@@ -131,6 +161,14 @@ def _check_names(option: str, names: Sequence[str], kind: str, known: Mapping[st
     for name in names:
         if name not in known:
             raise UserError(f"{option}: unknown {kind} {name!r}; choose from {', '.join(known)}.")
+
+
+def _check_comparisons(
+    comparisons: Sequence[Comparison], arms: Mapping[str, object], metrics: Mapping[str, object]
+) -> None:
+    """Raises a UserError for a comparison of unknown arms or by an unknown metric."""
+    _check_names("--comparisons", [name for it in comparisons for name in (it.more, it.than)], "arm", arms)
+    _check_names("--comparisons", [it.by for it in comparisons if it.by is not None], "metric", metrics)
 
 
 def _exit_on_signal(number: int, frame: FrameType | None) -> None:

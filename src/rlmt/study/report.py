@@ -62,6 +62,10 @@ class Findings:
     minutes: Mapping[str, Estimate] = field(default_factory=dict)
     """Arm → run time of its last stage in minutes."""
     figure: Path | None = None
+    meanings: Mapping[str, str] = field(default_factory=dict)
+    """Arm or metric → what it is."""
+    next_commands: Sequence[str] = ()
+    """Commands that go on from here."""
 
 
 def write_report(findings: Findings, out: Path) -> list[Path]:
@@ -117,6 +121,13 @@ def comparison_sentences(findings: Findings) -> list[str]:
     ]
 
 
+def closing_lines(findings: Findings) -> list[str]:
+    """Markdown lines on what the reported arms and metrics are, and on the commands to type next."""
+    names = {**findings.labels, **{metric: metric.replace("_", " ") for metric in findings.metrics}}
+    lines = [f"- {name}: {findings.meanings[key]}" for key, name in names.items() if key in findings.meanings]
+    return lines + [f"- next: `{command}`" for command in findings.next_commands]
+
+
 def _sentence(comparison: Comparison, findings: Findings) -> str:
     """The difference, its interval and whether it is the expected one."""
     metric = comparison.by or findings.metrics[0]
@@ -162,6 +173,8 @@ def _markdown(findings: Findings) -> str:
         for number, seed in enumerate(findings.seeds):
             values = [f"{row[first].values[number]:.{_digits(first, findings)}f}" for row in findings.table.values()]
             lines.append(_table_row([str(seed), *values]))
+    if closing := closing_lines(findings):
+        lines += ["", "## What the words mean, and what comes next", "", *closing]
     if findings.figure is not None:
         lines += ["", "## Curves", "", f"![Curves of {findings.title}]({findings.figure.name})"]
     return "\n".join(lines) + "\n"
