@@ -167,14 +167,17 @@ def test_nf4_round_trip_equals_loaded_weights(tiny: Path, tmp_path: Path, double
         assert torch.equal(ours, dequantize_4bit(weight.data, weight.quant_state))
 
 
-def test_dtype_option_with_bfloat16_base(tiny: Path, tmp_path: Path) -> None:
+def test_dtype_option_with_bfloat16_base(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = make_base(tiny, tmp_path / "float32")
     load_policy(base, "bfloat16").save_pretrained(tmp_path / "base")
     load_tokenizer(base).save_pretrained(tmp_path / "base")
     base = tmp_path / "base"
     policy = load_training_policy(base)
     ckpt = write(tmp_path / "run", policy, base)
+    capsys.readouterr()
     export(ckpt, tmp_path / "short")
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == 1 and not printed.err  # no progress bar in a pipe
     short = load_policy(tmp_path / "short")
     assert short.dtype is torch.bfloat16  # the dtype of the base
     export(ckpt, tmp_path / "long", dtype="float32")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -184,7 +185,9 @@ def _write(out: Path, shapes: Mapping[str, Tensor], compute: Callable[[str], Ten
     split: Any = split_torch_state_dict_into_shards(dict(shapes), max_shard_size=SHARD_BYTES)
     order = [(file, name) for file, names in split.filename_to_tensors.items() for name in names]
     tensors: dict[str, Tensor] = {}
-    for index, (file, name) in enumerate(track(order, "merging", transient=True)):
+    console = Console(stderr=True)  # stdout belongs to the command, such as the answer of `rlmt chat`
+    bar = track(order, "merging", transient=True, console=console, disable=not console.is_terminal)
+    for index, (file, name) in enumerate(bar):
         tensors[name] = compute(name).contiguous()
         if index + 1 == len(order) or order[index + 1][0] != file:
             save_file(tensors, out / file, metadata={"format": "pt"})
