@@ -80,7 +80,7 @@ def meta_trained(module: TrainingModule, auto: Any, config: PretrainedConfig, dt
         submodules: Iterator[Any] = policy.modules()
         for submodule in submodules:
             if is_adapter_layer(submodule):
-                submodule.cast_input_dtype_enabled = False  # as in LoRA.add_to
+                submodule.cast_input_dtype_enabled = lora.dora  # as in LoRA.add_to
             for name, parameter in list(submodule._parameters.items()):
                 if parameter is not None and parameter.requires_grad:
                     submodule._parameters[name] = nn.Parameter(parameter.float())

@@ -142,8 +142,8 @@ class LoRA:
             if is_adapter_layer(layer):
                 layer._active_adapter = [first]
                 # Inputs have the adapter's dtype, or autocast casts both: PEFT's cast to float32 would be undone at
-                # once, and backward would save a copy for every adapter.
-                layer.cast_input_dtype_enabled = False
+                # once, and backward would save a copy for every adapter. DoRA computes norms in the dtype of the input.
+                layer.cast_input_dtype_enabled = self.dora
                 for module in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
                     module.float().requires_grad_(True)
                 if self.dora and adapter_name in layer.lora_magnitude_vector:
