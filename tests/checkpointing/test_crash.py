@@ -93,7 +93,7 @@ def test_stopped_run_saves_a_checkpoint_and_resumes(
     crash.wait_for_steps(process, broken, 2)
     os.kill(process.pids()[0], number)
     assert crash.wait(process) == 128 + number, log.read_text()
-    last = broken / "latest" / "checkpoints" / "last.ckpt"
+    last = broken / "version_0" / "checkpoints" / "last.ckpt"
     step = torch.load(last, weights_only=True)["run"]["step"]
     assert f"rlmt: {name}: {last} has all steps up to {step}" in log.read_text()
     assert [path.name for path in last.parent.iterdir() if path.name != "policy"] == ["last.ckpt"]

@@ -93,9 +93,9 @@ def test_predictions_are_trained_on_and_reference_logprobs_computed_once(
     modules: list[RLMTModule] = []
     batches: list[Any] = []
     differences: list[float] = []
-    score = RLMTModule.score
+    split = RLMTModule.split
 
-    def recording_score(self: RLMTModule, batch: Any) -> Any:
+    def recording_split(self: RLMTModule, batch: Any) -> Any:
         if not modules:  # a copy of the policy before its first update is the reference
             twin = loading.load_policy(self.policy_path, "float32")
             differences.append(
@@ -105,9 +105,9 @@ def test_predictions_are_trained_on_and_reference_logprobs_computed_once(
             )
         modules.append(self)
         batches.append(batch)
-        return score(self, batch)
+        return split(self, batch)
 
-    monkeypatch.setattr(RLMTModule, "score", recording_score)
+    monkeypatch.setattr(RLMTModule, "split", recording_split)
     monkeypatch.setattr("rlmt.modules.offline_rollouts.rank_zero_info", printed.append)
     settings = ("--model.algorithm.kl_coef", 0.1, "--trainer.max_steps", 6)
     rows = run("fit", "one", *replay(recorded, *settings))

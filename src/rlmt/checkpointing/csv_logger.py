@@ -73,7 +73,7 @@ class ResumableCSVLogger(CSVLogger):
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Writes metrics.csv, or removes the folder of a start that logged nothing."""
-        if self._created is None:
+        if self._created is None or (self._experiment is not None and self._experiment.metrics):
             super().finalize(status)
             return
         Path(self._created, ExperimentWriter.NAME_HPARAMS_FILE).unlink(missing_ok=True)

@@ -323,6 +323,8 @@ def test_vllm_generates_on_one_thread_on_a_gpu(
 @needs_vllm
 def test_process_group_has_no_bound_device_while_vllm_starts(helpers: Any) -> None:
     """gloo groups that vLLM creates are then not split from NCCL's communicator."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()  # of vLLM
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
         group: Any = distributed.group.WORLD
