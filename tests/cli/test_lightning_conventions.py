@@ -63,7 +63,7 @@ def test_options_of_the_trainer_have_their_effect(
     assert any(row.get("lr-AdamW") for row in rows), "callbacks+ appends a callback of Lightning"
     assert list((tmp_path / "board").rglob("events.out.tfevents.*")), "a second logger"
     config = yaml.safe_load((log.parent / "config.yaml").read_text())
-    assert config["data"]["init_args"]["seed"] == 7, "seed_everything is the seed of the data, too"
+    assert config["seed_everything"] == 7, "the seed of the run"
     expected = {"model.algorithm.kl_coef": 0.001, "model.format": "no_think", "trainer.max_steps": 2}
     assert expected.items() <= logged.items(), "hyper-parameters are the configuration"
 

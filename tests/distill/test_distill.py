@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -218,7 +218,17 @@ def test_three_kills_of_two_thousand_prompts(serve: Serve, tmp_path: Path) -> No
     check_killed_runs(serve, tmp_path, 2000, [300, 700, 600], hang=17.0)
 
 
-def test_interrupt_records_outstanding_answers_and_writes_rows(serve: Serve, tmp_path: Path) -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also in a process that was started in the background, where it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_interrupt_records_outstanding_answers_and_writes_rows(
+    serve: Serve, tmp_path: Path, interruptible: None
+) -> None:
     def script(path: str, body: Any) -> Reply:
         number = int(body["messages"][-1]["content"].split()[1])
         if number >= 8:

@@ -16,7 +16,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from rlmt.memory.activations import BatchShape, _micro_batch, forward_footprint, update_footprint
+from rlmt.memory.activations import BatchShape, forward_footprint, micro_batch_of, update_footprint
 from rlmt.models.logprobs import token_logprobs
 
 SHAPE: dict[str, Any] = {
@@ -64,7 +64,7 @@ def saved_bytes(model: PreTrainedModel, shape: BatchShape, autocast: torch.dtype
         torch.autocast("cpu", autocast, enabled=autocast is not None, cache_enabled=False),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
     ):
-        token_logprobs(model, _micro_batch(shape), 1.0)
+        token_logprobs(model, micro_batch_of(shape), 1.0)
         return sum(storage.nbytes() for storage in saved.values())
 
 
@@ -103,7 +103,7 @@ def test_update_footprint_matches_real_tensors(case: str, layers: int, allocated
 
     def update() -> None:
         with torch.autocast("cpu", autocast, enabled=autocast is not None, cache_enabled=False):
-            outputs = token_logprobs(model, _micro_batch(shape), 1.0)
+            outputs = token_logprobs(model, micro_batch_of(shape), 1.0)
             (outputs.logprobs + outputs.entropy).sum().backward()
 
     assert estimate.peak == pytest.approx(allocated_peak(update), rel=0.15)

@@ -222,7 +222,9 @@ def test_metrics_of_the_update_replace_those_of_a_rank_without_pairs(monkeypatch
     """DPO sets a rank's own pair metrics to NaN where it has no pair; the update's cover the pairs of all ranks."""
     experience = SimpleNamespace(rollouts=[0, 1], metrics={"dpo/pairs": 0.0, "dpo/accuracy": math.nan})
     module = MagicMock()
-    module.score.return_value = experience
+    module.split.return_value = experience
+    module.ask.return_value = False
+    module.learning_rates.return_value = {}
     module.algorithm.dynamic_sampling = 0
     module._update_policy.return_value = {"dpo/accuracy": 0.75}
     module._timer.step.return_value = {}

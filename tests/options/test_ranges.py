@@ -1,5 +1,6 @@
 """Options with a range: every one of the project is refused outside it by the command line and by Python."""
 
+import dataclasses
 import importlib
 import inspect
 import io
@@ -52,7 +53,8 @@ def all_functions() -> list[Callable[..., Any]]:
             function = vars(value).get("__init__") if inspect.isclass(value) else value
             if not (inspect.isfunction(function) and function.__module__ == value.__module__ == module.name):
                 continue
-            if any(set(re.findall(r"\w+", str(hint))) & types for hint in function.__annotations__.values()):
+            own = value if dataclasses.is_dataclass(value) else function  # a dataclass inherits fields in its __init__
+            if any(set(re.findall(r"\w+", str(hint))) & types for hint in own.__annotations__.values()):
                 found.append(value)
     return found
 

@@ -83,10 +83,13 @@ def one_line(message: str, options: Iterable[str] = (), file_of: FileOf = lambda
     """
     known = [option for option in options if option.startswith("--") and not option.endswith(("+", ".help"))]
     report = Report(message)
+    where = f"{report.option}{_in_file(report.option, file_of)}"
+    # First: a class that takes the value's option is the one that is meant, whatever other classes of a union say.
+    if out_of_range := re.search(r"Not of type \w+: (is .+?: must be .+?\.)(?=\. Got value|; |$)", report.reason):
+        return f"{where} {out_of_range[1]}"
     text = _unknown(report, known, file_of) or _missing(report, known) or _wrong_class(report, file_of)
     if text is not None:
         return text
-    where = f"{report.option}{_in_file(report.option, file_of)}"
     if attribute := re.search(r"module '(\S+)' has no attribute '(\S+)'", report.reason):
         return f"{where}: {attribute[1]} has no class {attribute[2]!r}; check the spelling."
     if module := re.search(r"No module named '(.+?)'", report.reason):
@@ -95,8 +98,6 @@ def one_line(message: str, options: Iterable[str] = (), file_of: FileOf = lambda
         return f"{value[1].split('/')[-1]}: no value; give {value[2].replace('argument', 'value')}."
     if choices := re.findall(r"Expected a typing.Literal\[(.+?)\]", report.reason):
         return _wrong_choice(report, where, ", ".join(choices))
-    if out_of_range := re.search(r"Not of type \w+: (is .+?: must be .+?\.)(?=\. Got value|; |$)", report.reason):
-        return f"{where} {out_of_range[1]}"
     if not report.keys:
         return report.reason
     return f"{where}: {_plain(report.reason).rstrip('.')}."

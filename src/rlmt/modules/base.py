@@ -51,7 +51,8 @@ class TrainingModule(LightningModule):
         tokens_per_micro_batch: Tokens, prompt and padding included, in one forward and backward pass.
         max_grad_norm: The gradient is clipped to this norm.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time. `selective` keeps
-            the results of matrix products and attention: between false and true in memory, little more time than false.
+            the results of matrix products and attention: little more time than false, less memory if all parameters are
+            trained.
         attn_implementation: Attention implementation of transformers, such as flash_attention_2; null takes its
             default, or eager for a model that caps attention logits (Gemma 2), which the default ignores.
         lora: Trains an adapter on the frozen model; null trains all parameters. The frozen weights are stored in the
