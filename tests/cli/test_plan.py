@@ -285,6 +285,7 @@ def test_command_prints_budget_and_verdict(command: Any, capsys: pytest.CaptureF
     assert "Fits in 22 GiB: yes" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_plan_that_does_not_fit_names_the_options_that_would(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """Each option is planned again as a user would: it fits, and its peak is the printed one."""
     share = "--data.engine.gpu_memory_utilization"
@@ -400,6 +401,7 @@ def test_devices_and_sharding_divide_the_memory(
     assert "this run has one" in error_of("--data.engine.tensor_parallel_size", "8")
 
 
+@pytest.mark.slow
 def test_invalid_options_are_one_line_errors(
     command: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,6 +67,7 @@ def test_readmes_pair_of_runs_leaves_two_checkpoints_of_two_formats(
     assert sorted(formats.values()) == ["no_think", "think"]
 
 
+@pytest.mark.slow
 def test_runs_in_one_folder_keep_their_checkpoints_and_last_finds_the_same_run(
     tiny: Path,
     prompts_file: Path,

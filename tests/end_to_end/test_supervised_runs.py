@@ -159,6 +159,7 @@ def error_line(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
     return line
 
 
+@pytest.mark.slow
 def test_configuration_errors_are_one_line_and_load_no_model(
     command: Command, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
