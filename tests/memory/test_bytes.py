@@ -155,7 +155,9 @@ def test_largest_micro_batch_fills_the_token_budget() -> None:
     assert largest_micro_batch(16384, 1024, 256, 512, 8, True) == BatchShape(8, 1024, 256, True)
 
 
-@pytest.mark.parametrize(("vocabulary", "precision"), [pytest.param(500, "mixed", marks=pytest.mark.slow), (32000, "plain")])
+@pytest.mark.parametrize(
+    ("vocabulary", "precision"), [pytest.param(500, "mixed", marks=pytest.mark.slow), (32000, "plain")]
+)
 def test_all_gather_bytes_match_torchs_fsdp2_tracker(
     vocabulary: int, precision: str, run_ranks: Callable[..., None], tmp_path: Path
 ) -> None:
