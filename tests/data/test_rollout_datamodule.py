@@ -69,7 +69,7 @@ def test_training_prompts_in_the_validation_set_are_dropped_and_counted(
     (tmp_path / "train.csv").write_text("prompt\n" + "\n".join("ABCDE" * 4) + "\n")
     (tmp_path / "val.csv").write_text("prompt\nA\nB\nZ\n")
     options = {"val_size": 2} if split_off else {"val_prompts": str(tmp_path / "val.csv"), "val_size": None}
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
         data = attached(make(str(tmp_path / "train.csv"), batch_size=2, **options), FakeModule(tokenizer))
     texts = [[p.messages[0]["content"] for p in prompts] for prompts in (data._train, data._val)]
     assert set(texts[0]) == set("ABCDE") - set(texts[1]) and len(texts[0]) == 4 * len(set(texts[0]))

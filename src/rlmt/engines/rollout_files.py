@@ -83,10 +83,7 @@ def rollout_table(
     size, group_size = len(rollouts), rollouts.group_size
     prompt_of = [i // group_size for i in range(size)]
     epochs = rollouts.epochs or [rollouts.epoch] * len(rollouts.prompts)
-    messages = [
-        [{"role": clean(m["role"]), "content": clean(m["content"])} for m in prompt.messages]
-        for prompt in rollouts.prompts
-    ]
+    messages = [[{key: clean(m[key]) for key in ("role", "content")} for m in p.messages] for p in rollouts.prompts]
     extra = [clean(json.dumps(p.extra, ensure_ascii=False)) if p.extra else None for p in rollouts.prompts]
     logprobs = torch.split(rollouts.engine_logprobs.detach().float().cpu(), rollouts.lengths)
     parts = {clean(name): values.detach().float().tolist() for name, values in scores.parts.items()}

@@ -19,7 +19,6 @@ import torch
 from torch import distributed
 
 from rlmt.engines import VLLMEngine
-from rlmt.engines.vllm.isolation import unbound_process_group
 from rlmt.engines.vllm.launch import device_args, save_config
 from rlmt.engines.vllm.temporary_folders import ContentFolder
 from rlmt.errors import UserError
@@ -318,29 +317,6 @@ def test_vllm_generates_on_one_thread_on_a_gpu(
         assert llm.threads == threads and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
-
-
-@needs_vllm
-def test_process_group_has_no_bound_device_while_vllm_starts(helpers: Any) -> None:
-    """gloo groups that vLLM creates are then not split from NCCL's communicator."""
-    if distributed.is_initialized():
-        distributed.destroy_process_group()  # of vLLM
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        group: Any = distributed.group.WORLD
-        group.bound_device_id = torch.device("cuda", 0)
-        with pytest.raises(ValueError), unbound_process_group():
-            assert group.bound_device_id is None
-            raise ValueError
-        assert group.bound_device_id == torch.device("cuda", 0)
-        engine = VLLMEngine()
-        seen = []
-        engine._launch = lambda *_: seen.append(group.bound_device_id)  # type: ignore[method-assign, assignment]
-        engine.start(helpers.policy("llama-tied"), helpers.tokenizer(), 8, torch.float32)
-        assert seen == [None]
-        engine.close()
-    finally:
-        distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("on_cpu", [False, True])

@@ -176,8 +176,7 @@ class VLLMEngine(Engine):
                 f"VLLMEngine uses the first visible GPU, but the policy is on {device}: set CUDA_VISIBLE_DEVICES to "
                 "the one GPU to use."
             )
-        self._names = frozenset(base_tensors(policy))
-        self._has_base = False
+        self._names, self._has_base = frozenset(base_tensors(policy)), False
         self._max_model_len = max_model_len
         self.chunks_prefill = not shares_cache(policy.config)
         self._on_gpu = device.type == "cuda"
