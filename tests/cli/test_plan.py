@@ -357,7 +357,11 @@ def test_limits_of_vllm_by_hand() -> None:
 def table(out: str) -> dict[str, list[float]]:
     """The printed lines by their names."""
     rows = [re.split(r"\s{2,}", line) for line in out.splitlines()[1:]]
-    return {re.sub(r" \(.*", "", row[0]): [float(cell) for cell in row[1:] if cell] for row in rows if len(row) > 1}
+    return {
+        re.sub(r" \(.*", "", row[0]): [float(cell) for cell in row[1:] if cell]
+        for row in rows
+        if len(row) > 1 and row[0]
+    }
 
 
 @pytest.mark.slow

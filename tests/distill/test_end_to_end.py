@@ -125,7 +125,7 @@ def test_vllm_server_teaches_a_policy_that_grpo_trains(
     assert main(["fit", "--config", "base", "--config", "grpo", "--config", "tiny", *words, *QUIET]) == 0
     with (tmp_path / "grpo/latest/metrics.csv").open() as file:
         steps = [row for row in csv.DictReader(file) if row["reward/mean"]]
-    assert len(steps) == 2
+    assert len(steps) >= 2  # steps without a learning signal do not count
 
 
 def test_folder_as_teacher_gives_the_same_demonstrations_again(
