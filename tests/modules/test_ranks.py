@@ -80,5 +80,5 @@ def test_ranks_of_a_machine_load_one_after_another(results: list[dict[str, Any]]
     first, second = (rank["turns"] for rank in results)
     assert first["interval"][1] <= second["interval"][0]
     for rank in (first, second):
-        assert rank["kept"] < 0.9 * rank["model"]  # its shards, a half, and gloo's buffers
+        assert rank["kept"] <= 0.51 * rank["model"]  # its shards, a half
         assert rank["raised"] == ["wrong", "wrong"]

@@ -1,5 +1,6 @@
 """A rank of test_ranks.py: each objective's update on the rank's groups; rank 0 first computes it on all groups."""
 
+import gc
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from test_update import experience as three_groups  # run_ranks adds this folder
 from test_update import model
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from rlmt.algorithms import DPO, GRPO, PPO, Algorithm, REINFORCEPlusPlus
@@ -151,6 +153,15 @@ def memory(name: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
+def tensor_bytes() -> int:
+    """Bytes of all storages that a tensor of this process refers to."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor) and not thing.is_meta]
+    local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    storages = [tensor.untyped_storage() for tensor in local]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
 def streamed(mesh: DeviceMesh) -> dict[str, int]:
     """Bytes that an engine sync of a larger sharded policy takes: peak above the start, model, largest tensor."""
     policy: Any = LlamaForCausalLM(LlamaConfig(**LARGE))
@@ -183,9 +194,9 @@ def turns(number: int, mesh: DeviceMesh) -> dict[str, Any]:
         return policy
 
     interval: list[float] = []
-    before = memory("VmRSS")
+    before = tensor_bytes()
     policy = load(None)
-    kept = memory("VmRSS") - before
+    kept = tensor_bytes() - before
     raised = []
     for failing in (0, 1):
         try:
