@@ -1,0 +1,1 @@
+"""Evaluation: benchmarks, comparison of two policies, and planning traits."""
