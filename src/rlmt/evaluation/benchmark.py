@@ -6,6 +6,7 @@ and gives malformed ones the benchmark's `failure` value without asking a judge.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -48,10 +49,12 @@ class Score:
     """The score of one response."""
 
     value: float
-    """In the unit of the benchmark; higher is better."""
+    """In the unit of the figures, such as 0 to 100; higher is better."""
     parsed: bool = True
     """Whether the judge's answers could be read. `value` of an unparsed score is what `scoring` prescribes; figures
     leave unparsed scores out under `ours` and take them at their value under `authors`."""
+    weight: float = 1.0
+    """Weight in the mean over rows: Arena-Hard counts a clear verdict as three."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class Benchmark(ABC):
     title: ClassVar[str]
     """Name in tables, such as AlpacaEval 2."""
     source: ClassVar[str]
-    """Hub dataset or URL of the data, for messages and docs."""
+    """Hub dataset that `load` reads (owner/name), or the URL (https://...) of the page to download its files from."""
     figures: ClassVar[tuple[str, ...]]
     """Names of the figures; the first is the one that the paper's table shows."""
     chat: ClassVar[bool] = False
@@ -98,7 +101,7 @@ class Benchmark(ABC):
         """Reads the items.
 
         Args:
-            path: File or Hub dataset.
+            path: File, or folder where the data are several files; or `source` if that is a Hub dataset.
 
         Raises:
             UserError: It cannot be read, or lacks a column.
@@ -122,9 +125,26 @@ class Benchmark(ABC):
         Args:
             item: The item.
             response: The response, without the thought.
-            answers: The judge's answers to `questions`, in their order.
+            answers: The judge's answers to `questions`, in their order; "" for one that was refused or cut off.
         """
 
-    @abstractmethod
     def compute(self, rows: Sequence[Row]) -> dict[str, float]:
-        """The figures of at least one row, by name, in the order of `figures`; nan where rows do not determine one."""
+        """The figures by name, in the order of `figures`; nan where rows do not determine one.
+
+        By default the only figure, the weighted mean of the scores.
+
+        Args:
+            rows: At least one row; in a resample, a row can occur several times.
+        """
+        (figure,) = self.figures
+        return {figure: self.mean(rows)}
+
+    def counted(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows that figures are computed from: `ours` leaves unparsed scores out."""
+        return [row for row in rows if row.score.parsed or self.scoring == "authors"]
+
+    def mean(self, rows: Sequence[Row]) -> float:
+        """The weighted mean of the counted scores; nan if there is none."""
+        scores = [row.score for row in self.counted(rows)]
+        total = sum(score.weight for score in scores)
+        return sum(score.weight * score.value for score in scores) / total if total else math.nan
