@@ -19,7 +19,7 @@ from rlmt.engines import TransformersEngine
 from rlmt.errors import UserError
 from rlmt.models import LoRA
 from rlmt.modules import SFT, RLMTModule
-from rlmt.rewards import LengthWindow
+from rlmt.rewards import LengthWindow, Reward
 
 OPTIONS: dict[str, Any] = {"reward": LengthWindow(5, 20, 40), "algorithm": GRPO(kl_coef=0.0)}
 
@@ -61,6 +61,32 @@ def test_callback_metrics_and_learning_rate_are_those_of_the_last_step(run: Any)
     assert rates == pytest.approx([0.5e-2, 0.75e-2])  # factors 0.5 and (0.5 + 1) / 2
     assert float(fitted.callback_metrics["policy/lr"]) == pytest.approx(0.75e-2)
     assert {"reward/mean", "policy/grad_norm", "length/response_mean"} <= fitted.callback_metrics.keys()
+
+
+class SecondBatchIsEqual(Reward):
+    """Different rewards for the samples of a prompt, except in the second batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches = 0
+
+    def score(self, prompts: Any, responses: Any, statuses: Any) -> torch.Tensor:
+        self.batches += 1
+        return torch.arange(len(responses), dtype=torch.float32) * (self.batches != 2)
+
+
+def test_skipped_batch_logs_no_metrics_of_an_earlier_update(tiny: Path, prompts_file: Path, tmp_path: Path) -> None:
+    options = {"reward": SecondBatchIsEqual(), "algorithm": GRPO(), "malformed": None}
+    module = RLMTModule(str(tiny / "policy"), format="no_think", **options)  # type: ignore[arg-type]
+    trainer(tmp_path, max_steps=2).fit(module, data(prompts_file))
+    with (tmp_path / "metrics.csv").open() as file:
+        first, second, third = csv.DictReader(file)
+    assert [row["policy/skipped"] for row in (first, second, third)] == ["0.0", "1.0", "0.0"]
+    logged = {name for name, value in second.items() if value}
+    update = {name for name, value in third.items() if value} - logged
+    assert {"policy/loss", "policy/kl", "policy/grad_norm", "engine/mismatch_kl"} <= update
+    assert {"reward/mean", "policy/lr", "time/step_s"} <= logged and first.keys() >= update
+    assert all(first[name] for name in update)
 
 
 def test_module_from_a_checkpoint_has_the_trained_policy_and_predicts(

@@ -50,6 +50,17 @@ def training_progress(trainer: Trainer) -> tuple[int, int]:
     return loop.batch_progress.total.processed, loop.manual_optimization.optim_step_progress.total.ready
 
 
+def forget_step_metrics(trainer: Trainer) -> None:
+    """Forgets the metrics of the last train step; call it before the next one.
+
+    Lightning logs per step what `training_step` has ever logged, so a step without a metric would log an old value of it.
+    """
+    results: Any = trainer._results
+    for item in results.values():
+        if item.meta.fx == "training_step" and item.meta.on_step and not item.meta.on_epoch:
+            item.reset()
+
+
 def add_step_end_hook(trainer: Trainer, hook: Callable[[], None]) -> None:
     """Calls `hook` after each train step with its logging and validation; Lightning has no hook there.
 

@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from rlmt.checkpointing.optimizer_options import apply_optimizer_options, optimizer_options
 from rlmt.checkpointing.random_states import random_states, restore_random_states
 from rlmt.distributed.gradients import no_gradient_sync
+from rlmt.distributed.lightning_internals import forget_step_metrics
 from rlmt.errors import UserError
 from rlmt.formats.resolve import resolve_format
 from rlmt.formats.thinking import ThinkingFormat
@@ -97,6 +98,10 @@ class TrainingModule(LightningModule):
     def fitting(self) -> bool:
         """Whether the trainer runs `fit`; False without a trainer."""
         return self._trainer is not None and self.trainer.state.fn == "fit"
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Forgets the metrics of the last step, of which a skipped step would log those of the update again."""
+        forget_step_metrics(self.trainer)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Fills `trainer.callback_metrics`, which Lightning does only when it is read, with the metrics of the step."""
