@@ -46,6 +46,20 @@ def sample_seed(run_seed: int, epoch: int, prompt_index: int, sample: int) -> in
     return _stable_hash("sample", run_seed, epoch, prompt_index, sample)
 
 
+def item_seed(run_seed: int, item: str, sample: int = 0) -> int:
+    """The seed of a sample for an item that has a name in place of a row number.
+
+    Args:
+        run_seed: Seed of the run.
+        item: Name of the item.
+        sample: Index of the sample among the item's samples, from 0.
+
+    Returns:
+        An integer in [0, 2**63).
+    """
+    return _stable_hash("item", run_seed, item, sample)
+
+
 def shuffled(keys: Sequence[int], seed: int, purpose: str) -> list[int]:
     """Positions 0..len(keys)-1 in an order that depends only on the seed, the purpose and each key.
 

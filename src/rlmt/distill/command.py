@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,11 +16,11 @@ from rich.console import Console
 from rlmt.checkpointing.files import atomic_write
 from rlmt.data.prompts import load_prompts
 from rlmt.distill.client import TeacherClient, connect
-from rlmt.distill.estimate import estimate
 from rlmt.distill.rows import Attempt, Question, Row, check_answer, distinct
 from rlmt.distill.summary import summary_lines, terminal_table, word_counts, write_summary
 from rlmt.distill.teacher import Teacher
 from rlmt.endpoints import Ledger, RequestRejected
+from rlmt.endpoints.estimate import confirm, estimate
 from rlmt.endpoints.progress import RequestProgress, track_requests
 from rlmt.errors import UserError
 from rlmt.options import NonNegativeFloat, PositiveInt, check_ranges
@@ -109,9 +108,10 @@ class _Run:
         client = connect(teacher, self.ledger)
         open_prompts = [prompt for prompt in self.prompts if self.question.recorded(prompt, self.ledger) is None]
         if open_prompts:
-            print(estimate(self.question, open_prompts, self.ledger).sentences(client.meter), flush=True)
+            calls = [self.question.call(prompt, 0) for prompt in open_prompts]
+            print(estimate(calls, self.ledger, "prompts", self.question.tries).sentences(client.meter), flush=True)
             if not (yes or teacher.local):
-                _ask()
+                confirm()
         try:
             if open_prompts:
                 asyncio.run(self._ask_teacher(client, open_prompts))
@@ -172,15 +172,3 @@ class _Run:
         for path in (self.out, self._rejected, *written):
             console.print(str(path), soft_wrap=True, highlight=False)
         return rows
-
-
-def _ask() -> None:
-    """Asks the user whether to start.
-
-    Raises:
-        UserError: There is no terminal to ask on, or the answer is no.
-    """
-    if not sys.stdin.isatty():
-        raise UserError("--yes: there is no terminal to ask on; pass --yes to start without a question.")
-    if input("Start? [y/N] ").strip().lower() not in ("y", "yes"):
-        raise UserError("Nothing was asked; start with y, or pass --yes.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class Ledger:
         self.path = path
         self.usage: defaultdict[str, Usage] = defaultdict(Usage)
         """Billed tokens of all records by model."""
+        self.counts: Counter[str] = Counter()
+        """Number of records by model."""
         self._offsets: dict[str, int] = {}
         self._mutex = threading.Lock()
         try:
@@ -82,6 +84,7 @@ class Ledger:
 
     def _index(self, key: str, model: str, answer: dict[str, Any], offset: int) -> None:
         self._offsets[key] = offset
+        self.counts[model] += 1
         self.usage[model] += Usage.from_json(answer)
 
     def get(self, key: str) -> dict[str, Any] | None:

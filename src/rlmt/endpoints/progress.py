@@ -28,14 +28,14 @@ SECONDS_BETWEEN_LINES = 60.0
 
 
 class _MeterColumn(ProgressColumn):
-    """Rows per second, failed attempts and cost so far."""
+    """Rows per second, and with a meter failed attempts and cost so far."""
 
-    def __init__(self, meter: Meter) -> None:
+    def __init__(self, meter: Meter | None) -> None:
         super().__init__()
         self._meter = meter
 
     def render(self, task: Task) -> Text:
-        return Text(f"{task.finished_speed or task.speed or 0:.1f}/s · {describe_meter(self._meter)}")
+        return Text(f"{task.finished_speed or task.speed or 0:.1f}/s{_meter_text(self._meter)}")
 
 
 def describe_meter(meter: Meter) -> str:
@@ -45,31 +45,35 @@ def describe_meter(meter: Meter) -> str:
     return f"{meter.failures:,} failed · " + (f"{tokens:,} tokens" if cost is None else f"US$ {cost:.2f}")
 
 
+def _meter_text(meter: Meter | None) -> str:
+    return "" if meter is None else f" · {describe_meter(meter)}"
+
+
 class RequestProgress:
     """What `track_requests` yields."""
 
-    def __init__(self, progress: Progress, task: TaskID, meter: Meter) -> None:
+    def __init__(self, progress: Progress, task: TaskID, meter: Meter | None) -> None:
         self._progress, self._task, self._meter = progress, task, meter
         self._printed = monotonic()
 
-    def advance(self) -> None:
-        """Counts a finished row."""
-        self._progress.advance(self._task)
+    def advance(self, rows: int = 1) -> None:
+        """Counts finished rows."""
+        self._progress.advance(self._task, rows)
         if not self._progress.console.is_terminal and monotonic() - self._printed > SECONDS_BETWEEN_LINES:
             self._printed = monotonic()
             task = self._progress.tasks[self._task]
             counts = f"{task.completed:,.0f} of {task.total:,.0f}"
-            print(f"{task.description}: {counts} · {describe_meter(self._meter)}", file=sys.stderr, flush=True)
+            print(f"{task.description}: {counts}{_meter_text(self._meter)}", file=sys.stderr, flush=True)
 
 
 @contextmanager
-def track_requests(what: str, total: int, meter: Meter) -> Iterator[RequestProgress]:
+def track_requests(what: str, total: int, meter: Meter | None = None) -> Iterator[RequestProgress]:
     """Shows a progress bar on stderr; where that is no terminal, a line a minute and the last state.
 
     Args:
         what: Label.
         total: Number of rows.
-        meter: Counts of the requests.
+        meter: Counts of the requests; None for rows that are no requests.
 
     Yields:
         The progress, to be advanced once per row.

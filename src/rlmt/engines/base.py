@@ -29,6 +29,9 @@ class Engine(ABC):
     policy's, so it is not synced."""
     rounds_weights: bool = False
     """Whether it samples from the policy's weights in fewer bits than the trainer computes with."""
+    shares_policy: bool = False
+    """Whether it generates with the policy's own modules. Others read no weights at the start, so the policy may be on
+    the meta device, which stands for the machine's accelerator."""
     concurrent: bool = False
     """Whether `generate` may run in another thread while the policy is trained; `close` then cancels it."""
 
@@ -87,7 +90,7 @@ class Engine(ABC):
         """Starts the engine for a policy of this architecture; `sync` brings the weights.
 
         Args:
-            policy: The trainer's policy, for its config and device.
+            policy: The trainer's policy, for its config and device; see `shares_policy`.
             tokenizer: The policy's tokenizer.
             max_model_len: Longest prompt + completion in tokens.
             dtype: Dtype of the trainer's forward.

@@ -48,6 +48,8 @@ class TransformersEngine(Engine):
             memory of the KV cache. A single sample may exceed it.
     """
 
+    shares_policy = True
+
     def __init__(self, tokens_per_batch: PositiveInt = 65536) -> None:
         check_ranges(TransformersEngine, locals())
         self.tokens_per_batch = tokens_per_batch

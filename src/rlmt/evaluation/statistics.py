@@ -111,6 +111,25 @@ def bootstrap(
     Returns:
         k intervals.
     """
+    values, samples = resample(compute, groups, resamples=resamples, seed=seed)
+    count = len(set(groups))
+    return [interval(float(value), column, count) for value, column in zip(values, samples.T, strict=True)]
+
+
+def resample(
+    compute: Callable[[NDArray[np.int64]], ArrayLike], groups: Groups, *, resamples: int = SLOW_RESAMPLES, seed: int = 0
+) -> tuple[Floats, Floats]:
+    """Figures of all rows and of resampled groups; `interval` takes them.
+
+    Args:
+        compute: As for `bootstrap`.
+        groups: n groups of the n rows. Calls with equal groups and seeds choose the same groups.
+        resamples: Number of resamples.
+        seed: Seed of the resamples.
+
+    Returns:
+        [k] figures and their [resamples, k] resamples.
+    """
     numbers = _group_numbers(groups)
     # The rows of group g are order[ends[g] - sizes[g] : ends[g]].
     order, sizes = np.argsort(numbers, kind="stable"), np.bincount(numbers)
@@ -121,7 +140,7 @@ def bootstrap(
     for row in samples:
         chosen = generator.integers(len(sizes), size=len(sizes))
         row[:] = compute(np.concatenate([order[ends[group] - sizes[group] : ends[group]] for group in chosen]))
-    return [interval(float(value), column, len(sizes)) for value, column in zip(values, samples.T, strict=True)]
+    return values, samples
 
 
 def resample_means(

@@ -171,6 +171,8 @@ class VLLMEngine(Engine):
             if self.serve == "merged":
                 adapter = None  # vLLM receives merged weights only
         device = compute_device(policy)
+        if device.type == "meta":
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if device.type == "cuda" and device.index not in (None, 0) and collectives.world_size() == 1:
             raise UserError(
                 f"VLLMEngine uses the first visible GPU, but the policy is on {device}: set CUDA_VISIBLE_DEVICES to "
