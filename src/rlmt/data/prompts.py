@@ -75,6 +75,7 @@ def load_prompts(
     column: str | None = None,
     system: str | None = None,
     extra_columns: Sequence[str] = (),
+    options: str = "--data.",
 ) -> list[Prompt]:
     """Reads all prompts of a file, a folder or a Hub dataset; `rlmt.data.tables.read_table` says which is which.
 
@@ -83,6 +84,7 @@ def load_prompts(
         column: Column with the prompts; None uses `prompt`, else `messages`.
         system: System prompt for rows without one.
         extra_columns: Columns to read into `Prompt.extra`.
+        options: Start of the names of the caller's options, for messages.
 
     Returns:
         The prompts in the order of the rows, `index` counting from 0.
@@ -95,8 +97,10 @@ def load_prompts(
     def select(found: Sequence[str]) -> list[str]:
         if missing := [name for name in extra_columns if name not in found]:
             columns = ", ".join(map(repr, found))
-            raise UserError(f"--data.extra_columns: {source} has no column {missing[0]!r}, only {columns}; rename one.")
-        return list(dict.fromkeys([_select_column(found, column, source), *extra_columns]))
+            raise UserError(
+                f"{options}extra_columns: {source} has no column {missing[0]!r}, only {columns}; rename one."
+            )
+        return list(dict.fromkeys([_select_column(found, column, source, options), *extra_columns]))
 
     def parse(index: int, cells: Cells) -> Prompt:
         prompt_column = next(iter(cells))
@@ -148,13 +152,13 @@ def _check_extra(column: str, value: object) -> None:
         raise ValueError(f"`{column}` has a value {type_name(value)}; use text, numbers, lists or objects")
 
 
-def _select_column(found: Sequence[str], column: str | None, source: str | DataSource) -> str:
+def _select_column(found: Sequence[str], column: str | None, source: str | DataSource, options: str) -> str:
     for name in (column,) if column is not None else DEFAULT_COLUMNS:
         if name in found:
             return name
     expected = repr(column) if column is not None else " or ".join(map(repr, DEFAULT_COLUMNS))
     columns = ", ".join(map(repr, found))
-    raise UserError(f"{source} has no column {expected}, only {columns}; rename one, or set --data.column.")
+    raise UserError(f"{source} has no column {expected}, only {columns}; rename one, or set {options}column.")
 
 
 DEFAULT_VAL_SIZE = 64

@@ -66,7 +66,7 @@ def distill(
     check_ranges(distill, locals())
     _check_options(out, instruction)
     teacher.check("--teacher")
-    found = load_prompts(prompts, column)[:limit]
+    found = load_prompts(prompts, column, options="--")[:limit]
     chosen = distinct(found)
     if len(chosen) < len(found):
         print(f"{len(found) - len(chosen):,} of {len(found):,} prompts are duplicates and are asked once.")

@@ -14,9 +14,6 @@ from rlmt.errors import UserError
 from rlmt.rewards.base import Reward
 from rlmt.types import Prompt, Status
 
-FIX = "start it, and resume with --ckpt_path last"
-"""What a user does after a run lost an endpoint."""
-
 Pending = list[Future[list[dict[str, Any]]]]
 """Answers of one batch of calls, one future per endpoint; call i is sent to endpoint i modulo their number."""
 
@@ -57,7 +54,9 @@ class AskedReward(Reward):
             if collectives.world_size() > 1:
                 path = path.with_name(f"{path.stem}.rank{collectives.rank()}{path.suffix}")
             self._ledger = Ledger(path)
-        self._clients = [BackgroundClient(endpoint, self._ledger, FIX) for endpoint in self.endpoints]
+        self._clients = [
+            BackgroundClient(endpoint, self._ledger, f"start it, and {self.resume}") for endpoint in self.endpoints
+        ]
 
     def close(self) -> None:
         """Waits for outstanding answers, then closes connections and the ledger."""

@@ -23,6 +23,8 @@ class Reward(nn.Module):
     """Name under which the scores are logged."""
     template_date: str = TEMPLATE_DATE
     """Day that the chat template of a reward model prints if it prints one; the same as for the policy in a run."""
+    resume: str = "resume with --ckpt_path last"
+    """What continues the command after an error of the reward stopped it; the end of its messages."""
     asks: bool = False
     """Whether it sends responses to another process; such a reward never receives a malformed completion."""
 
@@ -116,3 +118,9 @@ def set_template_date(rewards: nn.Module, date: str) -> None:
     """Sets the day that chat templates print in a reward and in the rewards that it contains."""
     for reward in all_rewards(rewards):
         reward.template_date = date
+
+
+def set_resume(rewards: nn.Module, resume: str) -> None:
+    """Sets what continues the command after an error, in a reward and in the rewards that it contains."""
+    for reward in all_rewards(rewards):
+        reward.resume = resume

@@ -133,12 +133,12 @@ class RubricReward(VerdictReward):
         return [
             self._question(prompt, response, part)
             for prompt, response in zip(prompts, responses, strict=True)
-            for part in self._parts(self._criteria(prompt))
+            for part in self._parts(self.criteria(prompt))
         ]
 
     def judge(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> tuple[list[float | None], list[float]]:
         """See `VerdictReward.judge`."""
-        parts = [self._parts(self._criteria(prompt)) for prompt in prompts]
+        parts = [self._parts(self.criteria(prompt)) for prompt in prompts]
         sizes = [len(part) for row in parts for part in row]
         calls = self.first_calls(prompts, responses)
         verdicts = iter(self.verdicts(calls, lambda number, text: read_answers(text, sizes[number])))
@@ -146,9 +146,8 @@ class RubricReward(VerdictReward):
         unparsed: list[float] = []
         for row in parts:
             found = [(part, verdict) for part in row if (verdict := next(verdicts)) is not None]
-            pairs = [pair for part, verdict in found for pair in zip(part, verdict, strict=True)]
-            met = sum(criterion.weight for criterion, yes in pairs if yes)
-            scores.append(met / sum(criterion.weight for criterion, _ in pairs) if pairs else None)
+            asked = [criterion for part, _ in found for criterion in part]
+            scores.append(met_share(asked, [yes for _, verdict in found for yes in verdict]) if found else None)
             unparsed.append(1 - len(found) / len(row))
         return scores, unparsed
 
@@ -161,8 +160,12 @@ class RubricReward(VerdictReward):
         """The criteria of each question."""
         return [criteria] if self.together else [[criterion] for criterion in criteria]
 
-    def _criteria(self, prompt: Prompt) -> list[Criterion]:
-        """The checklist of a prompt."""
+    def criteria(self, prompt: Prompt) -> list[Criterion]:
+        """The checklist of a prompt.
+
+        Raises:
+            UserError: It is no checklist.
+        """
         if self.items is not None:
             return _checklist(self.items, f"reward {self.name!r}: items")
         value = prompt.extra[self.column]
@@ -183,6 +186,17 @@ def read_answers(text: str, count: int) -> tuple[bool, ...] | None:
     if numbers != list(range(1, count + 1)):
         return None
     return tuple(match[2].lower() == "yes" for match in matches if match)
+
+
+def met_share(criteria: Sequence[Criterion], met: Sequence[bool]) -> float:
+    """The weighted share of criteria that are met, 0 to 1.
+
+    Args:
+        criteria: At least one criterion.
+        met: Whether each is met.
+    """
+    weights = [criterion.weight for criterion in criteria]
+    return sum(weight for weight, yes in zip(weights, met, strict=True) if yes) / sum(weights)
 
 
 def _checklist(value: object, place: str) -> list[Criterion]:

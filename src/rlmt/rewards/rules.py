@@ -145,7 +145,7 @@ class CallableReward(Reward):
                 what = describe_own_error(error) or f"{type(error).__name__}: {first_line(error)}"
                 raise UserError(
                     f"reward function {self.function} raised {what} for the response {_excerpt(response)}; fix it, and "
-                    "resume with --ckpt_path last."
+                    f"{self.resume}."
                 ) from error
             if not isinstance(value, numbers.Real) or not math.isfinite(value):
                 raise UserError(

@@ -29,8 +29,6 @@ MalformedMode = Literal["penalty", "null", "score_all"]
     Use it to reproduce runs of that code, not for training.
 """
 
-_FIX = "; fix it, and resume with --ckpt_path last."
-
 
 class BadScores(UserError, RuntimeError):
     """A reward returned the wrong number of scores, or scores that are not finite."""
@@ -79,9 +77,9 @@ def score(
         except Exception as error:
             if (what := describe_own_error(error)) is None:
                 raise
-            raise UserError(f"reward {reward.name!r} raised {what}{_FIX}") from error
-        total = _check_scores(total, reward.name, len(rows))
-        return total, {name: _check_scores(values, name, len(rows)) for name, values in parts.items()}
+            raise UserError(f"reward {reward.name!r} raised {what}; fix it, and {reward.resume}.") from error
+        total = _check_scores(total, reward.name, len(rows), reward.resume)
+        return total, {name: _check_scores(values, name, len(rows), reward.resume) for name, values in parts.items()}
 
     scored, scored_parts = run_on_all_ranks(score_shown)
     floor = min(all_gather_object(min([penalty, *scored.tolist()]))) if mode == "penalty" else penalty
@@ -170,12 +168,15 @@ def _text_to_score(split: Split, text: str, mode: MalformedMode) -> str | None:
     raise UserError(f"--model.malformed is {mode!r}, which is unknown; use penalty, null or score_all.")
 
 
-def _check_scores(scores: Tensor, name: str, count: int) -> Tensor:
+def _check_scores(scores: Tensor, name: str, count: int, resume: str) -> Tensor:
     """Converts scores to float32 on the CPU; raises BadScores unless they are `count` finite numbers."""
     if scores.shape != (count,):
-        raise BadScores(f"reward {name!r} returned scores of shape {list(scores.shape)} for {count} responses{_FIX}")
+        raise BadScores(
+            f"reward {name!r} returned scores of shape {list(scores.shape)} for {count} responses; fix it, and "
+            f"{resume}."
+        )
     scores = scores.detach().to("cpu", torch.float32)
     bad = int((~scores.isfinite()).sum())
     if bad:
-        raise BadScores(f"reward {name!r} returned {bad} of {count} scores that are not finite{_FIX}")
+        raise BadScores(f"reward {name!r} returned {bad} of {count} scores that are not finite; fix it, and {resume}.")
     return scores

@@ -122,7 +122,7 @@ class VerdictReward(AskedReward):
             end = " ".join(text.split())[-80:]
             raise UserError(
                 f"reward {self.name!r}: none of {len(calls):,} verdicts of {self._model} can be read, one answer ends "
-                f"with {end!r}; change template or max_tokens, and resume with --ckpt_path last."
+                f"with {end!r}; change template or max_tokens, and {self.resume}."
             )
         return found
 
