@@ -53,7 +53,7 @@ def training_progress(trainer: Trainer) -> tuple[int, int]:
 def forget_step_metrics(trainer: Trainer) -> None:
     """Forgets the metrics of the last train step; call it before the next one.
 
-    Lightning logs per step what `training_step` has ever logged, so a step without a metric would log an old value of it.
+    Lightning logs per step what `training_step` has ever logged, so a step without a metric would log an old value.
     """
     results: Any = trainer._results
     for item in results.values():
