@@ -7,6 +7,7 @@ from .policy_health import PolicyHealth
 from .progress_bar import StepProgressBar
 from .reward_curves import RewardCurves
 from .rollout_writer import RolloutWriter
+from .run_state import RunState
 from .run_summary import RunSummary
 from .sample_table import SampleTable
 
@@ -17,6 +18,7 @@ __all__ = [
     "PolicyHealth",
     "RewardCurves",
     "RolloutWriter",
+    "RunState",
     "RunSummary",
     "SampleTable",
     "StepProgressBar",

@@ -13,18 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from rlmt.distributed.collectives import all_gather_object
+from rlmt.report.run_states import REPORTED
 
 from ._common import is_dry_run, run_folder, say
 from .progress_bar import duration, significant, training_position
 
-_REPORTED = {
-    "reward": ("val/reward_mean", "reward/mean"),
-    "thought": ("val/thought_tokens", "length/thought_mean"),
-    "response": ("val/response_tokens", "length/response_mean"),
-    "loss": ("val/loss", "sft/loss"),
-    "accuracy": ("val/accuracy", "rm/accuracy"),
-}
-"""Name on a line → the metric of held-out data, and the one of training that replaces it without any."""
 _TOKENS = ("thought", "response")
 _FILES = ("metrics.csv", "curves.png", "cot_length.png", "calibration.png", "rollouts")
 """Files and folders of a run that the last lines name."""
@@ -48,7 +41,7 @@ class RunSummary(Callback):
 
     def __init__(self) -> None:
         self._points: dict[str, list[Point]] = {}
-        self._values: dict[str, list[float]] = {}
+        self._values: dict[str, list[Any]] = {}
         self._began, self._first_step = monotonic(), 0
         self._lines: list[str] = []
         self._folder: Path | None = None
@@ -69,7 +62,7 @@ class RunSummary(Callback):
     # Held-out data ----------------------------------------------------------------------------------------------------
 
     def _collect(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any, **__: Any) -> None:
-        """Collects the values of each held-out sample, for intervals."""
+        """Collects the values of each held-out sample, or its sum and its weight in the mean, for intervals."""
         values = outputs.get("values", {}) if isinstance(outputs, Mapping) else {}
         for name, of_samples in values.items():
             self._values.setdefault(name, []).extend(of_samples.tolist())
@@ -85,7 +78,7 @@ class RunSummary(Callback):
             self._print_table(trainer, "val", intervals)
             return
         step = int(training_position(trainer)[0])
-        for name, (held_out, _) in _REPORTED.items():
+        for name, (held_out, *_) in REPORTED.items():
             if held_out in trainer.callback_metrics:
                 self._add(f"val {name}", step, trainer.callback_metrics[held_out], intervals.get(held_out))
 
@@ -99,8 +92,10 @@ class RunSummary(Callback):
 
         half: dict[str, float] = {}
         collected = all_gather_object(self._values)
-        for name in self._values:
-            estimate = Estimate(tuple(value for of_rank in collected for value in of_rank[name]))
+        for name in dict.fromkeys(name for of_rank in collected for name in of_rank):
+            values = [value for of_rank in collected for value in of_rank.get(name, [])]
+            weighted = bool(values) and isinstance(values[0], list)
+            estimate = Estimate.of_ratio(*zip(*values, strict=True)) if weighted else Estimate(tuple(values))
             if estimate.interval is not None:
                 half[f"{stage}/{name}"] = estimate.interval[1] - estimate.mean
         self._values = {}
@@ -130,9 +125,10 @@ class RunSummary(Callback):
     ) -> None:
         """Keeps the metrics of the step."""
         step = int(training_position(trainer)[0])
-        for name, (_, training) in _REPORTED.items():
-            if training in trainer.callback_metrics:
-                self._add(name, step, trainer.callback_metrics[training], None)
+        for name, (_, *training) in REPORTED.items():
+            for metric in training:
+                if metric in trainer.callback_metrics:
+                    self._add(name, step, trainer.callback_metrics[metric], None)
 
     def _add(self, name: str, step: int, value: Any, half: float | None) -> None:
         """Adds a point: the first one stays, the latest replaces the one before it."""
@@ -149,7 +145,7 @@ class RunSummary(Callback):
         of = "" if total == float("inf") else f" of {total:g}"
         since = f" since step {self._first_step}" if self._first_step else ""
         lines = [f"steps     {done:g}{of}, in {duration(monotonic() - self._began)}{since}"]
-        for name in _REPORTED:
+        for name in REPORTED:
             points = self._points.get(f"val {name}") or self._points.get(name)
             if points and any(value for _, value, _ in points):  # no thoughts without thinking
                 where = "validation" if f"val {name}" in self._points else "training"

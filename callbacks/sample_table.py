@@ -28,6 +28,7 @@ from ._common import (
     say,
     step_number,
 )
+from ._logged_samples import SampleRow, log_samples
 
 _FILE = re.compile(r"rollouts_(\d+)-(\d+)((?:\.rank\d+)?)\.parquet")
 _CONTROLS = {c: 0x2400 + c for c in range(0x20) if c not in (0x09, 0x0A)} | dict.fromkeys(range(0x7F, 0xA0), 0xFFFD)
@@ -35,18 +36,20 @@ _CONTROLS = {c: 0x2400 + c for c in range(0x20) if c not in (0x09, 0x0A)} | dict
 
 
 class SampleTable(Callback):
-    """Prints a few samples every N steps, and saves all rollouts of training as parquet.
+    """Prints and logs a few samples every N steps, and saves all rollouts of training as parquet.
 
-    The printed samples are evenly spaced over the sorted rewards of the batch, from the worst to the best. All
-    rollouts go to `rollouts/` beside metrics.csv, one file for `dump_every_n_steps` steps, named by the first and the
-    last step in it; see `rlmt.engines.rollout_files` for the columns. Rollouts not yet on disk are written when
+    The printed samples are evenly spaced over the sorted rewards of the batch, from the worst to the best. TensorBoard
+    and Weights & Biases receive them as a table named `samples`, if their loggers are configured.
+
+    All rollouts go to `rollouts/` beside metrics.csv, one file for `dump_every_n_steps` steps, named by the first and
+    the last step in it; see `rlmt.engines.rollout_files` for the columns. Rollouts not yet on disk are written when
     training ends or fails and before every checkpoint, so a killed and resumed run has them all. A run that resumes
     from a checkpoint drops the rows of later steps.
 
     Args:
-        every_n_steps: Steps between prints, from the first step on; 0 prints nothing.
-        num_samples: Number of samples to print.
-        max_chars: Longest prompt, thought and response to print; the middle of longer ones is omitted.
+        every_n_steps: Steps between prints, from the first step on; 0 prints and logs nothing.
+        num_samples: Number of samples to print and log.
+        max_chars: Longest prompt, thought and response to show; the middle of longer ones is omitted.
         dump_every_n_steps: Steps per file; 0 writes no files.
 
     Raises:
@@ -100,6 +103,7 @@ class SampleTable(Callback):
         if self.every_n_steps and step % self.every_n_steps == 0 and trainer.is_global_zero:
             width, colour = shutil.get_terminal_size((120, 24)).columns, sys.stdout.isatty()
             say(render_samples(experience, step, self.num_samples, self.max_chars, width, colour))
+            log_samples(trainer.loggers, choose_samples(experience, self.num_samples, self.max_chars), step)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Writes the pending rollouts: a run resumed from this checkpoint does not generate them again."""
@@ -154,6 +158,27 @@ class SampleTable(Callback):
         return [(int(m[1]), int(m[2]), path) for m, path in found if m is not None and m[3] == self._rank]
 
 
+def choose_samples(experience: Experience, num_samples: int, max_chars: int) -> list[SampleRow]:
+    """Some samples of a batch, evenly spaced from the lowest to the highest reward.
+
+    Args:
+        experience: B samples after scoring.
+        num_samples: Number of samples.
+        max_chars: Longest prompt, thought or response.
+    """
+    rewards = experience.scores.total.detach().float()
+    order = rewards.argsort(stable=True).tolist()
+    count = min(num_samples, len(order))
+    rows = []
+    for i in (order[round(k * (len(order) - 1) / max(1, count - 1))] for k in range(count)):
+        split = experience.splits[i]
+        messages = experience.rollouts.prompts[i // experience.rollouts.group_size].messages
+        texts = (messages[-1]["content"], *shown_parts(split, experience.texts[i]))
+        prompt, thought, response = (shorten(text, max_chars) for text in texts)
+        rows.append(SampleRow(float(rewards[i]), split.status.value, prompt, thought, response))
+    return rows
+
+
 def render_samples(
     experience: Experience, step: int, num_samples: int, max_chars: int, width: int, colour: bool
 ) -> str:
@@ -170,24 +195,17 @@ def render_samples(
     Returns:
         The table as text.
     """
-    rewards = experience.scores.total.detach().float()
-    order = rewards.argsort(stable=True).tolist()
-    count = min(num_samples, len(order))
-    chosen = [order[round(i * (len(order) - 1) / max(1, count - 1))] for i in range(count)]
-    title = f"step {step}: {count} of {len(order)} samples"
+    rows = choose_samples(experience, num_samples, max_chars)
+    title = f"step {step}: {len(rows)} of {len(experience.splits)} samples"
     table = Table(title=title, title_justify="left", expand=True, show_lines=True)
     table.add_column("reward", justify="right", no_wrap=True)
     table.add_column("status", no_wrap=True)
     table.add_column("prompt", ratio=2)
     table.add_column("thought", ratio=3, style="dim")
     table.add_column("response", ratio=3)
-    for i in chosen:
-        split = experience.splits[i]
-        messages = experience.rollouts.prompts[i // experience.rollouts.group_size].messages
-        thought, response = shown_parts(split, experience.texts[i])
-        cells = [Text(shorten(text, max_chars)) for text in (messages[-1]["content"], thought, response)]
-        status = Text(split.status.value, style="green" if split.ok else "red")
-        table.add_row(Text(f"{rewards[i]:.3f}"), status, *cells)
+    for row in rows:
+        status = Text(row.status, style="green" if row.status == Status.OK else "red")
+        table.add_row(Text(f"{row.reward:.3f}"), status, *map(Text, (row.prompt, row.thought, row.response)))
     out = io.StringIO()
     Console(file=out, force_terminal=colour, width=width, legacy_windows=False).print(table)
     return out.getvalue().rstrip("\n")

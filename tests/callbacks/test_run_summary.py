@@ -74,6 +74,22 @@ def test_validate_prints_rounded_means_with_intervals(world, module, tmp_path, c
     assert ["val/thought_tokens", "10", "±", f"{10 * HALF:.3g}"] in lines
 
 
+def test_interval_of_a_mean_over_tokens_has_rows_as_its_units(world, tmp_path, capsys):
+    module = world.Module()
+
+    def validation_step(batch, batch_idx):
+        sums_and_tokens = torch.tensor([[2.0, 1.0], [9.0, 3.0]])[int(batch)].unsqueeze(0)
+        module.log("val/loss", 2.75, batch_size=1)
+        return {"values": {"loss": sums_and_tokens}}
+
+    module.validation_step = validation_step
+    trainer = world.trainer(tmp_path, [RunSummary()])
+    trainer.validate(module, torch.utils.data.DataLoader(torch.arange(2), batch_size=1), verbose=False)
+    # R = 11 / 4, residuals 2 - R and 9 - 3R over the mean of 2 tokens: ∓0.375; Student's t for 1 degree of freedom.
+    half = 12.7062 * 0.375
+    assert ["val/loss", "2.75", "±", f"{half:.3g}"] in [line.split() for line in capsys.readouterr().out.splitlines()]
+
+
 def test_change_of_a_single_point_is_the_point():
     assert _change([(3, 0.123456, None)]) == "0.123 at step 3"
 

@@ -1,12 +1,17 @@
 """Samples on the screen and on disk: nothing lost, nothing twice, nothing that a terminal would obey."""
 
+import html
+import json
+import re
 import signal
 
 import pyarrow.parquet as pq
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from rlmt.callbacks import RolloutWriter, SampleTable
+from rlmt.callbacks._logged_samples import SampleRow, markdown_table
 from rlmt.callbacks.sample_table import render_samples, shorten, shown_parts
 from rlmt.engines.rollout_files import SCHEMA, read_rollouts
 from rlmt.errors import UserError
@@ -99,6 +104,49 @@ def test_samples_are_printed_every_n_steps_and_span_the_rewards(world, tmp_path,
     assert all(text in first for text in ("1.000", "3.000", "5.000", "response 0", "thought 2", "unclosed"))
     assert "2.000" not in first
     assert "[bold]question[/]" in first, "a prompt's text is no markup"
+
+
+def test_tensorboard_receives_the_printed_samples(world, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugin_util import markdown_to_safe_html
+
+    board = TensorBoardLogger(tmp_path, name="board", version="")
+    world.fit(tmp_path, [SampleTable(every_n_steps=2, dump_every_n_steps=0)], steps=4, logger=board)
+    events = EventAccumulator(str(tmp_path / "board")).Reload()
+    (tag,) = [tag for tag in events.Tags()["tensors"] if "samples" in tag]
+    found = events.Tensors(tag)
+    assert [event.step for event in found] == [0, 2]
+    shown = markdown_to_safe_html(found[1].tensor_proto.string_val[0].decode())
+    rows = [re.findall(r"<td>(.*?)</td>", row) for row in shown.split("<tr>")[2:]]
+    assert [[html.unescape(cell) for cell in row] for row in rows] == [
+        ["3.000", "ok", "first [bold]question[/]", "thought 0", "response 0"],
+        ["5.000", "ok", "first [bold]question[/]", "thought 2", "response 2"],
+        ["7.000", "unclosed", "second question", "<think>never ␛[31mends", ""],
+    ]
+
+
+def test_markup_in_a_sample_is_text_on_tensorboard():
+    from tensorboard.plugin_util import markdown_to_safe_html
+
+    text = "a|b <b>*x*</b> [u](http://v) `c` &amp; # d\\\n1. next ü"
+    page = markdown_to_safe_html(markdown_table(["reward", "prompt"], [SampleRow(1.0, "ok", text, "", "")]))
+    (cell,) = re.findall(r"<td>(.*?)</td>", page)[1:]
+    assert html.unescape(cell.replace("<br>", "\n")) == text
+
+
+@pytest.mark.slow
+def test_wandb_receives_the_printed_samples(world, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = WandbLogger(save_dir=tmp_path, offline=True)
+    world.fit(tmp_path, [SampleTable(every_n_steps=2, dump_every_n_steps=0)], steps=3, logger=logger)
+    logger.experiment.finish()
+    tables = [json.loads(path.read_text()) for path in tmp_path.rglob("*.table.json")]
+    assert {tuple(table["columns"]) for table in tables} == {
+        ("step", "reward", "status", "prompt", "thought", "response")
+    }
+    assert sorted(table["data"][0][:3] for table in tables) == [[0, 1, "ok"], [2, 3, "ok"]]
+    assert all("never ␛[31mends" in table["data"][2][4] for table in tables)
 
 
 def test_malformed_completions_are_shown_in_their_parts():

@@ -76,3 +76,34 @@ def test_python_script_trains_and_its_metrics_are_documented(world: Callable[[Pa
     assert (log.parent / "checkpoints" / "last.ckpt").is_file()
     documented = set(re.findall(r"`([a-z]+/[\w<>/]+)`", METRICS)) | {"epoch", "step", "reward/reward_model"}
     assert set(columns(log)) <= documented
+
+
+def test_trackio_logger_of_the_page_receives_metrics_samples_and_configuration(
+    write_files: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+    from types import SimpleNamespace
+    from typing import Any
+
+    from rlmt.callbacks._logged_samples import SampleRow, log_samples
+
+    calls: list[Any] = []
+    run = SimpleNamespace(
+        log=lambda metrics, step: calls.append((metrics, step)), finish=lambda: calls.append("finish")
+    )
+    # The package is not in the environment: a recorder with the signatures of its version 0.43.
+    trackio: Any = SimpleNamespace(
+        init=lambda project, config: calls.append((project, config)) or run, Table=lambda columns, data: (columns, data)
+    )
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    write_files(HOW_TO / "watch.md")
+    import my_loggers  # type: ignore[import-not-found]
+
+    logger = my_loggers.TrackioLogger("mine")
+    logger.log_hyperparams({"lr": 1.0})
+    logger.log_metrics({"reward/mean": 2.0}, step=3)
+    log_samples([logger], [SampleRow(0.5, "ok", "p", "t", "r")], 3)
+    logger.finalize("success")
+    columns = ["step", "reward", "status", "prompt", "thought", "response"]
+    samples = {"samples": (columns, [[3, 0.5, "ok", "p", "t", "r"]])}
+    assert calls == [("mine", {"lr": 1.0}), ({"reward/mean": 2.0}, 3), (samples, 3), "finish"]

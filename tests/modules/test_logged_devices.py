@@ -20,6 +20,7 @@ from rlmt import modules
 from rlmt.algorithms import GRPO
 from rlmt.data.supervised import RowBatch
 from rlmt.distributed.lightning_internals import set_device
+from rlmt.models.micro_batch import no_op_micro_batch
 from rlmt.modules import SFT, RewardModeling, RLMTModule
 from rlmt.modules.base import TrainingModule
 from rlmt.modules.metrics import step_metrics
@@ -100,13 +101,16 @@ def test_training_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_validation_of_supervised_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     sft = on_meta(SFT("unread"), monkeypatch)
     row = SimpleNamespace(sequences=[torch.arange(3)], prompts=[1])
-    monkeypatch.setattr(sft, "losses", lambda rows, prompt_weight: iter([torch.ones(())]))
+    part = (no_op_micro_batch(torch.device("cpu")), torch.ones(1), torch.ones(()))
+    monkeypatch.setattr(sft, "_micro_batches", lambda rows, prompt_weight: iter([part]))
     sft.validation_step(RowBatch([row]), 0)
 
     reward = RewardModeling("unread")  # on the CPU, where it may log no tensor
     monkeypatch.setattr(reward, "log", nccl_log(on_meta(SFT("unread"), monkeypatch)))
     pairs = torch.ones(2)
-    monkeypatch.setattr(reward, "losses", lambda rows, regress: iter([PairLoss(pairs.sum(), pairs, pairs, ["a", "a"])]))
+    monkeypatch.setattr(
+        reward, "losses", lambda rows, regress: iter([PairLoss(pairs.sum(), pairs, pairs, ["a", "a"], [0, 1])])
+    )
     reward._subsets = ["a"]
     reward._by_subset.append(type(reward._accuracy)(sync_on_compute=False))
     reward.trainer = SimpleNamespace(testing=False)  # type: ignore[assignment]

@@ -1,5 +1,6 @@
 """Reward modelling against closed forms: Bradley-Terry, margins, centring, the regression, and what is reported."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,6 +103,26 @@ def test_loss_and_gradient_are_the_formulas(budget: int, options: dict[str, Any]
     for (name, wanted), found in zip(reference.named_parameters(), trained.parameters(), strict=True):
         gap = (found.grad - wanted.grad).norm() / wanted.grad.norm()
         assert gap < 1e-5, (name, gap)
+
+
+@pytest.mark.parametrize("budget", [1, 140, 10**6])
+def test_validation_returns_the_sums_of_each_row(budget: int, module: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, rows = module(budget), comparisons()
+    monkeypatch.setattr(made, "log", lambda *arguments, **options: None)
+    with torch.no_grad():
+        values = made.validation_step(RowBatch(rows), 0)["values"]
+        differences = []
+        for row in rows:
+            scores, _ = scores_of(made.model, row.sequences)  # type: ignore[arg-type]
+            differences.append([float(scores[better] - scores[worse]) for better, worse in row.pairs])
+    losses = [
+        [math.log1p(math.exp(margin - d)) for d, margin in zip(found, row.margins, strict=True)]
+        for found, row in zip(differences, rows, strict=True)
+    ]
+    torch.testing.assert_close(values["loss"], torch.tensor([[sum(of_row), len(of_row)] for of_row in losses]))
+    right = torch.tensor([[sum(d > 0 for d in of_row), float(len(of_row))] for of_row in differences])
+    assert torch.equal(values["accuracy"], right)
+    assert torch.equal(values["accuracy/a"], right[:1]) and torch.equal(values["accuracy/b"], right[1:])
 
 
 def test_a_tie_costs_ln_2_and_pulls_the_scores_apart_by_a_half(module: Make) -> None:

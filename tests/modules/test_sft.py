@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 
 from rlmt.data import SFTDataModule, load_prompts
 from rlmt.data.demonstrations import EncodedDemonstration
+from rlmt.data.supervised import RowBatch
 from rlmt.engines.transformers import TransformersEngine
 from rlmt.formats.thinking import ThinkingFormat
 from rlmt.models import loading
@@ -68,6 +69,21 @@ def oracle(model: LlamaForCausalLM, rows: list[EncodedDemonstration], prompt_wei
     labels = ids[:, 1:].masked_fill(weights[:, 1:] == 0, -100)
     losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
     return (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
+
+
+@pytest.mark.parametrize("budget", [1, 50, 10**6])
+def test_validation_returns_loss_and_tokens_of_each_row(
+    policy: LlamaForCausalLM, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, made, logged = demonstrations(), module(policy, budget, prompt_weight=0.5), dict[str, float]()
+    monkeypatch.setattr(made, "log", lambda name, value, **options: logged.update({name: value}))
+    with torch.no_grad():
+        values = made.validation_step(RowBatch(rows), 0)["values"]["loss"]
+        expected = torch.stack([oracle(policy, [row], 0.0) for row in rows])
+    counts = torch.tensor([9.0, 21, 4, 2, 40])
+    assert torch.equal(values[:, 1], counts)
+    torch.testing.assert_close(values[:, 0], expected * counts, rtol=1e-5, atol=1e-5)
+    assert logged["val/loss"] == pytest.approx(float(values[:, 0].sum() / counts.sum()), rel=1e-5)
 
 
 @pytest.mark.parametrize("prompt_weight", [0.0, 0.2, 1.0])

@@ -54,7 +54,7 @@ class ConfigInCheckpoint(SaveConfigCallback):
         """Passes the configuration to the loggers."""
         for logger in trainer.loggers:
             if not isinstance(logger, CSVLogger):
-                logger.log_hyperparams(dict(_flat(self.plain)))
+                logger.log_hyperparams(dict(flatten(self.plain)))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Does nothing."""
@@ -113,7 +113,7 @@ def config_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
     Returns:
         One line per option, sorted by name.
     """
-    old, new = dict(_flat(before)), dict(_flat(now))
+    old, new = dict(flatten(before)), dict(flatten(now))
     scheduled = any(name.startswith("model.scheduler") and value is not None for name, value in new.items())
     lines = []
     for name in sorted(old.keys() | new.keys()):
@@ -137,16 +137,24 @@ def same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
 
 def _identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """The options that tell runs apart."""
-    options = dict(_flat(config))
+    options = dict(flatten(config))
     return {name: options[name] for name in options if name in _IDENTITY or name.startswith("model.format")}
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Options under their names on the command line."""
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Options under their names on the command line.
+
+    Args:
+        config: Configuration as plain data.
+        prefix: Name of the option that it is the value of.
+
+    Yields:
+        Name and value of each option; the name of a class has its class path.
+    """
     for key, value in config.items():
         name = prefix if key in ("init_args", "class_path") else f"{prefix}.{key}" if prefix else str(key)
         if isinstance(value, Mapping) and (value or key == "init_args"):
-            yield from _flat(value, name)
+            yield from flatten(value, name)
         else:
             yield name, value
 

@@ -28,6 +28,7 @@ usage: rlmt COMMAND [options]
   predict   generate and score samples for every prompt, and write them to parquet
   plan      print the memory a run takes, before any weights are loaded: rlmt plan --config … --memory 24
   configs   list the shipped configs; print or copy one: rlmt configs [show NAME …] [copy NAME FILE]
+  runs      list the training runs in a folder with state, step, reward and verdict: rlmt runs [FOLDER] [--watch]
   doctor    print what this machine has, what is missing, and which shipped configs would run on it
   export    convert a checkpoint to a Hugging Face folder: rlmt export CKPT OUT
   chat      chat with a checkpoint or an exported folder: rlmt chat CKPT_OR_FOLDER [--prompt TEXT]
@@ -190,6 +191,12 @@ def _configs(command: str, args: list[str]) -> int:
     return run(args)
 
 
+def _runs(command: str, args: list[str]) -> int:
+    from rlmt.cli.runs import run
+
+    return run(args)
+
+
 def _doctor(command: str, args: list[str]) -> int:
     import argparse
 
@@ -204,6 +211,7 @@ _COMMANDS: dict[str, Callable[[str, list[str]], int]] = {
     **dict.fromkeys(("fit", "validate", "test", "predict"), _lightning),
     "plan": _plan,
     "configs": _configs,
+    "runs": _runs,
     "doctor": _doctor,
     "export": _export,
     "chat": _chat,

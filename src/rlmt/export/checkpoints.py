@@ -32,8 +32,11 @@ from transformers import (
 
 from rlmt.checkpointing.files import read_checkpoint
 from rlmt.errors import UserError
+from rlmt.export.card import Facts, hub_name, write_card
 from rlmt.export.merge import adapted_layers, check_fits, merge, open_base
+from rlmt.export.push import open_repository, upload
 from rlmt.export.sharded import read_sharded_checkpoint
+from rlmt.export.usage import Loading, policy_usage, reward_usage
 from rlmt.formats.thinking import ThinkingFormat
 from rlmt.models.adapters import CRITIC, PEFT_PREFIX, POLICY, is_adapter
 from rlmt.models.assets import POLICY_ASSETS, REWARD_ASSETS, load_stop_token_ids, save_policy_assets, save_reward_assets
@@ -74,6 +77,10 @@ class _Checkpoint:
     """The module's own data, stored under `rlmt`."""
     weights: dict[str, Tensor]
     """Weights by their names in the model."""
+    config: dict[str, Any]
+    """Configuration of the run as plain data; empty for runs from Python."""
+    step: int | None
+    """Last step of the run that the checkpoint has, as in metrics.csv."""
 
     @property
     def assets(self) -> Path:
@@ -102,8 +109,10 @@ def export(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     what: Literal["merged", "adapter"] = "merged",
     base: str | None = None,
+    push: str | None = None,
+    public: bool = False,
 ) -> None:
-    """Exports a checkpoint to a Hugging Face folder: weights, config, tokenizer, chat template and thinking format.
+    """Exports a checkpoint to a Hugging Face folder: weights, config, tokenizer, chat template, format and model card.
 
     Args:
         ckpt: Checkpoint of a run, in the folder where the run wrote it: a file, or a sharded checkpoint folder.
@@ -113,11 +122,17 @@ def export(
         what: Form in which a LoRA checkpoint is exported: `merged` full weights, which load like any model, or the
             `adapter` alone, for PEFT and vLLM's LoRA requests.
         base: Folder or hub name of the model that the adapter was trained on, if it has moved since the run.
+        push: Repository on the Hugging Face hub, as USER/NAME, to upload the folder to; null uploads nothing.
+        public: Whether everyone may read a repository that `push` creates; by default only you.
 
     Raises:
-        UserError: As `write_export`.
+        UserError: As `write_export`, or the hub refuses the upload.
     """
-    print(f"{out}: {write_export(ckpt, out, dtype, what, base)}")
+    if push is None and public:
+        raise UserError("--public true: nothing is uploaded; pass --push USER/NAME, too.")
+    print(f"{out}: {write_export(ckpt, out, dtype, what, base, push, public)}")
+    if push is not None:
+        print(f"uploaded to {upload(out, push)}")
 
 
 def write_export(
@@ -126,8 +141,12 @@ def write_export(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     what: Literal["merged", "adapter"] = "merged",
     base: str | None = None,
+    push: str | None = None,
+    public: bool = False,
 ) -> str:
-    """Exports a checkpoint as `export` does, without printing.
+    """Exports a checkpoint as `export` does, without printing and without the upload.
+
+    With `push` the repository is opened before anything is written, and the card has its name.
 
     Returns:
         Summary of the exported model.
@@ -147,13 +166,57 @@ def write_export(
         option = "--what adapter" if what == "adapter" else "--base"
         raise UserError(f"{ckpt}: stores full weights and no adapter; omit {option}.")
     torch_dtype: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
+    source = base or checkpoint.record[checkpoint.kind.base]
+    if push is not None:
+        _check_can_be_shared(source, has_adapter and what == "adapter")
+        open_repository(push, public)
     with _atomic_folder(out) as folder:
         if has_adapter:
             write = _export_merged if what == "merged" else _export_adapter
-            summary = write(checkpoint, base or checkpoint.record[checkpoint.kind.base], folder, torch_dtype)
+            summary = write(checkpoint, source, folder, torch_dtype)
         else:
             summary = _export_full(checkpoint, folder, torch_dtype)
+        adapter = has_adapter and what == "adapter"
+        write_card(_card_facts(checkpoint, folder, push or out.resolve().name, source, adapter), folder)
         return "\n".join([summary, *_usage_notes(checkpoint)])
+
+
+def _check_can_be_shared(source: str, adapter: bool) -> None:
+    """Raises a UserError for an adapter of a local folder, which nobody else could load and whose path is private."""
+    if adapter and hub_name(source) is None:
+        raise UserError(
+            f"--push: the adapter's model {source} is a local folder, which nobody else has; pass its hub name as "
+            "--base, or export with --what merged."
+        )
+
+
+def _card_facts(checkpoint: _Checkpoint, folder: Path, name: str, source: str, adapter: bool) -> Facts:
+    """What the model card of an exported folder states."""
+    tokenizer, options = load_tokenizer(folder), checkpoint.config.get("data", {}).get("init_args", {})
+    loading = Loading(
+        name=name,
+        base=(hub_name(source) or Path(source).name) if adapter else None,
+        rank=(checkpoint.record.get("adapter") or {}).get("r", 0),
+        temperature=options.get("temperature", Loading.temperature),
+        max_new_tokens=options.get("max_new_tokens", Loading.max_new_tokens),
+    )
+    format: ThinkingFormat | None = None
+    if checkpoint.kind is _POLICY:
+        format = ThinkingFormat.from_dict(checkpoint.record["format"])
+        usage = policy_usage(format, tokenizer, loading)
+    else:
+        usage = reward_usage(tokenizer, load_config(checkpoint.assets).get_text_config().pad_token_id, loading)
+    return Facts(
+        name=name.rpartition("/")[2],
+        module=checkpoint.record.get("module", ""),
+        base=source,
+        config=checkpoint.config,
+        usage=usage,
+        format=format,
+        adapter=adapter,
+        run=checkpoint.path.parent.parent,
+        step=checkpoint.step,
+    )
 
 
 def _usage_notes(checkpoint: _Checkpoint) -> list[str]:
@@ -209,7 +272,8 @@ def _open(path: Path) -> _Checkpoint:
         for name, tensor in checkpoint["state_dict"].items()
         if name.startswith(kind.prefix) and f".{CRITIC}." not in name
     }
-    opened = _Checkpoint(path, kind, record, weights)
+    step = (checkpoint.get("run") or {}).get("step")
+    opened = _Checkpoint(path, kind, record, weights, checkpoint.get("config") or {}, step)
     if not opened.assets.is_dir():
         raise UserError(f"{opened.assets}: not found; export the checkpoint from the folder where its run wrote it.")
     return opened

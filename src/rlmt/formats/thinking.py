@@ -109,7 +109,7 @@ class ThinkingFormat:
         return (_RESPONSE[1],) if self.zero else ()
 
     @property
-    def _opening(self) -> str:
+    def opening(self) -> str:
         """The first tag of a complete target with its white space; `prefill` moves it into the prompt."""
         if self.zero:
             return _THINK[0] if self.thinks else _RESPONSE[0]
@@ -122,7 +122,7 @@ class ThinkingFormat:
     @property
     def probe(self) -> list[Message]:
         """A short prompt with the turns that every prompt of the format has."""
-        return self._turns([Message(role="user", content="Hi")])
+        return self.turns([Message(role="user", content="Hi")])
 
     def render(self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Renders a conversation as prompt tokens.
@@ -143,14 +143,14 @@ class ThinkingFormat:
         """
         if not messages or messages[-1]["role"] != "user":
             raise UserError("the last turn of the prompt is not a user turn; drop the row or its trailing turns.")
-        turns, literals = shield(self._turns(messages), control_strings(tokenizer, self.tags))
+        turns, literals = shield(self.turns(messages), control_strings(tokenizer, self.tags))
         if self.zero:
-            text = base_prompt(turns, self.thinks, self._opening if self.prefill else "")
+            text = base_prompt(turns, self.thinks, self.opening if self.prefill else "")
         else:
             template = self.template(tokenizer)
             text = template.prompt(turns)
             if self.prefill and template.thought(self.probe) == "none":
-                text += self._opening
+                text += self.opening
         return one_bos(encode(text, literals, tokenizer), tokenizer)
 
     def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -177,7 +177,7 @@ class ThinkingFormat:
         """
         return tokenizer.eos_token_id if self.zero else self.template(tokenizer).turn_end()
 
-    def _turns(self, messages: Sequence[Message]) -> list[Message]:
+    def turns(self, messages: Sequence[Message]) -> list[Message]:
         """Adds `instruction` to the system turn of a conversation."""
         turns = list(messages)
         if self.instruction is None:
@@ -207,7 +207,7 @@ class ThinkingFormat:
             text = f"{_THINK[0]} {thought} {_THINK[1]} {text}" if self.thinks else text
         else:
             text = f"{_THINK[0]}\n{thought}\n{_THINK[1]}\n\n{response}" if self.thinks else response
-        text = text.removeprefix(self._opening) if self.prefill else text
+        text = text.removeprefix(self.opening) if self.prefill else text
         if self.split(text) != Split(thought if self.thinks else "", response, Status.OK):
             raise UserError(
                 f"a thought and response cannot be written in format {self.name} and split again; "

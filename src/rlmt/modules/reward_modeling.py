@@ -45,6 +45,8 @@ class PairLoss:
     """[p] float32 score of the chosen minus score of the rejected response of each pair, detached."""
     subsets: list[str | None]
     """Subset of the data that each pair belongs to."""
+    rows: list[int]
+    """Position of the row that each pair belongs to."""
 
 
 class RewardModeling(SupervisedModule):
@@ -209,9 +211,12 @@ class RewardModeling(SupervisedModule):
         parts = batches_by_length([row.longest for row in rows], self.tokens_per_micro_batch, most)
         assert self.model is not None
         for part in track("micro-batch", pad_with_no_ops(parts, self.model, [])):
-            yield self._loss_of([rows[i] for i in part], pair_count, rating_count if regress else 0)
+            owners = [i for i in part for _ in rows[i].pairs]
+            yield self._loss_of([rows[i] for i in part], owners, pair_count, rating_count if regress else 0)
 
-    def _loss_of(self, rows: list[EncodedComparison], pair_count: int, rating_count: int) -> PairLoss:
+    def _loss_of(
+        self, rows: list[EncodedComparison], owners: list[int], pair_count: int, rating_count: int
+    ) -> PairLoss:
         """Loss of one micro-batch; without rows a no-op that keeps FSDP ranks in lockstep."""
         assert self.model is not None
         sequences = [s for row in rows for s in row.sequences]
@@ -235,24 +240,26 @@ class RewardModeling(SupervisedModule):
             errors = predicted - ratings.view_as(predicted)
             loss = loss + self.attribute_weight * errors.square().sum() / rating_count
         subsets = [row.subset for row in rows for _ in row.pairs]
-        return PairLoss(loss, rankings.detach(), (better - worse).detach(), subsets)
+        return PairLoss(loss, rankings.detach(), (better - worse).detach(), subsets, owners)
 
     # Held-out preferences ---------------------------------------------------------------------------------------------
 
-    def validation_step(self, batch: RowBatch[EncodedComparison], batch_idx: int) -> dict[str, Tensor]:
+    def validation_step(self, batch: RowBatch[EncodedComparison], batch_idx: int) -> dict[str, Any]:
         """Adds to loss and accuracies over all held-out pairs.
 
         Returns:
-            `differences`: [p] score of the chosen minus score of the rejected response of each pair of all ranks.
+            `differences`, [p] score of the chosen minus score of the rejected response of each pair of all ranks; and
+            `values` by metric, [r, 2] for each row of this rank the sum over its pairs, and their number.
         """
         return self._evaluate(batch, "val")
 
-    def test_step(self, batch: RowBatch[EncodedComparison], batch_idx: int) -> dict[str, Tensor]:
+    def test_step(self, batch: RowBatch[EncodedComparison], batch_idx: int) -> dict[str, Any]:
         """As `validation_step`."""
         return self._evaluate(batch, "test")
 
-    def _evaluate(self, batch: RowBatch[EncodedComparison], stage: str) -> dict[str, Tensor]:
-        rankings, differences, subsets = _pairs_of_all_ranks(list(self.losses(batch.rows, regress=False)))
+    def _evaluate(self, batch: RowBatch[EncodedComparison], stage: str) -> dict[str, Any]:
+        parts = list(self.losses(batch.rows, regress=False))
+        rankings, differences, subsets = _pairs_of_all_ranks(parts)
         right = (differences > 0).float().to(self.device)  # a tie is wrong
         self._loss.update(rankings.to(self.device))
         self._accuracy.update(right, torch.ones_like(right))
@@ -264,7 +271,7 @@ class RewardModeling(SupervisedModule):
                 metric.update(here, torch.ones_like(here))  # type: ignore[operator]
             self.log(f"{stage}/accuracy/{name}", metric, on_epoch=True, batch_size=len(right))  # type: ignore[arg-type]
         self._differences.append(differences)
-        return {"differences": differences}
+        return {"differences": differences, "values": _values_of_rows(parts)}
 
     def on_validation_epoch_end(self) -> None:
         """Logs the calibration error over all held-out pairs."""
@@ -303,3 +310,22 @@ def _pairs_of_all_ranks(parts: list[PairLoss]) -> tuple[Tensor, Tensor, list[str
     mine = [(part.rankings.cpu(), part.differences.cpu(), part.subsets) for part in parts]
     rankings, differences, subsets = zip(*(part for rank in all_gather_object(mine) for part in rank), strict=True)
     return torch.cat(rankings), torch.cat(differences), [subset for part in subsets for subset in part]
+
+
+def _values_of_rows(parts: list[PairLoss]) -> dict[str, Tensor]:
+    """Loss and accuracies of this rank's rows: [r, 2] the sum over the pairs of each row, and their number."""
+    rankings = torch.cat([part.rankings.cpu() for part in parts])
+    right = (torch.cat([part.differences.cpu() for part in parts]) > 0).float()
+    owners = torch.tensor([row for part in parts for row in part.rows], dtype=torch.long)
+    subsets = [subset for part in parts for subset in part.subsets]
+    values = {"loss": _sums_by_row(rankings, owners), "accuracy": _sums_by_row(right, owners)}
+    for name in sorted({subset for subset in subsets if subset is not None}):
+        here = torch.tensor([subset == name for subset in subsets])
+        values[f"accuracy/{name}"] = _sums_by_row(right[here], owners[here])
+    return values
+
+
+def _sums_by_row(values: Tensor, owners: Tensor) -> Tensor:
+    """[r, 2] sum and number of the values of each row that has any."""
+    rows, position = torch.unique(owners, return_inverse=True)
+    return torch.zeros(len(rows), 2).index_add_(0, position, torch.stack([values, torch.ones_like(values)], dim=1))

@@ -97,6 +97,12 @@ class SFT(PolicyMixin, SupervisedModule):  # type: ignore[misc] # Lightning's lo
 
     def losses(self, rows: list[EncodedDemonstration], prompt_weight: float) -> Iterator[Tensor]:
         """The micro-batches of this rank: their shares in the loss over the rows of all ranks."""
+        return (loss for _, _, loss in self._micro_batches(rows, prompt_weight))
+
+    def _micro_batches(
+        self, rows: list[EncodedDemonstration], prompt_weight: float
+    ) -> Iterator[tuple[MicroBatch, Tensor, Tensor]]:
+        """Each micro-batch of sequences with the weighted log-probs of its tokens, and its share in the loss."""
         sequences = [sequence.long() for row in rows for sequence in row.sequences]
         prompts = [count for row in rows for count in row.prompts]
         counts = all_gather_object((target_tokens(rows), sum(count - 1 for count in prompts)))
@@ -114,21 +120,38 @@ class SFT(PolicyMixin, SupervisedModule):  # type: ignore[misc] # Lightning's lo
                 until = torch.tensor([prompts[i] for i in batch.samples], device=self.device)
                 weights[batch.columns + 1 < until[batch.rows]] = prompt_weight
             logprobs = token_logprobs(self.trained_model, batch, temperature=1.0).logprobs
-            yield -(logprobs * weights).sum() / total_weight
+            weighted = logprobs * weights
+            yield batch, weighted.detach(), -weighted.sum() / total_weight
 
     # Held-out demonstrations ------------------------------------------------------------------------------------------
 
-    def validation_step(self, batch: RowBatch[EncodedDemonstration], batch_idx: int) -> None:
-        """Adds to the mean loss over the target tokens of all held-out demonstrations; prompts do not count."""
-        self._evaluate(batch, "val")
+    def validation_step(self, batch: RowBatch[EncodedDemonstration], batch_idx: int) -> dict[str, Any]:
+        """Adds to the mean loss over the target tokens of all held-out demonstrations; prompts do not count.
 
-    def test_step(self, batch: RowBatch[EncodedDemonstration], batch_idx: int) -> None:
+        Returns:
+            `values`: `loss`, [r, 2] for each row of this rank the loss summed over its target tokens, and their number.
+        """
+        return self._evaluate(batch, "val")
+
+    def test_step(self, batch: RowBatch[EncodedDemonstration], batch_idx: int) -> dict[str, Any]:
         """As `validation_step`."""
-        self._evaluate(batch, "test")
+        return self._evaluate(batch, "test")
 
-    def _evaluate(self, batch: RowBatch[EncodedDemonstration], stage: str) -> None:
-        loss = sum(all_gather_object(sum(float(part) for part in self.losses(batch.rows, prompt_weight=0.0))))
-        self.log(f"{stage}/loss", loss, prog_bar=True, batch_size=_target_tokens_of_all_ranks(batch.rows))
+    def _evaluate(self, batch: RowBatch[EncodedDemonstration], stage: str) -> dict[str, Any]:
+        row_of = torch.tensor([i for i, row in enumerate(batch.rows) for _ in row.sequences], dtype=torch.long)
+        sums, own_loss = torch.zeros(len(batch.rows)), 0.0
+        for part, weighted, loss in self._micro_batches(batch.rows, prompt_weight=0.0):
+            own_loss += float(loss)
+            if part.samples:
+                sums.index_add_(0, row_of[part.samples][part.rows.cpu()], -weighted.float().cpu())
+        self.log(
+            f"{stage}/loss",
+            sum(all_gather_object(own_loss)),
+            prog_bar=True,
+            batch_size=_target_tokens_of_all_ranks(batch.rows),
+        )
+        counts = torch.tensor([target_tokens([row]) for row in batch.rows], dtype=torch.float32)
+        return {"values": {"loss": torch.stack([sums, counts], dim=1)}}
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 

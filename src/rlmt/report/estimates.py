@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from scipy.stats import t as student
@@ -31,6 +32,20 @@ class Estimate:
             return None
         half = float(student.ppf(0.5 + CONFIDENCE / 2, n - 1)) * statistics.stdev(self.values) / math.sqrt(n)
         return self.mean - half, self.mean + half
+
+    @classmethod
+    def of_ratio(cls, sums: Sequence[float], weights: Sequence[float]) -> Estimate:
+        """The ratio of two sums over samples, such as a mean over the tokens of rows, with the samples as the units.
+
+        The values are the linearized ones, R + (s - R w) / mean(w) with R = Σ s / Σ w (Cochran 1977, Sampling
+        Techniques, section 6.4): their mean is R, and with equal weights they are s / w.
+
+        Args:
+            sums: Sum of each sample.
+            weights: Weight of each sample; not all 0.
+        """
+        ratio, mean_weight = sum(sums) / sum(weights), statistics.fmean(weights)
+        return cls(tuple(ratio + (s - ratio * w) / mean_weight for s, w in zip(sums, weights, strict=True)))
 
     def minus(self, other: Estimate) -> Estimate:
         """Differences paired by seed."""
