@@ -1,8 +1,12 @@
 """Options, variables and settings of other Lightning applications have an effect here, or an answer that names one."""
 
+from types import SimpleNamespace
+
 import pytest
+from lightning.pytorch import callbacks
 
 from rlmt.cli import main
+from rlmt.cli.checks import check_manual_optimization
 from rlmt.cli.lightning_habits import check_lightning_habits, with_default_classes
 from rlmt.errors import UserError
 
@@ -46,3 +50,24 @@ def test_help_on_one_class_needs_no_config(capsys: pytest.CaptureFixture[str]) -
     assert with_default_classes(["--config", "sft", "--model.x.help"]) == ["--config", "sft", "--model.x.help"]
     assert with_default_classes(["--model", "SFT", "--model.x.help"]) == ["--model", "SFT", "--model.x.help"]
     assert with_default_classes(["--model.help"]) == ["--model.help"]
+
+
+@pytest.mark.parametrize(
+    ("callback", "fix"),
+    [
+        (callbacks.GradientAccumulationScheduler({0: 2}), "--data.batch_size"),
+        (callbacks.StochasticWeightAveraging(0.1), "leave it out"),
+        (callbacks.WeightAveraging(), "leave it out"),
+        (callbacks.EMAWeightAveraging(), "leave it out"),
+        (callbacks.LearningRateFinder(), "--model.optimizer.lr"),
+        (callbacks.BatchSizeFinder(), "rlmt plan"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_callbacks_that_take_optimizer_steps_or_change_weights_are_refused(
+    callback: callbacks.Callback, fix: str
+) -> None:
+    options = SimpleNamespace(accumulate_grad_batches=1, gradient_clip_val=None)
+    with pytest.raises(UserError, match=rf"--trainer.callbacks {type(callback).__name__}: .*{fix}.*\.$"):
+        check_manual_optimization(SimpleNamespace(**vars(options), callbacks=[callbacks.Timer(), callback]))
+    check_manual_optimization(SimpleNamespace(**vars(options), callbacks=callbacks.Timer()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -250,3 +251,25 @@ def test_error_in_a_users_class_names_its_line() -> None:
     with pytest.raises(UserError, match=expected) as caught:
         score(Broken(), PROMPTS, SPLITS, TEXTS)
     assert "\n" not in str(caught.value) and str(caught.value).endswith("--ckpt_path last.")
+
+
+def test_error_in_a_users_class_names_its_calls_and_the_response() -> None:
+    def points(text: str) -> float:
+        return float(text)
+
+    class Broken(Recorder):
+        def score(self, prompts: Sequence[Prompt], responses: Sequence[str], statuses: Sequence[Status]) -> Tensor:
+            scores = []
+            for text in responses:
+                scores.append(points(text))
+            return torch.tensor(scores)
+
+    texts = ["1", "2" + "x" * 200, "3"]
+    splits = [Split("", text, Status.OK) for text in texts]
+    with pytest.raises(UserError) as caught:
+        score(Broken(), [Prompt(0, [])] * 3, splits, texts)
+    message = str(caught.value)
+    calls = r"test_scoring.py, line \d+: return float\(text\); called in .*: scores.append\(points\(text\)\)\)"
+    assert re.search(calls, message), message
+    assert f"for the response '2{'x' * 75}..." in message and "x" * 80 not in message.partition("for the response")[2]
+    assert "torch/" not in message and "src/rlmt" not in message

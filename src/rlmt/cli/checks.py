@@ -32,6 +32,15 @@ _TRAINER_CURES = (
 )
 """Pattern in a message of Lightning, the option it is about, and what to print in place of it."""
 
+_REFUSED_CALLBACKS = {
+    "GradientAccumulationScheduler": "each batch is a whole step; set --data.batch_size",
+    "StochasticWeightAveraging": "rollouts come from the weights that are trained, not from an average; leave it out",
+    "WeightAveraging": "rollouts come from the weights that are trained, not from an average; leave it out",
+    "LearningRateFinder": "the modules take optimizer steps themselves; set --model.optimizer.lr",
+    "BatchSizeFinder": "memory depends on --model.tokens_per_micro_batch; `rlmt plan` finds what fits",
+}
+"""Callback of Lightning that does not work with manual optimization → reason and fix."""
+
 
 def check_manual_optimization(config: Any) -> None:
     """Checks the Trainer's options for a module with manual optimization; Lightning would raise an error of its own.
@@ -40,7 +49,7 @@ def check_manual_optimization(config: Any) -> None:
         config: Options of the Trainer.
 
     Raises:
-        UserError: An option controls optimizer steps, which the module takes itself.
+        UserError: An option or a callback controls optimizer steps, which the module takes itself, or changes weights.
     """
     if config.accumulate_grad_batches not in (None, 1):
         raise UserError(
@@ -52,6 +61,11 @@ def check_manual_optimization(config: Any) -> None:
             f"--trainer.gradient_clip_val is {config.gradient_clip_val}, but the module clips gradients itself; set "
             "--model.max_grad_norm instead."
         )
+    callbacks = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
+    for callback in callbacks:
+        for kind in type(callback).__mro__:
+            if kind.__name__ in _REFUSED_CALLBACKS:
+                raise UserError(f"--trainer.callbacks {type(callback).__name__}: {_REFUSED_CALLBACKS[kind.__name__]}.")
 
 
 def check_folder(root: Path) -> None:

@@ -19,17 +19,20 @@ from rlmt.engines import Engine, TransformersEngine, VLLMEngine
 from rlmt.errors import UserError
 from rlmt.models.adapters import LoRA
 from rlmt.models.quantization import NF4
+from rlmt.modules.monitors import check_monitors
 
 PRECISIONS = ("32-true", "bf16-mixed")
 """Trained weights are float32 in both; Lightning's other precisions cast the whole module, positions and reward too."""
 
 
 def check_trainer(trainer: Trainer) -> None:
-    """Checks that the modules support the trainer's precision and strategy.
+    """Checks that the modules support the trainer's precision and strategy, and log what its callbacks monitor.
 
     Raises:
         UserError: They do not.
     """
+    if trainer.state.fn == "fit":
+        check_monitors(trainer)
     if trainer.precision not in PRECISIONS:
         raise UserError(
             f"--trainer.precision is {trainer.precision}: use {' or '.join(PRECISIONS)}, since weights of 16 bits lose "

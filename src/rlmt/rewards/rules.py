@@ -17,7 +17,7 @@ from rlmt.errors import UserError, first_line
 from rlmt.options import NonNegativeInt, PositiveInt, check_ranges
 from rlmt.progress import track
 from rlmt.rewards.base import Reward
-from rlmt.rewards.own_code import describe_own_error
+from rlmt.rewards.own_code import describe_own_error, excerpt
 from rlmt.types import Message, Prompt, Status
 
 
@@ -144,13 +144,13 @@ class CallableReward(Reward):
             except Exception as error:
                 what = describe_own_error(error) or f"{type(error).__name__}: {first_line(error)}"
                 raise UserError(
-                    f"reward function {self.function} raised {what} for the response {_excerpt(response)}; fix it, and "
+                    f"reward function {self.function} raised {what} for the response {excerpt(response)}; fix it, and "
                     f"{self.resume}."
                 ) from error
             if not isinstance(value, numbers.Real) or not math.isfinite(value):
                 raise UserError(
-                    f"reward function {self.function} returned {_excerpt(value)} for the response "
-                    f"{_excerpt(response)}; it must return a finite number."
+                    f"reward function {self.function} returned {excerpt(value)} for the response "
+                    f"{excerpt(response)}; it must return a finite number."
                 )
             scores.append(float(value))
         return torch.tensor(scores, dtype=torch.float32)
@@ -177,9 +177,3 @@ def _takes_extra(function: Callable[..., object]) -> bool:
         return "extra" in inspect.signature(function).parameters
     except ValueError:
         return False
-
-
-def _excerpt(value: object) -> str:
-    """The `repr` of a value, on one line of at most 80 characters."""
-    text = repr(value)
-    return " ".join((text if len(text) <= 80 else text[:77] + "...").split())

@@ -75,7 +75,7 @@ def score(
         except UserError:
             raise
         except Exception as error:
-            if (what := describe_own_error(error)) is None:
+            if (what := describe_own_error(error, batch[1])) is None:
                 raise
             raise UserError(f"reward {reward.name!r} raised {what}; fix it, and {reward.resume}.") from error
         total = _check_scores(total, reward.name, len(rows), reward.resume)
