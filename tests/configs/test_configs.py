@@ -270,13 +270,13 @@ def test_miniature_study_instantiates_every_run(launched: list[Any], monkeypatch
     monkeypatch.setattr(Trainer, "validate", Trainer.fit)
     study = yaml.safe_load((CONFIGS / "study/mini.yaml").read_text())
     stages = {name: Stage(**stage) for name, stage in study["stages"].items()}
-    jobs = Plan(stages, [1], Path("out"), study["texts"]).jobs
-    distinct = {(job.stage, dict(job.values).get("objective")): job for job in jobs}.values()
-    runs = [command for job in distinct for command in job.commands if command[0] in ("fit", "validate")]
+    plan = Plan(stages, study["texts"])
+    distinct = {(stage, values.get("objective")): plan.command(stage, values) for stage, values in plan.jobs(1)}
+    runs = [
+        command.replace("$study", "out") for command in distinct.values() if command.startswith(("fit", "validate"))
+    ]
     for command in runs:
-        words = [
-            word for word in command if word not in ("--ckpt_path", "last")
-        ]  # the replaced `fit` has no such option
+        words = shlex.split(command.replace(" --ckpt_path last", ""))  # the replaced `fit` has no such option
         assert main([*words, "--trainer.accelerator", "cpu"]) == 0, command
     assert len(launched) == len(runs) == 15
     assert set(yaml.safe_load((CONFIGS / "study/quickstart.yaml").read_text())["only"]) <= set(study["arms"])

@@ -19,7 +19,7 @@ def study_arguments(path: Path, out: Path, tiny: Path, **changes: Any) -> list[s
     )
     study = {
         "title": "Two runs",
-        "stages": {"rl": {"run": [run], "each": {"format": ["think", "no_think"]}}},
+        "stages": {"rl": {"run": run, "each": {"format": ["think", "no_think"]}}},
         "arms": {
             "rlmt": {"stage": "rl", "label": "RLMT", "where": {"format": "think"}},
             "rlhf": {"stage": "rl", "label": "RLHF", "where": {"format": "no_think"}},

@@ -1,4 +1,4 @@
-"""Jobs as subprocesses: done jobs are kept, failures are reported, changed jobs start again."""
+"""Jobs through Snakemake: order, failures, changes, and what a kill leaves behind."""
 
 import json
 import os
@@ -12,136 +12,174 @@ from typing import Any
 import pytest
 
 from rlmt.errors import UserError
-from rlmt.study import runner
-from rlmt.study.runner import JobState, Runner, is_done
-from rlmt.study.stages import Job, Plan, Stage, job_digests
+from rlmt.study.command import list_jobs, run_jobs
+from rlmt.study.engine import Request
+from rlmt.study.processes import locked
+from rlmt.study.runner import _TQDM_POSITION, failure_reason, short_reasons
+from rlmt.study.stages import Plan, Stage
+
+ROWS = {"x": ["p", "q"]}
 
 
-class Recorder:
-    """Replaces subprocesses: records each command with its times, and fails commands that contain `bad`."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[float, float, tuple[str, ...]]] = []
-
-    def execute(self, runner: Runner, command: tuple[str, ...], log: Path, bar: Any) -> int:
-        start = time.monotonic()
-        log.open("a").write("Epoch 0:  10%| | 1/10 [00:00<00:01]\rthe reason\n")
-        time.sleep(0.1)
-        self.calls.append((start, time.monotonic(), command))
-        return 2 if "bad" in command else 0
-
-    @property
-    def commands(self) -> list[str]:
-        return [" ".join(command) for _, _, command in self.calls]
+def stages(**changes: str) -> dict[str, Stage]:
+    """A chain of commands that take no time; `b` has two jobs, and `d` needs one that `c` needs, too."""
+    run = {"a": "--version", "b": "--version $x", "c": "--version", "d": "--version --seed $seed"} | changes
+    return {
+        "a": Stage(run["a"]),
+        "b": Stage(run["b"], each=ROWS, needs={"first": "a"}),
+        "c": Stage(run["c"], needs={"p": "b-p", "q": "b-q"}),
+        "d": Stage(run["d"], needs={"q": "b-q"}),
+        "e": Stage("--version", needs={"c": "c"}),
+    }
 
 
-@pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    recorder = Recorder()
-    monkeypatch.setattr(Runner, "_execute", lambda runner, *args: recorder.execute(runner, *args))
-    return recorder
+def run(out: Path, *targets: str, jobs: int = 2, **changes: str) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    request = Request([f"seed-3/{target}/done" for target in targets], threads=1, jobs=jobs)
+    run_jobs(Plan(stages(**changes), {}), out, request)
 
 
-def plan_jobs(out: Path, **stages: list[str]) -> tuple[list[Job], dict[Path, str]]:
-    plan = Plan({name: Stage(run=run) for name, run in stages.items()}, [0], out, {})
-    return plan.jobs, job_digests(plan.jobs, out)
+def attempts(out: Path) -> dict[str, int]:
+    return {log.parent.name: log.read_text().count("\n$ rlmt ") for log in sorted(out.glob("seed-3/*/log.txt"))}
 
 
-def test_done_jobs_are_not_run_again(tmp_path: Path, recorder: Recorder) -> None:
-    jobs, digests = plan_jobs(tmp_path, a=["one", "two"], b=["three $a"])
-    Runner(jobs, digests, 1).run()
-    assert recorder.commands == ["one", "two", f"three {tmp_path}/seed-0/a"]
-    assert all(is_done(job, digests[job.folder]) for job in jobs)
-    state = JobState.load(jobs[0].folder)
-    assert state is not None and state.commands == ["rlmt one", "rlmt two"] and set(state.seconds) == {"0", "1"}
-    Runner(jobs, digests, 1).run()
-    assert len(recorder.calls) == 3
+def finished(out: Path) -> dict[str, str]:
+    return {path.parent.name: path.read_text() for path in sorted(out.glob("seed-3/*/done"))}
 
 
-def test_interrupted_job_resumes_at_the_interrupted_command(tmp_path: Path, recorder: Recorder) -> None:
-    jobs, digests = plan_jobs(tmp_path, a=["one", "bad", "two"])
-    with pytest.raises(
-        UserError, match=r"1 of 1 jobs did not finish: the reason \(exit 2, .*log.txt\)\. Fix the cause"
+def test_jobs_run_once_in_order_and_again_when_changed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    run(out, "c", "d")
+    first = finished(out)
+    assert list(first) == ["a", "b-p", "b-q", "c", "d"] and attempts(out) == dict.fromkeys(first, 1)
+    assert json.loads(first["d"])["command"] == "rlmt --version --seed 3"
+    assert (out / "seed-3/a/done").stat().st_mtime <= min(
+        (out / f"seed-3/{name}/done").stat().st_mtime for name in first
+    )
+
+    capfd.readouterr()
+    plan = Plan(stages(b="--version $x $x"), {})
+    request = Request([f"seed-3/{target}/done" for target in ("c", "d")], threads=1, jobs=1)
+    list_jobs(plan, out, request)
+    assert sorted(capfd.readouterr().out.splitlines()) == [
+        "4 jobs would run.",
+        *(f"b {x} seed 3: its command, a config or the version of rlmt changed" for x in ("p", "q")),
+        *(f"{name} seed 3: a job before it runs again" for name in ("c", "d")),
+    ]
+    assert finished(out) == first
+
+    run(out, "c", "d", b="--version $x $x")
+    third = finished(out)
+    assert third["a"] == first["a"] and attempts(out) == dict.fromkeys(third, 1)
+    assert all(third[name] != first[name] for name in ("b-p", "b-q", "c", "d"))
+    assert "b p seed 3 runs again: its command, a config or the version of rlmt changed" in capfd.readouterr().out
+
+    moved = tmp_path / "moved"
+    out.rename(moved)
+    run(moved, "c", "d", b="--version $x $x")
+    assert finished(moved) == third
+
+
+def test_failure_skips_dependent_jobs_only(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    message = (
+        r"^2 of 6 jobs did not finish: 'nonsense' is not a command.* \(exit 2, .*seed-3/c/log.txt\)\. Fix the cause"
+    )
+    with pytest.raises(UserError, match=message):
+        run(out, "d", "e", c="nonsense")
+    assert "c seed 3 failed: 'nonsense' is not a command" in capfd.readouterr().out
+    before = finished(out)
+    assert list(before) == ["a", "b-p", "b-q", "d"]
+    run(out, "d", "e")
+    after = finished(out)
+    assert list(after) == ["a", "b-p", "b-q", "c", "d", "e"] and {name: after[name] for name in before} == before
+
+
+def test_plan_that_snakemake_rejects_is_an_error_in_one_line(tmp_path: Path) -> None:
+    circle = {name: Stage("--version", needs={"other": other}) for name, other in (("a", "b"), ("b", "a"))}
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match="Snakemake cannot run the jobs: .*[Cc]ycl") as error:
+        run_jobs(Plan(circle, {}), tmp_path / "out", Request(["seed-3/a/done"], threads=1, jobs=1))
+    assert "\n" not in str(error.value)
+
+
+def test_second_study_in_a_folder_is_refused(tmp_path: Path) -> None:
+    with (
+        locked(tmp_path / "study"),
+        pytest.raises(UserError, match="--out .*: another `rlmt study` works in this folder"),
     ):
-        Runner(jobs, digests, 1).run()
-    state = JobState.load(jobs[0].folder)
-    assert state is not None and state.done == 1
-    fixed = [Job(**{**vars(jobs[0]), "commands": (("one",), ("good",), ("two",))})]
-    Runner(fixed, digests, 1).run()  # as if the cause lay outside the commands
-    assert recorder.commands == ["one", "bad", "good", "two"]
+        run(tmp_path, "d")
 
 
-def test_failure_skips_dependent_jobs_only(tmp_path: Path, recorder: Recorder) -> None:
-    jobs, digests = plan_jobs(tmp_path, a=["bad"], b=["x $a"], c=["y $b"], d=["other"])
-    with pytest.raises(UserError, match="3 of 4 jobs did not finish: the reason"):
-        Runner(jobs, digests, 1).run()
-    assert recorder.commands == ["bad", "other"]
+@pytest.mark.parametrize(
+    ("reason", "expected"),
+    [
+        ("Missing output files: a/done; Input files updated by another job: b/done", ["not done yet"]),
+        (
+            "Input files updated by another job: b/done; Params have changed since last execution: x",
+            ["a job before it runs again", "its command, a config or the version of rlmt changed"],
+        ),
+        ("Forced execution", ["Forced execution"]),
+    ],
+)
+def test_reasons_are_in_the_words_of_a_study(reason: str, expected: list[str]) -> None:
+    assert short_reasons(reason) == expected
 
 
-def test_changed_settings_start_a_job_again(
-    tmp_path: Path, recorder: Recorder, capsys: pytest.CaptureFixture[str]
-) -> None:
-    Runner(*plan_jobs(tmp_path, a=["one"], b=["two $a"]), 1).run()
-    (tmp_path / "seed-0/a/leftover").touch()
-    Runner(*plan_jobs(tmp_path, a=["one --more"], b=["two $a"]), 1).run()
-    assert not (tmp_path / "seed-0/a/leftover").exists()
-    assert len(recorder.calls) == 4 and "the settings have changed; the folder is deleted" in capsys.readouterr().out
-
-
-def test_independent_jobs_run_in_parallel_after_their_dependencies(tmp_path: Path, recorder: Recorder) -> None:
-    jobs, digests = plan_jobs(tmp_path, a=["one"], b=["two"], c=["three $a $b"])
-    Runner(jobs, digests, 2).run()
-    (one, two, three) = recorder.calls
-    assert one[0] < two[1] and two[0] < one[1]  # they overlap
-    assert three[0] >= max(one[1], two[1])
-
-
-def test_export_without_a_saved_state_is_written_again(tmp_path: Path, recorder: Recorder) -> None:
-    jobs, digests = plan_jobs(tmp_path, a=["one", "export $dir/last.ckpt $dir/model"])
-    folder = jobs[0].folder
-    (folder / "model").mkdir(parents=True)
-    (folder / "model/config.json").touch()
-    JobState(digests[folder], done=1).save(folder)
-    Runner(jobs, digests, 1).run()
-    assert not (folder / "model").exists()  # removed, so that the command can write it
-
-
-def test_failed_command_is_reported_by_its_last_line(tmp_path: Path) -> None:
-    jobs, digests = plan_jobs(tmp_path, a=["--version", "nonsense"])
-    with pytest.raises(UserError, match="'nonsense' is not a command; choose one of fit"):
-        Runner(jobs, digests, 1).run()
-    assert "\n$ rlmt --version\n0." in (jobs[0].folder / "log.txt").read_text()
+def test_failed_job_without_output_is_reported_by_the_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    assert failure_reason(tmp_path / "a") == "no output (a/log.txt)"
+    assert failure_reason(tmp_path / "a", {"msg": "status TIMEOUT."}) == "status TIMEOUT (a/log.txt)"
+    (tmp_path / "a/log.txt").write_text("1\rrlmt: error: --x: bad.\nmore\n\n")
+    assert failure_reason(tmp_path / "a") == "--x: bad (a/log.txt)"
 
 
 def test_progress_bar_in_the_log_is_parsed() -> None:
     text = b"Epoch 0:   1%| | 9/700 [00:02<03:00]\rEpoch 0:   1%| | 10/700 [00:02<03:00, 3.5it/s]"
-    assert runner._TQDM_POSITION.findall(text)[-1] == (b"10", b"700")
+    assert _TQDM_POSITION.findall(text)[-1] == (b"10", b"700")
 
 
 @pytest.mark.slow
-def test_terminated_study_terminates_its_jobs(tmp_path: Path) -> None:
-    """SIGTERM to a study with a job of several minutes leaves no process behind."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+def test_killed_study_ends_its_jobs(number: signal.Signals, tmp_path: Path) -> None:
+    """A signal to a study with a job of several minutes leaves no process behind."""
     config = tmp_path / "study.yaml"
-    stages = {"slow": {"run": ["tiny $dir/world"]}}
-    arms = {"only": {"stage": "slow", "label": "Slow"}}
-    config.write_text(json.dumps({"stages": stages, "arms": arms, "metrics": {"a": "a"}, "out": str(tmp_path / "out")}))
+    study: dict[str, Any] = {"stages": {"slow": {"run": "tiny $dir/world"}}}
+    study |= {"arms": {"only": {"stage": "slow", "label": "Slow"}}, "metrics": {"a": "a"}, "out": str(tmp_path / "out")}
+    config.write_text(json.dumps(study))
     process = subprocess.Popen(
         [sys.executable, "-m", "rlmt", "study", "--config", str(config)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "COLUMNS": "100"},
     )  # fmt: skip
     try:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         while not list(tmp_path.glob("out/seed-0/slow/log.txt")) and time.monotonic() < deadline:
             time.sleep(0.2)
         time.sleep(1)
-        assert (children := _children(process.pid))
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 143
-        assert not any(Path(f"/proc/{child}/cmdline").exists() for child in children)
+        assert len(descendants := _descendants(process.pid)) >= 3  # Snakemake, the job, its command
+        process.send_signal(number)
+        status = process.wait(timeout=120)
+        assert status == {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}[number]
+        deadline = time.monotonic() + (60 if number == signal.SIGKILL else 0)
+        while any(map(_runs, descendants)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not any(map(_runs, descendants))
     finally:
         process.kill()
 
 
-def _children(pid: int) -> list[int]:
-    listing = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
-    return [int(line) for line in listing.stdout.split()]
+def _descendants(pid: int) -> list[int]:
+    listing = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    parents = {int(child): int(parent) for child, parent in (line.split() for line in listing.splitlines())}
+    found = [pid]
+    for child in found:
+        found += [each for each, parent in parents.items() if parent == child]
+    return found[1:]
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False

@@ -1,135 +1,164 @@
-"""Expansion of stages into jobs: placeholders, order, digests and error messages."""
+"""Stages: placeholders, needs, patterns for Snakemake, digests and error messages."""
 
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
 
 from rlmt.errors import UserError
-from rlmt.study.stages import Arm, Plan, Stage, job_digests
+from rlmt.study.stages import Arm, Plan, Stage, digest_configs, target_files
 
-OUT = Path("runs/s")
 STAGES = {
-    "rl": Stage(
-        run=[
-            "$train --model.policy $warm/model --model.reward.model ${reward_model.strong}/model "
-            "--data.prompts '$world/a b.jsonl'"
-        ],
-        each={"format": ["think", "no_think"]},
-    ),
+    "world": Stage(run="mini $dir --seed $seed"),
     "warm": Stage(
-        run=["fit --config sft --config $format", "export $dir/x $dir/model"], each={"format": ["think", "no_think"]}
+        run="fit --config sft --config $format", each={"format": ["think", "no_think"]}, needs={"world": "world"}
     ),
     "reward_model": Stage(
-        run=["fit --config reward --model.model ${warm.think}/model --data.path $pairs"],
+        run="fit --config reward --model.model $start/model --data.path $pairs",
         each={"pairs": ["strong", "weak"]},
+        needs={"start": "warm-think"},
     ),
-    "world": Stage(run=["mini $dir --seed $seed"]),
+    "rl": Stage(
+        run="$train --model.policy $start/model --model.reward.model $scorer/model --data.prompts '$world/a b.jsonl'",
+        each={"format": ["think", "no_think"]},
+        needs={"world": "world", "start": "warm-$format", "scorer": "reward_model-strong"},
+        resources={"gpu": 8},
+    ),
 }
 TEXTS = {"train": "fit --config base $more", "more": "--config grpo --config $format"}
 
 
-def test_jobs_equal_manual_expansion() -> None:
-    plan = Plan(STAGES, [3, 4], OUT, TEXTS)
-    assert len(plan.jobs) == 2 * (2 + 2 + 2 + 1)
-    (job,) = [job for job in plan.jobs if job.folder == OUT / "seed-4/rl-no_think"]
-    assert job.name == "rl no_think seed 4"
-    assert [" ".join(command) for command in job.commands] == [
-        "fit --config base --config grpo --config no_think --model.policy runs/s/seed-4/warm-no_think/model "
-        "--model.reward.model runs/s/seed-4/reward_model-strong/model --data.prompts runs/s/seed-4/world/a b.jsonl "
-        "--trainer.default_root_dir runs/s/seed-4/rl-no_think --ckpt_path last"
-    ]
-    assert {need.name for need in job.needs} == {"warm-no_think", "reward_model-strong", "world"}
-    assert job.commands[0][-5] == "runs/s/seed-4/world/a b.jsonl"  # one word
+def test_command_equals_manual_expansion() -> None:
+    command = Plan(STAGES, TEXTS).command("rl", {"seed": "4", "format": "no_think"})
+    assert command.replace("'", "") == (
+        "fit --config base --config grpo --config no_think --model.policy $study/seed-4/warm-no_think/model "
+        "--model.reward.model $study/seed-4/reward_model-strong/model --data.prompts $study/seed-4/world/a b.jsonl "
+        "--trainer.default_root_dir $study/seed-4/rl-no_think --ckpt_path last"
+    )
+    assert shlex.split(command)[-5] == "$study/seed-4/world/a b.jsonl"  # one word
 
 
-def test_jobs_come_after_their_dependencies() -> None:
-    seen: set[Path] = set()
-    for job in Plan(STAGES, [0], OUT, TEXTS).jobs:
-        assert set(job.needs) <= seen
-        seen.add(job.folder)
-
-
-def test_arms_select_their_jobs_and_dependencies() -> None:
-    plan = Plan(STAGES, [0], OUT, TEXTS)
-    arm = Arm(stage="warm", label="SFT", where={"format": "no_think"})
-    assert [job.folder.name for job in plan.jobs_for([arm])] == ["warm-no_think"]
-    arm = Arm(stage="rl", label="RLHF", where={"format": "no_think"})
-    assert {job.folder.name for job in plan.jobs_for([arm])} == {
-        *("warm-no_think", "warm-think", "reward_model-strong", "world", "rl-no_think")
+def test_needs_and_folders_become_patterns_of_snakemake() -> None:
+    plan = Plan(STAGES, TEXTS)
+    assert plan.inputs("rl") == {
+        "world": "seed-{seed}/world/done",
+        "start": "seed-{seed}/warm-{format}/done",
+        "scorer": "seed-{seed}/reward_model-strong/done",
     }
+    assert plan.output("rl") == "seed-{seed}/rl-{format}/done" and plan.output("world") == "seed-{seed}/world/done"
+    arms = [Arm("rl", "RLMT", {"format": "think"}), Arm("world", "World")]
+    assert target_files(plan, arms, [1, 2]) == [
+        *("seed-1/rl-think/done", "seed-1/world/done", "seed-2/rl-think/done", "seed-2/world/done")
+    ]
 
 
-def test_digests_cover_commands_configs_and_dependencies(tmp_path: Path) -> None:
+def test_digest_covers_the_configs_that_a_command_names(tmp_path: Path) -> None:
     config = tmp_path / "mine.yaml"
     config.write_text("a: 1")
-
-    def digests(line: str, out: Path = OUT) -> list[str]:
-        stages = {"one": Stage(run=[line]), "two": Stage(run=["export $one $dir/y"])}
-        return list(job_digests(Plan(stages, [0], out, {}).jobs, out).values())
-
-    first = digests(f"fit --config {config}")
-    assert digests(f"fit --config {config}") == first and len(set(first)) == 2
-    assert digests(f"fit --config {config}", out=tmp_path / "moved") == first
-    # The second digest changes too, because its job depends on the first.
-    assert set(digests(f"fit --config {config} --seed_everything 1")).isdisjoint(first)
+    commands = ("fit --config mine.yaml --config base", "fit -c mine.yaml -c base", "fit --config=mine.yaml -c=base")
+    first = {digest_configs(command, tmp_path) for command in commands}
+    assert len(first) == 1 and digest_configs("fit --config base", tmp_path) not in first
     config.write_text("a: 2")
-    assert not set(digests(f"fit --config {config}")) & set(first)
+    assert digest_configs(commands[0], tmp_path) not in first
+    with pytest.raises(UserError, match="--config nowhere: no such file and no shipped config"):
+        Plan({"a": Stage(run="fit --config $x", each={"x": ["base", "nowhere"]})}, {}).check_configs(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("stages", "texts", "message"),
+    ("changes", "texts", "message"),
     [
-        ({"a": Stage(run=["mini $nothing"])}, {}, r"stages.a.run: unknown placeholder \$nothing; use a stage, an axis"),
-        ({"a": Stage(run=[])}, {}, "stages.a.run: the list is empty"),
-        ({"a": Stage(run=["x $b"]), "b": Stage(run=["x $a"])}, {}, "the stage [ab] depends on itself"),
-        ({"A": Stage(run=["x"])}, {}, "stage 'A': invalid name; use lower-case letters"),
-        ({"a": Stage(run=["x"], each={"seed": ["1"]})}, {}, "axis 'seed': invalid name; use lower-case"),
-        ({"a": Stage(run=["x"])}, {"a": "y"}, "'a': two of stages, axes and texts have this name"),
-        ({"a": Stage(run=["x"], each={"b": ["../up"]})}, {}, "invalid value '../up'"),
-        ({"a": Stage(run=["$t"])}, {"t": "$u", "u": "$t"}, "its texts contain each other"),
         (
-            STAGES | {"late": Stage(run=["x $reward_model"])},
-            TEXTS,
-            r"does not select a value of the axis pairs \(strong, weak\)",
+            {"a": Stage(run="mini $nothing")},
+            {},
+            r"stages.a.run: unknown placeholder \$nothing; use \$seed, \$dir, an axis",
+        ),
+        ({"a": Stage(run="mini $")}, {}, "stages.a.run: Invalid placeholder"),
+        ({"a": Stage(run=" ")}, {}, "stages.a.run: the command is empty"),
+        ({"A": Stage(run="x")}, {}, "stage 'A': invalid name; use lower-case letters"),
+        ({"a": Stage(run="x", each={"seed": ["1"]})}, {}, "axis 'seed': invalid name; use lower-case"),
+        ({"a": Stage(run="x", each={"b": ["c"]})}, {"b": "y"}, "'b': two of axes, needs and texts have this name"),
+        ({"a": Stage(run="x", needs={"b": "world"})}, {"b": "y"}, "'b': two of axes, needs and texts have this name"),
+        ({"a": Stage(run="x", each={"b": ["../up"]})}, {}, "invalid value '../up'"),
+        ({"a": Stage(run="$t")}, {"t": "$u", "u": "$t"}, "its texts contain each other"),
+        (
+            {"a": Stage(run="x", needs={"b": "nowhere"})},
+            {},
+            "stages.a.needs.b: unknown stage 'nowhere'; choose from world",
         ),
         (
-            STAGES | {"late": Stage(run=["x ${reward_model.odd}"])},
-            TEXTS,
-            r"\$reward_model.odd does not select a value",
+            {"a": Stage(run="x", needs={"b": "warm"})},
+            {},
+            r"stages.a.needs.b: 'warm' has 0 values, not 1; write 'warm-\$format'.",
         ),
-        (STAGES | {"late": Stage(run=["x ${world.odd}"])}, TEXTS, "the stage world has no value 'odd'"),
+        (
+            {"a": Stage(run="x", needs={"b": "warm-odd"})},
+            {},
+            "stages.a.needs.b: 'odd' is no value of the axis format of warm; choose from think, no_think",
+        ),
+        (
+            {"a": Stage(run="x", each={"pairs": ["strong"]}, needs={"b": "warm-$pairs"})},
+            {},
+            r"stages.a.needs.b: '\$pairs' is no value of the axis format of warm",
+        ),
     ],
 )
-def test_invalid_stages_raise(stages: dict[str, Stage], texts: dict[str, str], message: str) -> None:
+def test_invalid_stages_raise(changes: dict[str, Stage], texts: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Plan(stages, [0], OUT, texts)
+        Plan({**STAGES, **changes}, TEXTS | texts)
 
 
 def test_invalid_arms_raise() -> None:
-    plan = Plan(STAGES, [0], OUT, TEXTS)
+    plan = Plan(STAGES, TEXTS)
     with pytest.raises(UserError, match="arm 'A': unknown stage 'nothing'"):
-        plan.jobs_for([Arm(stage="nothing", label="A")])
+        plan.folder(Arm(stage="nothing", label="A"), 1)
     for where in ({}, {"format": "loud"}, {"format": "think", "extra": "x"}):
         with pytest.raises(UserError, match="`where` must have exactly one value for each axis of rl"):
-            plan.jobs_for([Arm(stage="rl", label="A", where=where)])
+            plan.folder(Arm(stage="rl", label="A", where=where), 1)
+
+
+def shipped_study() -> tuple[Plan, dict[str, Arm]]:
+    shipped = yaml.safe_load((Path(__file__).parents[2] / "configs/study/mini.yaml").read_text())
+    plan = Plan({name: Stage(**stage) for name, stage in shipped["stages"].items()}, shipped["texts"])
+    assert len(shipped["seeds"]) == 6
+    return plan, {name: Arm(**arm) for name, arm in shipped["arms"].items()}
 
 
 def test_shipped_study_uses_every_stage() -> None:
-    shipped = yaml.safe_load((Path(__file__).parents[2] / "configs/study/mini.yaml").read_text())
-    stages = {name: Stage(**stage) for name, stage in shipped["stages"].items()}
-    plan = Plan(stages, shipped["seeds"], OUT, shipped["texts"])
-    arms = {name: Arm(**arm) for name, arm in shipped["arms"].items()}
-    assert len(plan.seeds) == 6
-    unused = set(stages) - {job.stage for job in plan.jobs_for(list(arms.values()))}
-    assert not unused
-    # Think and no-think arms differ only in the format and in the policy that was warm-started with it.
-    for one, other in (
-        ("rlmt", "rlhf"),
-        ("rlmt_ppo", "rlhf_ppo"),
-        ("rlmt_dpo", "rlhf_dpo"),
-        ("rlmt_weak", "rlhf_weak"),
-    ):
-        by_folder = {job.folder: job for job in plan.jobs}
-        think, no_think = (by_folder[plan.folder(arms[name], 1)].commands for name in (one, other))
-        assert repr(no_think).replace("no_think", "think") == repr(think)
+    plan, arms = shipped_study()
+    used = {arm.stage for arm in arms.values()}
+    for stage in reversed(plan.stages):
+        used |= {job.split("-")[0] for job in plan.stages[stage].needs.values()} if stage in used else set()
+    assert used == set(plan.stages)
+    plan.check_configs(Path.cwd())
+
+
+def test_arms_of_the_shipped_study_differ_only_in_the_format() -> None:
+    """Think and no-think arms differ only in the format and in the policy that was warm-started with it."""
+    plan, arms = shipped_study()
+    pairs = [
+        (name, name.replace("rlmt", "rlhf")) for name in arms if name.startswith("rlmt") and "shuffled" not in name
+    ]
+    assert len(pairs) == 11
+    for one, other in pairs:
+        think, no_think = (plan.command(arms[name].stage, {"seed": "1", **arms[name].where}) for name in (one, other))
+        assert think != no_think and no_think.replace("no_think", "think") == think
+
+
+def test_commands_of_the_shipped_study_equal_the_documented_ones() -> None:
+    """The two policies of the first comparison are trained as in docs/mini.md, in the study's folders."""
+    plan, _ = shipped_study()
+    assert plan.command("rl", {"seed": "1", "format": "think", "objective": "grpo"}) == shlex.join(
+        [
+            *("fit", "--config", "base", "--config", "grpo", "--config", "mini/rl", "--seed_everything", "1"),
+            *("--data.val_prompts", "$study/seed-1/world/held_out.jsonl", "--model.held_out_rewards"),
+            '[{"class_path": "rlmt.rewards.CallableReward", "init_args": {"function": "rlmt.demos.mini.rubric.rubric", '
+            '"name": "rubric"}}, {"class_path": "rlmt.rewards.ClassifierReward", "init_args": {"model": '
+            '"$study/seed-1/reward_model-preferences_other/model", "name": "other_reward"}}]',
+            *("--config", "mini/grpo", "--model.reward.model", "$study/seed-1/reward_model-preferences/model"),
+            *("--data.prompts", "$study/seed-1/world/prompts.jsonl", "--config", "think"),
+            *("--model.policy", "$study/seed-1/warm_start-think-demonstrations/model"),
+            *("--trainer.default_root_dir", "$study/seed-1/rl-think-grpo", "--ckpt_path", "last"),
+        ]
+    )
+    assert len({plan.command(stage, values) for stage, values in plan.jobs(1)}) == 55

@@ -1,26 +1,38 @@
 """The `rlmt study` command: runs the jobs that are not done yet, then writes a report.
 
-A study has no training loop of its own: its jobs are `rlmt` commands.
+A study has no training loop of its own: its jobs are `rlmt` commands, and Snakemake runs them.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import shlex
 import signal
+import sys
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
+from typing import Literal
 
 from rich.console import Console
 
+from rlmt import __version__
 from rlmt.errors import UserError
 from rlmt.options import PositiveInt, check_ranges
 from rlmt.report.estimates import Estimate
+from rlmt.study.engine import Request
+from rlmt.study.job import JobState
+from rlmt.study.processes import locked
 from rlmt.study.report import Comparison, Findings, closing_lines, comparison_sentences, terminal_table, write_report
 from rlmt.study.results import Row, last_values, read_rows
-from rlmt.study.runner import JobState, Runner
-from rlmt.study.stages import Arm, Plan, Stage, job_digests
+from rlmt.study.runner import Runner
+from rlmt.study.stages import Arm, Plan, Stage, job_name, target_files
+
+CONFIG_FILE = "study.json"
+"""File in the study's folder with the config of the rules."""
 
 
 def study(
@@ -37,12 +49,15 @@ def study(
     example: str | None = None,
     only: list[str] | None = None,
     jobs: PositiveInt = 1,
+    executor: Literal["local", "slurm"] = "local",
+    resources: dict[str, int | str] | None = None,
+    dry_run: bool = False,
     command: str = "rlmt study",
 ) -> None:
     """Runs the jobs of a study that are not done yet, and writes a report on all of them.
 
     Args:
-        stages: Name → commands, run for each seed and each combination of axis values.
+        stages: Name → a command, run for each seed and each combination of axis values.
         arms: Name → a row of the result tables.
         metrics: Name → the name under which it is logged. The first one is the main metric.
         out: Output folder. Jobs that are already done in it are not run again.
@@ -54,7 +69,11 @@ def study(
         meanings: Arm or metric → what it is, for the end of the report.
         example: Prompt of the command that the report suggests next.
         only: Arms to run and report; null uses all of them.
-        jobs: Maximum number of parallel jobs. The CPU cores are divided among them.
+        jobs: Maximum number of parallel jobs. On this machine, the CPU cores are divided among them.
+        executor: local runs the jobs on this machine, slurm submits each as a job of its own.
+        resources: What a job needs on a cluster unless its stage has other values, in the words of Snakemake:
+            slurm_account, slurm_partition, gpu, runtime (minutes), mem_mb, …
+        dry_run: Prints the jobs that would run, and why, and runs none.
         command: Command line that reproduces the report; it is printed in the report.
 
     Raises:
@@ -69,10 +88,20 @@ def study(
     _check_comparisons(comparisons, arms, metrics)
     _check_names("--meanings", list(meanings or {}), "arm or metric", {**arms, **metrics})
     selected = {name: arm for name, arm in arms.items() if only is None or name in only}
-    plan = Plan(stages, seeds, out, texts or {})
-    needed = plan.jobs_for(list(selected.values()))
-    signal.signal(signal.SIGTERM, _exit_on_signal)
-    Runner(needed, job_digests(needed, out), jobs).run()
+    plan = Plan(stages, texts or {})
+    plan.check_configs(Path.cwd())
+    request = Request(
+        targets=target_files(plan, list(selected.values()), seeds),
+        threads=int(os.environ.get("OMP_NUM_THREADS") or 0) or max(1, (os.cpu_count() or 1) // jobs),
+        jobs=jobs,
+        executor=executor,
+        executor_settings={"requeue": True} if executor == "slurm" else {},
+        resources=resources or {},
+    )
+    if dry_run:
+        list_jobs(plan, out, request)
+        return
+    run_jobs(plan, out, request)
     unfilled = Findings(
         title=title,
         command=command,
@@ -82,11 +111,68 @@ def study(
         comparisons=comparisons,
         meanings=meanings or {},
     )
-    report(plan, selected, metrics, unfilled, picture or [], example)
+    report(plan, out, selected, metrics, unfilled, picture or [], example)
+
+
+def run_jobs(plan: Plan, out: Path, request: Request) -> None:
+    """Runs the jobs that are not done yet.
+
+    Args:
+        plan: The stages.
+        out: Folder of the study.
+        request: What to run and where.
+
+    Raises:
+        UserError: Jobs failed, or another process runs jobs in the folder.
+    """
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+    other = f"--out {out}: another `rlmt study` works in this folder; wait for it, or choose another folder."
+    with locked(out / "study", other):
+        Runner(replace(request, folder=str(out.absolute()), config=_write_config(plan, out, request, out))).run()
+
+
+def list_jobs(plan: Plan, out: Path, request: Request) -> None:
+    """Prints the jobs that would run, and why.
+
+    Args:
+        plan: The stages.
+        out: Folder of the study; it is not created.
+        request: What to run and where.
+
+    Raises:
+        UserError: Snakemake cannot plan the jobs.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = out.absolute() if out.exists() else Path(temporary)
+        config = _write_config(plan, out, request, Path(temporary))
+        jobs = Runner(replace(request, folder=str(folder), config=config, executor="dryrun")).list_jobs()
+    console = Console(highlight=False)
+    for job, reasons in jobs.items():
+        console.print(f"{job_name(job)}: {'; '.join(reasons)}", soft_wrap=True, markup=False)
+    console.print(f"{len(jobs)} jobs would run." if jobs else "All jobs are done.")
+
+
+def _write_config(plan: Plan, out: Path, request: Request, folder: Path) -> str:
+    """Writes the config of the rules into a folder, and returns the path of the file."""
+    config = {
+        "stages": {name: asdict(stage) for name, stage in plan.stages.items()},
+        "texts": plan.texts,
+        "study": str(out),
+        "directory": str(Path.cwd()),
+        "threads": request.threads,
+        "version": __version__,
+        "python": sys.executable,
+    }
+    path = folder.absolute() / CONFIG_FILE
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+    return str(path)
 
 
 def report(
     plan: Plan,
+    out: Path,
     arms: dict[str, Arm],
     metrics: dict[str, str],
     unfilled: Findings,
@@ -96,7 +182,8 @@ def report(
     """Reads the logged metrics, writes the report and prints its table and sentences.
 
     Args:
-        plan: The jobs, all of them done.
+        plan: The stages.
+        out: Folder of the study, all jobs of which are done.
         arms: Name → arm to report.
         metrics: Name → the name under which it was logged.
         unfilled: The findings without the results.
@@ -106,7 +193,7 @@ def report(
     Raises:
         UserError: A metric was not logged.
     """
-    folders = {name: [plan.folder(arm, seed) for seed in plan.seeds] for name, arm in arms.items()}
+    folders = {name: [out / plan.folder(arm, seed) for seed in unfilled.seeds] for name, arm in arms.items()}
     rows = {name: [read_rows(folder) for folder in found] for name, found in folders.items()}
     table = {}
     for name in arms:
@@ -117,10 +204,10 @@ def report(
         unfilled,
         table=table,
         minutes={name: _minutes(found) for name, found in folders.items()},
-        figure=_draw(plan.out, unfilled.title, curves) if curves else None,
+        figure=_draw(out, unfilled.title, curves) if curves else None,
         next_commands=next_commands(unfilled.comparisons, folders, example),
     )
-    written = write_report(findings, plan.out)
+    written = write_report(findings, out)
     console = Console()
     console.print(terminal_table(findings))
     for sentence in comparison_sentences(findings):
@@ -179,7 +266,7 @@ def _exit_on_signal(number: int, frame: FrameType | None) -> None:
 def _minutes(folders: Sequence[Path]) -> Estimate:
     """Run time of the jobs in minutes, one value per seed."""
     states = [JobState.load(folder) for folder in folders]
-    return Estimate(tuple(sum(state.seconds.values()) / 60 for state in states if state is not None))
+    return Estimate(tuple(state.seconds / 60 for state in states if state is not None))
 
 
 def _draw(out: Path, title: str, curves: dict[str, list[list[Row]]]) -> Path:

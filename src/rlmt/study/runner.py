@@ -1,95 +1,90 @@
-"""Runs the jobs of a study in subprocesses, several at a time, and saves which commands are done."""
+"""Runs the jobs of a study through Snakemake, with a progress bar for each running job."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import shlex
-import shutil
+import signal
 import subprocess
 import sys
-import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
-from graphlib import TopologicalSorter
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import IO, Any
 
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from rlmt.errors import UserError
-from rlmt.study.stages import Job
+from rlmt.study.engine import Request
+from rlmt.study.job import LOG_FILE, JobState
+from rlmt.study.processes import locked
+from rlmt.study.stages import job_name
 
-STATE_FILE = "job.json"
-"""File in the job's folder with its `JobState`."""
-LOG_FILE = "log.txt"
 _TQDM_POSITION = re.compile(rb"(\d+)/(\d+) \[")
 """Position and total of a tqdm progress bar."""
-_TQDM_OPTIONS = ("--trainer.callbacks+", "lightning.pytorch.callbacks.TQDMProgressBar")
-"""Unlike the rich progress bar, tqdm's also writes to a file."""
 _ERROR_PREFIX = "rlmt: error: "
 _TAIL_BYTES = 4096
+_NOT_DONE = "not done yet"
+_REASONS = {
+    "Missing output files": _NOT_DONE,
+    "Incomplete output files": "interrupted",
+    "Input files updated by another job": "a job before it runs again",
+    "Updated input files": "a job before it ran again",
+    "Set of input files has changed since last execution": "it needs other jobs than before",
+    "Params have changed since last execution": "its command, a config or the version of rlmt changed",
+}
+"""How a reason of Snakemake begins → the reason in the words of a study."""
+_SECONDS_TO_CANCEL = 60.0
 
 
-@dataclass
-class JobState:
-    """Progress of a job, as saved in its folder."""
+def short_reasons(reason: str) -> list[str]:
+    """The reasons why a job runs, in the words of a study.
 
-    key: str
-    """Digest of everything that the job depends on."""
-    done: int = 0
-    """Number of commands that are done."""
-    commands: list[str] = field(default_factory=list)
-    """The command lines of the job."""
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Index of the command → run time in seconds, summed over all attempts."""
-
-    @classmethod
-    def load(cls, folder: Path) -> JobState | None:
-        """Reads the state from a job's folder; None if no job was started there."""
-        try:
-            return cls(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            return None
-
-    def save(self, folder: Path) -> None:
-        """Writes the state atomically."""
-        temporary = folder / f".{STATE_FILE}.tmp"
-        temporary.write_text(json.dumps(self.__dict__, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(folder / STATE_FILE)
-
-
-def is_done(job: Job, key: str) -> bool:
-    """Whether all commands of a job are done with its present settings."""
-    state = JobState.load(job.folder)
-    return state is not None and state.key == key and state.done == len(job.commands)
-
-
-class _JobFailed(Exception):
-    """A command of the job failed; the message is empty if a job that it depends on failed."""
+    Args:
+        reason: The reasons as Snakemake writes them.
+    """
+    found = [text for start, text in _REASONS.items() if start in reason]
+    return found[:1] if found[:1] == [_NOT_DONE] else found or [reason]
 
 
 class Runner:
-    """Runs those of some jobs that are not done yet.
+    """Runs those jobs that are not done yet, or lists them.
 
-    The jobs that depend on a failed one are skipped; all others still run. Jobs that are done are not run again, and
-    the next run resumes an unfinished `fit` from its last checkpoint.
+    Jobs that depend on a failed one are skipped; all others still run. When this process ends, however it ends, its
+    jobs end, too; the next run resumes an unfinished training run from its last checkpoint.
 
     Args:
-        jobs: The jobs in order, with every job that they depend on.
-        keys: Folder of each job → its digest. A folder with another digest is deleted, with a message, and made again.
-        parallel: Maximum number of parallel jobs.
+        request: What Snakemake is asked to do.
+        console: Console to print to.
     """
 
-    def __init__(self, jobs: Sequence[Job], keys: Mapping[Path, str], parallel: int) -> None:
-        self.jobs, self.keys, self.parallel = list(jobs), keys, parallel
-        self._pending = {job.folder: job for job in jobs if not is_done(job, keys[job.folder])}
-        self._failed: dict[Path, str] = {}
-        self._processes: set[subprocess.Popen[bytes]] = set()
-        self._stopping = False
+    def __init__(self, request: Request, console: Console | None = None) -> None:
+        self._request = request
+        self._folder = Path(request.folder)
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
-        self._progress = Progress(*columns, TimeElapsedColumn())
+        self._progress = Progress(*columns, TimeElapsedColumn(), console=console)
+        self._running: dict[Any, tuple[Path, TaskID]] = {}
+        self._failed: dict[Any, str] = {}
+        self._reasons: dict[Path, list[str]] = {}
+        self._errors: list[str] = []
+        self._total = self._finished = 0
+
+    def list_jobs(self) -> dict[Path, list[str]]:
+        """Returns folder → reasons for each job that would run.
+
+        Raises:
+            UserError: Snakemake cannot plan the jobs.
+        """
+        with self._engine() as (process, lines):
+            for line in lines:
+                self._handle(json.loads(line), show=False)
+        self._raise_errors(process.returncode)
+        return self._reasons
 
     def run(self) -> None:
         """Runs the jobs, with one progress bar for the study and one for each running job.
@@ -97,122 +92,149 @@ class Runner:
         Raises:
             UserError: Jobs failed; the message has the reason of the first.
         """
-        graph = TopologicalSorter(
-            {folder: set(job.needs) & set(self._pending) for folder, job in self._pending.items()}
-        )
-        graph.prepare()
-        order = list(self._pending)
-        running: dict[Future[None], Job] = {}
-        waiting: list[Path] = []
-        with self._progress, ThreadPoolExecutor(self.parallel) as pool:
-            done = len(self.jobs) - len(order)
-            study = self._progress.add_task("study", total=len(self.jobs), completed=done, note="")
-            try:
-                while graph.is_active():
-                    waiting = sorted([*waiting, *graph.get_ready()], key=order.index)  # seed by seed, as planned
-                    while waiting and len(running) < self.parallel:
-                        job = self._pending[waiting.pop(0)]
-                        running[pool.submit(self._run_job, job)] = job
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        job = running.pop(future)
-                        self._record_failure(job, future)
-                        graph.done(job.folder)
-                        done += 1
-                        self._progress.update(study, completed=done, note=f"{done} of {len(self.jobs)} jobs")
-            except BaseException:
-                self._stopping = True
-                for process in list(self._processes):
-                    process.terminate()
-                raise
-        if self._failed:
-            reason = next(text for text in self._failed.values() if text)
-            count = f"{len(self._failed)} of {len(self.jobs)} jobs did not finish"
-            raise UserError(f"{count}: {reason}. Fix the cause and run the same study again.")
+        with self._progress, self._engine() as (process, lines):
+            study = self._progress.add_task("study", total=None, note="")
+            for line in _with_pauses(lines):
+                if line is not None:
+                    self._handle(json.loads(line), show=True)
+                self._update_bars()
+                note = f"{self._finished} of {self._total} jobs" if self._total else ""
+                self._progress.update(study, total=self._total or None, completed=self._finished, note=note)
+        self._raise_errors(process.returncode)
 
-    def _record_failure(self, job: Job, future: Future[None]) -> None:
-        """Stores and prints why a job failed, if it did."""
-        try:
-            future.result()
-        except _JobFailed as error:
-            self._failed[job.folder] = str(error)
-            if str(error):
-                self._progress.console.print(f"{job.name} failed: {error}", soft_wrap=True, markup=False)
-
-    def _run_job(self, job: Job) -> None:
-        """Runs the commands of one job that are not done yet; called in a thread of its own."""
-        if self._stopping or any(need in self._failed for need in job.needs):
-            raise _JobFailed  # without a message: the job that it depends on has the reason
-        key = self.keys[job.folder]
-        state = JobState.load(job.folder)
-        if state is None or state.key != key:
-            if state is not None:
-                note = f"{job.folder}: the settings have changed; the folder is deleted and the job starts again."
-                self._progress.console.print(note, soft_wrap=True)
-                shutil.rmtree(job.folder)
-            job.folder.mkdir(parents=True, exist_ok=True)
-            state = JobState(key, commands=[shlex.join(["rlmt", *command]) for command in job.commands])
-            state.save(job.folder)
-        bar = self._progress.add_task(f"  {job.name}", total=None, note="")
-        for number in range(state.done, len(job.commands)):
-            command = job.commands[number]
-            if command[0] == "export" and job.folder in (target := Path(command[-1])).parents:
-                # The folder exists if the study was killed after the export and before its state was saved.
-                shutil.rmtree(target, ignore_errors=True)
-            start = time.monotonic()
-            status = self._execute(command, job.folder / LOG_FILE, bar)
-            state.seconds[str(number)] = state.seconds.get(str(number), 0.0) + round(time.monotonic() - start, 1)
-            state.done += status == 0
-            state.save(job.folder)
-            if status:
-                self._progress.remove_task(bar)
-                raise _JobFailed(f"{_failure_reason(job.folder / LOG_FILE)} (exit {status}, {job.folder / LOG_FILE})")
-        self._progress.remove_task(bar)
-
-    def _execute(self, command: Sequence[str], log: Path, bar: TaskID) -> int:
-        """Runs one command, writes its output to the log, and shows the position of its progress bar.
-
-        Args:
-            command: The command line without `rlmt`.
-            log: File to append the output to.
-            bar: Progress bar of the job.
-
-        Returns:
-            The exit status.
-        """
-        arguments = [*command, *(_TQDM_OPTIONS if command[0] in ("fit", "validate") else ())]
-        threads = max(1, (os.cpu_count() or 1) // self.parallel)
-        environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONUNBUFFERED": "1"}
-        self._progress.update(bar, note=command[0], total=None)
-        with log.open("ab") as file:
-            file.write(f"\n$ rlmt {shlex.join(command)}\n".encode())
-            file.flush()
+    @contextmanager
+    def _engine(self) -> Iterator[tuple[subprocess.Popen[str], IO[str]]]:
+        """Starts Snakemake and yields its process and the lines of its events; ends its jobs on an exception."""
+        with tempfile.TemporaryFile() as messages:
             process = subprocess.Popen(
-                [sys.executable, "-m", "rlmt", *arguments], stdout=file, stderr=subprocess.STDOUT, env=environment
-            )
-        self._processes.add(process)
-        if self._stopping:
-            process.terminate()
-        while True:
+                [sys.executable, "-m", "rlmt.study.engine"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=messages, text=True, start_new_session=True,
+            )  # fmt: skip
+            assert process.stdin is not None and process.stdout is not None
             try:
-                status = process.wait(timeout=0.5)
+                process.stdin.write(self._request.to_json())
+                process.stdin.close()
+                yield process, process.stdout
+                process.wait()
+            except BaseException:
+                self._stop(process)
+                raise
+            if process.returncode and not self._errors and not self._failed:
+                messages.seek(0)
+                self._errors.append(_last_line(messages.read()))
+
+    def _stop(self, process: subprocess.Popen[str]) -> None:
+        """Ends Snakemake and with it all jobs; those on a cluster are cancelled. Waits for the end of local jobs."""
+        if self._request.executor not in ("local", "dryrun"):
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(_SECONDS_TO_CANCEL)
             except subprocess.TimeoutExpired:
-                if positions := _TQDM_POSITION.findall(_tail(log)):
-                    done, total = map(int, positions[-1])
-                    self._progress.update(bar, completed=done, total=total, note=f"{command[0]} {done}/{total}")
-            else:
-                self._processes.remove(process)
-                return status
+                self._progress.console.print("The jobs on the cluster were not cancelled in time; look for them.")
+        process.kill()
+        process.wait()
+        for folder, _ in self._running.values():
+            with locked(folder):  # a job holds it until it has ended
+                pass
+
+    def _handle(self, event: dict[str, Any], show: bool) -> None:
+        """Keeps the books of jobs and bars, and prints failures."""
+        match event["event"]:
+            case "run_info":
+                self._total = (event["stats"] or {}).get("total", 0)
+            case "job_info":
+                folder = self._folder / Path(event["output"][0]).parent
+                self._reasons[folder] = short_reasons(event["reason"])
+                if show:
+                    self._start(event["jobid"], folder)
+            case "job_finished" if event["job_id"] in self._running:
+                self._finished += 1
+                self._progress.remove_task(self._running.pop(event["job_id"])[1])
+            case "job_error" if event["jobid"] in self._running:
+                folder, bar = self._running.pop(event["jobid"])
+                self._progress.remove_task(bar)
+                self._failed[event["jobid"]] = reason = failure_reason(folder, event["aux"])
+                self._print(f"{job_name(folder)} failed: {reason}")
+            case "message":
+                self._errors += [" ".join(event["text"].split())] if event["error"] else []
+
+    def _start(self, job: Any, folder: Path) -> None:
+        """Adds the bar of a job, and prints why a job that was done runs again."""
+        state = JobState.load(folder)
+        if state is not None and state.finished is not None:
+            self._print(f"{job_name(folder)} runs again: {'; '.join(self._reasons[folder])}")
+        self._running[job] = folder, self._progress.add_task(f"  {job_name(folder)}", total=None, note="")
+
+    def _print(self, text: str) -> None:
+        """Prints a line above the bars."""
+        self._progress.console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+    def _update_bars(self) -> None:
+        """Shows the position of each job's own progress bar."""
+        for folder, bar in self._running.values():
+            if positions := _TQDM_POSITION.findall(_tail(folder / LOG_FILE)):
+                done, total = map(int, positions[-1])
+                self._progress.update(bar, completed=done, total=total, note=f"{done}/{total}")
+
+    def _raise_errors(self, status: int) -> None:
+        """Raises a UserError with the first failure."""
+        if self._failed:
+            count = f"{self._total - self._finished} of {self._total} jobs did not finish"
+            reason = next(iter(self._failed.values()))
+            raise UserError(f"{count}: {reason}. Fix the cause and run the same study again.")
+        if status:
+            reason = next(iter(self._errors), f"exit {status}").removesuffix(".")
+            raise UserError(f"{self._folder}: Snakemake cannot run the jobs: {reason}. Fix the cause and run it again.")
+
+
+def failure_reason(folder: Path, details: dict[str, str] | None = None) -> str:
+    """The error message of a failed job without its final full stop, or the last line of its log; and where it is.
+
+    Args:
+        folder: Folder of the job.
+        details: What a cluster reports on it.
+    """
+    log, state = folder / LOG_FILE, JobState.load(folder)
+    lines = [line.strip() for line in _tail(log).decode(errors="replace").replace("\r", "\n").splitlines()]
+    errors = [line.partition(_ERROR_PREFIX)[2] for line in lines if _ERROR_PREFIX in line]
+    found = errors or [line for line in lines if line] or [str(value) for value in (details or {}).values()]
+    reason = (found[-1] if found else "no output").removesuffix(".")
+    status = "" if state is None or state.status is None else f"exit {state.status}, "
+    return f"{reason} ({status}{min(os.path.relpath(log), str(log), key=len)})"
+
+
+def _with_pauses(lines: IO[str]) -> Iterator[str | None]:
+    """Yields lines as they come, and None whenever none came for half a second."""
+    queue: SimpleQueue[str | None] = SimpleQueue()
+
+    def read() -> None:
+        for line in lines:
+            queue.put(line)
+        queue.put(None)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    while True:
+        try:
+            line = queue.get(timeout=0.5)
+        except Empty:
+            yield None
+            continue
+        if line is None:
+            return
+        yield line
 
 
 def _tail(log: Path) -> bytes:
-    """Last `_TAIL_BYTES` bytes of a file."""
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
-        return file.read()
+    """Last `_TAIL_BYTES` bytes of a file; nothing if it does not exist."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+            return file.read()
+    except FileNotFoundError:
+        return b""
 
 
-def _failure_reason(log: Path) -> str:
-    """The error message of a failed command without its final full stop, or the last line of its log."""
-    lines = [line.strip() for line in _tail(log).decode(errors="replace").replace("\r", "\n").splitlines()]
-    errors = [line.partition(_ERROR_PREFIX)[2] for line in lines if _ERROR_PREFIX in line]
-    return next(reversed(errors or [line for line in lines if line]), "no output").removesuffix(".")
+def _last_line(text: bytes) -> str:
+    """The last line that is not empty."""
+    return next((line.strip() for line in reversed(text.decode(errors="replace").splitlines()) if line.strip()), "")

@@ -1,4 +1,4 @@
-"""The parts of a study, and the expansion of its stages into jobs."""
+"""The parts of a study: stages, from which Snakemake makes its jobs, and the arms that are reported."""
 
 from __future__ import annotations
 
@@ -11,32 +11,43 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
 
-from rlmt import __version__
-from rlmt.configs import resolve_configs
+from rlmt.configs import find_config
 from rlmt.errors import UserError
 
-FIT_OPTIONS = "--trainer.default_root_dir $dir --ckpt_path last"
-"""Options added to every `fit`: the job's folder, and resuming from the last checkpoint."""
-VALIDATE_OPTIONS = "--trainer.default_root_dir $dir"
-"""Options added to every `validate`."""
-_NAME = re.compile(r"[A-Za-z0-9_]+")
+STUDY = "$study"
+"""Stands for the study's folder in a command, so that a study that was moved has the same commands."""
+DONE = "done"
+"""File in the folder of a job that is done."""
+_OPTIONS = {
+    "fit": "--trainer.default_root_dir $dir --ckpt_path last",
+    "validate": "--trainer.default_root_dir $dir",
+}
+"""Options added to commands: the job's folder, and resuming from the last checkpoint."""
+_CONFIG_OPTIONS = ("--config", "-c")
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_VALUE = re.compile(r"[A-Za-z0-9_]+")
+_RESERVED = ("seed", "dir", "study")
 _MAX_TEXT_DEPTH = 8
 
 
 @dataclass
 class Stage:
-    """Commands that run once for each seed and each combination of axis values.
+    """A command that runs once for each seed and each combination of axis values: a rule of Snakemake.
 
     Args:
-        run: Commands of `rlmt`, run in order. In a command `$seed` is the seed, `$dir` the job's folder, `$<axis>` the
-            job's value on an axis, `$<stage>` the folder of another stage's job with the same values,
-            `${<stage>.<value>}` the folder of the job with that value instead, and `$<text>` one of the study's texts.
-            A `fit` writes to `$dir` and resumes from its last checkpoint; the options for that are added.
+        run: The command, without `rlmt`. In it `$seed` is the seed, `$dir` the job's folder, `$<axis>` the job's value
+            on an axis, `$<need>` the folder of a job that it needs, and `$<text>` one of the study's texts. A `fit`
+            writes to `$dir` and resumes from its last checkpoint; the options for that are added.
         each: Axis → its values.
+        needs: Name → a job of the same seed that comes first: `<stage>-<value>-<value>`, with one value for each axis
+            of its stage, in order; `$<axis>` is this job's value.
+        resources: What a job needs on a cluster, in the words of Snakemake: gpu, runtime (minutes), mem_mb, …
     """
 
-    run: list[str]
+    run: str
     each: dict[str, list[str]] = field(default_factory=dict)
+    needs: dict[str, str] = field(default_factory=dict)
+    resources: dict[str, int | str] = field(default_factory=dict)
 
 
 @dataclass
@@ -54,158 +65,147 @@ class Arm:
     where: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Job:
-    """The commands of one stage for one seed and one value of each axis."""
-
-    stage: str
-    seed: int
-    values: tuple[tuple[str, str], ...]
-    """(axis, value) pairs in the order of the stage's axes."""
-    folder: Path
-    commands: tuple[tuple[str, ...], ...]
-    """Command lines without `rlmt`, each a tuple of words."""
-    needs: tuple[Path, ...]
-    """Folders of the jobs that must be done before this one."""
-
-    @property
-    def name(self) -> str:
-        """Display name."""
-        return " ".join([self.stage, *(value for _, value in self.values), f"seed {self.seed}"])
-
-
-def job_folder(out: Path, stage: str, seed: int, values: Sequence[str]) -> Path:
-    """Output folder of a job."""
-    return out / f"seed-{seed}" / "-".join([stage, *values])
-
-
-class _CommandTemplate(Template):
-    """Placeholders in braces may contain dots: `${reward_model.weak}`."""
-
-    idpattern = r"(?a:[_a-z][_a-z0-9]*)"
-    braceidpattern = r"(?a:[_a-z][_a-z0-9]*(?:\.[_A-Za-z0-9]+)*)"
-
-
 class Plan:
-    """All jobs of a study, ordered so that each comes after the jobs that it depends on.
+    """The stages of a study, checked; every job is a folder in the study's folder.
 
     Args:
         stages: Name → stage.
-        seeds: Every stage is expanded for each seed.
-        out: Folder of the study.
         texts: Name → text that several commands share; it may contain placeholders.
 
     Raises:
-        UserError: A name is invalid or used twice, a placeholder is unknown, or stages depend on each other in a cycle.
+        UserError: A name is invalid or used twice, a placeholder is unknown, or a need names no job.
     """
 
-    def __init__(self, stages: Mapping[str, Stage], seeds: Sequence[int], out: Path, texts: Mapping[str, str]) -> None:
-        self.stages, self.seeds, self.out, self.texts = dict(stages), list(seeds), out, dict(texts)
+    def __init__(self, stages: Mapping[str, Stage], texts: Mapping[str, str]) -> None:
+        self.stages, self.texts = dict(stages), dict(texts)
         self._check_names()
-        self.jobs = _sort_by_dependency({job.folder: job for job in self._expand()})
+        self._lines = {name: self._with_texts(stage.run, name) for name, stage in self.stages.items()}
+        for name, stage in self.stages.items():
+            self._check_needs(name, stage)
+            self._check_placeholders(name, stage)
+
+    def check_configs(self, folder: Path) -> None:
+        """Raises a UserError for a command that names a config that does not exist.
+
+        Args:
+            folder: Folder in which the commands run.
+        """
+        for stage, values in self.jobs(0):
+            digest_configs(self.command(stage, values), folder)
+
+    def jobs(self, seed: int) -> Iterator[tuple[str, dict[str, str]]]:
+        """Yields the stage and the values of each job of a seed: `seed` and every axis of the stage.
+
+        Args:
+            seed: The seed.
+        """
+        for name, stage in self.stages.items():
+            for values in itertools.product(*stage.each.values()):
+                yield name, {"seed": str(seed), **dict(zip(stage.each, values, strict=True))}
 
     def _check_names(self) -> None:
-        """Raises a UserError for an invalid or duplicate name and for a stage without commands."""
+        """Raises a UserError for an invalid or duplicate name or value."""
         axes = {axis for stage in self.stages.values() for axis in stage.each}
-        for kind, names in (("stage", set(self.stages)), ("text", set(self.texts)), ("axis", axes)):
+        needs = {need for stage in self.stages.values() for need in stage.needs}
+        for kind, names in (("stage", set(self.stages)), ("text", set(self.texts)), ("axis", axes), ("need", needs)):
             for name in sorted(names):
-                if not _NAME.fullmatch(name) or name != name.lower() or name in ("seed", "dir"):
+                if not _NAME.fullmatch(name) or name in _RESERVED:
                     raise UserError(
-                        f"{kind} {name!r}: invalid name; use lower-case letters, digits and _, but not `seed` or `dir`."
+                        f"{kind} {name!r}: invalid name; use lower-case letters, digits and _, but none of "
+                        f"{', '.join(_RESERVED)}."
                     )
-        for name in axes & set(self.stages) | axes & set(self.texts) | set(self.stages) & set(self.texts):
-            raise UserError(f"{name!r}: two of stages, axes and texts have this name; rename one of them.")
+        for name in axes & set(self.texts) | axes & needs | needs & set(self.texts):
+            raise UserError(f"{name!r}: two of axes, needs and texts have this name; rename one of them.")
         for name, stage in self.stages.items():
-            if not stage.run:
-                raise UserError(f"stages.{name}.run: the list is empty; add at least one command.")
+            if not stage.run.strip():
+                raise UserError(f"stages.{name}.run: the command is empty; write one, without `rlmt`.")
             for value in itertools.chain(*stage.each.values()):
-                if not _NAME.fullmatch(value):
+                if not _VALUE.fullmatch(value):
                     raise UserError(
                         f"stages.{name}.each: invalid value {value!r}; use letters, digits and _, because values "
                         "become folder names."
                     )
 
-    def _expand(self) -> Iterator[Job]:
-        """Yields one job for each seed, stage and combination of axis values."""
-        for seed in self.seeds:
-            for name, stage in self.stages.items():
-                for values in itertools.product(*stage.each.values()):
-                    yield self._job(name, stage, seed, dict(zip(stage.each, values, strict=True)))
+    def _check_needs(self, name: str, stage: Stage) -> None:
+        """Raises a UserError for a need that names no job."""
+        for need, job in stage.needs.items():
+            option = f"stages.{name}.needs.{need}"
+            needed, *values = job.split("-")
+            if needed not in self.stages:
+                raise UserError(f"{option}: unknown stage {needed!r}; choose from {', '.join(self.stages)}.")
+            axes = self.stages[needed].each
+            if len(values) != len(axes):
+                example = "-".join([needed, *(f"${axis}" for axis in axes)])
+                raise UserError(f"{option}: {job!r} has {len(values)} values, not {len(axes)}; write {example!r}.")
+            for value, (axis, options) in zip(values, axes.items(), strict=True):
+                mine = stage.each.get(value[1:], []) if value.startswith("$") else [value]
+                if not mine or not set(mine) <= set(options):
+                    raise UserError(
+                        f"{option}: {value!r} is no value of the axis {axis} of {needed}; choose from "
+                        f"{', '.join(options)}, or an axis of {name} with such values."
+                    )
 
-    def _job(self, name: str, stage: Stage, seed: int, values: dict[str, str]) -> Job:
-        """The job of a stage, with all placeholders substituted."""
-        folder = job_folder(self.out, name, seed, list(values.values()))
-        needs: dict[Path, None] = {}
-        commands = []
-        for line in stage.run:
-            words = shlex.split(self._with_texts(line, name))
-            words += {"fit": FIT_OPTIONS, "validate": VALIDATE_OPTIONS}.get(words[0] if words else "", "").split()
-            known = {"seed": str(seed), "dir": str(folder), **values}
-            commands.append(tuple(self._substitute(word, name, known, seed, values, needs) for word in words))
-        return Job(name, seed, tuple(values.items()), folder, tuple(commands), tuple(needs))
+    def _check_placeholders(self, name: str, stage: Stage) -> None:
+        """Raises a UserError for an unknown placeholder, or if the command is no valid one."""
+        known = dict.fromkeys(("seed", "dir", *stage.each, *stage.needs), "")
+        try:
+            Template(self._lines[name]).substitute(known)
+        except (KeyError, ValueError) as error:
+            what = f"unknown placeholder ${error.args[0]}" if isinstance(error, KeyError) else str(error)
+            raise UserError(
+                f"stages.{name}.run: {what}; use $seed, $dir, an axis or a need of this stage, or a text."
+            ) from error
 
     def _with_texts(self, line: str, stage: str) -> str:
         """The command line with the study's texts inserted."""
         for _ in range(_MAX_TEXT_DEPTH):
-            names = [name for name in _CommandTemplate(line).get_identifiers() if name in self.texts]
-            if not names:
+            if not set(Template(line).get_identifiers()) & set(self.texts):
                 return line
-            line = _CommandTemplate(line).safe_substitute({name: self.texts[name] for name in names})
+            line = Template(line).safe_substitute(self.texts)
         raise UserError(f"stages.{stage}.run: its texts contain each other; remove the cycle.")
 
-    def _substitute(
-        self, word: str, stage: str, known: dict[str, str], seed: int, values: dict[str, str], needs: dict[Path, None]
-    ) -> str:
-        """The word with its placeholders substituted; adds the folders that it refers to to `needs`."""
-        replacements = dict(known)
-        for name in _CommandTemplate(word).get_identifiers():
-            if name in replacements:
-                continue
-            folder = self._referenced_folder(name, stage, seed, values)
-            needs[folder] = None
-            replacements[name] = str(folder)
-        return _CommandTemplate(word).substitute(replacements)
-
-    def _referenced_folder(self, reference: str, stage: str, seed: int, values: dict[str, str]) -> Path:
-        """The folder that `$name` or `${name.value}` refers to in a job with these values."""
-        name, *selected = reference.split(".")
-        if name not in self.stages:
-            raise UserError(
-                f"stages.{stage}.run: unknown placeholder ${reference}; use a stage, an axis of this stage, or a text."
-            )
-        resolved = []
-        for axis, options in self.stages[name].each.items():
-            matching = [value for value in selected if value in options]
-            if not matching and values.get(axis) not in options:
-                raise UserError(
-                    f"stages.{stage}.run: ${reference} does not select a value of the axis {axis} "
-                    f"({', '.join(options)}); write for example ${{{reference}.{options[0]}}}."
-                )
-            resolved.append(matching[0] if matching else values[axis])
-        if unknown := [value for value in selected if value not in resolved]:
-            raise UserError(f"stages.{stage}.run: ${reference}: the stage {name} has no value {unknown[0]!r}.")
-        return job_folder(self.out, name, seed, resolved)
-
-    def jobs_for(self, arms: Sequence[Arm]) -> list[Job]:
-        """Returns the jobs of some arms and every job that they depend on, in order.
+    def command(self, stage: str, values: Mapping[str, str]) -> str:
+        """Returns the command of a job, with `$study` for the study's folder.
 
         Args:
-            arms: The arms.
+            stage: The stage.
+            values: `seed` and each axis of the stage → value, and no more.
 
         Returns:
-            The jobs of all seeds.
-
-        Raises:
-            UserError: An arm has an unknown stage or value.
+            The command line without `rlmt`, quoted for a shell.
         """
-        needed = {self.folder(arm, seed) for arm in arms for seed in self.seeds}
-        for job in reversed(self.jobs):
-            if job.folder in needed:
-                needed.update(job.needs)
-        return [job for job in self.jobs if job.folder in needed]
+        seed = values["seed"]
+        folders = {need: self._folder(job, values) for need, job in self.stages[stage].needs.items()}
+        folders["dir"] = f"{STUDY}/seed-{seed}/{'-'.join([stage, *(values[axis] for axis in self.stages[stage].each)])}"
+        words = shlex.split(self._lines[stage])
+        words += _OPTIONS.get(words[0], "").split()
+        return shlex.join(Template(word).substitute(values, **folders) for word in words)
+
+    @staticmethod
+    def _folder(job: str, values: Mapping[str, str]) -> str:
+        """Folder of a needed job."""
+        return f"{STUDY}/seed-{values['seed']}/{Template(job).substitute(values)}"
+
+    def inputs(self, stage: str) -> dict[str, str]:
+        """Returns need → pattern of the file that shows that it is done, with Snakemake's wildcards.
+
+        Args:
+            stage: The stage.
+        """
+        axes = {axis: f"{{{axis}}}" for axis in self.stages[stage].each}
+        needs = self.stages[stage].needs.items()
+        return {need: f"seed-{{seed}}/{Template(job).substitute(axes)}/{DONE}" for need, job in needs}
+
+    def output(self, stage: str) -> str:
+        """Returns the pattern of the file that shows that a job is done, with Snakemake's wildcards.
+
+        Args:
+            stage: The stage.
+        """
+        return f"seed-{{seed}}/{'-'.join([stage, *(f'{{{axis}}}' for axis in self.stages[stage].each)])}/{DONE}"
 
     def folder(self, arm: Arm, seed: int) -> Path:
-        """Returns the folder of an arm's job.
+        """Returns the folder of an arm's job, relative to the study's.
 
         Args:
             arm: The arm.
@@ -224,59 +224,54 @@ class Plan:
             raise UserError(
                 f"arm {arm.label!r}: `where` must have exactly one value for each axis of {arm.stage}: {stage.each}."
             )
-        return job_folder(self.out, arm.stage, seed, [arm.where[axis] for axis in stage.each])
+        return Path(self.output(arm.stage).format(seed=seed, **arm.where)).parent
 
 
-def _sort_by_dependency(jobs: Mapping[Path, Job]) -> list[Job]:
-    """Depth-first topological sort: the jobs that a job depends on come right before it."""
-    ordered: list[Job] = []
-    done: set[Path] = set()
-    visiting: set[Path] = set()
-
-    def visit(folder: Path) -> None:
-        if folder in visiting:
-            raise UserError(f"stages: the stage {jobs[folder].stage} depends on itself; remove the cycle.")
-        if folder in done:
-            return
-        visiting.add(folder)
-        for need in jobs[folder].needs:
-            visit(need)
-        visiting.remove(folder)
-        done.add(folder)
-        ordered.append(jobs[folder])
-
-    for folder in jobs:
-        visit(folder)
-    return ordered
-
-
-def job_digests(jobs: Sequence[Job], out: Path) -> dict[Path, str]:
-    """Hashes everything that the files of a job depend on.
-
-    That is: the version of rlmt, the commands, the contents of the configs that they name, and the digests of the jobs
-    that come first.
+def digest_configs(command: str, folder: Path) -> str:
+    """Hashes the contents of the configs that a command names, so that a change of one changes the job.
 
     Args:
-        jobs: The jobs in order, with every job that they depend on.
-        out: Folder of the study. Its path is left out of the digest, so a study can be moved.
+        command: The command line without `rlmt`.
+        folder: Folder in which the command runs.
 
     Returns:
-        Folder of each job → its digest.
+        A hexadecimal digest.
+
+    Raises:
+        UserError: There is neither a file nor a shipped config with a name.
     """
-    digests: dict[Path, str] = {}
-    for job in jobs:
-        digest = hashlib.sha256(__version__.encode())
-        for command in job.commands:
-            digest.update(repr([word.replace(str(out), "") for word in command]).encode())
-            for path in _config_files(command):
-                digest.update(path.read_bytes())
-        for need in job.needs:
-            digest.update(digests[need].encode())
-        digests[job.folder] = digest.hexdigest()[:16]
-    return digests
+    digest = hashlib.sha256()
+    words = [part for word in shlex.split(command) for part in _option_and_value(word)]
+    for option, value in itertools.pairwise(words):
+        if option in _CONFIG_OPTIONS:
+            path = folder / value
+            digest.update((path if path.is_file() else Path(find_config(value))).read_bytes())
+    return digest.hexdigest()[:16]
 
 
-def _config_files(command: Sequence[str]) -> list[Path]:
-    """The files that a command's `--config` options name."""
-    resolved = resolve_configs(command)
-    return [Path(value) for option, value in itertools.pairwise(resolved) if option in ("--config", "-c")]
+def _option_and_value(word: str) -> list[str]:
+    """`--config=x` as two words; other words as they are."""
+    return word.split("=", 1) if word.startswith(tuple(f"{option}=" for option in _CONFIG_OPTIONS)) else [word]
+
+
+def job_name(folder: Path) -> str:
+    """Display name of a job: `rl think grpo seed 1`.
+
+    Args:
+        folder: Folder of the job.
+    """
+    return f"{folder.name.replace('-', ' ')} {folder.parent.name.replace('-', ' ')}"
+
+
+def target_files(plan: Plan, arms: Sequence[Arm], seeds: Sequence[int]) -> list[str]:
+    """Returns the files that Snakemake has to make for some arms.
+
+    Args:
+        plan: The plan.
+        arms: The arms.
+        seeds: The seeds.
+
+    Raises:
+        UserError: An arm has an unknown stage or value.
+    """
+    return [str(plan.folder(arm, seed) / DONE) for seed in seeds for arm in arms]
