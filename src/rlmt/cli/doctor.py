@@ -152,7 +152,13 @@ def _token() -> Finding:
 
 
 def _extras() -> Finding:
-    names = {"bitsandbytes": "quantization", "openai": "servers", "tensorboard": "loggers", "wandb": "loggers"}
+    names = {
+        "bitsandbytes": "quantization",
+        "openai": "servers",
+        "if_verifiable": "evaluation",
+        "tensorboard": "loggers",
+        "wandb": "loggers",
+    }
     absent = {name: extra for name, extra in names.items() if importlib.util.find_spec(name) is None}
     missing = [f"{name} (pip install '.[{extra}]')" for name, extra in absent.items()]
     return Finding("optional", "all installed" if not missing else f"missing: {', '.join(missing)}")

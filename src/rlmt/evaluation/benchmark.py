@@ -107,8 +107,11 @@ class Benchmark(ABC):
             UserError: It cannot be read, or lacks a column.
         """
 
-    def check(self) -> None:
-        """Checks what scoring needs besides the items, such as packages and their data.
+    def check(self, items: Sequence[Item] = ()) -> None:
+        """Checks what scoring needs, such as packages and their data, before anything is generated.
+
+        Args:
+            items: The loaded items, to check that they can be scored.
 
         Raises:
             UserError: Something is missing; the message has the line that installs it.

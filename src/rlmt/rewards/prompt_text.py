@@ -24,6 +24,11 @@ def placeholders(template: str) -> set[str]:
     return set(_PLACEHOLDER.findall(template))
 
 
+def fill(template: str, values: Mapping[str, str]) -> str:
+    """Replaces `{name}` by its value, all names in one pass: a value that contains a name in braces stays as it is."""
+    return _PLACEHOLDER.sub(lambda match: values[match[1]], template)
+
+
 def fill_template(template: str, prompt: Prompt, values: Mapping[str, str], reward: str) -> str:
     """Replaces `{name}` by a value, by the conversation for `{prompt}`, and else by the prompt's column of that name.
 
