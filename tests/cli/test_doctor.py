@@ -36,14 +36,14 @@ def test_problems_are_marked_with_their_cures(
 
 
 @pytest.mark.parametrize(
-    ("sizes", "runs"), [([], 1), ([14.6], 1), ([22.05], 2), ([79.2], 3), ([79.2] * 7, 3), ([79.2] * 8, 4)]
+    ("sizes", "runs"), [([], 1), ([14.6], 1), ([20.0], 2), ([22.05], 3), ([79.2], 4), ([79.2] * 7, 4), ([79.2] * 8, 5)]
 )
 def test_configs_that_run_depend_on_the_gpus(sizes: list[float], runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(sizes))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(sizes))
     found = [SimpleNamespace(total_memory=int(size * GIB)) for size in sizes]
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: found[number])
-    assert list(doctor.runnable().values()) == [True] * runs + [False] * (4 - runs)
+    assert list(doctor.runnable().values()) == [True] * runs + [False] * (5 - runs)
 
 
 def test_gpu_that_torch_does_not_find_names_the_build(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import csv
 import os
 import re
 import shlex
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -179,10 +180,37 @@ def test_two_runs_that_start_at_once_get_two_folders(tmp_path: Path) -> None:
     first, second = ResumableCSVLogger(tmp_path), ResumableCSVLogger(tmp_path)
     assert (first.version, second.version) == (0, 1)
     second.finalize("failed")
-    assert sorted(os.listdir(tmp_path)) == ["version_0"]
+    first.log_metrics({"loss": 1.0}, 0)
     first.keep(trained=True)
     first.finalize("failed")
     assert sorted(os.listdir(tmp_path)) == ["latest", "version_0"]
+    assert ResumableCSVLogger(tmp_path).version == 1
+
+
+def test_folder_exists_once_something_is_logged(tmp_path: Path) -> None:
+    log = ResumableCSVLogger(tmp_path)
+    assert log.version == 0 and not Path(log.log_dir).exists()
+    log.log_metrics({"loss": 1.0}, 0)
+    log.save()
+    assert Path(log.log_dir, "metrics.csv").is_file()
+    log.finalize("success")
+    assert os.listdir(tmp_path) == ["version_0"]
+
+
+def test_start_that_is_killed_leaves_no_folder_and_frees_its_number(tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        try:
+            ResumableCSVLogger(tmp_path).version  # noqa: B018 - reserves the number
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert os.listdir(tmp_path) == [".version_0"]
+    log = ResumableCSVLogger(tmp_path)
+    assert log.version == 0
+    assert ResumableCSVLogger(tmp_path).version == 1  # the first one is alive
+    log.finalize("failed")
+    assert ResumableCSVLogger(tmp_path).version == 0
 
 
 def test_other_ranks_create_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

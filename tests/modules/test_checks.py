@@ -29,6 +29,7 @@ def trainer(strategy: Any = None, engine: Engine | None = None, world_size: int 
         datamodule=SimpleNamespace(engine=engine or TransformersEngine(), val_engine=None),
         lightning_module=module,
         precision="32-true",
+        state=SimpleNamespace(fn="validate"),
     )
 
 

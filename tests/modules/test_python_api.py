@@ -14,11 +14,11 @@ from torch.optim.lr_scheduler import LinearLR
 
 from rlmt.algorithms import GRPO
 from rlmt.callbacks import PolicyCheckpoint
-from rlmt.data import RolloutDataModule
+from rlmt.data import PreferenceDataModule, RolloutDataModule
 from rlmt.engines import TransformersEngine
 from rlmt.errors import UserError
 from rlmt.models import LoRA
-from rlmt.modules import SFT, RLMTModule
+from rlmt.modules import SFT, RewardModeling, RLMTModule
 from rlmt.rewards import LengthWindow, Reward
 
 OPTIONS: dict[str, Any] = {"reward": LengthWindow(5, 20, 40), "algorithm": GRPO(kl_coef=0.0)}
@@ -112,3 +112,24 @@ def test_checkpoint_without_options_names_what_is_missing(run: Any) -> None:
         RLMTModule.load_from_checkpoint(run[2])
     with pytest.raises(UserError, match="is a checkpoint of RLMTModule"):
         SFT.load_from_checkpoint(run[2])
+
+
+def test_reward_model_from_a_checkpoint_has_the_trained_weights_and_tests(
+    tiny: Path, preferences: Path, tmp_path: Path
+) -> None:
+    def comparisons() -> PreferenceDataModule:
+        return PreferenceDataModule(str(preferences), batch_size=4, val_size=4, max_length=256)
+
+    trained = RewardModeling(str(tiny / "policy"), optimizer=partial(AdamW, lr=1e-2), lora=LoRA(rank=2))
+    fitted = trainer(tmp_path, max_steps=2, callbacks=[PolicyCheckpoint(dirpath=str(tmp_path))])
+    fitted.fit(trained, comparisons())
+    (expected,) = fitted.validate(trained, comparisons(), verbose=False)
+
+    module = RewardModeling.load_from_checkpoint(tmp_path / "last.ckpt", lora=LoRA(rank=2))
+    state = trained.state_dict()
+    assert state.keys() == module.state_dict().keys() and not module.training
+    assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+    (found,) = trainer(tmp_path / "again").validate(module, comparisons(), verbose=False)
+    assert found == pytest.approx(expected)
+    with pytest.raises(UserError, match="ckpt_path=CHECKPOINT"):
+        trainer(tmp_path / "fit", max_steps=1).fit(module, comparisons())

@@ -146,7 +146,12 @@ def test_accuracies_and_loss_of_held_out_pairs(module: Make, monkeypatch: pytest
     monkeypatch.setattr(made, "log", lambda name, value, **options: logged.update({name: value}))
     data = SimpleNamespace(subsets=["a", "b"])
     made._trainer = SimpleNamespace(  # type: ignore[assignment]
-        precision="32-true", world_size=1, strategy=None, accelerator=None, datamodule=data
+        precision="32-true",
+        world_size=1,
+        strategy=None,
+        accelerator=None,
+        datamodule=data,
+        state=SimpleNamespace(fn="validate"),
     )
     made.setup("validate")
     made._trainer = None

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from rlmt.checkpointing.files import atomic_write
+from rlmt.checkpointing.reserved_version import ReservedVersion
 
 LATEST = "latest"
 """Name of the link to the newest `version_N`, of a training run if there is one."""
@@ -23,8 +24,9 @@ LATEST = "latest"
 class ResumableCSVLogger(CSVLogger):
     """Lightning's CSV logger with atomic rewrites, which a resumed run continues.
 
-    A start creates its folder `version_N` when the folder is first used, so that no two runs share one, and removes it
-    if it fails before anything was logged. The link `latest` beside the folders is set when a run has logged something.
+    A start reserves its number when the folder is first used, so that no two runs share one, and creates the folder
+    `version_N` when it first logs: a start that fails or is killed earlier leaves none. The link `latest` beside the
+    folders is set when a run has logged something.
 
     Args:
         save_dir: Folder of the run; each start gets a folder `version_N` in it, except a resumed one.
@@ -33,22 +35,26 @@ class ResumableCSVLogger(CSVLogger):
     def __init__(self, save_dir: str | Path) -> None:
         super().__init__(str(save_dir), name=None)
         self._last_step: int | None = None
-        self._created: Path | None = None
+        self._reserved: ReservedVersion | None = None
         self._linked = False
 
     def _get_next_version(self) -> int:
-        """Number of a new folder `version_N`, which rank 0 creates."""
+        """Number of a new folder `version_N`, which rank 0 reserves."""
         first = int(super()._get_next_version())
         if getattr(rank_zero_only, "rank", 0):
             return first
+        root = Path(self.root_dir)
         for version in count(first):
-            folder = Path(self.root_dir, f"version_{version}")
-            with suppress(FileExistsError):  # another run was faster
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                folder.mkdir()
-                self._created = folder
+            self._reserved = ReservedVersion.take(root, version)
+            if self._reserved is not None:
                 return version
         raise AssertionError  # unreachable: `count` does not end
+
+    def _release(self) -> None:
+        """Gives up the reservation, if there is one."""
+        if self._reserved is not None:
+            self._reserved.release()
+        self._reserved = None
 
     @rank_zero_only
     def keep(self, trained: bool) -> None:
@@ -57,7 +63,7 @@ class ResumableCSVLogger(CSVLogger):
         Args:
             trained: Whether the run trains. Another run does not take the link from a folder with checkpoints.
         """
-        self._created = None
+        self._release()
         link, target = Path(self.root_dir, LATEST), Path(self.log_dir)
         if self._linked or not target.is_dir() or (not trained and (link / "checkpoints").is_dir()):
             return
@@ -73,12 +79,14 @@ class ResumableCSVLogger(CSVLogger):
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Writes metrics.csv, or removes the folder of a start that logged nothing."""
-        if self._created is None or (self._experiment is not None and self._experiment.metrics):
+        if self._reserved is None or (self._experiment is not None and self._experiment.metrics):
             super().finalize(status)
-            return
-        Path(self._created, ExperimentWriter.NAME_HPARAMS_FILE).unlink(missing_ok=True)
-        with suppress(OSError):  # a user's own code may have written to the folder
-            self._created.rmdir()
+        else:
+            folder = Path(self.log_dir)
+            (folder / ExperimentWriter.NAME_HPARAMS_FILE).unlink(missing_ok=True)
+            with suppress(OSError):  # there is none, or a user's own code has written to it
+                folder.rmdir()
+        self._release()
 
     def resume(self, version: int, step: int) -> None:
         """Continues the file of an earlier start; call it before anything is logged.

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from difflib import get_close_matches
+from enum import Enum
 from functools import reduce
 from importlib import import_module
 from pathlib import Path
@@ -60,6 +61,8 @@ def load_yaml(text: str) -> Any:
     return value
 
 
+# Defaults of Lightning's classes that are members of an Enum, such as Timer's interval, are saved as their text.
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
 set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))
 
 

@@ -29,8 +29,7 @@ def run(args: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="rlmt configs", description="Lists the shipped configs; prints or copies one."
     )
-    parser.add_argument("action", nargs="?", choices=["list", "show", "copy"], default="list")
-    parser.add_argument("names", nargs="*", help="show: names or files, composed; copy: a name, and the file to write")
+    add_arguments(parser)
     options = parser.parse_args(list(args))
     match options.action, options.names:
         case "list", []:
@@ -44,6 +43,12 @@ def run(args: Sequence[str]) -> int:
         case _:
             raise UserError("rlmt configs: use it alone, or as `show NAME …`, or as `copy NAME [FILE]`.")
     return 0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `rlmt configs`."""
+    parser.add_argument("action", nargs="?", choices=["list", "show", "copy"], default="list")
+    parser.add_argument("names", nargs="*", help="show: names or files, composed; copy: a name, and the file to write")
 
 
 def purpose(path: Path) -> str:

@@ -42,7 +42,7 @@ from rlmt.cli.checks import (
 )
 from rlmt.cli.config_files import ConfigFiles
 from rlmt.cli.lightning_habits import check_lightning_habits, with_default_classes
-from rlmt.cli.parsing import Parser, option_names
+from rlmt.cli.parsing import Parser, option_names, parse_integers_first
 from rlmt.distributed import collectives
 from rlmt.errors import AllRanksUserError, UserError
 from rlmt.formats.thinking import FILE_NAME, ThinkingFormat
@@ -82,6 +82,7 @@ class RLMTCLI(LightningCLI):
     def setup_parser(self, *args: Any, **options: Any) -> None:
         """Creates the parser, whose help names the command as it is typed."""
         super().setup_parser(*args, **options)
+        parse_integers_first(self._subcommand_parsers[self._command])
         self._subcommand_parsers[self._command].prog = f"rlmt {self._command}"
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

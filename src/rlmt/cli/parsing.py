@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from inspect import signature
-from typing import NoReturn
+from operator import or_
+from typing import NoReturn, get_args
 
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
@@ -46,22 +48,26 @@ def option_names(parser: ArgumentParser, command: str | None = None) -> list[str
     return names
 
 
-def run_function(
-    command: str, function: Callable[..., object], args: Sequence[str], optional_positional: str | None = None
-) -> int:
-    """Runs a function with its parameters as command-line options; required parameters are positional arguments.
+def parse_integers_first(parser: ArgumentParser) -> None:
+    """Lets options that take an integer or a float read `1` as the integer: one batch, where `1.0` is all of them.
+
+    Python caches `Optional[Union[int, float]]` and `Optional[Union[float, int]]` as one type, in the order that was
+    imported first, so Lightning's order does not hold.
+    """
+    for action in parser._actions:
+        kinds = get_args(getattr(action, "_typehint", None))
+        if int in kinds and float in kinds:
+            others = [kind for kind in kinds if kind not in (int, float)]
+            action._typehint = reduce(or_, others, int | float)  # type: ignore[attr-defined]
+
+
+def function_parser(command: str, function: Callable[..., object], optional_positional: str | None = None) -> Parser:
+    """A parser with a function's parameters as options; required parameters are positional arguments.
 
     Args:
         command: Name of the command after `rlmt`.
         function: Function with type hints and a Google-style docstring, which becomes the help text.
-        args: Command line after the command's name.
         optional_positional: Name of a parameter with a default that is a positional argument, too.
-
-    Returns:
-        Exit status 0.
-
-    Raises:
-        UserError: The arguments are invalid, or the function raises it.
     """
     parser = Parser(prog=f"rlmt {command}", description=(function.__doc__ or "").split("\n")[0])
     skip: set[str | int] = set()
@@ -72,5 +78,26 @@ def run_function(
         )
         skip = {optional_positional}
     parser.add_function_arguments(function, as_positional=True, skip=skip)
+    return parser
+
+
+def run_function(
+    command: str, function: Callable[..., object], args: Sequence[str], optional_positional: str | None = None
+) -> int:
+    """Runs a function with its parameters as command-line options, as `function_parser` describes.
+
+    Args:
+        command: Name of the command after `rlmt`.
+        function: The function.
+        args: Command line after the command's name.
+        optional_positional: Name of a parameter with a default that is a positional argument, too.
+
+    Returns:
+        Exit status 0.
+
+    Raises:
+        UserError: The arguments are invalid, or the function raises it.
+    """
+    parser = function_parser(command, function, optional_positional)
     function(**parser.instantiate_classes(parser.parse_args(list(args))).as_dict())
     return 0

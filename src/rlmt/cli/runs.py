@@ -40,9 +40,7 @@ def run(args: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="rlmt runs", description="Lists training runs with state, step, reward, thought length and verdict."
     )
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs"), help="folder to search (default: runs)")
-    parser.add_argument("--watch", action="store_true", help="refresh the table until Ctrl-C")
-    parser.add_argument("--json", action="store_true", help="print JSON, one object for each run")
+    add_arguments(parser)
     options = parser.parse_args(list(args))
     if not options.folder.is_dir():
         raise UserError(f"{options.folder}: no such folder; pass the folder of your runs.")
@@ -56,6 +54,13 @@ def run(args: Sequence[str]) -> int:
     else:
         print(f"{options.folder}: no training runs yet.")
     return 0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `rlmt runs`."""
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs"), help="folder to search (default: runs)")
+    parser.add_argument("--watch", action="store_true", help="refresh the table until Ctrl-C")
+    parser.add_argument("--json", action="store_true", help="print JSON, one object for each run")
 
 
 def _watch(folder: Path, console: Console) -> None:

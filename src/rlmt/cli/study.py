@@ -11,6 +11,14 @@ from rlmt.configs import resolve_configs
 from rlmt.study.command import study
 
 
+def make_parser() -> Parser:
+    """The parser of `rlmt study`."""
+    parser = Parser(prog="rlmt study", description="Runs many jobs from one file, over seeds, and reports on them.")
+    parser.add_argument("--config", action="config", help="study file or name, such as study/mini; later ones override")
+    parser.add_function_arguments(study, skip={"command"})
+    return parser
+
+
 def run(args: Sequence[str]) -> int:
     """Parses the command line and its configs, and runs the study.
 
@@ -23,9 +31,7 @@ def run(args: Sequence[str]) -> int:
     Raises:
         UserError: The configuration is invalid, or jobs failed.
     """
-    parser = Parser(prog="rlmt study", description="Runs many jobs from one file, over seeds, and reports on them.")
-    parser.add_argument("--config", action="config", help="study file or name, such as study/mini; later ones override")
-    parser.add_function_arguments(study, skip={"command"})
+    parser = make_parser()
     options = parser.instantiate_classes(parser.parse_args(resolve_configs(args))).as_dict()
     options.pop("config", None)
     try:

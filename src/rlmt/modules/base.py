@@ -253,11 +253,52 @@ class TrainingModule(LightningModule):
             restore_random_states(checkpoint["rlmt"]["random"])
 
 
-class PolicyMixin:
-    """A policy and its thinking format: what is known before weights are loaded."""
+class RestoredMixin:
+    """Modules from checkpoints."""
 
     restored: bool = False
-    """Whether `load_from_checkpoint` made the module: its policy is the trained one, and cannot be a reference."""
+    """Whether `load_from_checkpoint` made the module: the initial weights, which may be a reference, are gone."""
+    path_option: ClassVar[str]
+    """Option with the folder or hub name of the initial weights."""
+
+    @abstractmethod
+    def load_initial(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Loads the initial weights in float32, with the adapter, for the weights of a checkpoint to replace them.
+
+        Args:
+            state_dict: Weights of the checkpoint.
+        """
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = None, **options: Any) -> Any:
+        """Makes the module of a checkpoint, with its trained weights, to validate, test or predict with.
+
+        Args:
+            checkpoint_path: Checkpoint that `rlmt fit` or a `Trainer` wrote.
+            map_location: Device of the weights; None is the CPU.
+            **options: Options of the constructor that replace those of the run. A run of `rlmt fit` stores its options;
+                after a run from Python pass `lora` if the run had it, and `reward` and `algorithm` of an RL run.
+
+        Raises:
+            UserError: The file is not a checkpoint of this module, or options are missing or do not fit it.
+        """
+        from rlmt.modules.from_checkpoint import restore
+
+        return restore(cls, checkpoint_path, map_location, options)
+
+    def check_restored(self) -> None:
+        """Raises UserError if a module of `load_from_checkpoint` is to be trained."""
+        if self.restored and cast(Any, self).fitting:
+            raise UserError(
+                "A module of load_from_checkpoint cannot be trained, since it has lost the initial weights, and with "
+                "them the reference; make a new module and pass fit(..., ckpt_path=CHECKPOINT)."
+            )
+
+
+class PolicyMixin(RestoredMixin):
+    """A policy and its thinking format: what is known before weights are loaded."""
+
+    path_option = "policy"
     policy_path: str
     """Folder or hub name of the initial policy."""
     configured_format: ThinkingFormat
@@ -313,30 +354,13 @@ class PolicyMixin:
             assets = folder / POLICY_ASSETS
             save_policy_assets(assets, self.trained_model.config, self.tokenizer, self.format, self.stop_token_ids)
 
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = None, **options: Any) -> Any:
-        """Makes the module of a checkpoint, with its trained policy, to generate, validate or predict with.
-
-        Args:
-            checkpoint_path: Checkpoint that `rlmt fit` or a `Trainer` wrote.
-            map_location: Device of the policy; None is the CPU.
-            **options: Options of the constructor that replace those of the run. A run of `rlmt fit` stores its options;
-                after a run from Python pass `reward` and `algorithm`, and `lora` where the run had an adapter.
-
-        Raises:
-            UserError: The file is not a checkpoint of this module, or options are missing or do not fit it.
-        """
-        from rlmt.modules.from_checkpoint import restore
-
-        return restore(cls, checkpoint_path, map_location, options)
-
-    def check_restored(self) -> None:
-        """Raises UserError if a module of `load_from_checkpoint` is to be trained."""
-        if self.restored and cast(Any, self).fitting:
-            raise UserError(
-                "A module of load_from_checkpoint cannot be trained, since its reference would be the trained policy; "
-                "make a new module and pass fit(..., ckpt_path=CHECKPOINT)."
-            )
+    def load_initial(self, state_dict: Mapping[str, Tensor]) -> None:
+        """See `RestoredMixin.load_initial`."""
+        module = cast(Any, self)
+        policy = loading.load_policy(self.policy_path, "float32", module.attn_implementation, module.quantization)
+        if self.lora is not None:
+            self.lora.add_to(policy)
+        self.policy = policy
 
     def check_format(self, saved: ThinkingFormat, where: str) -> None:
         """Checks that a checkpoint has the format of this run.

@@ -8,17 +8,16 @@ from typing import Any
 from rlmt.checkpointing.files import read_checkpoint
 from rlmt.errors import UserError
 from rlmt.formats.thinking import ThinkingFormat
-from rlmt.models import loading
 from rlmt.modules.checkpoints import rlmt_state
 
 
 def restore(cls: type[Any], path: Any, map_location: Any, options: dict[str, Any]) -> Any:
-    """Makes the module of a checkpoint and loads its policy.
+    """Makes the module of a checkpoint and loads its policy or reward model.
 
     Args:
         cls: Class of the module.
         path: The checkpoint.
-        map_location: Device of the policy; None is the CPU.
+        map_location: Device of the weights; None is the CPU.
         options: Options of the constructor that replace those stored in the checkpoint.
 
     Returns:
@@ -29,17 +28,17 @@ def restore(cls: type[Any], path: Any, map_location: Any, options: dict[str, Any
     """
     checkpoint = read_checkpoint(Path(path), map_location="cpu", mmap=True)
     saved = rlmt_state(checkpoint, cls.kind)
-    given = {"policy": saved["policy"], "format": ThinkingFormat.from_dict(saved["format"])} | options
+    given = {cls.path_option: saved[cls.path_option]}
+    if "format" in saved:
+        given["format"] = ThinkingFormat.from_dict(saved["format"])
     stored = checkpoint.get("config", {}).get("model", {}).get("init_args")
     if stored is None:
-        module = _construct(cls, path, given)
+        module = _construct(cls, path, given | options)
     else:
-        module = _from_config(cls, {**stored, "policy": saved["policy"]}, options)
+        module = _from_config(cls, {**stored, cls.path_option: saved[cls.path_option]}, options)
     module.check_checkpoint(checkpoint, False)
-    policy = loading.load_policy(module.policy_path, "float32", module.attn_implementation, module.quantization)
-    if module.lora is not None:
-        module.lora.add_to(policy)
-    module.policy, module.restored = policy, True
+    module.load_initial(checkpoint["state_dict"])
+    module.restored = True
     module.load_state_dict(checkpoint["state_dict"])
     return module.eval().to(map_location or "cpu")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
-from torchmetrics.classification import BinaryAccuracy
 from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlmt.data.preferences import EncodedComparison
@@ -24,6 +23,7 @@ from rlmt.models.assets import REWARD_ASSETS, save_reward_assets
 from rlmt.models.micro_batch import batches_by_length
 from rlmt.models.reward_model import last_token_states, load_reward_model, reward_config, score_states
 from rlmt.models.vocabulary import check_vocabulary
+from rlmt.modules.base import RestoredMixin
 from rlmt.modules.checkpoints import checkpoint_folders
 from rlmt.modules.checks import check_trainer, weights_dtype
 from rlmt.modules.supervised import SupervisedModule
@@ -49,7 +49,7 @@ class PairLoss:
     """Position of the row that each pair belongs to."""
 
 
-class RewardModeling(SupervisedModule):
+class RewardModeling(RestoredMixin, SupervisedModule):  # type: ignore[misc] # Lightning's load_from_checkpoint
     """Trains a sequence classifier with one output to score the chosen response of each pair higher.
 
     With scores r and pairs (c, j) of a chosen and a rejected response the loss is the mean over all pairs of an
@@ -77,6 +77,7 @@ class RewardModeling(SupervisedModule):
 
     data_module = "PreferenceDataModule"
     kind = "RewardModeling"
+    path_option = "model"
     saved = ("model.", "attribute_head.")
 
     def __init__(
@@ -96,7 +97,7 @@ class RewardModeling(SupervisedModule):
         self._subsets: list[str] = []
         self._differences: list[Tensor] = []
         self._loss = MeanMetric(sync_on_compute=False)  # every rank updates it with the pairs of all ranks
-        self._accuracy = BinaryAccuracy(sync_on_compute=False)
+        self._accuracy = MeanMetric(sync_on_compute=False)
         self._by_subset = nn.ModuleList()
 
     @cached_property
@@ -134,33 +135,42 @@ class RewardModeling(SupervisedModule):
         self.check_adapter()
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         self._subsets = data.subsets
-        self._by_subset = nn.ModuleList(BinaryAccuracy(sync_on_compute=False) for _ in self._subsets)
+        self._by_subset = nn.ModuleList(MeanMetric(sync_on_compute=False) for _ in self._subsets)
 
     @rank_hook
     def configure_model(self) -> None:
         """Loads the model or initializes it, adds a head for ratings if the data has them, and shards under FSDP2."""
+        self.check_restored()
         if self.model is None:
             with load_in_turn(self.trainer):
                 self._load_model()
 
     def _load_model(self) -> None:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        dtype = getattr(torch, weights_dtype(self.trainer, self.lora))
-        model = load_reward_model(
-            self.model_path, self.from_scratch, self.attn_implementation, dtype, self.quantization
-        )
-        set_pad_token(self.reader, model.config)
-        if self.lora is not None:
-            self.lora.add_to(model)
-        self.model = self.set_training_mode(model)
+        self._add_model(getattr(torch, weights_dtype(self.trainer, self.lora)), data.attributes)
+        self.model = self.set_training_mode(self.trained_model)
         cast(Any, self.model).score.requires_grad_(True)  # LoRA freezes the head, which is often a new one
-        if data.attributes:
-            # The bias soon learns the mean rating; a zero init leaves torch's random state alone.
-            self.attribute_head = nn.Linear(self.model_config.get_text_config().hidden_size, data.attributes)
-            nn.init.zeros_(self.attribute_head.weight)
-            nn.init.zeros_(self.attribute_head.bias)
         # Beside an adapter, heads are unsharded like the adapter.
         shard_models(self.trainer, self.model, self.attribute_head if self.lora is None else None)
+
+    def _add_model(self, dtype: torch.dtype, attributes: int) -> None:
+        """Loads the model or initializes it, with its adapter, and a head for `attributes` ratings if there are any."""
+        self.model = load_reward_model(
+            self.model_path, self.from_scratch, self.attn_implementation, dtype, self.quantization
+        )
+        set_pad_token(self.reader, self.model.config)
+        if self.lora is not None:
+            self.lora.add_to(self.model)
+        if attributes:
+            # The bias soon learns the mean rating; a zero init leaves torch's random state alone.
+            self.attribute_head = nn.Linear(self.model_config.get_text_config().hidden_size, attributes)
+            nn.init.zeros_(self.attribute_head.weight)
+            nn.init.zeros_(self.attribute_head.bias)
+
+    def load_initial(self, state_dict: Mapping[str, Tensor]) -> None:
+        """See `RestoredMixin.load_initial`."""
+        self._add_model(torch.float32, len(state_dict.get("attribute_head.bias", ())))
+        cast(Any, self.model).score.requires_grad_(True)  # as in the run, so that the checkpoint holds it
 
     def planned_adapter_config(self) -> dict[str, Any] | None:
         """See `TrainingModule.planned_adapter_config`."""
@@ -262,13 +272,13 @@ class RewardModeling(SupervisedModule):
         rankings, differences, subsets = _pairs_of_all_ranks(parts)
         right = (differences > 0).float().to(self.device)  # a tie is wrong
         self._loss.update(rankings.to(self.device))
-        self._accuracy.update(right, torch.ones_like(right))
+        self._accuracy.update(right)
         self.log(f"{stage}/loss", self._loss, on_epoch=True, batch_size=len(right))
         self.log(f"{stage}/accuracy", self._accuracy, on_epoch=True, prog_bar=True, batch_size=len(right))
         for name, metric in zip(self._subsets, self._by_subset, strict=True):
             here = right[torch.tensor([subset == name for subset in subsets], device=right.device)]
             if len(here):
-                metric.update(here, torch.ones_like(here))  # type: ignore[operator]
+                metric.update(here)  # type: ignore[operator]
             self.log(f"{stage}/accuracy/{name}", metric, on_epoch=True, batch_size=len(right))  # type: ignore[arg-type]
         self._differences.append(differences)
         return {"differences": differences, "values": _values_of_rows(parts)}

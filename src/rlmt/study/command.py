@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -29,6 +30,7 @@ from rlmt.study.processes import locked
 from rlmt.study.report import Comparison, Findings, closing_lines, comparison_sentences, terminal_table, write_report
 from rlmt.study.results import Row, last_values, read_rows
 from rlmt.study.runner import Runner
+from rlmt.study.samples import before_and_after, sample_lines
 from rlmt.study.stages import Arm, Plan, Stage, job_name, target_files
 
 CONFIG_FILE = "study.json"
@@ -205,6 +207,7 @@ def report(
         table=table,
         minutes={name: _minutes(found) for name, found in folders.items()},
         figure=_draw(out, unfilled.title, curves) if curves else None,
+        samples=_samples(unfilled, folders),
         next_commands=next_commands(unfilled.comparisons, folders, example),
     )
     written = write_report(findings, out)
@@ -212,6 +215,8 @@ def report(
     console.print(terminal_table(findings))
     for sentence in comparison_sentences(findings):
         console.print(sentence.replace("**", ""), soft_wrap=True, markup=False, highlight=False)
+    for line in findings.samples:
+        console.print(re.sub(r"\\(.)|[*]", r"\1", line), soft_wrap=True, markup=False, highlight=False)
     for line in closing_lines(findings):
         console.print(line.replace("`", ""), soft_wrap=True, markup=False, highlight=False)
     for path in [*written, *([findings.figure] if findings.figure else [])]:
@@ -232,6 +237,14 @@ def next_commands(
     arms = [arm for comparison in comparisons[:1] for arm in (comparison.more, comparison.than) if arm in folders]
     checkpoints = [folders[arm][0] / "latest" / "checkpoints" / "last.ckpt" for arm in arms]
     return [shlex.join(["rlmt", "chat", str(path), *prompt]) for path in checkpoints if path.exists()]
+
+
+def _samples(unfilled: Findings, folders: Mapping[str, Sequence[Path]]) -> list[str]:
+    """Lines with samples of the first arm that is expected to gain, in the run with the first seed."""
+    arm = next((comparison.more for comparison in unfilled.comparisons if comparison.more in folders), None)
+    if arm is None:
+        return []
+    return list(sample_lines(before_and_after(folders[arm][0] / "latest"), unfilled.labels[arm]))
 
 
 def _check_options(seeds: list[int], jobs: int, arms: Mapping[str, object], metrics: Mapping[str, object]) -> None:

@@ -64,6 +64,8 @@ class Findings:
     figure: Path | None = None
     meanings: Mapping[str, str] = field(default_factory=dict)
     """Arm or metric → what it is."""
+    samples: Sequence[str] = ()
+    """Markdown lines with thoughts and answers before and after RL."""
     next_commands: Sequence[str] = ()
     """Commands that go on from here."""
 
@@ -173,6 +175,8 @@ def _markdown(findings: Findings) -> str:
         for number, seed in enumerate(findings.seeds):
             values = [f"{row[first].values[number]:.{_digits(first, findings)}f}" for row in findings.table.values()]
             lines.append(_table_row([str(seed), *values]))
+    if findings.samples:
+        lines += ["", "## Thoughts and answers before and after", "", "Thoughts are in brackets.", *findings.samples]
     if closing := closing_lines(findings):
         lines += ["", "## What the words mean, and what comes next", "", *closing]
     if findings.figure is not None:
