@@ -24,9 +24,17 @@ from rlmt.errors import UserError
 from rlmt.options import PositiveInt, check_ranges
 from rlmt.report.estimates import Estimate
 from rlmt.study.engine import Request
-from rlmt.study.job import JobState
+from rlmt.study.job import JobState, is_done
 from rlmt.study.processes import locked
-from rlmt.study.report import Comparison, Findings, closing_lines, comparison_sentences, terminal_table, write_report
+from rlmt.study.report import (
+    Comparison,
+    Findings,
+    closing_lines,
+    comparison_sentences,
+    terminal_table,
+    unfinished,
+    write_report,
+)
 from rlmt.study.results import Row, last_values, read_rows
 from rlmt.study.runner import Runner
 from rlmt.study.stages import Arm, Plan, Stage, job_name, target_files
@@ -52,6 +60,7 @@ def study(
     executor: Literal["local", "slurm"] = "local",
     resources: dict[str, int | str] | None = None,
     dry_run: bool = False,
+    report_only: bool = False,
     command: str = "rlmt study",
 ) -> None:
     """Runs the jobs of a study that are not done yet, and writes a report on all of them.
@@ -74,6 +83,7 @@ def study(
         resources: What a job needs on a cluster unless its stage has other values, in the words of Snakemake:
             slurm_account, slurm_partition, gpu, runtime (minutes), mem_mb, …
         dry_run: Prints the jobs that would run, and why, and runs none.
+        report_only: Reports on the jobs that are done, while others may still run, and runs none.
         command: Command line that reproduces the report; it is printed in the report.
 
     Raises:
@@ -101,7 +111,8 @@ def study(
     if dry_run:
         list_jobs(plan, out, request)
         return
-    run_jobs(plan, out, request)
+    if not report_only:
+        run_jobs(plan, out, request)
     unfilled = Findings(
         title=title,
         command=command,
@@ -179,11 +190,11 @@ def report(
     figure: Sequence[str],
     example: str | None = None,
 ) -> None:
-    """Reads the logged metrics, writes the report and prints its table and sentences.
+    """Reads the logged metrics of the jobs that are done, writes the report and prints its table and sentences.
 
     Args:
         plan: The stages.
-        out: Folder of the study, all jobs of which are done.
+        out: Folder of the study.
         arms: Name → arm to report.
         metrics: Name → the name under which it was logged.
         unfilled: The findings without the results.
@@ -191,9 +202,16 @@ def report(
         example: Prompt of the command that the report suggests next.
 
     Raises:
-        UserError: A metric was not logged.
+        UserError: No arm is done, or a metric was not logged.
     """
-    folders = {name: [out / plan.folder(arm, seed) for seed in unfilled.seeds] for name, arm in arms.items()}
+    done = {
+        name: [seed for seed in unfilled.seeds if is_done(out / plan.folder(arm, seed))] for name, arm in arms.items()
+    }
+    arms = {name: arm for name, arm in arms.items() if done[name]}
+    if not arms:
+        raise UserError(f"--out {out}: no arm is done yet; run the study without --report_only.")
+    folders = {name: [out / plan.folder(arm, seed) for seed in done[name]] for name, arm in arms.items()}
+    states = {name: [JobState.load(folder) for folder in found] for name, found in folders.items()}
     rows = {name: [read_rows(folder) for folder in found] for name, found in folders.items()}
     table = {}
     for name in arms:
@@ -203,7 +221,11 @@ def report(
     findings = replace(
         unfilled,
         table=table,
-        minutes={name: _minutes(found) for name, found in folders.items()},
+        minutes={
+            name: Estimate(tuple(state.seconds / 60 for state in found if state)) for name, found in states.items()
+        },
+        done=done,
+        provenance={name: [state.provenance() for state in found if state] for name, found in states.items()},
         figure=_draw(out, unfilled.title, curves) if curves else None,
         next_commands=next_commands(unfilled.comparisons, folders, example),
     )
@@ -212,7 +234,7 @@ def report(
     console.print(terminal_table(findings))
     for sentence in comparison_sentences(findings):
         console.print(sentence.replace("**", ""), soft_wrap=True, markup=False, highlight=False)
-    for line in closing_lines(findings):
+    for line in [*filter(None, [unfinished(findings)]), *closing_lines(findings)]:
         console.print(line.replace("`", ""), soft_wrap=True, markup=False, highlight=False)
     for path in [*written, *([findings.figure] if findings.figure else [])]:
         console.print(str(path), soft_wrap=True, highlight=False)
@@ -261,12 +283,6 @@ def _check_comparisons(
 def _exit_on_signal(number: int, frame: FrameType | None) -> None:
     """Turns SIGTERM into SystemExit, so that the runner terminates its jobs."""
     raise SystemExit(128 + number)
-
-
-def _minutes(folders: Sequence[Path]) -> Estimate:
-    """Run time of the jobs in minutes, one value per seed."""
-    states = [JobState.load(folder) for folder in folders]
-    return Estimate(tuple(state.seconds / 60 for state in states if state is not None))
 
 
 def _draw(out: Path, title: str, curves: dict[str, list[list[Row]]]) -> Path:
