@@ -10,7 +10,14 @@ import pytest
 from rlmt.report.estimates import Estimate
 from rlmt.study.command import next_commands
 from rlmt.study.figure import draw_study
-from rlmt.study.report import Comparison, Findings, closing_lines, comparison_sentences, write_report
+from rlmt.study.report import (
+    Comparison,
+    Findings,
+    closing_lines,
+    comparison_sentences,
+    terminal_tables,
+    write_report,
+)
 
 HIGH, LOW, MIXED = Estimate((5.0, 6.0, 5.5)), Estimate((1.0, 2.0, 1.4)), Estimate((0.0, 9.0, 5.0))
 
@@ -117,6 +124,21 @@ def test_unfinished_study_is_reported_as_far_as_it_is(tmp_path: Path) -> None:
 def whole_of(found: Findings) -> Findings:
     labels = {arm: found.labels[arm] for arm in ("a",)}
     return replace(found, labels=labels, table={"a": found.table["a"]}, done={}, comparisons=[])
+
+
+def test_tables_have_their_arms_and_the_values_of_the_paper(tmp_path: Path) -> None:
+    found = replace(
+        findings(Comparison("a", "b"), a=HIGH, b=LOW, c=MIXED),
+        tables={"main_table": ["b", "elsewhere"], "empty": ["elsewhere"]},
+        paper={"b": {"rubric": 1.25}},
+    )
+    assert found.groups() == {"main_table": ["b"], "": ["a", "c"]}
+    text = report_of(found, tmp_path)
+    assert "### Main table\n\n|  | rubric | minutes |" in text and "| B | 1.47 ± 1.25 (1.25) |" in text
+    assert "The paper's values are in brackets." in text and "| A | 5.50 ± 1.24 |" in text
+    titles = [str(table.title) for table in terminal_tables(found)]
+    assert titles == ["A <study>, main table: 3 seeds (0, 1, 2)", "A <study>: 3 seeds (0, 1, 2)"]
+    assert "brackets" not in report_of(replace(found, paper={}), tmp_path)
 
 
 def test_results_have_their_provenance(tmp_path: Path) -> None:

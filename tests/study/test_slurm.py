@@ -34,7 +34,7 @@ def test_jobs_are_submitted_and_a_preempted_one_is_started_again(
     (tmp_path / "slurm/preempt").write_text("rule_big_wildcards_0")
     args = study(
         tmp_path,
-        big={"run": "tiny $dir/world", "resources": {"gpu": 8, "runtime": 960}},
+        big={"run": "mini $dir --seed $seed", "resources": {"gpu": 8, "runtime": 960}},
         bad={"run": "nonsense"},
         after={"run": "--version", "needs": {"big": "big"}},
     )
@@ -49,13 +49,13 @@ def test_jobs_are_submitted_and_a_preempted_one_is_started_again(
     assert {name: (job["state"], job["starts"]) for name, job in jobs.items()} == {
         **{"big": ("COMPLETED", 2), "bad": ("FAILED", 1), "after": ("COMPLETED", 1)}
     }
-    assert (tmp_path / "out/seed-0/big/log.txt").read_text().count("$ rlmt tiny") >= 1
+    assert (tmp_path / "out/seed-0/big/log.txt").read_text().count("$ rlmt mini") >= 1
     state = json.loads((tmp_path / "out/seed-0/big/done").read_text())
     assert state["host"] and state["versions"]["torch"] and state["status"] == 0
 
 
 def test_interrupted_study_cancels_its_jobs(tmp_path: Path) -> None:
-    args = study(tmp_path, big={"run": "tiny $dir/world"})
+    args = study(tmp_path, big={"run": "mini $dir --seed $seed"})
     environment = {**os.environ, **install(tmp_path / "slurm")}
     process = subprocess.Popen([sys.executable, "-m", "rlmt", *args], env=environment)
     deadline = time.monotonic() + 300

@@ -10,6 +10,11 @@ from rlmt.cli.parsing import Parser
 from rlmt.configs import resolve_configs
 from rlmt.study.command import study
 
+FLAGS = {
+    "dry_run": "print the jobs that would run, and why, and run none",
+    "report_only": "report on the jobs that are done, while others may still run, and run none",
+}
+
 
 def run(args: Sequence[str]) -> int:
     """Parses the command line and its configs, and runs the study.
@@ -25,7 +30,9 @@ def run(args: Sequence[str]) -> int:
     """
     parser = Parser(prog="rlmt study", description="Runs many jobs from one file, over seeds, and reports on them.")
     parser.add_argument("--config", action="config", help="study file or name, such as study/mini; later ones override")
-    parser.add_function_arguments(study, skip={"command"})
+    parser.add_function_arguments(study, skip={"command", *FLAGS})
+    for name, text in FLAGS.items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
     options = parser.instantiate_classes(parser.parse_args(resolve_configs(args))).as_dict()
     options.pop("config", None)
     try:

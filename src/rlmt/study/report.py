@@ -68,8 +68,25 @@ class Findings:
     """Commands that go on from here."""
     done: Mapping[str, Sequence[int]] = field(default_factory=dict)
     """Arm → the seeds that are done, where they are not all."""
+    tables: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Name → the arms of a table; without any, one table has all arms."""
+    paper: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Arm → metric → its value in a paper."""
     provenance: Mapping[str, Sequence[Mapping[str, str]]] = field(default_factory=dict)
     """Arm → column → what its result came from, for each seed that is done."""
+
+    def groups(self) -> dict[str, list[str]]:
+        """Name → the reported arms of each table that has any; arms in no table are in one of their own."""
+        named = {arm for arms in self.tables.values() for arm in arms}
+        groups = {name: [arm for arm in arms if arm in self.table] for name, arms in self.tables.items()}
+        groups[""] = [arm for arm in self.table if arm not in named]
+        return {name: arms for name, arms in groups.items() if arms}
+
+    def cell(self, arm: str, metric: str) -> str:
+        """The estimate of an arm, with the paper's value in brackets."""
+        digits = _digits(metric, self)
+        paper = self.paper.get(arm, {}).get(metric)
+        return self.table[arm][metric].format(digits) + ("" if paper is None else f" ({paper:.{digits}f})")
 
     def seeds_of(self, arm: str) -> Sequence[int]:
         """The seeds of an arm that are done."""
@@ -119,16 +136,19 @@ def write_report(findings: Findings, out: Path) -> list[Path]:
     return [out / name for name in (*files, "results.csv")]
 
 
-def terminal_table(findings: Findings) -> Table:
-    """Table of the results for the terminal."""
-    table = Table(title=f"{findings.title}: {_seeds(findings)}")
-    table.add_column("")
-    for metric in findings.metrics:
-        table.add_column(metric.replace("_", " "), justify="right")
-    for arm, row in findings.table.items():
-        cells = [row[metric].format(_digits(metric, findings)) for metric in findings.metrics]
-        table.add_row(findings.labels[arm], *cells)
-    return table
+def terminal_tables(findings: Findings) -> list[Table]:
+    """Tables of the results for the terminal."""
+    tables = []
+    for name, arms in findings.groups().items():
+        title = f", {name.replace('_', ' ')}" if name else ""
+        table = Table(title=f"{findings.title}{title}: {_seeds(findings)}")
+        table.add_column("")
+        for metric in findings.metrics:
+            table.add_column(metric.replace("_", " "), justify="right")
+        for arm in arms:
+            table.add_row(findings.labels[arm], *(findings.cell(arm, metric) for metric in findings.metrics))
+        tables.append(table)
+    return tables
 
 
 def comparison_sentences(findings: Findings) -> list[str]:
@@ -215,10 +235,15 @@ def _sentence(comparison: Comparison, difference: Estimate, findings: Findings, 
 def _markdown(findings: Findings) -> str:
     """The report as Markdown."""
     lines = [f"# {findings.title}", "", f"{_seeds(findings)}; made by", "", "```sh", findings.command, "```", ""]
-    lines += ["## Results", "", _table_row(["", *findings.metrics, "minutes"], header=True)]
-    for arm, row in findings.table.items():
-        cells = [row[metric].format(_digits(metric, findings)) for metric in findings.metrics]
-        lines.append(_table_row([findings.labels[arm], *cells, findings.minutes[arm].format()]))
+    lines += ["## Results"]
+    for name, arms in findings.groups().items():
+        lines += ["", f"### {name.replace('_', ' ').capitalize()}"] if name else []
+        lines += ["", _table_row(["", *findings.metrics, "minutes"], header=True)]
+        for arm in arms:
+            cells = [findings.cell(arm, metric) for metric in findings.metrics]
+            lines.append(_table_row([findings.labels[arm], *cells, findings.minutes[arm].format()]))
+    if any(findings.paper.get(arm) for arm in findings.table):
+        lines += ["", "The paper's values are in brackets."]
     if len(findings.seeds) > 1:
         lines += ["", "Means over seeds, ± half of Student's 95 % interval of the mean."]
     if missing := unfinished(findings):
