@@ -68,6 +68,11 @@ def test_two_runs_are_reported_and_not_repeated(tmp_path: Path, tiny: Path, caps
         ([], {"picture": ["x"]}, "--picture: unknown arm 'x'"),
         ([], {"metrics": {}}, "--metrics: no entries; define at least one."),
         ([], {"arms": {}}, "--arms: no entries; define at least one."),
+        ([], {"tables": {"all": ["x"]}}, "--tables: unknown arm 'x'"),
+        ([], {"tables": {"rlmt": ["rlmt"]}}, "--tables: 'rlmt' is also an arm; rename the table."),
+        (["--scale", "8b"], {}, "--scale 8b: no such scale; the study has none, so leave the option out."),
+        ([], {"scales": {"8b": {}}}, "--scale None: no such scale; choose from 8b."),
+        (["--report_only"], {}, "/out: no arm is done yet; run the study without --report_only."),
         (["--config", "nowhere"], {}, "--config nowhere: no such file"),
     ],
 )
@@ -77,4 +82,26 @@ def test_configuration_errors_are_reported_in_one_line(
     assert main([*study_arguments(tmp_path / "study.yaml", tmp_path / "out", tmp_path, **changes), *args]) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_of_a_scale_prints_jobs_and_what_they_take(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two seeds of a table with two arms: 4 jobs of 8 GPUs for 15 minutes; the third arm is not in the table."""
+    monkeypatch.chdir(tmp_path)
+    stage = {"run": "$program --version", "each": {"x": ["p", "q", "r"]}}
+    changes = {
+        "stages": {"rl": stage | {"resources": {"gpu": 8, "runtime": 15, "disk_mb": 500, "dollars": 2}}},
+        "arms": {x: {"stage": "rl", "label": x, "where": {"x": x}} for x in ("p", "q", "r")},
+        "scales": {"small": {"program": "mini"}, "large": {"program": "tiny"}},
+        "tables": {"main": ["p", "q"], "other": ["r"]},
+        "comparisons": [], "picture": [], "seeds": [1, 2],
+    }  # fmt: skip
+    args = study_arguments(tmp_path / "study.json", Path("out"), tmp_path, **changes)
+    assert main([*args, "--scale", "large", "--only", "[main]", "--dry_run"]) == 0
+    assert sorted(capsys.readouterr().out.splitlines()) == [
+        "4 jobs would run: 8 GPU hours at most, 2 GB on disk, 8 dollars for teachers and judges.",
+        *(f"rl {x} seed {seed}: not done yet" for x in ("p", "q") for seed in (1, 2)),
+    ]
     assert not (tmp_path / "out").exists()

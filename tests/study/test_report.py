@@ -10,7 +10,14 @@ import pytest
 from rlmt.report.estimates import Estimate
 from rlmt.study.command import next_commands
 from rlmt.study.figure import draw_study
-from rlmt.study.report import Comparison, Findings, closing_lines, comparison_sentences, write_report
+from rlmt.study.report import (
+    Comparison,
+    Findings,
+    closing_lines,
+    comparison_sentences,
+    terminal_tables,
+    write_report,
+)
 
 HIGH, LOW, MIXED = Estimate((5.0, 6.0, 5.5)), Estimate((1.0, 2.0, 1.4)), Estimate((0.0, 9.0, 5.0))
 
@@ -82,6 +89,67 @@ def test_report_ends_with_its_words_and_the_next_command(tmp_path: Path) -> None
     text = (tmp_path / "report.md").read_text()
     assert "\n".join(expected) in text and "elsewhere" not in text
     assert "What the words mean" not in report_of(findings(Comparison("a", "b"), a=HIGH, b=LOW), tmp_path)
+
+
+def test_comparisons_are_corrected_for_their_number() -> None:
+    """By hand: a − b is 4, 4, 4.1, so t = 121 with 2 degrees of freedom, where p = 1 − t / sqrt(t² + 2) = 0.000068."""
+    barely = Estimate((3.0, 5.0, 2.0))
+    found = replace(
+        findings(Comparison("a", "b"), a=HIGH, b=LOW, c=barely),
+        comparisons=[Comparison("a", "b"), Comparison("a", "c"), Comparison("b", "c"), Comparison("a", "b")],
+    )
+    clear, weak, below, _ = comparison_sentences(found)
+    assert "; p 6.8e-05, corrected for 4 comparisons 0.00027): above 0, as expected." in clear
+    assert weak.endswith("no difference shown, but one was expected**.") and "corrected for 4 comparisons" in weak
+    assert "the interval contains 0" in below
+
+    noise = [Comparison("c", "b")] * 17
+    (first, *_) = comparison_sentences(replace(found, comparisons=[Comparison("c", "d"), *noise], table={
+        **found.table, "d": {"rubric": Estimate((2.0, 3.6, 1.2))},
+    }, labels={**found.labels, "d": "D"}))  # fmt: skip
+    assert first.endswith("above 0, as expected **by itself, but not after the correction**.")
+
+
+def test_unfinished_study_is_reported_as_far_as_it_is(tmp_path: Path) -> None:
+    whole = findings(Comparison("a", "b"), a=HIGH, b=Estimate((2.0, 1.4)), c=HIGH)
+    table = {arm: row for arm, row in whole.table.items() if arm != "c"}
+    found = replace(whole, table=table, done={"b": [1, 2], "c": []})
+    (sentence,) = comparison_sentences(found)
+    assert "(by seed +4.00, +4.10)" in sentence  # of seeds 1 and 2
+    text = report_of(found, tmp_path)
+    assert "Not done yet: B (seed 0), C." in text and "| 0 | 5.00 | – |" in text and "| 2 | 5.50 | 1.40 |" in text
+    assert "Not done yet" not in report_of(whole_of(found), tmp_path)
+
+
+def whole_of(found: Findings) -> Findings:
+    labels = {arm: found.labels[arm] for arm in ("a",)}
+    return replace(found, labels=labels, table={"a": found.table["a"]}, done={}, comparisons=[])
+
+
+def test_tables_have_their_arms_and_the_values_of_the_paper(tmp_path: Path) -> None:
+    found = replace(
+        findings(Comparison("a", "b"), a=HIGH, b=LOW, c=MIXED),
+        tables={"main_table": ["b", "elsewhere"], "empty": ["elsewhere"]},
+        paper={"b": {"rubric": 1.25}},
+    )
+    assert found.groups() == {"main_table": ["b"], "": ["a", "c"]}
+    text = report_of(found, tmp_path)
+    assert "### Main table\n\n|  | rubric | minutes |" in text and "| B | 1.47 ± 1.25 (1.25) |" in text
+    assert "The paper's values are in brackets." in text and "| A | 5.50 ± 1.24 |" in text
+    titles = [str(table.title) for table in terminal_tables(found)]
+    assert titles == ["A <study>, main table: 3 seeds (0, 1, 2)", "A <study>: 3 seeds (0, 1, 2)"]
+    assert "brackets" not in report_of(replace(found, paper={}), tmp_path)
+
+
+def test_results_have_their_provenance(tmp_path: Path) -> None:
+    origin = {"a": [{"commit": f"c{n}", "key": "k"} for n in range(3)], "b": [{"commit": "d", "key": "l"}]}
+    found = replace(findings(Comparison("a", "b"), a=HIGH, b=Estimate((1.0,))), done={"b": [2]}, provenance=origin)
+    write_report(found, tmp_path)
+    assert list(csv.reader((tmp_path / "results.csv").open())) == [
+        ["arm", "seed", "rubric", "commit", "key"],
+        *(["a", str(n), str(HIGH.values[n]), f"c{n}", "k"] for n in range(3)),
+        ["b", "2", "1.0", "d", "l"],
+    ]
 
 
 def report_of(found: Findings, out: Path) -> str:

@@ -1,11 +1,14 @@
 """Means and intervals computed by hand, and metrics of resumed runs."""
 
+import math
+import random
 from pathlib import Path
 
 import pytest
+from scipy.stats import ttest_1samp
 
 from rlmt.errors import UserError
-from rlmt.report.estimates import Estimate
+from rlmt.report.estimates import Estimate, correct_by_holm
 from rlmt.study.results import last_values, read_rows
 
 
@@ -28,6 +31,32 @@ def test_differences_are_paired_by_seed() -> None:
     assert one.minus(other).values == (1.0, 2.0, 1.0)
     interval = one.minus(other).interval
     assert interval is not None and interval[0] > -0.2  # pairing removes the variance between seeds
+
+
+def test_p_value_is_that_of_a_t_test() -> None:
+    assert Estimate((10.1, 9.0, 12.1, 10.9, 8.4, 4.6)).p_value == pytest.approx(
+        ttest_1samp([10.1, 9.0, 12.1, 10.9, 8.4, 4.6], 0).pvalue
+    )
+    assert Estimate((1.0,)).p_value is None
+    assert Estimate((0.0, 0.0)).p_value == 1 and Estimate((2.0, 2.0)).p_value == 0
+
+
+def test_correction_by_holm_equals_manual_calculation() -> None:
+    # Sorted: 0.005 · 4 = 0.02, 0.01 · 3 = 0.03, 0.03 · 2 = 0.06, then 0.04 · 1 = 0.04, raised to the one before.
+    assert correct_by_holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert correct_by_holm([0.4, 0.9]) == [0.8, 0.9] and correct_by_holm([0.6, 0.7]) == [1.0, 1.0]
+    assert correct_by_holm([]) == [] and correct_by_holm([0.3]) == [0.3]
+
+
+def test_correction_bounds_the_share_of_families_with_a_false_finding() -> None:
+    """Ten true null hypotheses, with shared noise: at most 5 % of the families have a corrected p-value below 0.05."""
+    uniform = random.Random(0)
+    false = 0
+    for _ in range(4000):
+        shared = uniform.gauss(0, 1)
+        scores = [0.6 * shared + 0.8 * uniform.gauss(0, 1) for _ in range(10)]
+        false += min(correct_by_holm([math.erfc(abs(z) / math.sqrt(2)) for z in scores])) < 0.05
+    assert 0.02 < false / 4000 <= 0.055
 
 
 def write_metrics(folder: Path, version: int, text: str) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from rlmt.errors import UserError
-from rlmt.study.command import list_jobs, run_jobs
 from rlmt.study.engine import Request
+from rlmt.study.jobs import list_jobs, run_jobs
 from rlmt.study.processes import locked
 from rlmt.study.runner import _TQDM_POSITION, failure_reason, short_reasons
 from rlmt.study.stages import Plan, Stage

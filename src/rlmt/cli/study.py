@@ -10,12 +10,19 @@ from rlmt.cli.parsing import Parser
 from rlmt.configs import resolve_configs
 from rlmt.study.command import study
 
+FLAGS = {
+    "dry_run": "print the jobs that would run, and why, and run none",
+    "report_only": "report on the jobs that are done, while others may still run, and run none",
+}
+
 
 def make_parser() -> Parser:
     """The parser of `rlmt study`."""
     parser = Parser(prog="rlmt study", description="Runs many jobs from one file, over seeds, and reports on them.")
     parser.add_argument("--config", action="config", help="study file or name, such as study/mini; later ones override")
-    parser.add_function_arguments(study, skip={"command"})
+    parser.add_function_arguments(study, skip={"command", *FLAGS})
+    for name, text in FLAGS.items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
     return parser
 
 

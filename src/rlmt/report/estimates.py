@@ -47,6 +47,17 @@ class Estimate:
         ratio, mean_weight = sum(sums) / sum(weights), statistics.fmean(weights)
         return cls(tuple(ratio + (s - ratio * w) / mean_weight for s, w in zip(sums, weights, strict=True)))
 
+    @property
+    def p_value(self) -> float | None:
+        """Two-sided p-value of Student's t-test that the mean is 0; None for a single value."""
+        n = len(self.values)
+        if n < 2:
+            return None
+        error = statistics.stdev(self.values) / math.sqrt(n)
+        if error == 0:
+            return 1.0 if self.mean == 0 else 0.0
+        return 2 * float(student.sf(abs(self.mean) / error, n - 1))
+
     def minus(self, other: Estimate) -> Estimate:
         """Differences paired by seed."""
         return Estimate(tuple(a - b for a, b in zip(self.values, other.values, strict=True)))
@@ -55,3 +66,24 @@ class Estimate:
         """`80.8 ± 1.9`, the mean and half of the interval's width; the mean alone for a single value."""
         mean = f"{self.mean:.{digits}f}"
         return mean if self.interval is None else f"{mean} ± {self.interval[1] - self.mean:.{digits}f}"
+
+
+def correct_by_holm(p_values: Sequence[float]) -> list[float]:
+    """Corrects p-values for the number of tests, so that one in twenty families has a false finding at 0.05.
+
+    Holm's step-down method (S. Holm, "A Simple Sequentially Rejective Multiple Test Procedure", 1979): the k-th
+    smallest of n is multiplied by n - k + 1, and none falls below a smaller one. It holds for dependent tests, such as
+    comparisons that share an arm.
+
+    Args:
+        p_values: The p-values of all tests.
+
+    Returns:
+        The corrected p-values in the same order.
+    """
+    corrected = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, number in enumerate(sorted(range(len(p_values)), key=lambda number: p_values[number])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[number]))
+        corrected[number] = largest
+    return corrected

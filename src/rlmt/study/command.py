@@ -5,36 +5,35 @@ A study has no training loop of its own: its jobs are `rlmt` commands, and Snake
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
-import signal
-import sys
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Literal
 
 from rich.console import Console
 
-from rlmt import __version__
 from rlmt.errors import UserError
 from rlmt.options import PositiveInt, check_ranges
 from rlmt.report.estimates import Estimate
+from rlmt.study.checks import check_comparisons, check_names, check_options, texts_of_scale
 from rlmt.study.engine import Request
-from rlmt.study.job import JobState
-from rlmt.study.processes import locked
-from rlmt.study.report import Comparison, Findings, closing_lines, comparison_sentences, terminal_table, write_report
+from rlmt.study.job import JobState, is_done
+from rlmt.study.jobs import list_jobs, run_jobs
+from rlmt.study.report import (
+    Comparison,
+    Findings,
+    closing_lines,
+    comparison_sentences,
+    terminal_tables,
+    unfinished,
+    write_report,
+)
 from rlmt.study.results import Row, last_values, read_rows
-from rlmt.study.runner import Runner
 from rlmt.study.samples import before_and_after, sample_lines
-from rlmt.study.stages import Arm, Plan, Stage, job_name, target_files
-
-CONFIG_FILE = "study.json"
-"""File in the study's folder with the config of the rules."""
+from rlmt.study.stages import Arm, Plan, Stage, target_files
 
 
 def study(
@@ -45,8 +44,11 @@ def study(
     title: str = "A study",
     seeds: list[int] | None = None,
     texts: dict[str, str] | None = None,
+    scales: dict[str, dict[str, str]] | None = None,
+    scale: str | None = None,
     comparisons: list[Comparison] | None = None,
     picture: list[str] | None = None,
+    tables: dict[str, list[str]] | None = None,
     meanings: dict[str, str] | None = None,
     example: str | None = None,
     only: list[str] | None = None,
@@ -54,6 +56,7 @@ def study(
     executor: Literal["local", "slurm"] = "local",
     resources: dict[str, int | str] | None = None,
     dry_run: bool = False,
+    report_only: bool = False,
     command: str = "rlmt study",
 ) -> None:
     """Runs the jobs of a study that are not done yet, and writes a report on all of them.
@@ -66,44 +69,50 @@ def study(
         title: Title of the report.
         seeds: Seeds, fixed before the study; all of them are reported. null uses seed 0.
         texts: Name → text that several commands share.
+        scales: Name → texts that are added: models, data and sizes of the same study, large or small.
+        scale: The scale to use; the study is in the folder of that name in `out`.
         comparisons: Differences between arms that the report states.
         picture: Arms in the figure; null writes no figure.
+        tables: Name → the arms of a table of the report; arms in none are in one table.
         meanings: Arm or metric → what it is, for the end of the report.
         example: Prompt of the command that the report suggests next.
-        only: Arms to run and report; null uses all of them.
+        only: Arms, or tables with all their arms, to run and report; null uses all.
         jobs: Maximum number of parallel jobs. On this machine, the CPU cores are divided among them.
         executor: local runs the jobs on this machine, slurm submits each as a job of its own.
         resources: What a job needs on a cluster unless its stage has other values, in the words of Snakemake:
             slurm_account, slurm_partition, gpu, runtime (minutes), mem_mb, …
         dry_run: Prints the jobs that would run, and why, and runs none.
+        report_only: Reports on the jobs that are done, while others may still run, and runs none.
         command: Command line that reproduces the report; it is printed in the report.
 
     Raises:
         UserError: The configuration of the study is invalid, or jobs failed.
     """
     check_ranges(study, locals())
-    seeds = seeds or [0]
-    _check_options(seeds, jobs, arms, metrics)
-    comparisons = comparisons or []
-    _check_names("--only", only or [], "arm", arms)
-    _check_names("--picture", picture or [], "arm", arms)
-    _check_comparisons(comparisons, arms, metrics)
-    _check_names("--meanings", list(meanings or {}), "arm or metric", {**arms, **metrics})
-    selected = {name: arm for name, arm in arms.items() if only is None or name in only}
-    plan = Plan(stages, texts or {})
+    seeds, comparisons, tables = seeds or [0], comparisons or [], tables or {}
+    check_options(seeds, arms, metrics, tables)
+    check_names("--only", only or [], "arm", {**arms, **tables})
+    check_names("--picture", picture or [], "arm", arms)
+    check_names("--meanings", list(meanings or {}), "arm or metric", {**arms, **metrics})
+    check_comparisons(comparisons, arms, metrics)
+    chosen = arms if only is None else {arm for name in only for arm in tables.get(name, [name])}
+    selected = {name: arm for name, arm in arms.items() if name in chosen}
+    of_scale = texts_of_scale(scale, scales or {})
+    out = out / scale if scale else out
+    plan = Plan(stages, of_scale | (texts or {}))
     plan.check_configs(Path.cwd())
     request = Request(
         targets=target_files(plan, list(selected.values()), seeds),
         threads=int(os.environ.get("OMP_NUM_THREADS") or 0) or max(1, (os.cpu_count() or 1) // jobs),
         jobs=jobs,
         executor=executor,
-        executor_settings={"requeue": True} if executor == "slurm" else {},
         resources=resources or {},
     )
     if dry_run:
         list_jobs(plan, out, request)
         return
-    run_jobs(plan, out, request)
+    if not report_only:
+        run_jobs(plan, out, request)
     unfilled = Findings(
         title=title,
         command=command,
@@ -112,64 +121,10 @@ def study(
         metrics=list(metrics),
         comparisons=comparisons,
         meanings=meanings or {},
+        tables=tables,
+        paper={name: arm.paper for name, arm in selected.items()},
     )
     report(plan, out, selected, metrics, unfilled, picture or [], example)
-
-
-def run_jobs(plan: Plan, out: Path, request: Request) -> None:
-    """Runs the jobs that are not done yet.
-
-    Args:
-        plan: The stages.
-        out: Folder of the study.
-        request: What to run and where.
-
-    Raises:
-        UserError: Jobs failed, or another process runs jobs in the folder.
-    """
-    signal.signal(signal.SIGTERM, _exit_on_signal)
-    other = f"--out {out}: another `rlmt study` works in this folder; wait for it, or choose another folder."
-    with locked(out / "study", other):
-        Runner(replace(request, folder=str(out.absolute()), config=_write_config(plan, out, request, out))).run()
-
-
-def list_jobs(plan: Plan, out: Path, request: Request) -> None:
-    """Prints the jobs that would run, and why.
-
-    Args:
-        plan: The stages.
-        out: Folder of the study; it is not created.
-        request: What to run and where.
-
-    Raises:
-        UserError: Snakemake cannot plan the jobs.
-    """
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = out.absolute() if out.exists() else Path(temporary)
-        config = _write_config(plan, out, request, Path(temporary))
-        jobs = Runner(replace(request, folder=str(folder), config=config, executor="dryrun")).list_jobs()
-    console = Console(highlight=False)
-    for job, reasons in jobs.items():
-        console.print(f"{job_name(job)}: {'; '.join(reasons)}", soft_wrap=True, markup=False)
-    console.print(f"{len(jobs)} jobs would run." if jobs else "All jobs are done.")
-
-
-def _write_config(plan: Plan, out: Path, request: Request, folder: Path) -> str:
-    """Writes the config of the rules into a folder, and returns the path of the file."""
-    config = {
-        "stages": {name: asdict(stage) for name, stage in plan.stages.items()},
-        "texts": plan.texts,
-        "study": str(out),
-        "directory": str(Path.cwd()),
-        "threads": request.threads,
-        "version": __version__,
-        "python": sys.executable,
-    }
-    path = folder.absolute() / CONFIG_FILE
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
-    return str(path)
 
 
 def report(
@@ -181,11 +136,11 @@ def report(
     figure: Sequence[str],
     example: str | None = None,
 ) -> None:
-    """Reads the logged metrics, writes the report and prints its table and sentences.
+    """Reads the logged metrics of the jobs that are done, writes the report and prints its table and sentences.
 
     Args:
         plan: The stages.
-        out: Folder of the study, all jobs of which are done.
+        out: Folder of the study.
         arms: Name → arm to report.
         metrics: Name → the name under which it was logged.
         unfilled: The findings without the results.
@@ -193,9 +148,16 @@ def report(
         example: Prompt of the command that the report suggests next.
 
     Raises:
-        UserError: A metric was not logged.
+        UserError: No arm is done, or a metric was not logged.
     """
-    folders = {name: [out / plan.folder(arm, seed) for seed in unfilled.seeds] for name, arm in arms.items()}
+    done = {
+        name: [seed for seed in unfilled.seeds if is_done(out / plan.folder(arm, seed))] for name, arm in arms.items()
+    }
+    arms = {name: arm for name, arm in arms.items() if done[name]}
+    if not arms:
+        raise UserError(f"--out {out}: no arm is done yet; run the study without --report_only.")
+    folders = {name: [out / plan.folder(arm, seed) for seed in done[name]] for name, arm in arms.items()}
+    states = {name: [JobState.load(folder) for folder in found] for name, found in folders.items()}
     rows = {name: [read_rows(folder) for folder in found] for name, found in folders.items()}
     table = {}
     for name in arms:
@@ -205,19 +167,24 @@ def report(
     findings = replace(
         unfilled,
         table=table,
-        minutes={name: _minutes(found) for name, found in folders.items()},
+        minutes={
+            name: Estimate(tuple(state.seconds / 60 for state in found if state)) for name, found in states.items()
+        },
+        done=done,
+        provenance={name: [state.provenance() for state in found if state] for name, found in states.items()},
         figure=_draw(out, unfilled.title, curves) if curves else None,
         samples=_samples(unfilled, folders),
         next_commands=next_commands(unfilled.comparisons, folders, example),
     )
     written = write_report(findings, out)
     console = Console()
-    console.print(terminal_table(findings))
+    for results in terminal_tables(findings):
+        console.print(results)
     for sentence in comparison_sentences(findings):
         console.print(sentence.replace("**", ""), soft_wrap=True, markup=False, highlight=False)
     for line in findings.samples:
         console.print(re.sub(r"\\(.)|[*]", r"\1", line), soft_wrap=True, markup=False, highlight=False)
-    for line in closing_lines(findings):
+    for line in [*filter(None, [unfinished(findings)]), *closing_lines(findings)]:
         console.print(line.replace("`", ""), soft_wrap=True, markup=False, highlight=False)
     for path in [*written, *([findings.figure] if findings.figure else [])]:
         console.print(str(path), soft_wrap=True, highlight=False)
@@ -245,41 +212,6 @@ def _samples(unfilled: Findings, folders: Mapping[str, Sequence[Path]]) -> list[
     if arm is None:
         return []
     return list(sample_lines(before_and_after(folders[arm][0] / "latest"), unfilled.labels[arm]))
-
-
-def _check_options(seeds: list[int], jobs: int, arms: Mapping[str, object], metrics: Mapping[str, object]) -> None:
-    """Raises a UserError for duplicate seeds, a number of jobs below 1, and a study without arms or metrics."""
-    if len(set(seeds)) < len(seeds):
-        raise UserError(f"--seeds {seeds}: a seed occurs twice; pass each seed once.")
-    for option, entries in {"arms": arms, "metrics": metrics}.items():
-        if not entries:
-            raise UserError(f"--{option}: no entries; define at least one.")
-
-
-def _check_names(option: str, names: Sequence[str], kind: str, known: Mapping[str, object]) -> None:
-    """Raises a UserError for the first unknown name."""
-    for name in names:
-        if name not in known:
-            raise UserError(f"{option}: unknown {kind} {name!r}; choose from {', '.join(known)}.")
-
-
-def _check_comparisons(
-    comparisons: Sequence[Comparison], arms: Mapping[str, object], metrics: Mapping[str, object]
-) -> None:
-    """Raises a UserError for a comparison of unknown arms or by an unknown metric."""
-    _check_names("--comparisons", [name for it in comparisons for name in (it.more, it.than)], "arm", arms)
-    _check_names("--comparisons", [it.by for it in comparisons if it.by is not None], "metric", metrics)
-
-
-def _exit_on_signal(number: int, frame: FrameType | None) -> None:
-    """Turns SIGTERM into SystemExit, so that the runner terminates its jobs."""
-    raise SystemExit(128 + number)
-
-
-def _minutes(folders: Sequence[Path]) -> Estimate:
-    """Run time of the jobs in minutes, one value per seed."""
-    states = [JobState.load(folder) for folder in folders]
-    return Estimate(tuple(state.seconds / 60 for state in states if state is not None))
 
 
 def _draw(out: Path, title: str, curves: dict[str, list[list[Row]]]) -> Path:

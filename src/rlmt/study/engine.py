@@ -39,8 +39,8 @@ class Request:
     """Maximum number of parallel jobs."""
     executor: str = "local"
     """local, slurm or dryrun."""
-    executor_settings: dict[str, Any] = field(default_factory=dict)
-    """Settings of the executor plugin."""
+    executor_settings: dict[str, Any] = field(default_factory=lambda: {"requeue": True})
+    """Settings of the executor plugin of a cluster."""
     resources: dict[str, int | str] = field(default_factory=dict)
     """Default resources of each job on a cluster."""
     seconds_between_checks: int = 10

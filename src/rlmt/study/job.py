@@ -65,11 +65,23 @@ class JobState:
         except (FileNotFoundError, TypeError):
             return None
 
+    def provenance(self) -> dict[str, str]:
+        """What a result came from: the columns of results.csv."""
+        versions = " ".join(f"{package}=={number}" for package, number in self.versions.items())
+        origin = {"key": self.key, "commit": self.commit or "", "versions": versions, "finished": self.finished or ""}
+        return origin | {"host": self.host, "command": self.command}
+
     def save(self, path: Path) -> None:
         """Writes the state atomically."""
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
         temporary.replace(path)
+
+
+def is_done(folder: Path) -> bool:
+    """Whether the job of a folder is done."""
+    state = JobState.load(folder)
+    return state is not None and state.finished is not None
 
 
 def run_job(command: str, key: str, study: Path, done: Path) -> int:

@@ -14,7 +14,7 @@ from typing import Literal
 from markdown_it import MarkdownIt
 from rich.table import Table
 
-from rlmt.report.estimates import Estimate
+from rlmt.report.estimates import CONFIDENCE, Estimate, correct_by_holm
 
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
@@ -68,6 +68,39 @@ class Findings:
     """Markdown lines with thoughts and answers before and after RL."""
     next_commands: Sequence[str] = ()
     """Commands that go on from here."""
+    done: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """Arm → the seeds that are done, where they are not all."""
+    tables: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Name → the arms of a table; without any, one table has all arms."""
+    paper: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Arm → metric → its value in a paper."""
+    provenance: Mapping[str, Sequence[Mapping[str, str]]] = field(default_factory=dict)
+    """Arm → column → what its result came from, for each seed that is done."""
+
+    def groups(self) -> dict[str, list[str]]:
+        """Name → the reported arms of each table that has any; arms in no table are in one of their own."""
+        named = {arm for arms in self.tables.values() for arm in arms}
+        groups = {name: [arm for arm in arms if arm in self.table] for name, arms in self.tables.items()}
+        groups[""] = [arm for arm in self.table if arm not in named]
+        return {name: arms for name, arms in groups.items() if arms}
+
+    def cell(self, arm: str, metric: str) -> str:
+        """The estimate of an arm, with the paper's value in brackets."""
+        digits = _digits(metric, self)
+        paper = self.paper.get(arm, {}).get(metric)
+        return self.table[arm][metric].format(digits) + ("" if paper is None else f" ({paper:.{digits}f})")
+
+    def seeds_of(self, arm: str) -> Sequence[int]:
+        """The seeds of an arm that are done."""
+        return self.done.get(arm, self.seeds)
+
+    def difference(self, comparison: Comparison) -> Estimate:
+        """The difference of two arms, paired by seed, over the seeds that are done in both."""
+        metric = comparison.by or self.metrics[0]
+        more, than = (self.table[arm][metric].values for arm in (comparison.more, comparison.than))
+        of_more = dict(zip(self.seeds_of(comparison.more), more, strict=True))
+        of_than = dict(zip(self.seeds_of(comparison.than), than, strict=True))
+        return Estimate(tuple(of_more[seed] - of_than[seed] for seed in of_more if seed in of_than))
 
 
 def write_report(findings: Findings, out: Path) -> list[Path]:
@@ -95,32 +128,60 @@ def write_report(findings: Findings, out: Path) -> list[Path]:
         (out / name).write_text(content, encoding="utf-8")
     with (out / "results.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["arm", "seed", *findings.metrics])
+        columns = sorted({name for rows in findings.provenance.values() for row in rows for name in row})
+        writer.writerow(["arm", "seed", *findings.metrics, *columns])
         for arm, row in findings.table.items():
-            for number, seed in enumerate(findings.seeds):
-                writer.writerow([arm, seed, *(row[metric].values[number] for metric in findings.metrics)])
+            for number, seed in enumerate(findings.seeds_of(arm)):
+                origin = findings.provenance[arm][number] if columns else {}
+                values = (row[metric].values[number] for metric in findings.metrics)
+                writer.writerow([arm, seed, *values, *(origin.get(name, "") for name in columns)])
     return [out / name for name in (*files, "results.csv")]
 
 
-def terminal_table(findings: Findings) -> Table:
-    """Table of the results for the terminal."""
-    table = Table(title=f"{findings.title}: {_seeds(findings)}")
-    table.add_column("")
-    for metric in findings.metrics:
-        table.add_column(metric.replace("_", " "), justify="right")
-    for arm, row in findings.table.items():
-        cells = [row[metric].format(_digits(metric, findings)) for metric in findings.metrics]
-        table.add_row(findings.labels[arm], *cells)
-    return table
+def terminal_tables(findings: Findings) -> list[Table]:
+    """Tables of the results for the terminal."""
+    tables = []
+    for name, arms in findings.groups().items():
+        title = f", {name.replace('_', ' ')}" if name else ""
+        table = Table(title=f"{findings.title}{title}: {_seeds(findings)}")
+        table.add_column("")
+        for metric in findings.metrics:
+            table.add_column(metric.replace("_", " "), justify="right")
+        for arm in arms:
+            table.add_row(findings.labels[arm], *(findings.cell(arm, metric) for metric in findings.metrics))
+        tables.append(table)
+    return tables
 
 
 def comparison_sentences(findings: Findings) -> list[str]:
-    """One Markdown sentence for each comparison between two reported arms."""
-    return [
-        _sentence(comparison, findings)
+    """One Markdown sentence for each comparison between two reported arms that share a seed."""
+    reported = [
+        comparison
         for comparison in findings.comparisons
         if comparison.more in findings.table and comparison.than in findings.table
     ]
+    differences = [(comparison, findings.difference(comparison)) for comparison in reported]
+    tested = [p for _, difference in differences if difference.values and (p := difference.p_value) is not None]
+    corrected = iter(correct_by_holm(tested))
+    sentences = []
+    for comparison, difference in differences:
+        if len(difference.values) > 1:
+            tests = (next(corrected), len(tested)) if len(tested) > 1 else None
+            sentences.append(_sentence(comparison, difference, findings, tests))
+        elif difference.values:
+            sentences.append(f"{_difference(comparison, difference, findings)} (one seed: no interval).")
+    return sentences
+
+
+def unfinished(findings: Findings) -> str:
+    """A sentence on the arms and seeds that are not done yet; empty if all are."""
+    missing = {arm: [seed for seed in findings.seeds if seed not in findings.seeds_of(arm)] for arm in findings.labels}
+    texts = [
+        f"{findings.labels[arm]}" + ("" if len(seeds) == len(findings.seeds) else f" ({_seeds_text(seeds)})")
+        for arm, seeds in missing.items()
+        if seeds
+    ]
+    return f"Not done yet: {', '.join(texts)}." if texts else ""
 
 
 def closing_lines(findings: Findings) -> list[str]:
@@ -130,16 +191,27 @@ def closing_lines(findings: Findings) -> list[str]:
     return lines + [f"- next: `{command}`" for command in findings.next_commands]
 
 
-def _sentence(comparison: Comparison, findings: Findings) -> str:
-    """The difference, its interval and whether it is the expected one."""
+def _difference(comparison: Comparison, difference: Estimate, findings: Findings) -> str:
+    """`RLMT − RLHF, rubric: +9.50`."""
+    metric = comparison.by or findings.metrics[0]
+    subject = f"{findings.labels[comparison.more]} − {findings.labels[comparison.than]}, {metric.replace('_', ' ')}: "
+    return f"{subject}{difference.mean:+.{_digits(metric, findings)}f}"
+
+
+def _sentence(comparison: Comparison, difference: Estimate, findings: Findings, tests: tuple[float, int] | None) -> str:
+    """The difference, its interval and whether it is the expected one.
+
+    Args:
+        comparison: The comparison.
+        difference: Its difference, of several seeds.
+        findings: The findings.
+        tests: Its p-value, corrected for the number of comparisons, and that number; None for a single comparison.
+    """
     metric = comparison.by or findings.metrics[0]
     more, than = findings.table[comparison.more][metric], findings.table[comparison.than][metric]
-    difference = more.minus(than)
     digits = _digits(metric, findings)
-    subject = f"{findings.labels[comparison.more]} − {findings.labels[comparison.than]}, {metric.replace('_', ' ')}: "
     by_seed = ", ".join(f"{value:+.{digits}f}" for value in difference.values)
-    if difference.interval is None:
-        return f"{subject}{difference.mean:+.{digits}f} (one seed: no interval)."
+    assert difference.interval is not None and difference.p_value is not None
     low, high = difference.interval
     sign = "above" if low > 0 else "below" if high < 0 else "level"
     verdict = {
@@ -150,30 +222,42 @@ def _sentence(comparison: Comparison, findings: Findings) -> str:
         ("not_above", "level"): "no difference, as expected of a control",
         ("not_above", "below"): "below 0, not above, as expected of a control",
     }[comparison.expect, sign]
+    p_value = ""
+    if tests is not None:
+        p_value = f"; p {difference.p_value:.2g}, corrected for {tests[1]} comparisons {tests[0]:.2g}"
+        if sign != "level" and tests[0] > 1 - CONFIDENCE:
+            verdict += " **by itself, but not after the correction**"
     ratio = f", ×{more.mean / than.mean:.2f}" if than.mean > 0 and more.mean > 0 else ""
     return (
-        f"{subject}{difference.mean:+.{digits}f}{ratio}, 95 % interval {low:.{digits}f} to {high:.{digits}f} "
-        f"(by seed {by_seed}): {verdict}."
+        f"{_difference(comparison, difference, findings)}{ratio}, 95 % interval {low:.{digits}f} to {high:.{digits}f} "
+        f"(by seed {by_seed}{p_value}): {verdict}."
     )
 
 
 def _markdown(findings: Findings) -> str:
     """The report as Markdown."""
     lines = [f"# {findings.title}", "", f"{_seeds(findings)}; made by", "", "```sh", findings.command, "```", ""]
-    lines += ["## Results", "", _table_row(["", *findings.metrics, "minutes"], header=True)]
-    for arm, row in findings.table.items():
-        cells = [row[metric].format(_digits(metric, findings)) for metric in findings.metrics]
-        lines.append(_table_row([findings.labels[arm], *cells, findings.minutes[arm].format()]))
+    lines += ["## Results"]
+    for name, arms in findings.groups().items():
+        lines += ["", f"### {name.replace('_', ' ').capitalize()}"] if name else []
+        lines += ["", _table_row(["", *findings.metrics, "minutes"], header=True)]
+        for arm in arms:
+            cells = [findings.cell(arm, metric) for metric in findings.metrics]
+            lines.append(_table_row([findings.labels[arm], *cells, findings.minutes[arm].format()]))
+    if any(findings.paper.get(arm) for arm in findings.table):
+        lines += ["", "The paper's values are in brackets."]
     if len(findings.seeds) > 1:
         lines += ["", "Means over seeds, ± half of Student's 95 % interval of the mean."]
+    if missing := unfinished(findings):
+        lines += ["", missing]
     lines += ["", "Minutes are those of an arm's last stage alone.", "", "## Differences", ""]
     lines += [f"- {sentence}" for sentence in comparison_sentences(findings)]
     if len(findings.seeds) > 1:
-        first = findings.metrics[0]
+        first, rows = findings.metrics[0], findings.table.items()
         lines += ["", f"## {first.replace('_', ' ').capitalize()} by seed", ""]
         lines.append(_table_row(["seed", *(findings.labels[arm] for arm in findings.table)], header=True))
-        for number, seed in enumerate(findings.seeds):
-            values = [f"{row[first].values[number]:.{_digits(first, findings)}f}" for row in findings.table.values()]
+        for seed in findings.seeds:
+            values = [_value(row[first], findings.seeds_of(arm), seed, _digits(first, findings)) for arm, row in rows]
             lines.append(_table_row([str(seed), *values]))
     if findings.samples:
         lines += ["", "## Thoughts and answers before and after", "", "Thoughts are in brackets.", *findings.samples]
@@ -184,6 +268,11 @@ def _markdown(findings: Findings) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _value(estimate: Estimate, seeds: Sequence[int], seed: int, digits: int) -> str:
+    """The value of a seed, or a dash if it is not done."""
+    return f"{estimate.values[list(seeds).index(seed)]:.{digits}f}" if seed in seeds else "–"
+
+
 def _table_row(cells: Sequence[str], header: bool = False) -> str:
     """One row of a Markdown table; a header row is followed by its separator."""
     row = f"| {' | '.join(cell.replace('_', ' ') for cell in cells)} |"
@@ -192,8 +281,13 @@ def _table_row(cells: Sequence[str], header: bool = False) -> str:
 
 def _seeds(findings: Findings) -> str:
     """`seed 1` or `2 seeds (1, 2)`."""
-    seeds = ", ".join(map(str, findings.seeds))
-    return f"{len(findings.seeds)} seeds ({seeds})" if len(findings.seeds) > 1 else f"seed {seeds}"
+    return _seeds_text(findings.seeds)
+
+
+def _seeds_text(seeds: Sequence[int]) -> str:
+    """`seed 1` or `2 seeds (1, 2)`."""
+    numbers = ", ".join(map(str, seeds))
+    return f"{len(seeds)} seeds ({numbers})" if len(seeds) > 1 else f"seed {numbers}"
 
 
 def _digits(metric: str, findings: Findings) -> int:

@@ -58,11 +58,13 @@ class Arm:
         stage: The stage whose metrics are read.
         label: Label in tables and figures.
         where: Axis → value, for every axis of the stage.
+        paper: Metric → its value in a paper, which the report shows beside.
     """
 
     stage: str
     label: str
     where: dict[str, str] = field(default_factory=dict)
+    paper: dict[str, float] = field(default_factory=dict)
 
 
 class Plan:
