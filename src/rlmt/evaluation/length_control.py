@@ -41,7 +41,7 @@ def length_controlled_win_rate(
     Returns:
         The win rate, 0 to 1; nan for no preferences.
     """
-    lengths = np.tanh(_scaled(length_differences))
+    lengths = np.tanh(scaled(length_differences))
     if difficulty is None:
         return controlled_win_rate(preferences, [lengths])
     return controlled_win_rate(preferences, [lengths, np.asarray(difficulty, float)], kept=1, penalty=PENALTY)
@@ -74,6 +74,19 @@ def controlled_win_rate(
     coefficients = fit_logistic(features, np.asarray(preferences, float), mass, ridge)
     features[:, 1 : features.shape[1] - kept] = 0
     return float(np.average(_sigmoid(features @ coefficients), weights=mass))
+
+
+def scaled(values: Sequence[float] | Vector) -> Vector:
+    """Values divided by their standard deviation, as in pandas with N - 1; 0 where they are all equal.
+
+    Args:
+        values: [N] Values.
+
+    Returns:
+        [N] scaled values.
+    """
+    array = np.asarray(values, float)
+    return array / array.std(ddof=1) if len(array) > 1 and np.ptp(array) > 0 else np.zeros(len(array))
 
 
 def authors_win_rate(preferences: Sequence[float], word_differences: Sequence[float]) -> float:
@@ -132,13 +145,6 @@ def fit_logistic(features: Vector, targets: Vector, weights: Vector, ridge: Vect
             break
         value = after
     return coefficients
-
-
-def _scaled(values: Sequence[float]) -> Vector:
-    """Values divided by their standard deviation, as in pandas with N - 1; 0 where they are all equal."""
-    array = np.asarray(values, float)
-    spread = array.std(ddof=1) if len(array) > 1 else 0.0
-    return array / spread if spread > 0 else np.zeros(len(array))
 
 
 def _sigmoid(values: Vector) -> Vector:

@@ -19,7 +19,7 @@ from rlmt.evaluation.benchmarks.common import (
     share_of_formed,
     text_cell,
 )
-from rlmt.evaluation.length_control import Vector, controlled_win_rate
+from rlmt.evaluation.length_control import controlled_win_rate, scaled
 from rlmt.rewards.prompt_text import fill
 from rlmt.types import Message
 
@@ -153,8 +153,7 @@ def _style_controlled(rows: Sequence[Row]) -> float:
     is not 0, and it is what has to be controlled.
     """
     differences = np.array([_style_difference(row.response, row.item.data["reference"]) for row in rows])
-    spread = differences.std(axis=0, ddof=1) if len(rows) > 1 else np.zeros(4)
-    columns: list[Vector] = [column / s for column, s in zip(differences.T, spread, strict=True) if s > 0]
+    columns = [scaled(column) for column in differences.T]
     return controlled_win_rate(
         [row.score.value / 100 for row in rows], columns, weights=[row.score.weight for row in rows]
     )
