@@ -185,13 +185,17 @@ EFFECTS: dict[str, tuple[str, Check]] = {
 @pytest.mark.usefixtures("no_plots")
 @pytest.mark.parametrize("name", EFFECTS)
 def test_convention_has_its_effect(
-    name: str, fit: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    name: str,
+    fit: Callable[..., int],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     options, check = EFFECTS[name]
     try:
         assert fit(*options.split()) == 0
         captured = capfd.readouterr()
-        assert check(tmp_path, captured.out + captured.err), captured.out[-3000:] + captured.err[-3000:]
+        assert check(tmp_path, captured.out + captured.err + caplog.text), captured
     finally:
         torch.use_deterministic_algorithms(False)
 

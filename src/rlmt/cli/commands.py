@@ -109,11 +109,8 @@ def _user_error_from(error: BaseException | None) -> UserError | None:
 @contextmanager
 def _fast_imports() -> Iterator[None]:
     """Pauses garbage collection: imports create some million objects that stay, and scanning them takes 15 % longer."""
-    from rlmt.cli.deferred_imports import defer_torchmetrics
-
     gc.disable()
     try:
-        defer_torchmetrics()
         yield
     finally:
         gc.enable()

@@ -95,7 +95,7 @@ def _is_lenient(callback: Any, module: Any) -> bool:
         return True
     if isinstance(callback, ModelCheckpoint) and callback.monitor in ("step", "epoch"):
         return True
-    return module.kind == "RewardModeling" and str(getattr(callback, "monitor", "")).startswith("val/accuracy/")
+    return module.kind == "RewardModeling" and str(callback.monitor).rpartition("/")[0] == "val/accuracy"
 
 
 def _is_own(part: object) -> bool:
