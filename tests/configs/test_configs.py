@@ -46,8 +46,8 @@ def compose(*names: str) -> list[str]:
 
 
 def test_every_shipped_config_is_tested() -> None:
-    # test_paper.py, test_miniature_configs_instantiate and tests/study test the folders; tests/distill uses distill.
-    # tests/docs uses evaluate.
+    # test_paper.py, test_miniature_configs_instantiate and tests/study test the folders; tests/distill uses distill,
+    # tests/evaluation compare and traits, tests/docs evaluate.
     assert {path.name for path in CONFIGS.iterdir() if path.is_dir()} <= {"paper", "mini", "study", "__pycache__"}
     shipped = {path.stem for path in CONFIGS.glob("*.yaml")} - {
         "ddp",
@@ -56,6 +56,7 @@ def test_every_shipped_config_is_tested() -> None:
     objectives = {"grpo", "ppo", "dpo", "dpo_offline"}
     assert shipped == {
         "base",
+        "compare",
         "distill",
         "early_stop",
         "evaluate",
@@ -66,6 +67,7 @@ def test_every_shipped_config_is_tested() -> None:
         "server",
         "sft",
         "reward",
+        "traits",
         *objectives,
         *FORMATS,
         *MODELS,
@@ -251,7 +253,7 @@ def test_miniature_configs_instantiate(launched: list[Any]) -> None:
     """Every miniature config is listed; objectives share rollout settings and prompts."""
     preceding = {"sft": ["sft"], "reward": ["reward"], "grpo": ["base", "grpo", "mini/rl"]}
     preceding |= {"ppo": ["base", "ppo", "mini/rl"], "dpo": ["base", "dpo", "mini/rl"]}
-    assert {path.stem for path in (CONFIGS / "mini").glob("*.yaml")} == {*preceding, "rl"}
+    assert {path.stem for path in (CONFIGS / "mini").glob("*.yaml")} == {*preceding, "rl", "compare"}
     for name, before in preceding.items():
         assert main(compose(*before, f"mini/{name}")) == 0
     _, sft, data = launched[0]

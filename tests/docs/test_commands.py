@@ -17,6 +17,8 @@ from rlmt.demos import tiny as tiny_demo
 from rlmt.demos.mini import files
 from rlmt.distill import command as distill_command
 from rlmt.evaluation import command as evaluate_command
+from rlmt.evaluation.compare import command as compare_command
+from rlmt.evaluation.traits import command as traits_command
 from rlmt.export import checkpoints
 from rlmt.study import command
 from rlmt.study.runner import Runner
@@ -68,6 +70,8 @@ def test_rlmt_command_reaches_its_function(
     monkeypatch.setattr(files, "write_mini", lambda *given: reached.append("mini") or {})
     monkeypatch.setattr(distill_command, "distill", recorder(distill_command.distill, reached, "distill"))
     monkeypatch.setattr(evaluate_command, "evaluate", recorder(evaluate_command.evaluate, reached, "evaluate"))
+    monkeypatch.setattr(compare_command, "compare", recorder(compare_command.compare, reached, "compare"))
+    monkeypatch.setattr(traits_command, "traits", recorder(traits_command.traits, reached, "traits"))
     monkeypatch.setattr(Runner, "run", lambda runner: reached.append("study"))
     monkeypatch.setattr(command, "report", lambda *anything: None)
     write_files(COMMANDS[arguments])

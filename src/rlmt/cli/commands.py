@@ -32,6 +32,8 @@ usage: rlmt COMMAND [options]
   doctor    print what this machine has, what is missing, and which shipped configs would run on it
   export    convert a checkpoint to a Hugging Face folder: rlmt export CKPT OUT
   chat      chat with a checkpoint or an exported folder: rlmt chat CKPT_OR_FOLDER [--prompt TEXT]
+  compare   find out which of two policies answers your prompts better: rlmt compare A B --prompts FILE --out DIR
+  traits    find out how the thoughts of two policies differ: rlmt traits A B --config traits --prompts FILE --out DIR
   distill   ask a teacher for demonstrations: rlmt distill --config distill --prompts FILE --out FILE
   evaluate  score models on benchmarks: rlmt evaluate NAME=MODEL NAME=MODEL --config evaluate --out results
   study     run many runs from one file, with seeds, and report on them: rlmt study --config study/mini
@@ -175,6 +177,18 @@ def _mini(command: str, args: list[str]) -> int:
     return run_function(command, make_mini, args, optional_positional="out")
 
 
+def _compare(command: str, args: list[str]) -> int:
+    from rlmt.cli.compare import run
+
+    return run(args)
+
+
+def _traits(command: str, args: list[str]) -> int:
+    from rlmt.cli.traits import run
+
+    return run(args)
+
+
 def _distill(command: str, args: list[str]) -> int:
     from rlmt.cli.distill import run
 
@@ -231,6 +245,8 @@ _COMMANDS: dict[str, Callable[[str, list[str]], int]] = {
     "export": _export,
     "chat": _chat,
     "completion": _completion,
+    "compare": _compare,
+    "traits": _traits,
     "distill": _distill,
     "evaluate": _evaluate,
     "mini": _mini,

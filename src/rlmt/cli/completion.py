@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser
 from jsonargparse._actions import ActionConfigFile
 
-from rlmt.cli import configs, distill, runs, study
+from rlmt.cli import compare, configs, distill, runs, study, traits
 from rlmt.cli.chat import chat
 from rlmt.cli.commands import _COMMANDS
 from rlmt.cli.lightning_cli import RLMTCLI, run
@@ -63,6 +63,8 @@ def _root_parser() -> ArgumentParser:
         "configs": ArgumentParser(),
         "export": function_parser("export", export),
         "chat": function_parser("chat", chat),
+        "compare": compare.make_parser(),
+        "traits": traits.make_parser(),
         "distill": distill.make_parser(),
         "study": study.make_parser(),
         "mini": function_parser("mini", make_mini, "out"),

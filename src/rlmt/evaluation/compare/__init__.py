@@ -1,0 +1,1 @@
+"""`rlmt compare`: which of two policies answers a set of prompts better."""
