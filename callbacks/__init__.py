@@ -5,8 +5,10 @@ from .cot_length import CoTLength
 from .policy_checkpoint import PolicyCheckpoint
 from .policy_health import PolicyHealth
 from .progress_bar import StepProgressBar
+from .report_writer import ReportWriter
 from .reward_curves import RewardCurves
 from .rollout_writer import RolloutWriter
+from .run_record import RunRecord
 from .run_state import RunState
 from .run_summary import RunSummary
 from .sample_table import SampleTable
@@ -16,8 +18,10 @@ __all__ = [
     "CoTLength",
     "PolicyCheckpoint",
     "PolicyHealth",
+    "ReportWriter",
     "RewardCurves",
     "RolloutWriter",
+    "RunRecord",
     "RunState",
     "RunSummary",
     "SampleTable",

@@ -33,6 +33,7 @@ usage: rlmt COMMAND [options]
   export    convert a checkpoint to a Hugging Face folder: rlmt export CKPT OUT
   chat      chat with a checkpoint or an exported folder: rlmt chat CKPT_OR_FOLDER [--prompt TEXT]
   distill   ask a teacher for demonstrations: rlmt distill --config distill --prompts FILE --out FILE
+  report    write one HTML page on a run, or on several: rlmt report RUN [RUN …] [--out FILE]
   study     run many runs from one file, with seeds, and report on them: rlmt study --config study/mini
   mini      write data for a miniature task that rewards thinking, to train everything from scratch: rlmt mini [OUT]
   tiny      write small random models, to try everything on a laptop: rlmt tiny [OUT] [--corpus FILE]
@@ -189,6 +190,12 @@ def _study(command: str, args: list[str]) -> int:
     return run(args)
 
 
+def _report(command: str, args: list[str]) -> int:
+    from rlmt.cli.report import run
+
+    return run(args)
+
+
 def _configs(command: str, args: list[str]) -> int:
     from rlmt.cli.configs import run
 
@@ -229,6 +236,7 @@ _COMMANDS: dict[str, Callable[[str, list[str]], int]] = {
     "completion": _completion,
     "distill": _distill,
     "mini": _mini,
+    "report": _report,
     "study": _study,
     "tiny": _tiny,
 }
