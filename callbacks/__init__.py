@@ -6,8 +6,10 @@ from .evaluate import Evaluate
 from .policy_checkpoint import PolicyCheckpoint
 from .policy_health import PolicyHealth
 from .progress_bar import StepProgressBar
+from .report_writer import ReportWriter
 from .reward_curves import RewardCurves
 from .rollout_writer import RolloutWriter
+from .run_record import RunRecord
 from .run_state import RunState
 from .run_summary import RunSummary
 from .sample_table import SampleTable
@@ -18,8 +20,10 @@ __all__ = [
     "Evaluate",
     "PolicyCheckpoint",
     "PolicyHealth",
+    "ReportWriter",
     "RewardCurves",
     "RolloutWriter",
+    "RunRecord",
     "RunState",
     "RunSummary",
     "SampleTable",

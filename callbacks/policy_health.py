@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from rlmt.options import FloatAboveOne, PositiveFloat, PositiveInt, check_ranges
+from rlmt.report.verdicts import MAX_MISMATCH
 from rlmt.types import Experience
 
 from ._common import experience_of, step_metrics
@@ -44,7 +45,7 @@ class PolicyHealth(Callback):
     """
 
     def __init__(
-        self, max_mismatch: PositiveFloat = 1.0, max_ratio: FloatAboveOne = 10.0, validations: PositiveInt = 3
+        self, max_mismatch: PositiveFloat = MAX_MISMATCH, max_ratio: FloatAboveOne = 10.0, validations: PositiveInt = 3
     ) -> None:
         check_ranges(PolicyHealth, locals())
         self.max_mismatch = max_mismatch

@@ -19,7 +19,7 @@ from ._common import is_dry_run, run_folder, say
 from .progress_bar import duration, significant, training_position
 
 _TOKENS = ("thought", "response")
-_FILES = ("metrics.csv", "curves.png", "cot_length.png", "calibration.png", "rollouts")
+_FILES = ("metrics.csv", "curves.png", "cot_length.png", "calibration.png", "report.html", "rollouts")
 """Files and folders of a run that the last lines name."""
 
 Point = tuple[int, float, float | None]

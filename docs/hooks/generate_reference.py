@@ -210,6 +210,13 @@ def rloo() -> str:
     return f"```python\n{inspect.getsource(RLOO)}```"
 
 
+def verdicts() -> str:
+    """The verdicts of a run's page and their thresholds."""
+    from rlmt.report.verdicts import threshold_table
+
+    return threshold_table()
+
+
 def _escape(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;").replace("$", "\\$")
 
@@ -219,4 +226,5 @@ GENERATORS: dict[str, Callable[[], str]] = {
     "configuration": configuration,
     "configs": configs,
     "rloo": rloo,
+    "verdicts": verdicts,
 }

@@ -34,7 +34,7 @@ def test_shipped_fragments_compose_in_any_order() -> None:
         merged["trainer"]["max_steps"] = first["trainer"]["max_steps"]
         merged["trainer"]["val_check_interval"] = first["trainer"]["val_check_interval"]
         assert merged == first, order
-    assert len(first["trainer"]["callbacks"]) == 8 and "callbacks+" not in first["trainer"]
+    assert len(first["trainer"]["callbacks"]) == 9 and "callbacks+" not in first["trainer"]
 
 
 def test_later_values_win_and_lists_replace() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from rlmt.cli import chat, commands, configs, doctor, main, runs
+from rlmt.cli import chat, commands, configs, doctor, main, report, runs
 from rlmt.cli.plan import PlanCLI
 from rlmt.demos import tiny as tiny_demo
 from rlmt.demos.mini import files
@@ -66,6 +66,7 @@ def test_rlmt_command_reaches_its_function(
     monkeypatch.setattr(configs, "run", lambda args: reached.append("configs") or 0)
     monkeypatch.setattr(runs, "find_runs", lambda root: reached.append("runs") or [])
     monkeypatch.setattr(runs, "_watch", lambda folder, console: reached.append("runs"))
+    monkeypatch.setattr(report, "run", lambda args: reached.append("report") or 0)
     monkeypatch.setattr(chat, "chat", recorder(chat.chat, reached, "chat"))
     monkeypatch.setattr(files, "write_mini", lambda *given: reached.append("mini") or {})
     monkeypatch.setattr(distill_command, "distill", recorder(distill_command.distill, reached, "distill"))

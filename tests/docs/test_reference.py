@@ -99,6 +99,24 @@ def test_every_metric_has_meaning_and_cure() -> None:
         assert len(row) == 5 and row[1] and row[4].endswith("."), row
 
 
+def test_ranges_of_metrics_are_the_thresholds_of_the_verdicts() -> None:
+    from rlmt.callbacks import PolicyHealth
+    from rlmt.report.verdicts import CHECKS, MAX_MISMATCH
+
+    watch = {check.key: check.watch for check in CHECKS}
+    healthy = {name: row[3] for row in rows() for name in re.findall(rf"`({NAME})`", row[0])}
+    for metric, key in {
+        "policy/kl": "kl",
+        "policy/clip_low": "clip",
+        "reward/malformed": "malformed",
+        "length/truncated": "truncated",
+        "reward/zero_std_groups": "zero_signal",
+    }.items():
+        assert re.search(rf"below (about )?{watch[key]:g}\b", healthy[metric]), metric
+    assert PolicyHealth().max_mismatch == MAX_MISMATCH
+    assert "<!-- generated: verdicts -->" in (ROOT / "docs/concepts/curves.md").read_text(encoding="utf-8")
+
+
 def test_configs_are_listed_with_their_purpose(reference: ModuleType) -> None:
     assert "| `base` | Settings that all RL runs share. |" in reference.configs()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
@@ -25,7 +27,10 @@ def test_step_time_includes_loading_and_leaves_validation_out(monkeypatch: pytes
     timer.start()
     first = timer.step(began=101.0, scored=105.0, generated=generated)
     phases = {"time/rollout_s": 2.0, "time/sync_s": 1.0, "time/reward_s": 1.0, "time/update_s": 5.0}
+    gib = first.pop("perf/memory_gib")
     assert first == phases | {"time/step_s": 10.0, "perf/tokens_per_s": 22.5}
+    resident = int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
+    assert resident * 0.9 < gib < 64  # the peak is at least what the process has now
     timer.pause()
     timer.resume()
     second = timer.step(began=1501.0, scored=1505.0, generated=generated)

@@ -36,6 +36,7 @@ usage: rlmt COMMAND [options]
   traits    find out how the thoughts of two policies differ: rlmt traits A B --config traits --prompts FILE --out DIR
   distill   ask a teacher for demonstrations: rlmt distill --config distill --prompts FILE --out FILE
   evaluate  score models on benchmarks: rlmt evaluate NAME=MODEL NAME=MODEL --config evaluate --out results
+  report    write one HTML page on a run, or on several: rlmt report RUN [RUN …] [--out FILE]
   study     run many runs from one file, with seeds, and report on them: rlmt study --config study/mini
   mini      write data for a miniature task that rewards thinking, to train everything from scratch: rlmt mini [OUT]
   tiny      write small random models, to try everything on a laptop: rlmt tiny [OUT] [--corpus FILE]
@@ -207,6 +208,12 @@ def _study(command: str, args: list[str]) -> int:
     return run(args)
 
 
+def _report(command: str, args: list[str]) -> int:
+    from rlmt.cli.report import run
+
+    return run(args)
+
+
 def _configs(command: str, args: list[str]) -> int:
     from rlmt.cli.configs import run
 
@@ -250,6 +257,7 @@ _COMMANDS: dict[str, Callable[[str, list[str]], int]] = {
     "distill": _distill,
     "evaluate": _evaluate,
     "mini": _mini,
+    "report": _report,
     "study": _study,
     "tiny": _tiny,
 }

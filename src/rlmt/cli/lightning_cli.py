@@ -24,7 +24,7 @@ import rlmt.data
 import rlmt.engines
 import rlmt.modules
 import rlmt.rewards  # noqa: F401 - importing them lets options name their classes without a module path
-from rlmt.callbacks import PolicyCheckpoint, RunState, RunSummary, StepProgressBar
+from rlmt.callbacks import PolicyCheckpoint, RunRecord, RunState, RunSummary, StepProgressBar
 from rlmt.checkpointing.config_changes import ConfigInCheckpoint, warn_about_changes
 from rlmt.checkpointing.csv_logger import ResumableCSVLogger
 from rlmt.checkpointing.files import AtomicCheckpointIO, read_checkpoint
@@ -52,7 +52,7 @@ KEYWORDS = ("last", "best", "hpc", "registry")
 
 
 def with_display(callbacks: Callback | list[Callback], bar: bool) -> list[Callback]:
-    """Adds the progress bar, the state and the summary of a run, where the configuration has none of its own.
+    """Adds the files of a run's state and start, its progress bar and summary, where the configuration has none.
 
     Args:
         callbacks: Callbacks of the configuration.
@@ -62,10 +62,11 @@ def with_display(callbacks: Callback | list[Callback], bar: bool) -> list[Callba
     added: list[Callback] = []
     if bar and not any(isinstance(callback, ProgressBar) for callback in callbacks):
         added.append(StepProgressBar())
-    for kind in (RunState, RunSummary):
-        if not any(isinstance(callback, kind) for callback in callbacks):
-            added.append(kind())
-    return [*callbacks, *added]
+    if not any(isinstance(callback, RunSummary) for callback in callbacks):
+        added.append(RunSummary())
+    # They come first, because the page that ReportWriter writes shows what they write.
+    first = [kind() for kind in (RunState, RunRecord) if not any(isinstance(callback, kind) for callback in callbacks)]
+    return [*first, *callbacks, *added]
 
 
 class RLMTCLI(LightningCLI):

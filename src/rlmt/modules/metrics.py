@@ -5,6 +5,7 @@ The modules log them with `self.log`; callbacks only read them.
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Mapping, Sequence
 
@@ -236,15 +237,23 @@ class StepTimer:
             generated: The rollouts.
 
         Returns:
-            `time/{rollout,sync,reward,update,step}_s`, and `perf/tokens_per_s`, the sampled tokens per second of the
-            whole step.
+            `time/{rollout,sync,reward,update,step}_s`; `perf/tokens_per_s`, the sampled tokens per second of the whole
+            step; and `perf/memory_gib`, the peak memory of this process so far.
         """
         now = time.perf_counter()
         phases = generated.rollouts.seconds
         phases = phases | {"reward": scored - began - sum(phases.values()), "update": now - scored}
         phases["step"], self._began = now - self._began, now
         metrics = {f"time/{phase}_s": seconds for phase, seconds in phases.items()}
-        return metrics | {"perf/tokens_per_s": float(generated.lengths.sum()) / phases["step"]}
+        tokens_per_s = float(generated.lengths.sum()) / phases["step"]
+        return metrics | {"perf/tokens_per_s": tokens_per_s, "perf/memory_gib": peak_memory_gib()}
+
+
+def peak_memory_gib() -> float:
+    """Peak memory of this process since its start in GiB: torch's on the GPU, or else the resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
 
 
 def step_metrics(generated: Experience, trained: Experience) -> dict[str, float]:
