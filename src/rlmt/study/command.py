@@ -18,7 +18,7 @@ from rich.console import Console
 from rlmt.errors import UserError
 from rlmt.options import PositiveInt, check_ranges
 from rlmt.report.estimates import Estimate
-from rlmt.study.checks import check_comparisons, check_names, check_options, texts_of_scale
+from rlmt.study.checks import check_comparisons, check_executor, check_names, check_options, texts_of_scale
 from rlmt.study.engine import Request
 from rlmt.study.job import JobState, is_done
 from rlmt.study.jobs import list_jobs, run_jobs
@@ -95,6 +95,7 @@ def study(
     check_names("--picture", picture or [], "arm", arms)
     check_names("--meanings", list(meanings or {}), "arm or metric", {**arms, **metrics})
     check_comparisons(comparisons, arms, metrics)
+    check_executor(executor)
     chosen = arms if only is None else {arm for name in only for arm in tables.get(name, [name])}
     selected = {name: arm for name, arm in arms.items() if name in chosen}
     of_scale = texts_of_scale(scale, scales or {})
@@ -176,7 +177,16 @@ def report(
         samples=_samples(unfilled, folders),
         next_commands=next_commands(unfilled.comparisons, folders, example),
     )
-    written = write_report(findings, out)
+    print_report(findings, write_report(findings, out))
+
+
+def print_report(findings: Findings, written: Sequence[Path]) -> None:
+    """Prints the tables and sentences of a report, and its files.
+
+    Args:
+        findings: Contents of the report.
+        written: The files.
+    """
     console = Console()
     for results in terminal_tables(findings):
         console.print(results)
