@@ -1,7 +1,8 @@
-"""Callbacks: they observe, draw, warn and save; they never change a gradient, and log no metric."""
+"""Callbacks: they observe, draw, warn and save; they never change a gradient, and only `Evaluate` logs metrics."""
 
 from .calibration import Calibration
 from .cot_length import CoTLength
+from .evaluate import Evaluate
 from .policy_checkpoint import PolicyCheckpoint
 from .policy_health import PolicyHealth
 from .progress_bar import StepProgressBar
@@ -14,6 +15,7 @@ from .sample_table import SampleTable
 __all__ = [
     "Calibration",
     "CoTLength",
+    "Evaluate",
     "PolicyCheckpoint",
     "PolicyHealth",
     "RewardCurves",

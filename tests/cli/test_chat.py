@@ -1,6 +1,7 @@
 """`rlmt chat` on a tiny policy: the printed text is the split of the format, and one prompt can be piped."""
 
 import io
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -264,8 +265,10 @@ def test_prompt_that_is_no_text_is_one_line(
 
 
 def test_folder_for_temporary_files_that_cannot_be_written_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    shutil.copytree(tiny / "policy", tmp_path / "policy")
+    ThinkingFormat("no_think").save(tmp_path / "policy")
     (tmp_path / "last.ckpt").write_text("not read")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "last.ckpt"))
     assert main(["chat", str(tmp_path / "last.ckpt"), "--prompt", "hi"]) == 2

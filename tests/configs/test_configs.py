@@ -47,6 +47,7 @@ def compose(*names: str) -> list[str]:
 
 def test_every_shipped_config_is_tested() -> None:
     # test_paper.py, test_miniature_configs_instantiate and tests/study test the folders; tests/distill uses distill.
+    # tests/docs uses evaluate.
     assert {path.name for path in CONFIGS.iterdir() if path.is_dir()} <= {"paper", "mini", "study", "__pycache__"}
     shipped = {path.stem for path in CONFIGS.glob("*.yaml")} - {
         "ddp",
@@ -57,6 +58,7 @@ def test_every_shipped_config_is_tested() -> None:
         "base",
         "distill",
         "early_stop",
+        "evaluate",
         "lora",
         "nf4",
         "qlora",

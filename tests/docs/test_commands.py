@@ -16,6 +16,7 @@ from rlmt.cli.plan import PlanCLI
 from rlmt.demos import tiny as tiny_demo
 from rlmt.demos.mini import files
 from rlmt.distill import command as distill_command
+from rlmt.evaluation import command as evaluate_command
 from rlmt.export import checkpoints
 from rlmt.study import command
 from rlmt.study.runner import Runner
@@ -66,6 +67,7 @@ def test_rlmt_command_reaches_its_function(
     monkeypatch.setattr(chat, "chat", recorder(chat.chat, reached, "chat"))
     monkeypatch.setattr(files, "write_mini", lambda *given: reached.append("mini") or {})
     monkeypatch.setattr(distill_command, "distill", recorder(distill_command.distill, reached, "distill"))
+    monkeypatch.setattr(evaluate_command, "evaluate", recorder(evaluate_command.evaluate, reached, "evaluate"))
     monkeypatch.setattr(Runner, "run", lambda runner: reached.append("study"))
     monkeypatch.setattr(Runner, "list_jobs", lambda runner: reached.append("study") or {})
     monkeypatch.setattr(command, "report", lambda *anything: None)

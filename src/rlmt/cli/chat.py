@@ -7,7 +7,6 @@ out: tools, images, several users.
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,12 +20,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlmt.data.messages import text_problem
 from rlmt.engines.transformers import stream
 from rlmt.errors import UserError
-from rlmt.formats.resolve import check_format, resolve_format
-from rlmt.formats.thinking import FILE_NAME, FormatName, ThinkingFormat
-from rlmt.models.assets import load_stop_token_ids
+from rlmt.evaluation.models import LocalModel, resolve_model
+from rlmt.formats.thinking import FormatName, ThinkingFormat
 from rlmt.models.cache import check_cache
-from rlmt.models.loading import load_config, load_policy, load_tokenizer, max_positions
-from rlmt.models.vocabulary import check_vocabulary
+from rlmt.models.loading import load_policy, max_positions
 from rlmt.options import NonNegativeFloat, PositiveInt, UnitIntervalAboveZero, check_ranges
 from rlmt.progress import busy
 from rlmt.types import Message, Sampling, Split, Status
@@ -175,44 +172,18 @@ def _read_piped() -> str:
 
 
 def _load(model: Path, name: FormatName | None, sampling: Sampling, seed: int, device: str | None) -> ChatPolicy:
-    """Loads a model folder; a checkpoint is first exported to a temporary one."""
+    """Loads the policy of a folder or a checkpoint."""
     if not model.exists():
         raise UserError(f"{model}: no such checkpoint or folder; pass one that exists.")
-    if model.is_file() or (model / "meta.pt").is_file():
-        from rlmt.export.checkpoints import write_export
-
-        with _temporary_folder() as folder:
-            write_export(model, Path(folder, "policy"))
-            return _load(Path(folder, "policy"), name, sampling, seed, device)
-    saved = ThinkingFormat.load(model) if (model / FILE_NAME).is_file() else None
-    tokenizer = load_tokenizer(model)
-    check_vocabulary(tokenizer, load_config(model), str(model))
-    if saved is not None:
-        if name not in (None, saved.name):
-            raise UserError(f"{model}: was trained with {saved}; omit --format.")
-        thinking_format = saved
-        check_format(saved, tokenizer, str(model))
-    elif name is not None:
-        thinking_format = resolve_format(ThinkingFormat(name), tokenizer, str(model))
-    else:
-        raise UserError(f"{model}: stores no thinking format ({FILE_NAME} is missing); pass --format.")
-    check_cache(load_config(model), str(model), "serve it with vLLM")
-    stop_token_ids = load_stop_token_ids(model, tokenizer, thinking_format)
-    sampling = replace(sampling, stop=thinking_format.stop, stop_token_ids=stop_token_ids)
+    resolved = resolve_model(str(model), name)
+    if not isinstance(resolved, LocalModel):
+        raise UserError(f"{model}: is the file of an endpoint; pass a checkpoint or a model folder.")
+    check_cache(resolved.config, str(model), "serve it with vLLM")
+    sampling = replace(sampling, stop=resolved.format.stop, stop_token_ids=resolved.stop_token_ids)
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    policy: Any = load_policy(model, "auto")
-    return ChatPolicy(policy.to(target), tokenizer, thinking_format, sampling, seed)
-
-
-def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
-    """A temporary folder for an exported checkpoint."""
-    try:
-        return tempfile.TemporaryDirectory(prefix="rlmt-chat-")
-    except OSError as error:
-        raise UserError(
-            f"The checkpoint cannot be exported to a temporary folder ({error.strerror or error}); set TMPDIR to a "
-            "folder that can be written, or export it with `rlmt export` first."
-        ) from error
+    with resolved.weights() as folder:
+        policy: Any = load_policy(folder, "auto")
+        return ChatPolicy(policy.to(target), resolved.tokenizer, resolved.format, sampling, seed)
 
 
 def _respond_once(policy: ChatPolicy, messages: list[Message]) -> None:

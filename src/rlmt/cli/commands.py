@@ -33,6 +33,7 @@ usage: rlmt COMMAND [options]
   export    convert a checkpoint to a Hugging Face folder: rlmt export CKPT OUT
   chat      chat with a checkpoint or an exported folder: rlmt chat CKPT_OR_FOLDER [--prompt TEXT]
   distill   ask a teacher for demonstrations: rlmt distill --config distill --prompts FILE --out FILE
+  evaluate  score models on benchmarks: rlmt evaluate NAME=MODEL NAME=MODEL --config evaluate --out results
   study     run many runs from one file, with seeds, and report on them: rlmt study --config study/mini
   mini      write data for a miniature task that rewards thinking, to train everything from scratch: rlmt mini [OUT]
   tiny      write small random models, to try everything on a laptop: rlmt tiny [OUT] [--corpus FILE]
@@ -183,6 +184,12 @@ def _distill(command: str, args: list[str]) -> int:
     return run(args)
 
 
+def _evaluate(command: str, args: list[str]) -> int:
+    from rlmt.cli.evaluate import run
+
+    return run(args)
+
+
 def _study(command: str, args: list[str]) -> int:
     from rlmt.cli.study import run
 
@@ -228,6 +235,7 @@ _COMMANDS: dict[str, Callable[[str, list[str]], int]] = {
     "chat": _chat,
     "completion": _completion,
     "distill": _distill,
+    "evaluate": _evaluate,
     "mini": _mini,
     "study": _study,
     "tiny": _tiny,

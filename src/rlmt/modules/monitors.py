@@ -44,7 +44,8 @@ _PACKAGES = ("rlmt", "lightning", "torch")
 def check_monitors(trainer: Trainer) -> None:
     """Checks that callbacks monitor metrics that the run logs.
 
-    A run with a module, objective or callback of the user's own may log others, so there is nothing to check.
+    A callback that logs metrics names them in `metric_names`. A run with a module, objective or callback of the user's
+    own may log others, so there is nothing to check.
 
     Args:
         trainer: A trainer with its module attached.
@@ -56,7 +57,7 @@ def check_monitors(trainer: Trainer) -> None:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     if any(_is_own(part) for part in (module, getattr(module, "algorithm", module), *callbacks)):
         return
-    names = logged_names(module)
+    names = [*logged_names(module), *(name for each in callbacks for name in getattr(each, "metric_names", ()))]
     for callback in callbacks:
         monitor = getattr(callback, "monitor", None)
         if monitor is None or monitor in {*names, *_ON_THE_BAR[module.kind]} or _is_lenient(callback, module):

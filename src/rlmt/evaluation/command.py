@@ -1,0 +1,235 @@
+"""The `rlmt evaluate` command: generates completions, scores them, and prints tables.
+
+Each part reads the files of the one before, so it can run on another machine, and again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from rlmt.checkpointing.files import atomic_write
+from rlmt.endpoints import Endpoint
+from rlmt.engines import Engine
+from rlmt.errors import UserError
+from rlmt.evaluation.benchmark import Benchmark, Item, Scoring
+from rlmt.evaluation.completions import read_completions
+from rlmt.evaluation.generation import GenerationSettings, generate_all
+from rlmt.evaluation.models import resolve_models
+from rlmt.evaluation.registry import find_benchmarks, load_items
+from rlmt.evaluation.rendering import RENDERERS
+from rlmt.evaluation.results import COMPLETIONS, read_items, read_results, write_items, write_result
+from rlmt.evaluation.scoring import score_completions
+from rlmt.evaluation.statistics import Interval
+from rlmt.evaluation.table import Table, build_tables
+from rlmt.formats.thinking import FormatName
+from rlmt.options import NonNegativeFloat, PositiveInt, UnitIntervalAboveZero, check_ranges, check_writable
+from rlmt.progress import busy
+
+
+def evaluate(
+    models: list[str],
+    benchmarks: list[str] | None = None,
+    data: dict[str, str] | None = None,
+    out: Path = Path("results"),
+    judge: Endpoint | None = None,
+    scoring: Scoring = "ours",
+    limit: PositiveInt | None = None,
+    format: FormatName | None = None,  # noqa: A002 - the name of the option
+    engine: Engine | None = None,
+    temperature: NonNegativeFloat = 0.7,
+    top_p: UnitIntervalAboveZero = 0.95,
+    max_new_tokens: PositiveInt = 8192,
+    seed: int = 42,
+    parity: Literal["paper"] | None = None,
+    batch_size: PositiveInt = 256,
+    difference: list[str] | None = None,
+    generate_only: bool = False,
+    judge_only: bool = False,
+    table: bool = False,
+    yes: bool = False,
+) -> None:
+    """Evaluates models on benchmarks, and collects the results in a folder.
+
+    Args:
+        models: Checkpoints, folders, hub names or YAML files of endpoints; NAME=MODEL names one in tables. With
+            --judge_only and --table names of models in the folder; none takes all.
+        benchmarks: Names, or MODULE.CLASS of your own; with --table by default all that have results.
+        data: File, folder or hub dataset of a benchmark by its name: --data.popqa FILE.
+        out: Folder of the results.
+        judge: The endpoint that judges, for benchmarks that ask one.
+        scoring: `ours`, or `authors` to repeat the rules of the paper's evaluation code.
+        limit: Number of items of each benchmark, from the first; by default all.
+        format: Thinking format of models that do not store one.
+        engine: Engine that generates; by default vLLM if it is installed, else transformers.
+        temperature: Sampling temperature; 0 is greedy decoding.
+        top_p: Nucleus mass in (0, 1].
+        max_new_tokens: Maximum number of tokens of thought and response together, the same for all models.
+        seed: Seed of the completions.
+        parity: `paper` generates with temperature 0.7, top_p 0.95 and 8,192 tokens for models that think, 4,096 for
+            others.
+        batch_size: Completions generated and written together; a killed run repeats at most these.
+        difference: Two models of the table's last row, the first minus the second; by default the only one that thinks
+            and the only one that does not.
+        generate_only: Generate completions, and do not score them.
+        judge_only: Score the completions in the folder.
+        table: Write the table of the results in the folder as Markdown, LaTeX and HTML.
+        yes: Start without asking about the cost.
+
+    Raises:
+        UserError: An option is invalid, a model or benchmark cannot be read, an engine or endpoint fails, or results
+            cannot be compared.
+    """
+    check_ranges(evaluate, locals())
+    if sum((generate_only, judge_only, table)) > 1:
+        raise UserError("--generate_only, --judge_only and --table exclude each other; pass one of them.")
+    check_writable(out, "--out")
+    if table:
+        _write_tables(out, scoring, models, benchmarks, difference)
+        return
+    found = find_benchmarks(benchmarks or [], scoring)
+    evaluation = _Evaluation(out, found, judge, yes)
+    if judge_only:
+        evaluation.check_scoring()
+        evaluation.score(models or evaluation.generated())
+        return
+    if not models:
+        raise UserError("MODEL is missing; give a checkpoint, a folder, a hub name or the YAML file of an endpoint.")
+    resolved = resolve_models(models, format)
+    if not generate_only:
+        evaluation.check_scoring()
+        if judge is not None and evaluation.asks:
+            judge.check("--judge")
+    items = load_items(found, data or {}, limit)
+    for benchmark, of_benchmark in zip(found, items, strict=True):
+        write_items(out / benchmark.name, of_benchmark)
+    settings = GenerationSettings(temperature, top_p, max_new_tokens, seed, parity, batch_size)
+    for model in resolved:
+        paths = [out / benchmark.name / model.name / COMPLETIONS for benchmark in found]
+        generate_all(model, list(zip(items, paths, strict=True)), settings, engine, yes)
+    if not generate_only:
+        evaluation.score([model.name for model in resolved])
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """Scores completions in a folder of results.
+
+    Args:
+        out: Folder of the results.
+        benchmarks: The benchmarks.
+        judge: The judge.
+        yes: Ask without a question about the cost.
+    """
+
+    out: Path
+    benchmarks: Sequence[Benchmark]
+    judge: Endpoint | None
+    yes: bool
+
+    @property
+    def asks(self) -> list[Benchmark]:
+        """The benchmarks that ask a judge."""
+        return [benchmark for benchmark in self.benchmarks if benchmark.judge is not None]
+
+    def check_scoring(self) -> None:
+        """Raises UserError if a package or a judge is missing, before anything is generated."""
+        for benchmark in self.benchmarks:
+            benchmark.check()
+        if self.asks and (self.judge is None or not self.judge.model):
+            names = ", ".join(benchmark.name for benchmark in self.asks)
+            raise UserError(
+                f"--judge.model is not set, but a judge is asked for {names}; set it and --judge.base_url, or pass "
+                "--generate_only."
+            )
+
+    def generated(self) -> list[str]:
+        """Names of the models with completions of any of the benchmarks."""
+        found = {
+            path.parent.name
+            for benchmark in self.benchmarks
+            for path in self.out.glob(f"{benchmark.name}/*/{COMPLETIONS}")
+        }
+        if not found:
+            raise UserError(f"--out {self.out}: holds no completions of these benchmarks; generate some first.")
+        return sorted(found)
+
+    def score(self, models: Sequence[str]) -> None:
+        """Scores and writes the results of each model and benchmark, and prints them."""
+        results = []
+        for benchmark in self.benchmarks:
+            items = read_items(self.out / benchmark.name)
+            for model in models:
+                results.append(self._score_one(benchmark, items, model))
+        _print_results(results)
+        print(f"{self.out}: `rlmt evaluate --table --out {self.out}` writes the table of all results.")
+
+    def _score_one(self, benchmark: Benchmark, items: Sequence[Item], model: str) -> dict[str, Any]:
+        folder = self.out / benchmark.name / model
+        completions = read_completions(folder / COMPLETIONS, items)
+        scored = score_completions(
+            benchmark,
+            items,
+            completions,
+            self.judge,
+            self.out / "ledger.jsonl",
+            label=f"{benchmark.name} · {model}",
+            yes=self.yes,
+        )
+        with busy("computing intervals …"):
+            return write_result(folder, benchmark, completions, scored)
+
+
+def _print_results(results: Sequence[Mapping[str, Any]]) -> None:
+    """Prints one line per model and benchmark."""
+    table = RichTable(box=None, pad_edge=False)
+    for name in ("benchmark", "model"):
+        table.add_column(name)
+    for name in ("score", "n", "malformed", "unparsed"):
+        table.add_column(name, justify="right")
+    table.add_column("judge")
+    for result in results:
+        score = Interval.from_json(next(iter(result["figures"].values()))).format()
+        counts = [f"{result[name]:,}" for name in ("n", "malformed", "unparsed")]
+        table.add_row(result["title"], result["model"], score, *counts, result["judge"] or "rule")
+    Console().print(table)
+
+
+def _write_tables(
+    out: Path,
+    scoring: Scoring,
+    models: Sequence[str],
+    benchmarks: Sequence[str] | None,
+    difference: Sequence[str] | None,
+) -> None:
+    """Writes the tables beside the results, and prints the first."""
+    results = read_results(out, scoring)
+    for option, key, names in (("MODEL", "model", models), ("--benchmarks", "benchmark", benchmarks or ())):
+        known = {result[key] for result in results}
+        if unknown := [name for name in names if name not in known]:
+            raise UserError(f"{option} {unknown[0]}: has no results in {out}; give one of {', '.join(sorted(known))}.")
+        results = [result for result in results if not names or result[key] in names]
+    if models:
+        results.sort(key=lambda result: list(models).index(result["model"]))
+    tables = build_tables(out, results, difference)
+    for suffix, render in RENDERERS.items():
+        with atomic_write(out / f"table.{scoring}{suffix}") as file:
+            file.write_text(render(tables), encoding="utf-8")
+    _print_table(tables[0])
+    for suffix in RENDERERS:
+        print(out / f"table.{scoring}{suffix}")
+
+
+def _print_table(table: Table) -> None:
+    """Prints a table to the terminal."""
+    shown = RichTable(title=table.title, box=None, pad_edge=False)
+    for number, column in enumerate(table.columns):
+        shown.add_column(column, justify="right" if number else "left")
+    for row in table.rows:
+        shown.add_row(*row)
+    Console().print(shown)
