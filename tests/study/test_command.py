@@ -82,7 +82,9 @@ def test_study_that_was_killed_twice_equals_an_uninterrupted_one(tmp_path: Path,
         for kill in range(kills):
             with subprocess.Popen([sys.executable, "-m", "rlmt", *args]) as process:
                 deadline = time.monotonic() + 500
-                while time.monotonic() < deadline and len(list(out.rglob("version_*/checkpoints/last.ckpt"))) <= kill:
+                checkpoint_file = out / f"seed-0/rl-think/version_{kill}/checkpoints/last.ckpt"
+                while not checkpoint_file.exists() and time.monotonic() < deadline:
+                    assert process.poll() is None
                     time.sleep(0.05)
                 process.kill()
         assert main(args) == 0
