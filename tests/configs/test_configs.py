@@ -286,6 +286,22 @@ def test_miniature_study_instantiates_every_run(launched: list[Any], monkeypatch
     assert set(yaml.safe_load((CONFIGS / "study/quickstart.yaml").read_text())["only"]) <= set(study["arms"])
 
 
+@pytest.mark.slow
+def test_study_of_the_paper_instantiates_every_run(launched: list[Any]) -> None:
+    study = yaml.safe_load((CONFIGS / "study/paper.yaml").read_text())
+    texts = study["texts"] | study["scales"]["8b"] | {"model": "--config llama-3.1-8b", "warm_up": ""}  # without FSDP
+    plan = Plan({name: Stage(**stage) for name, stage in study["stages"].items()}, texts)
+    runs = [
+        command.replace("$study", "out")
+        for stage, values in plan.jobs(1)
+        if (command := plan.command(stage, values)).startswith("fit") and values.get("teacher") != "distill_gpt"
+    ]
+    for command in runs:
+        words = shlex.split(command.replace(" --ckpt_path last", ""))
+        assert main([*words, "--trainer.accelerator", "cpu"]) == 0, command
+    assert len(launched) == len(runs) == 18
+
+
 STRATEGIES = [
     *(("tiny", "ddp"), ("llama-3.1-8b", "qlora", "ddp")),
     *(("tiny", "fsdp"), ("llama-3.1-8b", "fsdp"), ("llama-3.1-8b", "lora", "fsdp")),

@@ -74,7 +74,9 @@ def test_rlmt_command_reaches_its_function(
     monkeypatch.setattr(compare_command, "compare", recorder(compare_command.compare, reached, "compare"))
     monkeypatch.setattr(traits_command, "traits", recorder(traits_command.traits, reached, "traits"))
     monkeypatch.setattr(Runner, "run", lambda runner: reached.append("study"))
+    monkeypatch.setattr(Runner, "list_jobs", lambda runner: reached.append("study") or {})
     monkeypatch.setattr(command, "report", lambda *anything: None)
+    monkeypatch.setattr(command, "check_executor", lambda executor: None)
     write_files(COMMANDS[arguments])
     for run in ("tiny/run", "llama-3.1-8b-think", "sft", "reward"):
         checkpoint = tmp_path / "runs" / run / "version_0/checkpoints/last.ckpt"

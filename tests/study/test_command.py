@@ -1,6 +1,9 @@
 """`rlmt study` through the command line: two real runs, their report, and no job run twice."""
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +59,42 @@ def test_two_runs_are_reported_and_not_repeated(tmp_path: Path, tiny: Path, caps
     assert list(json.loads((out / "summary.json").read_text())) == ["rlhf"]
 
 
+@pytest.mark.slow
+def test_study_that_was_killed_twice_equals_an_uninterrupted_one(tmp_path: Path, tiny: Path) -> None:
+    """It is killed when a run has a checkpoint, and again when the run has resumed; a job that was done is kept."""
+    changes = {"arms": {"rlmt": {"stage": "rl", "label": "RLMT", "where": {"format": "think"}}}}
+    changes |= {"comparisons": [], "picture": [], "jobs": 1}  # type: ignore[dict-item]
+    every_step = tmp_path / "every_step.yaml"
+    checkpoint = {"class_path": "rlmt.callbacks.PolicyCheckpoint", "init_args": {"every_n_steps": 1}}
+    every_step.write_text(json.dumps({"trainer": {"callbacks": [checkpoint]}}))
+    results = []
+    for name, kills in (("whole", 0), ("killed", 2)):
+        out = tmp_path / name
+        args = study_arguments(tmp_path / f"{name}.json", out, tiny, **changes)
+        study = json.loads((tmp_path / f"{name}.json").read_text())
+        study["stages"]["first"] = {"run": "--version"}
+        study["stages"]["rl"] |= {"needs": {"first": "first"}}
+        command = study["stages"]["rl"]["run"].replace(
+            " --seed_everything", f" --config {every_step} --seed_everything"
+        )
+        study["stages"]["rl"]["run"] = f"{command} --trainer.max_steps 8"
+        (tmp_path / f"{name}.json").write_text(json.dumps(study))
+        for kill in range(kills):
+            with subprocess.Popen([sys.executable, "-m", "rlmt", *args]) as process:
+                deadline = time.monotonic() + 500
+                checkpoint_file = out / f"seed-0/rl-think/version_{kill}/checkpoints/last.ckpt"
+                while not checkpoint_file.exists() and time.monotonic() < deadline:
+                    assert process.poll() is None
+                    time.sleep(0.05)
+                process.kill()
+        assert main(args) == 0
+        rows = (out / "results.csv").read_text().splitlines()
+        results.append([row.split(",")[:5] for row in rows])
+        starts = {log.parent.name: log.read_text().count("$ rlmt ") for log in out.rglob("log.txt")}
+        assert starts == {"first": 1, "rl-think": 1 + kills}
+    assert results[0] == results[1]
+
+
 @pytest.mark.parametrize(
     ("args", "changes", "message"),
     [
@@ -68,6 +107,11 @@ def test_two_runs_are_reported_and_not_repeated(tmp_path: Path, tiny: Path, caps
         ([], {"picture": ["x"]}, "--picture: unknown arm 'x'"),
         ([], {"metrics": {}}, "--metrics: no entries; define at least one."),
         ([], {"arms": {}}, "--arms: no entries; define at least one."),
+        (
+            ["--executor", "slurm"],
+            {},
+            "--executor slurm: this machine has no sbatch; start the study on a login node",
+        ),
         ([], {"tables": {"all": ["x"]}}, "--tables: unknown arm 'x'"),
         ([], {"tables": {"rlmt": ["rlmt"]}}, "--tables: 'rlmt' is also an arm; rename the table."),
         (["--scale", "8b"], {}, "--scale 8b: no such scale; the study has none, so leave the option out."),

@@ -1,5 +1,6 @@
 """Means and intervals computed by hand, and metrics of resumed runs."""
 
+import json
 import math
 import random
 from pathlib import Path
@@ -71,6 +72,29 @@ def test_steps_logged_again_by_a_resumed_run_count_once(tmp_path: Path) -> None:
     rows = read_rows(tmp_path)
     assert [(row["step"], row["a"]) for row in rows if "a" in row] == [(0, 1), (1, 2), (2, 30), (3, 40)]
     assert last_values(rows, {"b": "val/b"}, tmp_path) == {"b": 50}
+
+
+def test_scores_of_an_evaluation_are_read_and_averaged(tmp_path: Path) -> None:
+    """Two benchmarks of 3 and 1 items: 10.0 and 40.0 average to 25; one of four items is malformed."""
+
+    def write(benchmark: str, n: int, chat: bool, malformed: int, tokens: float, **figures: float | None) -> None:
+        result = {"benchmark": benchmark, "n": n, "chat": chat, "malformed": malformed, "unparsed": 0}
+        result |= {"figures": {name: {"value": value, "low": 0, "high": 1} for name, value in figures.items()}}
+        result |= {"thought_tokens": tokens, "response_tokens": None}
+        path = tmp_path / benchmark / "arm/ours.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(result))
+
+    write("wildbench", 3, True, 1, 8.0, reward=10.0)
+    write("popqa", 1, False, 0, 4.0, accuracy=40.0, other=None)
+    (row,) = read_rows(tmp_path)
+    assert (row["wildbench/reward"], row["popqa/accuracy"], row["average"], row["chat_average"]) == (10, 40, 25, 10)
+    assert (row["malformed"], row["unparsed"], row["thought_tokens"], row["response_tokens"]) == (0.25, 0, 7, 0)
+    assert math.isnan(row["popqa/other"]) and math.isnan(row["ifbench/accuracy"])
+    assert last_values([row], {"a": "average", "b": "ifbench/accuracy"}, tmp_path)["a"] == 25
+    assert Estimate((math.nan, math.nan)).format() == "–"
+    with pytest.raises(UserError, match="--metrics.b: mmlu_pro/x was never logged"):
+        last_values([row], {"b": "mmlu_pro/x"}, tmp_path)
 
 
 def test_missing_metrics_are_reported(tmp_path: Path) -> None:

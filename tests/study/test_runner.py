@@ -13,7 +13,7 @@ import pytest
 
 from rlmt.errors import UserError
 from rlmt.study.engine import Request
-from rlmt.study.jobs import list_jobs, run_jobs
+from rlmt.study.jobs import list_jobs, run_jobs, served
 from rlmt.study.processes import locked
 from rlmt.study.runner import _TQDM_POSITION, failure_reason, short_reasons
 from rlmt.study.stages import Plan, Stage
@@ -101,6 +101,24 @@ def test_plan_that_snakemake_rejects_is_an_error_in_one_line(tmp_path: Path) -> 
     with pytest.raises(UserError, match="Snakemake cannot run the jobs: .*[Cc]ycl") as error:
         run_jobs(Plan(circle, {}), tmp_path / "out", Request(["seed-3/a/done"], threads=1, jobs=1))
     assert "\n" not in str(error.value)
+
+
+def test_server_runs_while_the_jobs_run() -> None:
+    with served("rlmt.demos.endpoint 0"):
+        (server,) = (pid for pid in _descendants(os.getpid()) if b"rlmt.demos.endpoint" in _command(pid))
+    assert not _runs(server)
+    with served(" "):
+        pass
+    message = "--serve rlmt.demos.endpoint many: does not start: ValueError: invalid literal for int"
+    with pytest.raises(UserError, match=message), served("rlmt.demos.endpoint many"):
+        pass
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except FileNotFoundError:
+        return b""
 
 
 def test_second_study_in_a_folder_is_refused(tmp_path: Path) -> None:

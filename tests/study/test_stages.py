@@ -133,6 +133,25 @@ def test_shipped_study_uses_every_stage() -> None:
     plan.check_configs(Path.cwd())
 
 
+@pytest.mark.parametrize("scale", ["8b", "tiny"])
+def test_study_of_the_paper_has_a_twin_of_every_arm(scale: str) -> None:
+    """The same jobs at each scale; the commands of RLMT and RLHF differ in the format alone."""
+    shipped = yaml.safe_load((Path(__file__).parents[2] / "configs/study/paper.yaml").read_text())
+    stages = {name: Stage(**stage) for name, stage in shipped["stages"].items()}
+    plan = Plan(stages, shipped["texts"] | shipped["scales"][scale])
+    plan.check_configs(Path.cwd())
+    assert len(list(plan.jobs(1))) == 45
+    arms = {name: Arm(**arm) for name, arm in shipped["arms"].items()}
+    assert sorted(arms) == sorted(arm for members in shipped["tables"].values() for arm in members)
+    assert set(shipped["scales"]["8b"]) == set(shipped["scales"]["tiny"])
+    assert {name for arm in arms.values() for name in arm.paper} <= set(shipped["metrics"])
+    for name in arms:
+        if name.startswith("rlmt"):
+            twins = [arms[name], arms[name.replace("rlmt", "rlhf")]]
+            think, no_think = (plan.command(arm.stage, {"seed": "1", **arm.where}) for arm in twins)
+            assert think != no_think and no_think.replace("no_think", "think") == think
+
+
 def test_arms_of_the_shipped_study_differ_only_in_the_format() -> None:
     """Think and no-think arms differ only in the format and in the policy that was warm-started with it."""
     plan, arms = shipped_study()

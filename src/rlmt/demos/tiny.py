@@ -30,6 +30,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from rlmt.demos.tiny_benchmarks import write_benchmarks
 from rlmt.demos.tiny_models import Sizes, averaging_reward_model, warm_started_policy
 from rlmt.errors import UserError
 from rlmt.options import check_writable
@@ -86,6 +87,7 @@ def make_tiny(
     corpus: str | None = None,
     family: Literal["llama", "qwen2"] = "llama",
     seed: int = 0,
+    benchmarks: bool = False,
 ) -> None:
     """Writes a small random policy, a small reward model and prompts, to try every command without a download.
 
@@ -94,12 +96,15 @@ def make_tiny(
         corpus: Prompt file or data set to train the tokenizers on; without it prompts.jsonl is written and used.
         family: Architecture of the policy.
         seed: The same seed writes the same files.
+        benchmarks: Also write OUT/benchmarks, with a few items of each benchmark for `rlmt evaluate`.
 
     Raises:
         UserError: See `write_tiny`.
     """
     with busy("training a small policy on the format …"):
         written = write_tiny(out, corpus, family, seed)
+    if benchmarks:
+        written["benchmarks"] = ", ".join(write_benchmarks(out / "benchmarks"))
     for name, description in written.items():
         print(f"{out / name}: {description}")
 

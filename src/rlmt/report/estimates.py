@@ -63,7 +63,9 @@ class Estimate:
         return Estimate(tuple(a - b for a, b in zip(self.values, other.values, strict=True)))
 
     def format(self, digits: int = 1) -> str:
-        """`80.8 ± 1.9`, the mean and half of the interval's width; the mean alone for a single value."""
+        """`80.8 ± 1.9`, the mean and half of the interval's width; the mean alone for one value, a dash for nan."""
+        if math.isnan(self.mean):
+            return "–"
         mean = f"{self.mean:.{digits}f}"
         return mean if self.interval is None else f"{mean} ± {self.interval[1] - self.mean:.{digits}f}"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
 from collections.abc import Mapping, Sequence
 
 from rlmt.errors import UserError
@@ -23,6 +25,16 @@ def check_options(
     check_names("--tables", [arm for members in tables.values() for arm in members], "arm", arms)
     if both := set(tables) & set(arms):
         raise UserError(f"--tables: {min(both)!r} is also an arm; rename the table.")
+
+
+def check_executor(executor: str) -> None:
+    """Raises a UserError if the machine cannot submit jobs to SLURM, or has not the extra for it."""
+    if executor != "slurm":
+        return
+    if importlib.util.find_spec("snakemake_executor_plugin_slurm") is None:
+        raise UserError("--executor slurm: Snakemake's executor is not installed; run pip install 'rlmt[slurm]'.")
+    if shutil.which("sbatch") is None:
+        raise UserError("--executor slurm: this machine has no sbatch; start the study on a login node of the cluster.")
 
 
 def check_names(option: str, names: Sequence[str], kind: str, known: Mapping[str, object]) -> None:

@@ -18,10 +18,10 @@ from rich.console import Console
 from rlmt.errors import UserError
 from rlmt.options import PositiveInt, check_ranges
 from rlmt.report.estimates import Estimate
-from rlmt.study.checks import check_comparisons, check_names, check_options, texts_of_scale
+from rlmt.study.checks import check_comparisons, check_executor, check_names, check_options, texts_of_scale
 from rlmt.study.engine import Request
 from rlmt.study.job import JobState, is_done
-from rlmt.study.jobs import list_jobs, run_jobs
+from rlmt.study.jobs import list_jobs, run_jobs, served
 from rlmt.study.report import (
     Comparison,
     Findings,
@@ -55,6 +55,7 @@ def study(
     jobs: PositiveInt = 1,
     executor: Literal["local", "slurm"] = "local",
     resources: dict[str, int | str] | None = None,
+    serve: str | None = None,
     dry_run: bool = False,
     report_only: bool = False,
     command: str = "rlmt study",
@@ -81,6 +82,8 @@ def study(
         executor: local runs the jobs on this machine, slurm submits each as a job of its own.
         resources: What a job needs on a cluster unless its stage has other values, in the words of Snakemake:
             slurm_account, slurm_partition, gpu, runtime (minutes), mem_mb, …
+        serve: Module and arguments of a server that runs while the jobs run (`python -m …`), with the study's texts; it
+            prints a line when it is ready. Empty starts none.
         dry_run: Prints the jobs that would run, and why, and runs none.
         report_only: Reports on the jobs that are done, while others may still run, and runs none.
         command: Command line that reproduces the report; it is printed in the report.
@@ -95,6 +98,7 @@ def study(
     check_names("--picture", picture or [], "arm", arms)
     check_names("--meanings", list(meanings or {}), "arm or metric", {**arms, **metrics})
     check_comparisons(comparisons, arms, metrics)
+    check_executor(executor)
     chosen = arms if only is None else {arm for name in only for arm in tables.get(name, [name])}
     selected = {name: arm for name, arm in arms.items() if name in chosen}
     of_scale = texts_of_scale(scale, scales or {})
@@ -112,7 +116,8 @@ def study(
         list_jobs(plan, out, request)
         return
     if not report_only:
-        run_jobs(plan, out, request)
+        with served(plan.with_texts(serve or "", "serve")):
+            run_jobs(plan, out, request)
     unfilled = Findings(
         title=title,
         command=command,
@@ -176,7 +181,16 @@ def report(
         samples=_samples(unfilled, folders),
         next_commands=next_commands(unfilled.comparisons, folders, example),
     )
-    written = write_report(findings, out)
+    print_report(findings, write_report(findings, out))
+
+
+def print_report(findings: Findings, written: Sequence[Path]) -> None:
+    """Prints the tables and sentences of a report, and its files.
+
+    Args:
+        findings: Contents of the report.
+        written: The files.
+    """
     console = Console()
     for results in terminal_tables(findings):
         console.print(results)

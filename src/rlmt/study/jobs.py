@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
+import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
 
 from rlmt import __version__
+from rlmt.errors import UserError
 from rlmt.study.engine import Request
-from rlmt.study.processes import locked
+from rlmt.study.processes import end_with_parent, locked
 from rlmt.study.runner import Runner
 from rlmt.study.stages import Plan, Stage, job_name
 
@@ -38,6 +43,33 @@ def run_jobs(plan: Plan, out: Path, request: Request) -> None:
     other = f"--out {out}: another `rlmt study` works in this folder; wait for it, or choose another folder."
     with locked(out / "study", other):
         Runner(replace(request, folder=str(out.absolute()), config=_write_config(plan, out, request, out))).run()
+
+
+@contextmanager
+def served(command: str) -> Iterator[None]:
+    """Runs a server, which ends with this process.
+
+    Args:
+        command: Module and arguments for `python -m`; empty runs none.
+
+    Raises:
+        UserError: The server does not start.
+    """
+    if not command.strip():
+        yield
+        return
+    process = subprocess.Popen(
+        [sys.executable, "-m", *shlex.split(command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, preexec_fn=partial(end_with_parent, signal.SIGTERM),
+    )  # fmt: skip
+    try:
+        if process.stdout is None or not process.stdout.readline():
+            message = process.communicate()[1].strip().splitlines()
+            raise UserError(f"--serve {command}: does not start: {message[-1] if message else 'no message'}.")
+        yield
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def list_jobs(plan: Plan, out: Path, request: Request) -> None:

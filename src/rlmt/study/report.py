@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -118,7 +119,10 @@ def write_report(findings: Findings, out: Path) -> list[Path]:
     if findings.figure is not None:
         encoded = base64.b64encode(findings.figure.read_bytes()).decode()
         body = body.replace(f'src="{findings.figure.name}"', f'src="data:image/png;base64,{encoded}"')
-    summary = {arm: {metric: estimate.mean for metric, estimate in row.items()} for arm, row in findings.table.items()}
+    summary = {
+        arm: {metric: None if math.isnan(estimate.mean) else estimate.mean for metric, estimate in row.items()}
+        for arm, row in findings.table.items()
+    }
     files = {
         "report.md": text,
         "report.html": _PAGE.format(title=escape(findings.title), body=body),
@@ -292,5 +296,6 @@ def _seeds_text(seeds: Sequence[int]) -> str:
 
 def _digits(metric: str, findings: Findings) -> int:
     """Number of decimals: the larger the values, the fewer."""
-    largest = max(abs(value) for row in findings.table.values() for value in row[metric].values)
+    values = [value for row in findings.table.values() for value in row[metric].values if not math.isnan(value)]
+    largest = max(map(abs, values), default=0)
     return 1 if largest >= 10 else 2 if largest >= 0.5 else 3

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from rlmt.errors import UserError
+from rlmt.evaluation.benchmarks import BENCHMARKS
+from rlmt.evaluation.table import PAPER_TABLE
 
 Row = dict[str, float]
 """Metric → value of one line of metrics.csv, without empty cells."""
@@ -25,11 +29,15 @@ def read_rows(folder: Path) -> list[Row]:
         The lines.
 
     Raises:
-        UserError: The folder holds no metrics.csv.
+        UserError: The folder holds neither a metrics.csv nor results of `rlmt evaluate`.
     """
+    if scores := read_scores(folder):
+        return [scores]
     files = sorted(folder.glob("version_*/metrics.csv"), key=lambda path: int(path.parent.name.rpartition("_")[2]))
     if not files:
-        raise UserError(f"{folder}: no version_*/metrics.csv was found; an arm's stage must run `fit` or `validate`.")
+        raise UserError(
+            f"{folder}: no version_*/metrics.csv was found; an arm's stage must run `fit`, `validate` or `evaluate`."
+        )
     rows: list[Row] = []
     for path in files:
         with path.open(encoding="utf-8", newline="") as file:
@@ -37,6 +45,36 @@ def read_rows(folder: Path) -> list[Row]:
         first = min((row["step"] for row in new if "step" in row), default=math.inf)
         rows = [row for row in rows if row.get("step", -1) < first] + new
     return rows
+
+
+def read_scores(folder: Path) -> Row:
+    """Reads what `rlmt evaluate` wrote of one model.
+
+    Args:
+        folder: Its output folder.
+
+    Returns:
+        `<benchmark>/<figure>` → value for each figure; `chat_average` and `average`, the means of the first figures of
+        the chat benchmarks and of all; `thought_tokens`, `response_tokens`, `malformed` and `unparsed` as means or
+        shares over all items. A benchmark of the paper's table that was not run has nan. Empty without results.
+    """
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/*/ours.json"))]
+    if not results:
+        return {}
+    row = {f"{name}/{figure}": math.nan for name in PAPER_TABLE for figure in BENCHMARKS[name].figures}
+    first: dict[str, float] = {}
+    for result in results:
+        values = {name: math.nan if it["value"] is None else it["value"] for name, it in result["figures"].items()}
+        row |= {f"{result['benchmark']}/{figure}": value for figure, value in values.items()}
+        first[result["benchmark"]] = next(iter(values.values()))
+    chat = [first[result["benchmark"]] for result in results if result["chat"]]
+    items = sum(result["n"] for result in results)
+    for name in ("malformed", "unparsed"):
+        row[name] = sum(result[name] for result in results) / items
+    for name in ("thought_tokens", "response_tokens"):
+        row[name] = sum((result[name] or 0.0) * result["n"] for result in results) / items
+    averages = {"average": list(first.values()), "chat_average": chat}
+    return row | {name: statistics.fmean(values) for name, values in averages.items() if values}
 
 
 def last_values(rows: Sequence[Row], metrics: dict[str, str], folder: Path) -> dict[str, float]:

@@ -81,7 +81,7 @@ class Plan:
     def __init__(self, stages: Mapping[str, Stage], texts: Mapping[str, str]) -> None:
         self.stages, self.texts = dict(stages), dict(texts)
         self._check_names()
-        self._lines = {name: self._with_texts(stage.run, name) for name, stage in self.stages.items()}
+        self._lines = {name: self.with_texts(stage.run, f"stages.{name}.run") for name, stage in self.stages.items()}
         for name, stage in self.stages.items():
             self._check_needs(name, stage)
             self._check_placeholders(name, stage)
@@ -158,13 +158,21 @@ class Plan:
                 f"stages.{name}.run: {what}; use $seed, $dir, an axis or a need of this stage, or a text."
             ) from error
 
-    def _with_texts(self, line: str, stage: str) -> str:
-        """The command line with the study's texts inserted."""
+    def with_texts(self, line: str, option: str) -> str:
+        """Returns a command line with the study's texts inserted.
+
+        Args:
+            line: The command line.
+            option: Where it comes from, for messages.
+
+        Raises:
+            UserError: The texts contain each other.
+        """
         for _ in range(_MAX_TEXT_DEPTH):
             if not set(Template(line).get_identifiers()) & set(self.texts):
                 return line
             line = Template(line).safe_substitute(self.texts)
-        raise UserError(f"stages.{stage}.run: its texts contain each other; remove the cycle.")
+        raise UserError(f"{option}: its texts contain each other; remove the cycle.")
 
     def command(self, stage: str, values: Mapping[str, str]) -> str:
         """Returns the command of a job, with `$study` for the study's folder.
