@@ -36,6 +36,7 @@ from rlmt.memory.budget import (
 )
 from rlmt.memory.bytes import Parallelism
 from rlmt.memory.cures import CARDS, fitting_cards
+from rlmt.memory.exact_engine import choose_quantization
 from rlmt.memory.known_models import model_config
 from rlmt.memory.meta_models import meta_from_config
 from rlmt.models import LoRA, loading
@@ -113,6 +114,32 @@ def qlora(shapes: Path, **engine: Any) -> tuple[RLMTModule, RolloutDataModule]:
     made = VLLMEngine(gpu_memory_utilization=engine.pop("share", 0.52))
     made.quantization = engine.pop("quantization", "fp8_per_channel")  # type: ignore[attr-defined]
     return module, RolloutDataModule("prompts.jsonl", made, **engine)
+
+
+@pytest.mark.parametrize(
+    ("gib", "method"),
+    [
+        (None, None),
+        (22.0, "fp8_per_channel"),
+        pytest.param(39.3, "fp8_per_channel", marks=pytest.mark.slow),
+        (44.3, None),
+    ],
+)
+def test_automatic_quantization_rounds_where_exact_weights_leave_no_room(
+    gib: float | None, method: str | None, shapes: Path
+) -> None:
+    """Of 44.3 GiB vLLM gets 23; 8B in 16 bits take 15 of them, the cache 8 · 5,120 · 128 KiB = 5."""
+    module, data = qlora(shapes, share=0.52)
+    data.engine = data.val_engine = VLLMEngine(
+        gpu_memory_utilization=0.52, max_num_batched_tokens=2048, quantization="auto"
+    )
+    assert data.engine.quantization == "fp8_per_channel" and data.engine.rounds_weights  # without the command
+    memory = None if gib is None else int(gib * GIB)
+    choose_quantization(module, data, torch.bfloat16, memory, Parallelism())
+    assert data.engine.quantization == method and data.engine.rounds_weights == (method is not None)
+    data.engine = VLLMEngine(quantization="fp8_per_tensor")
+    choose_quantization(module, data, torch.bfloat16, memory, Parallelism())
+    assert data.engine.quantization == "fp8_per_tensor"
 
 
 @pytest.mark.slow

@@ -185,7 +185,20 @@ class RLMTCLI(LightningCLI):
         if checkpoint is not None and self.subcommand == "fit":
             self._prepare_resume(checkpoint, ckpt_path)
 
-    before_fit = before_validate = before_test = before_predict = check_checkpoint
+    def prepare(self) -> None:
+        """Checks the checkpoint, and decides on options that depend on the memory of the device.
+
+        Raises:
+            UserError: The checkpoint does not fit the run, or a model's config cannot be read.
+        """
+        self.check_checkpoint()
+        engines = (getattr(self.datamodule, name, None) for name in ("engine", "val_engine"))
+        if any(getattr(engine, "auto_quantization", False) for engine in engines):
+            from rlmt.memory.exact_engine import choose_for_trainer  # imports the plan, and few runs need it
+
+            choose_for_trainer(self.model, self.datamodule, self.trainer)
+
+    before_fit = before_validate = before_test = before_predict = prepare
 
     @property
     def _plain_config(self) -> dict[str, Any]:

@@ -69,8 +69,8 @@ class VLLMEngine(Engine):
             into a copy of the weights at each sync, which is slower, and needed where vLLM has no support (DoRA).
         quantization: vLLM's quantization method for the linear layers, to 8 or 4 bits, applied at each sync. It saves
             memory, but the log-probs differ from the trainer's (`engine/mismatch_kl` measures by how much), and policy
-            gradients then correct by importance weights. None keeps the weights in `dtype`, which is exact. Requires
-            bfloat16.
+            gradients then correct by importance weights. None keeps the weights in `dtype`, which is exact. `auto` is
+            `fp8_per_channel`, or None if `rlmt` finds room for exact weights on the device. Requires bfloat16.
         tensor_parallel_size: Number of neighbouring ranks that share one copy of the policy, each with a shard of every
             layer; must divide the number of ranks and of the policy's attention heads. Each rank then computes the
             samples of all of them.
@@ -86,7 +86,7 @@ class VLLMEngine(Engine):
         enforce_eager: bool | None = None,
         sleep: bool = True,
         serve: Literal["adapter", "merged"] = "adapter",
-        quantization: Quantization | None = None,
+        quantization: Quantization | Literal["auto"] | None = None,
         tensor_parallel_size: PositiveInt = 1,
     ) -> None:
         check_ranges(VLLMEngine, locals())
@@ -98,8 +98,8 @@ class VLLMEngine(Engine):
         self.enforce_eager = enforce_eager
         self.sleep = sleep
         self.serve = serve
-        self.quantization = quantization
-        self.rounds_weights = quantization is not None
+        self.auto_quantization = quantization == "auto"
+        self.quantize("fp8_per_channel" if quantization == "auto" else quantization)
         self.tensor_parallel_size = tensor_parallel_size
         self._llm: Any = None
         self._lora: LoRASlot | None = None
@@ -108,6 +108,11 @@ class VLLMEngine(Engine):
         self._has_base = False
         self._cache_filled = False
         self._folder: ContentFolder | None = None
+
+    def quantize(self, method: Quantization | None) -> None:
+        """Sets the option `quantization` before the start."""
+        self.quantization: Quantization | None = method
+        self.rounds_weights = method is not None
 
     def check(self) -> None:
         """Checks vLLM's installation and its folders, and that `tensor_parallel_size` fits the number of ranks.
