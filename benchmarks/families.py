@@ -54,11 +54,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Granite": ("granite", {"logits_scaling": 8.0, "embedding_multiplier": 2.0, "attention_dropout": 0.1}),
     "Cohere": ("cohere", {"logit_scale": 0.25}),
     "GPT-2": ("gpt2", _GPT),
+    "GPT-J": ("gptj", _GPT | {"rotary_dim": 16}),
+    "CodeGen": ("codegen", _GPT | {"n_head": 4, "rotary_dim": 8}),
     "OPT": ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
     "Seed-OSS": ("seed_oss", _HEADS | {"attention_dropout": 0.1, "residual_dropout": 0.1}),
     "Mixtral": ("mixtral", _MOE | {"num_local_experts": 4}),
     "Qwen3-MoE": ("qwen3_moe", _HEADS | _MOE | {"num_experts": 4}),
     "gpt-oss": ("gpt_oss", _HEADS | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "PhiMoE": ("phimoe", {"num_local_experts": 4}),
+    "ERNIE 4.5 MoE": ("ernie4_5_moe", _MOE | {"moe_num_experts": 4, "moe_k": 2, "use_bias": True}),
     "DeepSeek-V3": (
         "deepseek_v3",
         _MOE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,13 @@ def test_figures_of_some_families_are_within_rounding(family: str, table: Any) -
 def test_figures_of_all_families_are_those_of_the_table(family: str, table: Any) -> None:
     for column, cell in table.measure(family).items():
         check(cell, RESULTS[family][column], column)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed")
+@pytest.mark.parametrize("family", ["Gemma 2", "Granite", "Mixtral", "Qwen3.5"])
+def test_vllm_figures_of_some_families_are_within_rounding(family: str, table: Any) -> None:
+    check(table.measure_vllm(family, table.byte_tokenizer()), RESULTS[family][table.VLLM], table.VLLM)
 
 
 def test_page_shows_the_measured_data(table: Any) -> None:

@@ -9,7 +9,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedModel, Qwen2Config
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PhimoeConfig,
+    PhimoeForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+)
 from transformers import Qwen2ForCausalLM as Qwen2
 
 from rlmt.errors import UserError
@@ -138,6 +146,16 @@ def test_all_linear_covers_every_linear_layer_below_the_head() -> None:
     LoRA(rank=2).add_to(classifier)
     assert not any("score" in name for name, p in classifier.named_parameters() if p.requires_grad)
     assert {name.split(".")[-4] for name, p in classifier.named_parameters() if p.requires_grad} == set(LAYERS)
+
+
+def test_router_that_is_a_linear_layer_gets_no_adapter() -> None:
+    """Its forward returns the chosen experts, too, which a linear layer with an adapter does not."""
+    sizes = {**SIZES, "num_local_experts": 4}
+    policy = PhimoeForCausalLM(PhimoeConfig(**sizes))
+    assert isinstance(policy.model.layers[0].mlp.router, nn.Linear)
+    assert LoRA().targets(policy) == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    LoRA(rank=2).add_to(policy)
+    assert policy(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
 
 def test_unknown_target_modules_raise() -> None:

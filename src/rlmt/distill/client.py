@@ -17,6 +17,7 @@ from rlmt.errors import UserError, first_line
 from rlmt.formats.resolve import resolve_format
 from rlmt.formats.thinking import ThinkingFormat
 from rlmt.models.assets import load_stop_token_ids
+from rlmt.models.cache import shares_cache
 from rlmt.models.loading import load_config, load_tokenizer, max_positions
 from rlmt.types import Sampling
 
@@ -72,10 +73,13 @@ class LocalTeacher:
         from vllm import EngineArgs, LLMEngine
         from vllm.platforms import current_platform
 
-        self._max_model_len = int(self._options.get("max_model_len") or max_positions(load_config(self._folder)))
+        config = load_config(self._folder)
+        self._max_model_len = int(self._options.get("max_model_len") or max_positions(config))
         options: dict[str, Any] = {"max_model_len": self._max_model_len, "generation_config": "vllm"}
         if current_platform.is_cpu():
-            options |= {"enforce_eager": True, "max_num_seqs": 256, **cpu_args(1.0, self._max_model_len, 256)}
+            chunked = not shares_cache(config)
+            options |= {"enforce_eager": True, "enable_prefix_caching": not chunked, "max_num_seqs": 256}
+            options |= cpu_args(1.0, self._max_model_len, 256, chunked)
         options |= self._options | {"trust_remote_code": False}
         try:
             with preserve_process_state():

@@ -82,10 +82,10 @@ class LoRA:
         Raises:
             UserError: The model has no such linear layer below its head.
         """
-        modules = model.base_model.named_modules()
-        linear = (name for name, layer in modules if isinstance(layer, nn.Linear) or is_adapter_layer(layer))
-        below = {name.rpartition(".")[2] for name in linear}
+        modules = [(name.rpartition(".")[2], layer) for name, layer in model.base_model.named_modules()]
+        below = {name for name, layer in modules if isinstance(layer, nn.Linear) or is_adapter_layer(layer)}
         below -= {"base_layer", POLICY, CRITIC}  # inside a layer that already has an adapter
+        below -= {name for name, layer in modules if _selects_experts(layer)}
         below = {name for name in below if _peft_supports(model, name)}
         selected = below if self.target_modules == "all-linear" else set(self.target_modules)
         if unknown := sorted(selected - below):
@@ -148,6 +148,12 @@ class LoRA:
                     module.float().requires_grad_(True)
                 if self.dora and adapter_name in layer.lora_magnitude_vector:
                     _reset_magnitude(layer, adapter_name)
+
+
+def _selects_experts(layer: nn.Module) -> bool:
+    """True for a router that is a linear layer with a forward of its own, which an adapter would replace."""
+    router = isinstance(layer, nn.Linear) and type(layer).forward is not nn.Linear.forward
+    return router and type(layer).__module__.startswith("transformers.")
 
 
 def _peft_supports(model: PreTrainedModel, name: str) -> bool:

@@ -82,7 +82,7 @@ class SharedFolder:
     def publish(
         self,
         weights: Iterable[tuple[str, Tensor]] | None,
-        names: Iterable[str],
+        names: frozenset[str],
         version: int,
         adapter: AdapterWeights | None = None,
     ) -> PublishedWeights:
@@ -90,7 +90,7 @@ class SharedFolder:
 
         Args:
             weights: Weights as for `write_weights`; None keeps those of the last call.
-            names: Names that `weights` must contain.
+            names: Names that `weights` must contain; others are not written.
             version: Version of the policy.
             adapter: The policy's adapter, if it has one.
 
@@ -103,7 +103,7 @@ class SharedFolder:
         """
         if weights is not None:
             missing = set(names)
-            self._weights = self.write_weights(track_loaded(weights, missing), version)
+            self._weights = self.write_weights(track_loaded(weights, names, missing), version)
             if missing:
                 raise ValueError(
                     f"{len(missing)} of the policy's weights were not passed to sync, such as {min(missing)}."
