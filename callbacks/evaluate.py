@@ -85,7 +85,6 @@ class Evaluate(Callback):
         if stage == "fit" and not data.val_dataloader():
             raise UserError("Evaluate runs at validations, but --data.val_size is 0: raise it, or remove the callback.")
         benchmark = find_benchmark(self.benchmark, option="Evaluate.benchmark")
-        benchmark.check()
         if benchmark.judge is not None:
             if self.judge is None or not self.judge.model:
                 raise UserError(
@@ -93,6 +92,7 @@ class Evaluate(Callback):
                 )
             self.judge.check("Evaluate.judge")
         items = load_benchmark_items(benchmark, self.data, "Evaluate.data")
+        benchmark.check(items)
         module: Any = pl_module
         lengths = [len(module.format.render(item.messages, module.tokenizer)) for item in items]
         fitting = [item for item, n in zip(items, lengths, strict=True) if n <= data.max_prompt_tokens]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 
 from rlmt.cli.parsing import Parser
 from rlmt.configs import resolve_configs
+from rlmt.errors import UserError
 from rlmt.evaluation import command
+from rlmt.evaluation.generation import GenerationSettings
 
-FLAGS = {
+STAGES = {
     "generate_only": "generate completions, and do not score them",
     "judge_only": "score the completions in the folder, on any machine",
     "table": "write the table of the results in the folder as Markdown, LaTeX and HTML",
-    "yes": "start without asking about the cost",
 }
 
 
@@ -32,13 +34,18 @@ def run(args: Sequence[str]) -> int:
     parser = Parser(prog="rlmt evaluate", description=(command.evaluate.__doc__ or "").split("\n")[0])
     parser.add_argument("--config", action="config", help="YAML file or name, such as evaluate; later ones override")
     parser.add_argument("models", nargs="*", help="checkpoints, folders, hub names or YAML files of endpoints")
-    parser.add_function_arguments(command.evaluate, skip={"models", *FLAGS})
-    for name, text in FLAGS.items():
+    parser.add_function_arguments(command.evaluate, skip={"models", "generation", "stage", "yes"})
+    parser.add_class_arguments(GenerationSettings)
+    for name, text in (STAGES | {"yes": "start without asking about the cost"}).items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
     options = parser.instantiate_classes(parser.parse_args(resolve_configs(args))).as_dict()
     options.pop("config", None)
+    generation = GenerationSettings(**{field.name: options.pop(field.name) for field in fields(GenerationSettings)})
+    stages = [name for name in STAGES if options.pop(name)]
+    if len(stages) > 1:
+        raise UserError(f"{' '.join(f'--{name}' for name in stages)}: these exclude each other; pass one of them.")
     try:
-        command.evaluate(**options)
+        command.evaluate(**options, generation=generation, stage=stages[0] if stages else "all")
     except KeyboardInterrupt:
         print("rlmt: interrupted; the same command continues", file=sys.stderr)
         return 130

@@ -20,7 +20,7 @@ from rlmt.errors import UserError
 from rlmt.evaluation.benchmark import Benchmark, Item, Scoring
 from rlmt.evaluation.completions import read_completions
 from rlmt.evaluation.generation import GenerationSettings, generate_all
-from rlmt.evaluation.models import resolve_models
+from rlmt.evaluation.models import Model, resolve_models
 from rlmt.evaluation.registry import find_benchmarks, load_items
 from rlmt.evaluation.rendering import RENDERERS
 from rlmt.evaluation.results import COMPLETIONS, read_items, read_results, write_items, write_result
@@ -28,8 +28,11 @@ from rlmt.evaluation.scoring import score_completions
 from rlmt.evaluation.statistics import Interval
 from rlmt.evaluation.table import Table, build_tables
 from rlmt.formats.thinking import FormatName
-from rlmt.options import NonNegativeFloat, PositiveInt, UnitIntervalAboveZero, check_ranges, check_writable
+from rlmt.options import PositiveInt, check_ranges, check_writable
 from rlmt.progress import busy
+
+Stage = Literal["all", "generate_only", "judge_only", "table"]
+"""Parts of an evaluation: generation and scoring, one of both, or the table of what is there."""
 
 
 def evaluate(
@@ -42,24 +45,17 @@ def evaluate(
     limit: PositiveInt | None = None,
     format: FormatName | None = None,  # noqa: A002 - the name of the option
     engine: Engine | None = None,
-    temperature: NonNegativeFloat = 0.7,
-    top_p: UnitIntervalAboveZero = 0.95,
-    max_new_tokens: PositiveInt = 8192,
-    seed: int = 42,
-    parity: Literal["paper"] | None = None,
-    batch_size: PositiveInt = 256,
+    generation: GenerationSettings | None = None,
     difference: list[str] | None = None,
-    generate_only: bool = False,
-    judge_only: bool = False,
-    table: bool = False,
+    stage: Stage = "all",
     yes: bool = False,
 ) -> None:
     """Evaluates models on benchmarks, and collects the results in a folder.
 
     Args:
-        models: Checkpoints, folders, hub names or YAML files of endpoints; NAME=MODEL names one in tables. With
-            --judge_only and --table names of models in the folder; none takes all.
-        benchmarks: Names, or MODULE.CLASS of your own; with --table by default all that have results.
+        models: Checkpoints, folders, hub names or YAML files of endpoints; NAME=MODEL names one in tables. Where
+            nothing is generated, names of models in the folder; none takes all.
+        benchmarks: Names, or MODULE.CLASS of your own; of a table by default all that have results.
         data: File, folder or hub dataset of a benchmark by its name: --data.popqa FILE.
         out: Folder of the results.
         judge: The endpoint that judges, for benchmarks that ask one.
@@ -67,18 +63,10 @@ def evaluate(
         limit: Number of items of each benchmark, from the first; by default all.
         format: Thinking format of models that do not store one.
         engine: Engine that generates; by default vLLM if it is installed, else transformers.
-        temperature: Sampling temperature; 0 is greedy decoding.
-        top_p: Nucleus mass in (0, 1].
-        max_new_tokens: Maximum number of tokens of thought and response together, the same for all models.
-        seed: Seed of the completions.
-        parity: `paper` generates with temperature 0.7, top_p 0.95 and 8,192 tokens for models that think, 4,096 for
-            others.
-        batch_size: Completions generated and written together; a killed run repeats at most these.
+        generation: How completions are generated.
         difference: Two models of the table's last row, the first minus the second; by default the only one that thinks
             and the only one that does not.
-        generate_only: Generate completions, and do not score them.
-        judge_only: Score the completions in the folder.
-        table: Write the table of the results in the folder as Markdown, LaTeX and HTML.
+        stage: Parts to run.
         yes: Start without asking about the cost.
 
     Raises:
@@ -86,34 +74,21 @@ def evaluate(
             cannot be compared.
     """
     check_ranges(evaluate, locals())
-    if sum((generate_only, judge_only, table)) > 1:
-        raise UserError("--generate_only, --judge_only and --table exclude each other; pass one of them.")
     check_writable(out, "--out")
-    if table:
+    if stage == "table":
         _write_tables(out, scoring, models, benchmarks, difference)
         return
-    found = find_benchmarks(benchmarks or [], scoring)
-    evaluation = _Evaluation(out, found, judge, yes)
-    if judge_only:
-        evaluation.check_scoring()
+    evaluation = _Evaluation(out, find_benchmarks(benchmarks or [], scoring), judge, yes)
+    if stage != "judge_only":
+        if not models:
+            raise UserError(
+                "MODEL is missing; give a checkpoint, a folder, a hub name or the YAML file of an endpoint."
+            )
+        resolved = resolve_models(models, format)
+        evaluation.generate(resolved, data or {}, limit, generation or GenerationSettings(), engine, stage == "all")
+        models = [model.name for model in resolved]
+    if stage != "generate_only":
         evaluation.score(models or evaluation.generated())
-        return
-    if not models:
-        raise UserError("MODEL is missing; give a checkpoint, a folder, a hub name or the YAML file of an endpoint.")
-    resolved = resolve_models(models, format)
-    if not generate_only:
-        evaluation.check_scoring()
-        if judge is not None and evaluation.asks:
-            judge.check("--judge")
-    items = load_items(found, data or {}, limit)
-    for benchmark, of_benchmark in zip(found, items, strict=True):
-        write_items(out / benchmark.name, of_benchmark)
-    settings = GenerationSettings(temperature, top_p, max_new_tokens, seed, parity, batch_size)
-    for model in resolved:
-        paths = [out / benchmark.name / model.name / COMPLETIONS for benchmark in found]
-        generate_all(model, list(zip(items, paths, strict=True)), settings, engine, yes)
-    if not generate_only:
-        evaluation.score([model.name for model in resolved])
 
 
 @dataclass(frozen=True)
@@ -137,16 +112,37 @@ class _Evaluation:
         """The benchmarks that ask a judge."""
         return [benchmark for benchmark in self.benchmarks if benchmark.judge is not None]
 
-    def check_scoring(self) -> None:
-        """Raises UserError if a package or a judge is missing, before anything is generated."""
-        for benchmark in self.benchmarks:
-            benchmark.check()
+    def generate(
+        self,
+        models: Sequence[Model],
+        data: Mapping[str, str],
+        limit: int | None,
+        settings: GenerationSettings,
+        engine: Engine | None,
+        check_scoring: bool,
+    ) -> None:
+        """Generates the completions of all models; with `check_scoring` checks before that they can be scored."""
+        if check_scoring:
+            self.check_judge()
+        items = load_items(self.benchmarks, data, limit)
+        for benchmark, of_benchmark in zip(self.benchmarks, items, strict=True):
+            if check_scoring:
+                benchmark.check(of_benchmark)
+            write_items(self.out / benchmark.name, of_benchmark)
+        for model in models:
+            paths = [self.out / benchmark.name / model.name / COMPLETIONS for benchmark in self.benchmarks]
+            generate_all(model, list(zip(items, paths, strict=True)), settings, engine, self.yes)
+
+    def check_judge(self) -> None:
+        """Raises UserError if the judge is missing or cannot be asked, before anything is generated."""
         if self.asks and (self.judge is None or not self.judge.model):
             names = ", ".join(benchmark.name for benchmark in self.asks)
             raise UserError(
                 f"--judge.model is not set, but a judge is asked for {names}; set it and --judge.base_url, or pass "
                 "--generate_only."
             )
+        if self.asks and self.judge is not None:
+            self.judge.check("--judge")
 
     def generated(self) -> list[str]:
         """Names of the models with completions of any of the benchmarks."""
@@ -164,6 +160,7 @@ class _Evaluation:
         results = []
         for benchmark in self.benchmarks:
             items = read_items(self.out / benchmark.name)
+            benchmark.check(items)
             for model in models:
                 results.append(self._score_one(benchmark, items, model))
         _print_results(results)
