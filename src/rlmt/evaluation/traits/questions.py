@@ -101,7 +101,7 @@ class Trait:
     name: str
     """Name in tables."""
     description: str
-    """What the judge is told."""
+    """Its meaning, which the judge reads."""
 
     def to_json(self) -> dict[str, str]:
         """JSON values by name."""
