@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,18 +23,12 @@ def run(args: Sequence[str]) -> int:
     Raises:
         UserError: A run does not exist or has no metrics yet, or the page cannot be written.
     """
-    import argparse  # the standard library's parser: jsonargparse takes seconds to import
-
+    # The standard library's parser: jsonargparse takes seconds to import.
     parser = argparse.ArgumentParser(
         prog="rlmt report",
         description="Writes one self-contained HTML page on a run, or on several next to each other.",
     )
-    parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="folder of a run: its version_N, or the parent for the latest"
-    )
-    parser.add_argument(
-        "--out", type=Path, help="file to write; by default report.html in the run's folder, or here for several runs"
-    )
+    add_arguments(parser)
     options = parser.parse_args(list(args))
     runs = read_runs(options.runs)
     out: Path = options.out or (runs[0].folder / "report.html" if len(runs) == 1 else Path("report.html"))
@@ -45,3 +40,13 @@ def run(args: Sequence[str]) -> int:
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); give another path.") from error
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB; open it in a browser")
     return 0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `rlmt report`."""
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="folder of a run: its version_N, or the parent for the latest"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="file to write; by default report.html in the run's folder, or here for several runs"
+    )
