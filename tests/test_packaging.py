@@ -40,6 +40,10 @@ def test_wheel_contains_every_module_and_config(wheel: Path) -> None:
     for folder in ("callbacks", "configs"):
         files = [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".yaml")]
         expected |= {f"rlmt/{path.relative_to(ROOT)}" for path in files}
+    for folder in ("src/rlmt/report/assets", "src/rlmt/report/vendor"):
+        files = [path for path in (ROOT / folder).rglob("*") if path.is_file()]
+        assert len(files) >= 3
+        expected |= {str(path.relative_to(ROOT / "src")) for path in files}
     assert len(expected) > 150 and expected <= packaged
 
 

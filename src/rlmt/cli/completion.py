@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser
 from jsonargparse._actions import ActionConfigFile
 
-from rlmt.cli import compare, configs, distill, runs, study, traits
+from rlmt.cli import compare, configs, distill, report, runs, study, traits
 from rlmt.cli.chat import chat
 from rlmt.cli.commands import _COMMANDS
 from rlmt.cli.lightning_cli import RLMTCLI, run
@@ -69,10 +69,12 @@ def _root_parser() -> ArgumentParser:
         "study": study.make_parser(),
         "mini": function_parser("mini", make_mini, "out"),
         "tiny": function_parser("tiny", make_tiny, "out"),
+        "report": ArgumentParser(),
         "runs": ArgumentParser(),
         "completion": ArgumentParser(),
     }
     configs.add_arguments(parsers["configs"])
+    report.add_arguments(parsers["report"])
     runs.add_arguments(parsers["runs"])
     parsers["completion"].add_argument("shell", choices=SHELLS)
     root = ArgumentParser(prog="rlmt")
