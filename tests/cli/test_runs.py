@@ -57,6 +57,16 @@ def test_table_has_the_training_runs_newest_first(root: Path) -> None:
     ]
 
 
+def test_verdict_names_the_checks_that_found_the_worst_state(tmp_path: Path) -> None:
+    header = "step,reward/mean,reward/malformed,length/truncated,policy/kl"
+    rows = [header, *(f"{n},{n},{0.5},{0.3},{0.2}" for n in range(12))]
+    sick = write_run(tmp_path / "sick", rows, time.time())
+    healthy = write_run(tmp_path / "healthy", [header, *(f"{n},{n},0,0,0.01" for n in range(12))], time.time())
+    early = write_run(tmp_path / "early", rows[:4], time.time())
+    verdict = {run.folder: run.verdict for run in find_runs(tmp_path)}
+    assert verdict == {sick: "problem: Malformed samples, Truncated samples", healthy: "ok", early: ""}
+
+
 def test_locked_run_is_running(root: Path) -> None:
     lock = lock_run(root / "rl" / "version_1")
     assert [row[1] for row in cells(root)] == ["–", "finished", "running", "failed"]

@@ -98,7 +98,7 @@ def runs_table(runs: Sequence[Run], root: Path) -> Table:
             f"{each.step} of {each.steps}" if each.steps else str(each.step),
             Text(_result(each)),
             Text(_thought(each)),
-            Text(each.error or ""),
+            Text(each.error or each.verdict),
             age(now - each.updated),
         )
     return table
@@ -111,7 +111,7 @@ def as_json(each: Run) -> dict[str, Any]:
         if reported := each.reported(name):
             values[name] = {"metric": reported[0], "value": finite(reported[1])}
     updated = datetime.fromtimestamp(each.updated, UTC).isoformat(timespec="seconds")
-    return values | {"error": each.error, "updated": updated}
+    return values | {"verdict": each.verdict, "error": each.error, "updated": updated}
 
 
 def age(seconds: float) -> str:

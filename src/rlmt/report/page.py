@@ -76,7 +76,7 @@ def render_page(title: str, runs: Sequence[Run], sections: Sequence[Section] = (
 
     Args:
         title: Title of the page.
-        runs: Runs in the order of the page, at least one; runs of one arm are drawn as one curve with a band.
+        runs: Runs in the order of the page; runs of one arm are drawn as one curve with a band.
         sections: Sections of the caller, after those of the runs' own evaluations.
 
     Returns:

@@ -28,12 +28,12 @@ def payload(runs: Sequence[Run]) -> dict[str, Any]:
     """The data of the runs.
 
     Args:
-        runs: At least one run.
+        runs: The runs; without any the page has the sections of its caller alone.
     """
     logged = {name for run in runs for name in run.metrics}
     columns = {run.label: numbers(run.rollouts) for run in runs if rollout_files(run.rollouts)}
     follow = shared_prompts(list(columns.values()))
-    points = max(200, min(_POINTS, 3 * _POINTS // len(runs)))
+    points = max(200, min(_POINTS, 3 * _POINTS // max(1, len(runs))))
     return {
         "version": rlmt.__version__,
         "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

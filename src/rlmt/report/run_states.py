@@ -17,11 +17,19 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
+from rlmt.report.series import read_metrics
+from rlmt.report.verdicts import State as VerdictState
+from rlmt.report.verdicts import verdicts, worst
+
 STATE_FILE = "state.json"
 """File in a run's folder with its state, which `rlmt.callbacks.RunState` writes."""
 LOCK_FILE = ".run.lock"
 """File in a run's folder that the running process locks."""
 METRICS_FILE = "metrics.csv"
+CONFIG_FILE = "config.yaml"
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where it is built: ten times as fast
 
 REPORTED = {
     "reward": ("val/reward_mean", "reward/mean"),
@@ -71,6 +79,8 @@ class Run:
     metrics: Mapping[str, float]
     """Metric → its last logged value."""
     error: str | None = None
+    verdict: str = ""
+    """`ok`, or the worst state of the checks of `rlmt report` and their names; empty before any is known."""
 
     def reported(self, name: str) -> tuple[str, float] | None:
         """Metric and last value of what `REPORTED` names, held-out data first; None if none of them was logged."""
@@ -113,11 +123,12 @@ def read_run(folder: Path) -> Run | None:
     if record is None and not trained:
         return None
     logged = 0.0 if stat is None else stat.st_mtime
+    verdict = _verdict(folder, stat.st_mtime_ns, stat.st_size) if stat else ""
     if record is None:
-        return Run(folder, None, int(metrics.get("step", -1)) + 1, None, logged, metrics)
+        return Run(folder, None, int(metrics.get("step", -1)) + 1, None, logged, metrics, verdict=verdict)
     killed = record.state == "running" and not is_locked(folder)  # it could not write that it was interrupted
     state: State = "interrupted" if killed else record.state
-    return Run(folder, state, record.step, record.steps, max(record.updated, logged), metrics, record.error)
+    return Run(folder, state, record.step, record.steps, max(record.updated, logged), metrics, record.error, verdict)
 
 
 def read_state(folder: Path) -> StateRecord | None:
@@ -148,6 +159,19 @@ def read_rows(path: Path) -> list[Row]:
 def _rows(path: Path, changed: int, size: int) -> tuple[Row, ...]:
     """As `read_rows`, once for each state of the file."""
     return tuple(read_rows(path))
+
+
+@lru_cache(maxsize=1024)
+def _verdict(folder: Path, changed: int, size: int) -> str:
+    """`ok` or `watch: Entropy, Lengths`, once for each state of metrics.csv."""
+    config = folder / CONFIG_FILE
+    options = yaml.load(config.read_text(encoding="utf-8"), _Loader) if config.is_file() else {}
+    precision = (options.get("trainer") or {}).get("precision") if isinstance(options, dict) else None
+    found = verdicts(read_metrics(folder / METRICS_FILE), float32=precision in (None, "32-true", 32, "32"))
+    state = worst(found)
+    if state in (VerdictState.OK, VerdictState.UNKNOWN):
+        return "ok" if state is VerdictState.OK else ""
+    return f"{state}: {', '.join(verdict.check.title for verdict in found if verdict.state is state)}"
 
 
 def lock_run(folder: Path) -> int:

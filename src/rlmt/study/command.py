@@ -181,7 +181,30 @@ def report(
         samples=_samples(unfilled, folders),
         next_commands=next_commands(unfilled.comparisons, folders, example),
     )
-    print_report(findings, write_report(findings, out))
+    page = _write_page(findings, arms, folders, figure, out / "report.html")
+    print_report(findings, [page, *write_report(findings, out)])
+
+
+def _write_page(
+    findings: Findings,
+    arms: Mapping[str, Arm],
+    folders: Mapping[str, Sequence[Path]],
+    figure: Sequence[str],
+    path: Path,
+) -> Path:
+    """Writes the page, with the training runs of the arms in the figure, or of all arms without one."""
+    # Imported here because they import torch, which a study needs for nothing else.
+    from rlmt.report.runs import read_run
+    from rlmt.study.page import write_study_page
+
+    shown = [name for name in figure if name in arms] or list(arms)
+    runs = [
+        read_run(folder, label=f"{arms[name].label}, seed {seed}", arm=arms[name].label)
+        for name in shown
+        for folder, seed in zip(folders[name], findings.seeds_of(name), strict=True)
+        if any(folder.glob("version_*/metrics.csv"))  # none of `rlmt evaluate`
+    ]
+    return write_study_page(findings, runs, path)
 
 
 def print_report(findings: Findings, written: Sequence[Path]) -> None:

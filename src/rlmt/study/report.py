@@ -1,32 +1,18 @@
-"""The report of a study: tables, sentences and the figure, as Markdown and as one self-contained HTML file."""
+"""The report of a study: tables, sentences and the figure as Markdown; `rlmt.study.page` makes the HTML page."""
 
 from __future__ import annotations
 
-import base64
 import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Literal
 
-from markdown_it import MarkdownIt
 from rich.table import Table
 
 from rlmt.report.estimates import CONFIDENCE, Estimate, correct_by_holm
-
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-table {{ border-collapse: collapse }}
-td, th {{ padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: left }}
-img {{ max-width: 100% }} code {{ background: #f3f3f3; padding: 0 .2rem }} pre code {{ display: block; padding: .5rem }}
-</style>
-{body}</html>
-"""
 
 
 @dataclass
@@ -105,7 +91,7 @@ class Findings:
 
 
 def write_report(findings: Findings, out: Path) -> list[Path]:
-    """Writes report.md, report.html, summary.json and results.csv.
+    """Writes report.md, summary.json and results.csv.
 
     Args:
         findings: Contents of the report.
@@ -114,20 +100,11 @@ def write_report(findings: Findings, out: Path) -> list[Path]:
     Returns:
         The written files.
     """
-    text = _markdown(findings)
-    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
-    if findings.figure is not None:
-        encoded = base64.b64encode(findings.figure.read_bytes()).decode()
-        body = body.replace(f'src="{findings.figure.name}"', f'src="data:image/png;base64,{encoded}"')
     summary = {
         arm: {metric: None if math.isnan(estimate.mean) else estimate.mean for metric, estimate in row.items()}
         for arm, row in findings.table.items()
     }
-    files = {
-        "report.md": text,
-        "report.html": _PAGE.format(title=escape(findings.title), body=body),
-        "summary.json": json.dumps(summary, indent=2) + "\n",
-    }
+    files = {"report.md": _markdown(findings), "summary.json": json.dumps(summary, indent=2) + "\n"}
     for name, content in files.items():
         (out / name).write_text(content, encoding="utf-8")
     with (out / "results.csv").open("w", encoding="utf-8", newline="") as file:
@@ -147,7 +124,7 @@ def terminal_tables(findings: Findings) -> list[Table]:
     tables = []
     for name, arms in findings.groups().items():
         title = f", {name.replace('_', ' ')}" if name else ""
-        table = Table(title=f"{findings.title}{title}: {_seeds(findings)}")
+        table = Table(title=f"{findings.title}{title}: {seeds_text(findings.seeds)}")
         table.add_column("")
         for metric in findings.metrics:
             table.add_column(metric.replace("_", " "), justify="right")
@@ -181,7 +158,7 @@ def unfinished(findings: Findings) -> str:
     """A sentence on the arms and seeds that are not done yet; empty if all are."""
     missing = {arm: [seed for seed in findings.seeds if seed not in findings.seeds_of(arm)] for arm in findings.labels}
     texts = [
-        f"{findings.labels[arm]}" + ("" if len(seeds) == len(findings.seeds) else f" ({_seeds_text(seeds)})")
+        f"{findings.labels[arm]}" + ("" if len(seeds) == len(findings.seeds) else f" ({seeds_text(seeds)})")
         for arm, seeds in missing.items()
         if seeds
     ]
@@ -240,29 +217,17 @@ def _sentence(comparison: Comparison, difference: Estimate, findings: Findings, 
 
 def _markdown(findings: Findings) -> str:
     """The report as Markdown."""
-    lines = [f"# {findings.title}", "", f"{_seeds(findings)}; made by", "", "```sh", findings.command, "```", ""]
+    lines = [f"# {findings.title}", "", f"{seeds_text(findings.seeds)}; made by"]
+    lines += ["", "```sh", findings.command, "```", ""]
     lines += ["## Results"]
-    for name, arms in findings.groups().items():
-        lines += ["", f"### {name.replace('_', ' ').capitalize()}"] if name else []
-        lines += ["", _table_row(["", *findings.metrics, "minutes"], header=True)]
-        for arm in arms:
-            cells = [findings.cell(arm, metric) for metric in findings.metrics]
-            lines.append(_table_row([findings.labels[arm], *cells, findings.minutes[arm].format()]))
-    if any(findings.paper.get(arm) for arm in findings.table):
-        lines += ["", "The paper's values are in brackets."]
+    for name, header, rows in result_tables(findings):
+        lines += ["", f"### {name}"] if name else []
+        lines += ["", _table_row(header, header=True), *map(_table_row, rows)]
+    lines += [line for note in notes(findings) for line in ("", note)]
+    lines += ["", "## Differences", "", *(f"- {sentence}" for sentence in comparison_sentences(findings))]
     if len(findings.seeds) > 1:
-        lines += ["", "Means over seeds, ± half of Student's 95 % interval of the mean."]
-    if missing := unfinished(findings):
-        lines += ["", missing]
-    lines += ["", "Minutes are those of an arm's last stage alone.", "", "## Differences", ""]
-    lines += [f"- {sentence}" for sentence in comparison_sentences(findings)]
-    if len(findings.seeds) > 1:
-        first, rows = findings.metrics[0], findings.table.items()
-        lines += ["", f"## {first.replace('_', ' ').capitalize()} by seed", ""]
-        lines.append(_table_row(["seed", *(findings.labels[arm] for arm in findings.table)], header=True))
-        for seed in findings.seeds:
-            values = [_value(row[first], findings.seeds_of(arm), seed, _digits(first, findings)) for arm, row in rows]
-            lines.append(_table_row([str(seed), *values]))
+        title, header, rows = seed_table(findings)
+        lines += ["", f"## {title}", "", _table_row(header, header=True), *map(_table_row, rows)]
     if findings.samples:
         lines += ["", "## Thoughts and answers before and after", "", "Thoughts are in brackets.", *findings.samples]
     if closing := closing_lines(findings):
@@ -272,9 +237,40 @@ def _markdown(findings: Findings) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _value(estimate: Estimate, seeds: Sequence[int], seed: int, digits: int) -> str:
-    """The value of a seed, or a dash if it is not done."""
-    return f"{estimate.values[list(seeds).index(seed)]:.{digits}f}" if seed in seeds else "–"
+def result_tables(findings: Findings) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Name, header and rows of each table of results; the name of a single table is empty."""
+    header = ["", *(metric.replace("_", " ") for metric in findings.metrics), "minutes"]
+    tables = []
+    for name, arms in findings.groups().items():
+        rows = [
+            [findings.labels[arm], *(findings.cell(arm, m) for m in findings.metrics), findings.minutes[arm].format()]
+            for arm in arms
+        ]
+        tables.append((name.replace("_", " ").capitalize(), header, rows))
+    return tables
+
+
+def notes(findings: Findings) -> list[str]:
+    """Sentences below the tables of results."""
+    found = ["The paper's values are in brackets."] if any(findings.paper.get(arm) for arm in findings.table) else []
+    if len(findings.seeds) > 1:
+        found.append("Means over seeds, ± half of Student's 95 % interval of the mean.")
+    return [*found, *filter(None, [unfinished(findings)]), "Minutes are those of an arm's last stage alone."]
+
+
+def seed_table(findings: Findings) -> tuple[str, list[str], list[list[str]]]:
+    """Title, header and rows of the table of the first metric by seed; a dash where a seed is not done."""
+    first = findings.metrics[0]
+    rows = [[str(seed), *(_value(findings, arm, seed) for arm in findings.table)] for seed in findings.seeds]
+    header = ["seed", *(findings.labels[arm] for arm in findings.table)]
+    return f"{first.replace('_', ' ').capitalize()} by seed", header, rows
+
+
+def _value(findings: Findings, arm: str, seed: int) -> str:
+    """The value of the first metric for a seed, or a dash if it is not done."""
+    metric, seeds = findings.metrics[0], list(findings.seeds_of(arm))
+    values = findings.table[arm][metric].values
+    return f"{values[seeds.index(seed)]:.{_digits(metric, findings)}f}" if seed in seeds else "–"
 
 
 def _table_row(cells: Sequence[str], header: bool = False) -> str:
@@ -283,12 +279,7 @@ def _table_row(cells: Sequence[str], header: bool = False) -> str:
     return f"{row}\n|{'---|' * len(cells)}" if header else row
 
 
-def _seeds(findings: Findings) -> str:
-    """`seed 1` or `2 seeds (1, 2)`."""
-    return _seeds_text(findings.seeds)
-
-
-def _seeds_text(seeds: Sequence[int]) -> str:
+def seeds_text(seeds: Sequence[int]) -> str:
     """`seed 1` or `2 seeds (1, 2)`."""
     numbers = ", ".join(map(str, seeds))
     return f"{len(seeds)} seeds ({numbers})" if len(seeds) > 1 else f"seed {numbers}"

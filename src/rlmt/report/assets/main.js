@@ -6,15 +6,20 @@ async function start() {
   document.getElementById("title").textContent = data.title;
   const verdict = ORDER.find((state) => data.runs.some((run) => run.verdict === state));
   const pill = document.getElementById("state");
-  pill.replaceWith(badge(verdict));
   theme.start();
-  verdictSection(data);
-  curvesSection(data);
-  resultSections(data);
-  rolloutsSection(data);
-  distributionsSection(data);
-  timeBars(data);
-  configurationSection(data);
+  if (data.runs.length) {
+    pill.replaceWith(badge(verdict));
+    verdictSection(data);
+    curvesSection(data);
+    resultSections(data);
+    rolloutsSection(data);
+    distributionsSection(data);
+    timeBars(data);
+    configurationSection(data);
+  } else {
+    pill.remove();
+    resultSections(data);
+  }
   document.getElementById("footer").append(`rlmt ${data.version} · written ${data.created} · curves by uPlot (MIT licence)`);
   if (location.hash) document.getElementById(location.hash.slice(1))?.scrollIntoView();
   document.documentElement.dataset.ready = "true";
