@@ -68,7 +68,11 @@ def test_study_that_was_killed_twice_equals_an_uninterrupted_one(tmp_path: Path,
     checkpoint = {"class_path": "rlmt.callbacks.PolicyCheckpoint", "init_args": {"every_n_steps": 1}}
     every_step.write_text(json.dumps({"trainer": {"callbacks": [checkpoint]}}))
     results = []
-    for name, kills in (("whole", 0), ("killed", 2)):
+    points = [
+        lambda job: (job / "version_0/checkpoints/last.ckpt").exists(),
+        lambda job: "Restored all states" in (job / "log.txt").read_text(),
+    ]
+    for name, kills in (("whole", []), ("killed", points)):
         out = tmp_path / name
         args = study_arguments(tmp_path / f"{name}.json", out, tiny, **changes)
         study = json.loads((tmp_path / f"{name}.json").read_text())
@@ -79,11 +83,10 @@ def test_study_that_was_killed_twice_equals_an_uninterrupted_one(tmp_path: Path,
         )
         study["stages"]["rl"]["run"] = f"{command} --trainer.max_steps 8"
         (tmp_path / f"{name}.json").write_text(json.dumps(study))
-        for kill in range(kills):
+        for reached in kills:
             with subprocess.Popen([sys.executable, "-m", "rlmt", *args]) as process:
                 deadline = time.monotonic() + 500
-                checkpoint_file = out / f"seed-0/rl-think/version_{kill}/checkpoints/last.ckpt"
-                while not checkpoint_file.exists() and time.monotonic() < deadline:
+                while not reached(out / "seed-0/rl-think") and time.monotonic() < deadline:
                     assert process.poll() is None
                     time.sleep(0.05)
                 process.kill()
@@ -91,8 +94,25 @@ def test_study_that_was_killed_twice_equals_an_uninterrupted_one(tmp_path: Path,
         rows = (out / "results.csv").read_text().splitlines()
         results.append([row.split(",")[:5] for row in rows])
         starts = {log.parent.name: log.read_text().count("$ rlmt ") for log in out.rglob("log.txt")}
-        assert starts == {"first": 1, "rl-think": 1 + kills}
+        assert starts == {"first": 1, "rl-think": 1 + len(kills)}
     assert results[0] == results[1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_study_of_the_paper_runs_on_tiny_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From demonstrations to benchmarks, with a teacher and a judge that answer by rule; the ten jobs of one table."""
+    args = ["study", "--config", "study/paper", "--scale", "tiny", "--only", "[grpo]", "--out", str(tmp_path)]
+    assert main([*args, "--jobs", "2"]) == 0
+    output = capsys.readouterr().out
+    assert "RLMT − RLHF, chat: " in output and "95 % interval over prompts" in output
+    report = (tmp_path / "tiny/report.md").read_text()
+    assert "### Grpo" in report and "(35.4)" in report and "(32.1)" in report
+    summary = json.loads((tmp_path / "tiny/summary.json").read_text())
+    assert list(summary) == ["rlhf", "rlmt"] and summary["rlmt"]["ifbench"] is None
+    assert summary["rlmt"]["thought_tokens"] > 0 == summary["rlhf"]["thought_tokens"]
+    starts = [log.read_text().count("$ rlmt ") for log in (tmp_path / "tiny").rglob("log.txt")]
+    assert starts == [1] * 10
 
 
 @pytest.mark.parametrize(

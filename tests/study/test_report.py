@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from rlmt.evaluation.statistics import Interval
 from rlmt.report.estimates import Estimate
 from rlmt.study.command import next_commands
 from rlmt.study.figure import draw_study
@@ -56,6 +57,25 @@ def test_sentence_states_every_outcome(more: Estimate, than: Estimate, expect: s
 def test_one_seed_has_no_interval() -> None:
     (sentence,) = comparison_sentences(findings(Comparison("a", "b"), a=Estimate((2.0,)), b=Estimate((1.5,))))
     assert sentence == "A − B, rubric: +0.50 (one seed: no interval)."
+
+
+def test_interval_over_prompts_is_stated() -> None:
+    comparison = Comparison("a", "b")
+    over = {comparison.key: Interval(0.5, 0.125, 0.875)}
+    (sentence,) = comparison_sentences(
+        replace(findings(comparison, a=Estimate((2.0,)), b=Estimate((1.5,))), over_prompts=over)
+    )
+    assert sentence == "A − B, rubric: +0.50, 95 % interval over prompts 0.12 to 0.88."
+    (sentence,) = comparison_sentences(replace(findings(comparison, a=HIGH, b=LOW), over_prompts=over))
+    assert ", 95 % interval over prompts 0.12 to 0.88: above 0, as expected." in sentence
+
+
+def test_wide_tables_have_metrics_in_rows() -> None:
+    wide = findings(Comparison("a", "b"), a=HIGH, b=LOW)
+    metrics = [f"m_{n}" for n in range(9)]
+    (table,) = terminal_tables(replace(wide, metrics=metrics, table={a: dict.fromkeys(metrics, HIGH) for a in "ab"}))
+    assert [column.header for column in table.columns] == ["", "A", "B"]
+    assert list(table.columns[0].cells)[:2] == ["m 0", "m 1"] and list(table.columns[1].cells) == ["5.50 ± 1.24"] * 9
 
 
 def test_comparison_with_an_unreported_arm_is_omitted() -> None:

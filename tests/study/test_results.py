@@ -5,12 +5,14 @@ import math
 import random
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from scipy.stats import ttest_1samp
 
 from rlmt.errors import UserError
 from rlmt.report.estimates import Estimate, correct_by_holm
-from rlmt.study.results import last_values, read_rows
+from rlmt.study.results import interval_over_prompts, last_values, read_resamples, read_rows
 
 
 def test_students_interval_equals_manual_calculation() -> None:
@@ -95,6 +97,29 @@ def test_scores_of_an_evaluation_are_read_and_averaged(tmp_path: Path) -> None:
     assert Estimate((math.nan, math.nan)).format() == "–"
     with pytest.raises(UserError, match="--metrics.b: mmlu_pro/x was never logged"):
         last_values([row], {"b": "mmlu_pro/x"}, tmp_path)
+
+
+def test_difference_is_paired_by_prompt_and_seed(tmp_path: Path) -> None:
+    """Two seeds: the resamples of A are those of B plus 1 and plus 3, so the difference is 2 in every resample."""
+    noise = [float(value) for value in range(1000)]
+
+    def write(name: str, benchmark: str, chat: bool, shift: float) -> Path:
+        path = tmp_path / name / benchmark / "arm/ours.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"chat": chat}))
+        pq.write_table(pa.table({"reward": [shift + value for value in noise]}), path.with_suffix(".resamples.parquet"))
+        return tmp_path / name
+
+    more = [write("a1", "wildbench", True, 1.0), write("a2", "wildbench", True, 3.0)]
+    than = [write("b1", "wildbench", True, 0.0), write("b2", "wildbench", True, 0.0)]
+    for logged in ("wildbench/reward", "chat_average", "average"):
+        found = interval_over_prompts(more, than, logged)
+        assert found is not None and (found.value, found.low, found.high) == pytest.approx((2, 2, 2))
+    write("a1", "popqa", False, 5.0)
+    assert read_resamples(more[0], "chat_average") == pytest.approx([1 + value for value in noise])
+    assert read_resamples(more[0], "average") == pytest.approx([3 + value for value in noise])
+    assert interval_over_prompts(more, than, "popqa/reward") is None
+    assert interval_over_prompts([tmp_path], [tmp_path], "average") is None
 
 
 def test_missing_metrics_are_reported(tmp_path: Path) -> None:

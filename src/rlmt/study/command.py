@@ -16,6 +16,7 @@ from typing import Literal
 from rich.console import Console
 
 from rlmt.errors import UserError
+from rlmt.evaluation.statistics import Interval
 from rlmt.options import PositiveInt, check_ranges
 from rlmt.report.estimates import Estimate
 from rlmt.study.checks import check_comparisons, check_executor, check_names, check_options, texts_of_scale
@@ -31,7 +32,7 @@ from rlmt.study.report import (
     unfinished,
     write_report,
 )
-from rlmt.study.results import Row, last_values, read_rows
+from rlmt.study.results import Row, interval_over_prompts, last_values, read_rows
 from rlmt.study.samples import before_and_after, sample_lines
 from rlmt.study.stages import Arm, Plan, Stage, target_files
 
@@ -176,6 +177,7 @@ def report(
             name: Estimate(tuple(state.seconds / 60 for state in found if state)) for name, found in states.items()
         },
         done=done,
+        over_prompts=_over_prompts(unfilled.comparisons, metrics, plan, out, arms, done),
         provenance={name: [state.provenance() for state in found if state] for name, found in states.items()},
         figure=_draw(out, unfilled.title, curves) if curves else None,
         samples=_samples(unfilled, folders),
@@ -241,6 +243,26 @@ def next_commands(
     arms = [arm for comparison in comparisons[:1] for arm in (comparison.more, comparison.than) if arm in folders]
     checkpoints = [folders[arm][0] / "latest" / "checkpoints" / "last.ckpt" for arm in arms]
     return [shlex.join(["rlmt", "chat", str(path), *prompt]) for path in checkpoints if path.exists()]
+
+
+def _over_prompts(
+    comparisons: Sequence[Comparison],
+    metrics: Mapping[str, str],
+    plan: Plan,
+    out: Path,
+    arms: Mapping[str, Arm],
+    done: Mapping[str, Sequence[int]],
+) -> dict[tuple[str, str, str | None], Interval]:
+    """Intervals over prompts of the differences between arms that were evaluated on the same prompts."""
+    found = {}
+    for comparison in comparisons:
+        pair = [arms[name] for name in (comparison.more, comparison.than) if name in arms]
+        seeds = [seed for seed in done[comparison.more] if seed in done[comparison.than]] if len(pair) == 2 else []
+        folders = [[out / plan.folder(arm, seed) for seed in seeds] for arm in pair]
+        logged = metrics[comparison.by or next(iter(metrics))]
+        if seeds and (over := interval_over_prompts(folders[0], folders[1], logged)) is not None:
+            found[comparison.key] = over
+    return found
 
 
 def _samples(unfilled: Findings, folders: Mapping[str, Sequence[Path]]) -> list[str]:

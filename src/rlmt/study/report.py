@@ -12,7 +12,12 @@ from typing import Literal
 
 from rich.table import Table
 
+from rlmt.evaluation.statistics import Interval
 from rlmt.report.estimates import CONFIDENCE, Estimate, correct_by_holm
+
+
+_MOST_COLUMNS = 8
+"""Metrics that fit side by side in a terminal."""
 
 
 @dataclass
@@ -30,6 +35,11 @@ class Comparison:
     than: str
     by: str | None = None
     expect: Literal["above", "not_above"] = "above"
+
+    @property
+    def key(self) -> tuple[str, str, str | None]:
+        """What identifies it in the findings."""
+        return self.more, self.than, self.by
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,8 @@ class Findings:
     """Name → the arms of a table; without any, one table has all arms."""
     paper: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Arm → metric → its value in a paper."""
+    over_prompts: Mapping[tuple[str, str, str | None], Interval] = field(default_factory=dict)
+    """`Comparison.key` → interval of the difference over prompts, of arms that were evaluated on the same ones."""
     provenance: Mapping[str, Sequence[Mapping[str, str]]] = field(default_factory=dict)
     """Arm → column → what its result came from, for each seed that is done."""
 
@@ -125,11 +137,16 @@ def terminal_tables(findings: Findings) -> list[Table]:
     for name, arms in findings.groups().items():
         title = f", {name.replace('_', ' ')}" if name else ""
         table = Table(title=f"{findings.title}{title}: {seeds_text(findings.seeds)}")
+        head = [metric.replace("_", " ") for metric in findings.metrics]
+        rows = [[findings.labels[arm], *(findings.cell(arm, metric) for metric in findings.metrics)] for arm in arms]
+        if len(head) > _MOST_COLUMNS:  # metrics in the rows
+            head, *rows = [list(column) for column in zip(["", *head], *rows, strict=True)]
+            head = head[1:]
         table.add_column("")
-        for metric in findings.metrics:
-            table.add_column(metric.replace("_", " "), justify="right")
-        for arm in arms:
-            table.add_row(findings.labels[arm], *(findings.cell(arm, metric) for metric in findings.metrics))
+        for name_of_column in head:
+            table.add_column(name_of_column, justify="right")
+        for row in rows:
+            table.add_row(*row)
         tables.append(table)
     return tables
 
@@ -150,7 +167,8 @@ def comparison_sentences(findings: Findings) -> list[str]:
             tests = (next(corrected), len(tested)) if len(tested) > 1 else None
             sentences.append(_sentence(comparison, difference, findings, tests))
         elif difference.values:
-            sentences.append(f"{_difference(comparison, difference, findings)} (one seed: no interval).")
+            text = _over_prompts(comparison, findings) or " (one seed: no interval)"
+            sentences.append(f"{_difference(comparison, difference, findings)}{text}.")
     return sentences
 
 
@@ -177,6 +195,15 @@ def _difference(comparison: Comparison, difference: Estimate, findings: Findings
     metric = comparison.by or findings.metrics[0]
     subject = f"{findings.labels[comparison.more]} − {findings.labels[comparison.than]}, {metric.replace('_', ' ')}: "
     return f"{subject}{difference.mean:+.{_digits(metric, findings)}f}"
+
+
+def _over_prompts(comparison: Comparison, findings: Findings) -> str:
+    """The interval of a difference over prompts; empty if it is not known."""
+    found = findings.over_prompts.get(comparison.key)
+    if found is None or math.isnan(found.low):
+        return ""
+    digits = _digits(comparison.by or findings.metrics[0], findings)
+    return f", 95 % interval over prompts {found.low:.{digits}f} to {found.high:.{digits}f}"
 
 
 def _sentence(comparison: Comparison, difference: Estimate, findings: Findings, tests: tuple[float, int] | None) -> str:
@@ -209,9 +236,10 @@ def _sentence(comparison: Comparison, difference: Estimate, findings: Findings, 
         if sign != "level" and tests[0] > 1 - CONFIDENCE:
             verdict += " **by itself, but not after the correction**"
     ratio = f", ×{more.mean / than.mean:.2f}" if than.mean > 0 and more.mean > 0 else ""
+    prompts = _over_prompts(comparison, findings)
     return (
         f"{_difference(comparison, difference, findings)}{ratio}, 95 % interval {low:.{digits}f} to {high:.{digits}f} "
-        f"(by seed {by_seed}{p_value}): {verdict}."
+        f"(by seed {by_seed}{p_value}){prompts}: {verdict}."
     )
 
 

@@ -9,9 +9,13 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
+
 from rlmt.errors import UserError
 from rlmt.evaluation.benchmarks import BENCHMARKS
-from rlmt.evaluation.table import PAPER_TABLE
+from rlmt.evaluation.statistics import Floats, Interval, interval
+from rlmt.evaluation.table import MANY_GROUPS, PAPER_TABLE
 
 Row = dict[str, float]
 """Metric → value of one line of metrics.csv, without empty cells."""
@@ -75,6 +79,48 @@ def read_scores(folder: Path) -> Row:
         row[name] = sum((result[name] or 0.0) * result["n"] for result in results) / items
     averages = {"average": list(first.values()), "chat_average": chat}
     return row | {name: statistics.fmean(values) for name, values in averages.items() if values}
+
+
+def read_resamples(folder: Path, logged: str) -> Floats | None:
+    """Reads a figure of each bootstrap resample over prompts; resample k has the same prompts in every folder.
+
+    Args:
+        folder: Output folder of `rlmt evaluate` of one model.
+        logged: Name of the figure, as `read_scores` names it.
+
+    Returns:
+        [resamples] figures, or None if the figure has none.
+    """
+    files = sorted(folder.glob("*/*/ours.json"))
+    if logged in ("average", "chat_average"):
+        chosen = [path for path in files if logged == "average" or json.loads(path.read_text(encoding="utf-8"))["chat"]]
+        columns = [pq.read_table(path.with_suffix(".resamples.parquet")).column(0).to_numpy() for path in chosen]
+        return np.mean(columns, axis=0) if columns else None
+    benchmark, _, figure = logged.partition("/")
+    for path in files:
+        if path.parents[1].name == benchmark:
+            table = pq.read_table(path.with_suffix(".resamples.parquet"))
+            return table.column(figure).to_numpy() if figure in table.column_names else None
+    return None
+
+
+def interval_over_prompts(more: Sequence[Path], than: Sequence[Path], logged: str) -> Interval | None:
+    """The difference of two arms, paired by seed and prompt, with its 95 % interval by bootstrap over prompts.
+
+    Args:
+        more: Folder of the one arm, for each seed.
+        than: Folder of the other, for the same seeds.
+        logged: Name of the figure.
+
+    Returns:
+        The interval, or None if the arms were not evaluated on the same prompts by `rlmt evaluate`.
+    """
+    samples = [[read_resamples(folder, logged) for folder in folders] for folders in (more, than)]
+    known = [[column for column in columns if column is not None] for columns in samples]
+    if not known[0] or len(known[0]) < len(more) or len(known[1]) < len(than):
+        return None
+    difference = np.mean(known[0], axis=0) - np.mean(known[1], axis=0)
+    return interval(float(difference.mean()), difference, MANY_GROUPS)
 
 
 def last_values(rows: Sequence[Row], metrics: dict[str, str], folder: Path) -> dict[str, float]:
