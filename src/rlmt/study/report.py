@@ -15,7 +15,6 @@ from rich.table import Table
 from rlmt.evaluation.statistics import Interval
 from rlmt.report.estimates import CONFIDENCE, Estimate, correct_by_holm
 
-
 _MOST_COLUMNS = 8
 """Metrics that fit side by side in a terminal."""
 
