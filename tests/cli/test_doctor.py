@@ -36,7 +36,8 @@ def test_problems_are_marked_with_their_cures(
 
 
 @pytest.mark.parametrize(
-    ("sizes", "runs"), [([], 1), ([14.6], 1), ([20.0], 2), ([22.05], 3), ([79.2], 4), ([79.2] * 7, 4), ([79.2] * 8, 5)]
+    ("sizes", "runs"),
+    [([], 1), ([14.6], 1), ([20.0], 2), ([22.05], 2), ([23.5], 3), ([79.2], 4), ([79.2] * 7, 4), ([79.2] * 8, 5)],
 )
 def test_configs_that_run_depend_on_the_gpus(sizes: list[float], runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(sizes))

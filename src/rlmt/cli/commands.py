@@ -22,25 +22,25 @@ HELP = f"""rlmt {__version__}: train language models that think before they chat
 
 usage: rlmt COMMAND [options]
 
-  fit       train a model: rlmt fit --config base --config grpo --config tiny
-  validate  compute reward and lengths on the validation prompts
-  test      the same for a final test set, passed as --data.val_prompts
-  predict   generate and score samples for every prompt, and write them to parquet
-  plan      print the memory a run takes, before any weights are loaded: rlmt plan --config … --memory 24
-  configs   list the shipped configs; print or copy one: rlmt configs [show NAME …] [copy NAME FILE]
-  runs      list the training runs in a folder with state, step, reward and verdict: rlmt runs [FOLDER] [--watch]
-  doctor    print what this machine has, what is missing, and which shipped configs would run on it
-  export    convert a checkpoint to a Hugging Face folder: rlmt export CKPT OUT
-  chat      chat with a checkpoint or an exported folder: rlmt chat CKPT_OR_FOLDER [--prompt TEXT]
-  compare   find out which of two policies answers your prompts better: rlmt compare A B --prompts FILE --out DIR
-  traits    find out how the thoughts of two policies differ: rlmt traits A B --config traits --prompts FILE --out DIR
-  distill   ask a teacher for demonstrations: rlmt distill --config distill --prompts FILE --out FILE
-  evaluate  score models on benchmarks: rlmt evaluate NAME=MODEL NAME=MODEL --config evaluate --out results
-  report    write one HTML page on a run, or on several: rlmt report RUN [RUN …] [--out FILE]
-  study     run many runs from one file, with seeds, and report on them: rlmt study --config study/mini
-  mini      write data for a miniature task that rewards thinking, to train everything from scratch: rlmt mini [OUT]
-  tiny      write small random models, to try everything on a laptop: rlmt tiny [OUT] [--corpus FILE]
-  completion  print a script for tab completion: rlmt completion bash, or zsh
+  fit        train a model: rlmt fit --config base --config grpo --config tiny
+  validate   compute reward and lengths on the validation prompts
+  test       the same for a final test set, passed as --data.val_prompts
+  predict    generate and score samples for every prompt, and write them to parquet
+  plan       print the memory a run takes, before any weights are loaded: rlmt plan --config … --memory 24
+  configs    list the shipped configs; print or copy one: rlmt configs [show NAME …] [copy NAME FILE]
+  runs       list the training runs in a folder with state, step, reward and verdict: rlmt runs [FOLDER] [--watch]
+  doctor     print what this machine has, what is missing, and which shipped configs would run on it
+  export     convert a checkpoint to a Hugging Face folder: rlmt export CKPT OUT
+  chat       chat with a checkpoint or an exported folder: rlmt chat CKPT_OR_FOLDER [--prompt TEXT]
+  compare    find out which of two policies answers your prompts better: rlmt compare A B --prompts FILE --out DIR
+  traits     find out how the thoughts of two policies differ: rlmt traits A B --config traits --prompts FILE --out DIR
+  distill    ask a teacher for demonstrations: rlmt distill --config distill --prompts FILE --out FILE
+  evaluate   score models on benchmarks: rlmt evaluate NAME=MODEL NAME=MODEL --config evaluate --out results
+  report     write one HTML page on a run, or on several: rlmt report RUN [RUN …] [--out FILE]
+  study      run many runs from one file, with seeds, and report on them: rlmt study --config study/mini
+  mini       write data for a miniature task that rewards thinking, to train everything from scratch: rlmt mini [OUT]
+  tiny       write small random models, to try everything on a laptop: rlmt tiny [OUT] [--corpus FILE]
+  completion print a script for tab completion: rlmt completion bash, or zsh
 
 Configs compose and later ones take precedence: --config takes a file or the name of a shipped config (base, grpo, …).
 Every config key is also an option: --model.format no_think --data.prompts my.jsonl --trainer.max_steps 20

@@ -25,7 +25,7 @@ _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _NEEDED = {
     "tiny": ("any CPU", 0.0),
     "qwen2.5-0.5b (0.5B policy, 0.6B reward model)": ("GPU of 24 GB", 19.5),
-    "qlora (8B policy, 8B reward model)": ("GPU of 24 GB", 22.0),
+    "qlora (8B policy, 8B reward model)": ("GPU of 24 GB", 23.1),
     "lora (8B policy, 8B reward model)": ("GPU of 80 GB", 67.0),
     "llama-3.1-8b with fsdp": ("8 GPUs of 80 GB", 67.0),
 }
