@@ -12,7 +12,7 @@ from rlmt.errors import UserError
 from rlmt.evaluation import command
 from rlmt.evaluation.generation import GenerationSettings
 
-STAGES = {
+STAGES: dict[command.Stage, str] = {
     "generate_only": "generate completions, and do not score them",
     "judge_only": "score the completions in the folder, on any machine",
     "table": "write the table of the results in the folder as Markdown, LaTeX and HTML",
@@ -36,8 +36,9 @@ def run(args: Sequence[str]) -> int:
     parser.add_argument("models", nargs="*", help="checkpoints, folders, hub names or YAML files of endpoints")
     parser.add_function_arguments(command.evaluate, skip={"models", "generation", "stage", "yes"})
     parser.add_class_arguments(GenerationSettings)
-    for name, text in (STAGES | {"yes": "start without asking about the cost"}).items():
+    for name, text in STAGES.items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
+    parser.add_argument("--yes", action="store_true", help="start without asking about the cost")
     options = parser.instantiate_classes(parser.parse_args(resolve_configs(args))).as_dict()
     options.pop("config", None)
     generation = GenerationSettings(**{field.name: options.pop(field.name) for field in fields(GenerationSettings)})
