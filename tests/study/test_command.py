@@ -60,6 +60,7 @@ def test_two_runs_are_reported_and_not_repeated(tmp_path: Path, tiny: Path, caps
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_study_that_was_killed_twice_equals_an_uninterrupted_one(tmp_path: Path, tiny: Path) -> None:
     """It is killed when a run has a checkpoint, and again when the run has resumed; a job that was done is kept."""
     changes = {"arms": {"rlmt": {"stage": "rl", "label": "RLMT", "where": {"format": "think"}}}}
