@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from rlmt.evaluation.benchmark import Scoring
-from rlmt.evaluation.benchmarks import BENCHMARKS
+from rlmt.evaluation.benchmarks import BENCHMARKS, math_500
 from rlmt.evaluation.length_control import authors_win_rate, length_controlled_win_rate
 
 pytestmark = pytest.mark.skipif("RLMT_EVAL_DATA" not in os.environ, reason="RLMT_EVAL_DATA names no folder of data")
@@ -69,12 +69,15 @@ def test_zebra_logic_gold_is_full_on_all_rows() -> None:
 
 
 @pytest.mark.parametrize("scoring", ["ours", "authors"])
-def test_math_500_solutions_are_full_on_all_rows(scoring: Scoring) -> None:
+def test_math_500_solutions_are_full_on_all_rows(scoring: Scoring, monkeypatch: pytest.MonkeyPatch) -> None:
     benchmark = BENCHMARKS["math_500"](scoring)
     solutions = [row["solution"] for row in json.loads((FOLDER / "math_500.json").read_text(encoding="utf-8"))]
     items = benchmark.load(str(FOLDER / "math_500.json"))
     scores = [benchmark.score(item, solution, []).value for item, solution in zip(items, solutions, strict=True)]
     assert len(scores) == 500 and set(scores) == {100.0}
+    if scoring == "ours":  # by math-verify alone
+        monkeypatch.setattr(math_500, "equal_text", lambda gold, answer: False)
+        assert {benchmark.score(item, f"\\boxed{{{item.data['answer']}}}", []).value for item in items} == {100.0}
     assert all(benchmark.score(item, "\\boxed{\\text{none of it}}", []).value == 0 for item in items[:100])
 
 

@@ -13,13 +13,16 @@ from rlmt.evaluation.benchmarks.common import read_items, text_cell
 from rlmt.evaluation.benchmarks.hendrycks import equal_text
 from rlmt.types import Message
 
+TIME_LIMIT = 30
+"""Seconds for parsing an answer and for comparing two. The first answer loads the parser, which is slow under load."""
+
 
 class MATH500(Benchmark):
     r"""100 if the answer in the last \boxed{} is the right one.
 
-    `ours`: math-verify compares the two as mathematics, so that 1,000 equals 1000. It limits the time by an alarm
-    signal, and scoring therefore runs in the main thread. `authors`: the two are equal as text after the normalization
-    of Hendrycks et al.
+    `authors`: the two are equal as text after the normalization of Hendrycks et al. `ours`: they are, or math-verify
+    finds them equal as mathematics, so that 1,000 equals 1000. It limits the time by an alarm signal, and scoring
+    therefore runs in the main thread; an answer that takes longer is wrong.
     """
 
     name = "math_500"
@@ -43,8 +46,11 @@ class MATH500(Benchmark):
     def score(self, item: Item, response: str, answers: Sequence[str]) -> Score:
         """See `Benchmark.score`."""
         answer, gold = last_boxed(response), item.data["answer"]
-        equal = equal_text if self.scoring == "authors" else _equal_mathematics
-        return Score(100.0 * (answer is not None and equal(gold, answer)))
+        if answer is None:
+            return Score(0.0)
+        return Score(
+            100.0 * (equal_text(gold, answer) or (self.scoring == "ours" and _equal_mathematics(gold, answer)))
+        )
 
 
 def _parse(index: int, cells: Cells) -> Item:
@@ -69,5 +75,7 @@ def _equal_mathematics(gold: str, answer: str) -> bool:
     from math_verify import LatexExtractionConfig, parse, verify
 
     config = [LatexExtractionConfig(boxed_match_priority=0)]
-    expected, given = (parse(f"\\boxed{{{text}}}", extraction_config=config) for text in (gold, answer))
-    return bool(verify(expected, given))
+    expected, given = (
+        parse(f"\\boxed{{{text}}}", extraction_config=config, parsing_timeout=TIME_LIMIT) for text in (gold, answer)
+    )
+    return bool(verify(expected, given, timeout_seconds=TIME_LIMIT))
