@@ -303,7 +303,8 @@ def main() -> None:
     for name in options.families:
         old = results.get(name, {})
         cells = {VLLM: measure_vllm(name, tokenizer)} if options.vllm else measure(name)
-        results[name] = {VLLM: {"not run": "not measured yet"}} | old | cells
+        known = {VLLM: {"not run": "not measured yet"}} | old | cells
+        results[name] = {column: known[column] for column in (*COLUMNS, VLLM) if column in known}
         print(name, cells, flush=True)
         results = {family: results[family] for family in FAMILIES if family in results}
         file.write_text(json.dumps(results, indent=1) + "\n")

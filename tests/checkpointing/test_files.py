@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -59,16 +60,17 @@ class Payload:
 
 
 def test_checkpoint_code_is_never_run(
-    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    command: Command, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bad = tmp_path / "bad.ckpt"
     torch.save({"state_dict": {}, "rlmt": Payload()}, bad)
+    shutil.copytree(tiny / "policy", tmp_path / "policy")
     for words in (
         command("fit", "--ckpt_path", bad),
         command("validate", "--ckpt_path", bad),
         command("validate", "--ckpt_path", bad, "--weights_only", "false"),
         ["export", str(bad), str(tmp_path / "out")],
-        ["chat", str(bad), "--prompt", "hi"],
+        ["chat", str(bad), "--prompt", "hi", "--format", "think"],
     ):
         assert main(words) == 2, words
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rlmt: error: ")]

@@ -58,6 +58,7 @@ def test_every_shipped_config_is_tested() -> None:
         "base",
         "compare",
         "distill",
+        "distill_gpt",
         "early_stop",
         "evaluate",
         "lora",

@@ -16,6 +16,7 @@ def shell_lines(page: Path) -> list[str]:
 
 
 def rlmt_arguments(line: str) -> str:
-    """The part of a command after `rlmt`, also where srun or torchrun starts it; "" for other commands."""
-    found = re.match(r"(?:srun )?rlmt (.+)|torchrun .* -m rlmt (.+)", line)
+    """The part of a command after `rlmt`, also where srun or torchrun starts it, without a redirection; "" for other
+    commands."""
+    found = re.match(r"(?:srun )?rlmt (.+)|torchrun .* -m rlmt (.+)", line.partition(" > ")[0])
     return "" if found is None else found[1] or found[2]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from rlmt.cli import chat, commands, configs, doctor, main, report, runs
+from rlmt.cli import chat, commands, completion, configs, doctor, main, report, runs
 from rlmt.cli.plan import PlanCLI
 from rlmt.demos import tiny as tiny_demo
 from rlmt.demos.mini import files
@@ -62,6 +62,7 @@ def test_rlmt_command_reaches_its_function(
     monkeypatch.setattr(checkpoints, "export", recorder(checkpoints.export, reached, "export"))
     monkeypatch.setattr(tiny_demo, "make_tiny", recorder(tiny_demo.make_tiny, reached, "tiny"))
     monkeypatch.setattr(PlanCLI, "fit", lambda cli, **options: reached.append("plan"))
+    monkeypatch.setattr(completion, "completion", lambda args: reached.append("completion") or 0)
     monkeypatch.setattr(doctor, "doctor", lambda: reached.append("doctor") or 0)
     monkeypatch.setattr(configs, "run", lambda args: reached.append("configs") or 0)
     monkeypatch.setattr(runs, "find_runs", lambda root: reached.append("runs") or [])

@@ -159,7 +159,9 @@ def resolve_model(source: str, format: FormatName | None = None) -> Model:  # no
         raise UserError(f"{path}: is an adapter without its model; export the checkpoint with --what merged.")
     assets = str(where.parent / POLICY_ASSETS) if is_checkpoint else path
     if is_checkpoint and not Path(assets).is_dir():
-        raise UserError(f"{assets}: not found; give a policy's checkpoint in the folder where its run wrote it.")
+        raise UserError(
+            f"{path}: there is no folder {POLICY_ASSETS} beside it; give a policy's checkpoint where its run wrote it."
+        )
     config, tokenizer = load_config(assets), load_tokenizer(assets)
     check_causal_lm(config, path)
     check_vocabulary(tokenizer, config, path)

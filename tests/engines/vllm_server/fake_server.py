@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from transformers import PretrainedConfig
 
 from rlmt.engines import VLLMServerEngine
 from rlmt.types import FinishReason, SampleRequest, Samples, Sampling
@@ -164,6 +165,7 @@ def start(fakes: list[FakeServer], folder: Path, **options: Any) -> VLLMServerEn
     engine = VLLMServerEngine([fake.url for fake in fakes], str(folder), **options)
     engine.check()
     model: Any = torch.nn.Linear(1, 1, bias=False)
+    model.config = PretrainedConfig()
     engine.start(model, None, 64, torch.float32)  # type: ignore[arg-type]
     return engine
 

@@ -9,6 +9,7 @@ import torch
 from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from transformers import PretrainedConfig
 
 from rlmt.distributed import collectives
 from rlmt.distributed.fsdp2 import full_tensor
@@ -29,7 +30,9 @@ class Rank:
     def engine(self, urls: list[str], **options: Any) -> VLLMServerEngine:
         engine = VLLMServerEngine(urls, str(self.folder), **options)
         engine.check()
-        engine.start(torch.nn.Linear(1, 1, bias=False), None, 64, torch.float32)  # type: ignore[arg-type]
+        model: Any = torch.nn.Linear(1, 1, bias=False)
+        model.config = PretrainedConfig()
+        engine.start(model, None, 64, torch.float32)  # type: ignore[arg-type]
         return engine
 
     def sync(self, engine: VLLMServerEngine, version: int) -> None:
