@@ -126,6 +126,7 @@ def test_figures_are_those_of_the_current_weights_and_a_resumed_run_logs_the_sam
         assert read(tmp_path / "resumed", f"val/{name}") == values
 
 
+@pytest.mark.slow
 def test_validate_evaluates_a_checkpoint(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command("fit", "--trainer.max_steps", 1)) == 0
     checkpoint = tmp_path / "run" / "latest" / "checkpoints" / "last.ckpt"

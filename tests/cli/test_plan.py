@@ -122,7 +122,7 @@ def qlora(shapes: Path, **engine: Any) -> tuple[RLMTModule, RolloutDataModule]:
         (None, None),
         (22.0, "fp8_per_channel"),
         pytest.param(39.3, "fp8_per_channel", marks=pytest.mark.slow),
-        (44.3, None),
+        pytest.param(44.3, None, marks=pytest.mark.slow),
     ],
 )
 def test_automatic_quantization_rounds_where_exact_weights_leave_no_room(
@@ -472,7 +472,7 @@ def test_vllm_deducts_activations_and_cuda_graphs_from_its_cache(two_layers: Pat
     assert graphs["vLLM activations"].rollout == pytest.approx(max(logits, forward), rel=0.15)
 
 
-@pytest.mark.parametrize("kind", ["sft", "reward"])
+@pytest.mark.parametrize("kind", [pytest.param("sft", marks=pytest.mark.slow), "reward"])
 def test_supervised_run_has_one_phase(
     kind: str, two_layers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -511,7 +511,7 @@ def test_plan_of_unfitting_data_is_a_one_line_error(
     assert "--data is PreferenceDataModule, but --model SFT trains on SFTDataModule" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["single-gpu", "scaling"])
+@pytest.mark.parametrize("name", [pytest.param("single-gpu", marks=pytest.mark.slow), "scaling"])
 def test_docs_show_the_printed_plan(
     name: str, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

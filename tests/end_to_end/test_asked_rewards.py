@@ -154,6 +154,7 @@ def test_every_reward_trains(name: str, fit: Fit, service: Loopback, tiny: Path)
     assert any(row.get("policy/loss", 0) != 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_judge_that_dies_ends_the_run_resumable_and_no_verdict_is_asked_for_twice(
     fit: Fit, service: Loopback, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

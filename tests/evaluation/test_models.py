@@ -105,7 +105,7 @@ def test_unusable_models_are_one_line(tiny: Path, exported: Exported, tmp_path: 
     cases = {
         str(tiny / "policy"): "stores no thinking format",
         str(tmp_path / "adapter"): "is an adapter without its model",
-        str(tmp_path / "x.ckpt"): "policy: not found",
+        str(tmp_path / "x.ckpt"): "there is no folder policy beside it",
         str(tmp_path / "nothing" / "here"): "no such folder",
         str(tmp_path / "no.yaml"): "cannot be read",
         str(tiny / "reward"): "not a causal language model",

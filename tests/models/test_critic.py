@@ -148,7 +148,7 @@ def test_critic_adapter_is_neither_synced_nor_exported(policy: Any, tiny: Path, 
         {
             "state_dict": {f"policy.{name}": weight for name, weight in policy.state_dict().items()}
             | {"policy.model.layers.0.self_attn.q_proj.lora_A.critic.weight": torch.zeros(4, 64)},
-            "rlmt": {"format": ThinkingFormat("think").to_dict()},
+            "rlmt": {"format": ThinkingFormat("think").to_dict(), "policy": "a/policy"},
         },
         tmp_path / "last.ckpt",
     )

@@ -101,8 +101,8 @@ def test_predict_does_not_load_held_out_rewards(command: Command, monkeypatch: p
 @pytest.mark.parametrize(
     ("held_out", "options", "named"),
     [
-        ([classifier("a/b/c", "reward_model")], [], ["'reward_model'"]),
-        ([classifier("a/b/c", "other")], [], ["a/b/c"]),
+        ([DRIFTING, classifier("a/b/c", "reward_model")], [], ["'reward_model'"]),
+        ([DRIFTING, classifier("a/b/c", "other")], [], ["a/b/c"]),
         ([DRIFTING], ["--data.val_size", 0], ["skywork_v2", "--data.val_size"]),
     ],
     ids=["name of the trained reward", "no such model", "no validation"],

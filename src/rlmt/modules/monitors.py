@@ -28,7 +28,7 @@ METRICS = {
         dpo/accuracy dpo/margin dpo/chosen_reward dpo/rejected_reward dpo/chosen_logprobs dpo/rejected_logprobs
         dpo/pairs dpo/skipped_malformed dpo/skipped_margin dpo/skipped_length
         time/rollout_s time/sync_s time/reward_s time/update_s time/step_s perf/tokens_per_s
-        val/reward_mean val/malformed val/thought_tokens val/response_tokens""",
+        perf/memory_gib val/reward_mean val/malformed val/thought_tokens val/response_tokens""",
     "SFT": "sft/loss sft/grad_norm sft/tokens sft/lr val/loss",
     "RewardModeling": """
         rm/loss rm/ranking_loss rm/accuracy rm/difference rm/grad_norm rm/lr

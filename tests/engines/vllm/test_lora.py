@@ -164,6 +164,7 @@ def test_quantized_engine_approximates_the_policy(helpers: Any) -> None:
         world.engine.close()
 
 
+@pytest.mark.slow
 @needs_vllm
 def test_adapter_of_unknown_layers_raises_at_start(
     helpers: Any, memory_folder: Path, monkeypatch: pytest.MonkeyPatch

@@ -92,6 +92,7 @@ def test_traits_are_found_and_counted(
     assert len(script.asked) == 16 + 2 + 1 + 40
 
 
+@pytest.mark.slow
 def test_stopped_analysis_asks_nothing_twice(command: Callable[..., tuple[Script, list[str]]], tmp_path: Path) -> None:
     script, words = command("--judge.max_in_flight", "1", "--judge.max_attempts", "1")
     for limit in (5, 30):
