@@ -106,13 +106,8 @@ def study(
     out = out / scale if scale else out
     plan = Plan(stages, of_scale | (texts or {}))
     plan.check_configs(Path.cwd())
-    request = Request(
-        targets=target_files(plan, list(selected.values()), seeds),
-        threads=int(os.environ.get("OMP_NUM_THREADS") or 0) or max(1, (os.cpu_count() or 1) // jobs),
-        jobs=jobs,
-        executor=executor,
-        resources=resources or {},
-    )
+    targets = target_files(plan, list(selected.values()), seeds)
+    request = Request(targets, _threads(jobs), jobs, executor, resources=resources or {})
     if dry_run:
         list_jobs(plan, out, request)
         return
@@ -131,6 +126,11 @@ def study(
         paper={name: arm.paper for name, arm in selected.items()},
     )
     report(plan, out, selected, metrics, unfilled, picture or [], example)
+
+
+def _threads(jobs: int) -> int:
+    """CPU threads of each of some parallel jobs."""
+    return int(os.environ.get("OMP_NUM_THREADS") or 0) or max(1, (os.cpu_count() or 1) // jobs)
 
 
 def report(
