@@ -157,10 +157,11 @@ class _Evaluation:
 
     def score(self, models: Sequence[str]) -> None:
         """Scores and writes the results of each model and benchmark, and prints them."""
-        results = []
-        for benchmark in self.benchmarks:
-            items = read_items(self.out / benchmark.name)
+        items_of = {benchmark: read_items(self.out / benchmark.name) for benchmark in self.benchmarks}
+        for benchmark, items in items_of.items():  # all of them, before a judge is asked for any
             benchmark.check(items)
+        results = []
+        for benchmark, items in items_of.items():
             for model in models:
                 results.append(self._score_one(benchmark, items, model))
         _print_results(results)

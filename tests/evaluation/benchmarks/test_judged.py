@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,18 @@ def test_alpaca_eval_figures_of_authors(data: Data) -> None:
     assert figures["win_rate"] == pytest.approx(100 * 4 / 9)
     expected = authors_win_rate([row.score.value / 100 for row in rows], words)
     assert figures["length_controlled_win_rate"] == pytest.approx(100 * expected)
+
+
+def test_alpaca_eval_items_without_difficulty_can_be_scored_by_authors_only(data: Data) -> None:
+    folder = data("alpaca_eval")
+    assert load("alpaca_eval", lambda name: folder, "authors")[1] == load("alpaca_eval", lambda name: folder)[1]
+    Path(folder, "instruction_difficulty.csv").unlink()
+    authors, items = load("alpaca_eval", lambda name: folder, "authors")
+    assert {item.data["difficulty"] for item in items} == {None}
+    authors.check(items)
+    for absent in (items, [replace(item, data=item.data | {"difficulty": 0.0}) for item in items]):
+        with pytest.raises(UserError, match=r"no difficulty; run --generate_only --scoring ours with --data.alpaca_ev"):
+            BENCHMARKS["alpaca_eval"]().check(absent)
 
 
 ARENA = [  # response as A, response as B; value and weight under ours; value under authors
