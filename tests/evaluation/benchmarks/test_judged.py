@@ -14,7 +14,10 @@ from rlmt.errors import UserError
 from rlmt.evaluation.benchmark import Benchmark, Item, Row, Score, Scoring
 from rlmt.evaluation.benchmarks import BENCHMARKS
 from rlmt.evaluation.benchmarks.common import response_is_a
+from rlmt.evaluation.completions import Completion
 from rlmt.evaluation.length_control import authors_win_rate, length_controlled_win_rate
+from rlmt.evaluation.scoring import score_completions
+from rlmt.types import Status
 
 Data = Callable[[str], str]
 FULL = (
@@ -163,6 +166,19 @@ def test_arena_hard_verdicts(first: str, second: str, value: float, weight: floa
     benchmark, (item, _) = load("arena_hard", data)
     assert benchmark.score(item, "x", answers) == Score(value, weight=weight)
     assert BENCHMARKS["arena_hard"]("authors").score(item, "x", answers) == Score(authors)
+
+
+@pytest.mark.parametrize(("scoring", "expected"), [("ours", 35.0), ("authors", 35.0)])
+def test_arena_hard_malformed_output_weighs_like_a_clear_loss(
+    scoring: Scoring, expected: float, tmp_path: Path
+) -> None:
+    """Three of ten are malformed, the others half won, half lost: 35 is the rate of the losses they count as."""
+    benchmark, item = BENCHMARKS["arena_hard"](scoring), Item("u", [], {"reference": "a"})
+    broken = [Completion("u", "", "", Status.UNCLOSED, "stop", 0, 1)] * 3
+    malformed = score_completions(benchmark, [item] * 3, broken, None, tmp_path / "l.jsonl", show=False).rows
+    clear = [benchmark.score(item, "x", answers) for answers in (["[[A>>B]]", "[[B>>A]]"], ["[[B>>A]]", "[[A>>B]]"])]
+    formed = [Row(item, "x", score) for score in clear for _ in range(7)]
+    assert benchmark.mean([*malformed, *malformed, *formed]) == pytest.approx(expected)
 
 
 def test_arena_hard_missing_verdict_is_left_out_or_a_tie(data: Data) -> None:
