@@ -101,6 +101,7 @@ def write_result(
         "figures": figures,
         "chat": benchmark.chat,
         "n": len(rows),
+        "groups": len(set(groups)),
         "malformed": sum(row.malformed for row in rows),
         "unparsed": sum(not row.score.parsed for row in rows),
         "finish": dict(Counter(completion.finish for completion in completions)),
