@@ -115,6 +115,14 @@ def test_interval_of_a_difference_is_for_the_number_of_groups(tmp_path: Path) ->
     assert widths[0] == widths[1] != widths[2]
 
 
+def test_terminal_shows_brackets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    score = {"value": 40.0, "low": None, "high": None}
+    write(tmp_path, "wildbench", "RLMT", title="Wild [x]", figures={"score": score})
+    assert main(["evaluate", "--table", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "Wild [x]" in printed and "40.0 [nan, nan]" in printed
+
+
 def test_difference_is_of_the_named_models(out: Path) -> None:
     figures, _ = build_tables(out, read_results(out, "ours"), ["RLHF", "RLMT"])
     assert figures.rows[-1][0] == "RLHF − RLMT" and figures.rows[-1][1].startswith("-5.0")
