@@ -104,6 +104,18 @@ def test_scoring_of_the_authors_has_files_of_its_own(serve: Serve, exported: Exp
     assert ours["figures"]["accuracy"]["value"] > authors["figures"]["accuracy"]["value"]
 
 
+def test_items_are_checked_before_a_judge_is_asked_about_any(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    item = {"id": "0", "messages": [{"role": "user", "content": "Hi"}], "data": {"difficulty": None}}
+    for name in ("duel", "alpaca_eval"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+        (tmp_path / "out" / name / "items.jsonl").write_text(json.dumps(item) + "\n")
+    words = ["--judge_only", "--out", str(tmp_path / "out"), "--benchmarks", "[toys.Duel, alpaca_eval]"]
+    assert main(["evaluate", "A", *words]) == 2  # Duel, which comes first, has no completions: it was not reached
+    assert "alpaca_eval have no difficulty; run --generate_only --scoring ours" in capsys.readouterr().err
+
+
 def run_in_process(server: Loopback, words: list[str], ready: Callable[[], bool] | None) -> int | None:
     """Runs `rlmt` in a forked process, kills it when `ready`, and returns its exit code."""
     process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(main(words)))

@@ -100,6 +100,29 @@ def test_table_has_paper_order_averages_and_paired_difference(out: Path) -> None
     assert (cells["thought"], cells["response"]) == ("100", "–")
 
 
+def test_interval_of_a_difference_is_for_the_number_of_groups(tmp_path: Path) -> None:
+    """Three rows a prompt: the difference's interval is as wide as that of as many rows as there are prompts."""
+    widths = []
+    cases: list[dict[str, Any]] = [{"n": 12, "groups": 4}, {"n": 4}, {"n": 12}]
+    for number, counts in enumerate(cases):
+        out = tmp_path / str(number)
+        for model, factor in (("RLHF", 1), ("RLMT", 2)):
+            write(out, "wildbench", model, **counts)
+            column = pa.table({"score": factor * samples_of("wildbench", model)})
+            pq.write_table(column, out / "wildbench" / model / "ours.resamples.parquet")
+        figures, _ = build_tables(out, read_results(out, "ours"), None)
+        widths.append(figures.rows[-1][1])
+    assert widths[0] == widths[1] != widths[2]
+
+
+def test_terminal_shows_brackets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    score = {"value": 40.0, "low": None, "high": None}
+    write(tmp_path, "wildbench", "RLMT", title="Wild [x]", figures={"score": score})
+    assert main(["evaluate", "--table", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "Wild [x]" in printed and "40.0 [nan, nan]" in printed
+
+
 def test_difference_is_of_the_named_models(out: Path) -> None:
     figures, _ = build_tables(out, read_results(out, "ours"), ["RLHF", "RLMT"])
     assert figures.rows[-1][0] == "RLHF − RLMT" and figures.rows[-1][1].startswith("-5.0")

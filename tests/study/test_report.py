@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from rlmt.evaluation.statistics import Interval
 from rlmt.report.estimates import Estimate
@@ -76,6 +77,13 @@ def test_wide_tables_have_metrics_in_rows() -> None:
     (table,) = terminal_tables(replace(wide, metrics=metrics, table={a: dict.fromkeys(metrics, HIGH) for a in "ab"}))
     assert [column.header for column in table.columns] == ["", "A", "B"]
     assert list(table.columns[0].cells)[:2] == ["m 0", "m 1"] and list(table.columns[1].cells) == ["5.50 ± 1.24"] * 9
+
+
+def test_terminal_shows_brackets(capsys: pytest.CaptureFixture[str]) -> None:
+    found = replace(findings(Comparison("a", "b"), a=HIGH, b=LOW), title="A [study]", labels={"a": "A [x]", "b": "B"})
+    Console(width=200).print(*terminal_tables(found))
+    printed = capsys.readouterr().out
+    assert "A [study]" in printed and "A [x]" in printed
 
 
 def test_comparison_with_an_unreported_arm_is_omitted() -> None:

@@ -91,7 +91,8 @@ def test_scores_of_an_evaluation_are_read_and_averaged(tmp_path: Path) -> None:
     write("popqa", 1, False, 0, 4.0, accuracy=40.0, other=None)
     (row,) = read_rows(tmp_path)
     assert (row["wildbench/reward"], row["popqa/accuracy"], row["average"], row["chat_average"]) == (10, 40, 25, 10)
-    assert (row["malformed"], row["unparsed"], row["thought_tokens"], row["response_tokens"]) == (0.25, 0, 7, 0)
+    assert (row["malformed"], row["unparsed"], row["thought_tokens"]) == (0.25, 0, 7)
+    assert math.isnan(row["response_tokens"])  # unknown is not 0
     assert math.isnan(row["popqa/other"]) and math.isnan(row["ifbench/accuracy"])
     assert last_values([row], {"a": "average", "b": "ifbench/accuracy"}, tmp_path)["a"] == 25
     assert Estimate((math.nan, math.nan)).format() == "–"

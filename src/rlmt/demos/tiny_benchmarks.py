@@ -53,7 +53,7 @@ def write_benchmarks(out: Path) -> list[str]:
     _write_lines(out / "arena_hard/model_answer/o3-mini-2025-01-31.jsonl", answers)
     baseline = [{"instruction": prompt, "output": _REFERENCE} for prompt in prompts]
     _write(out / "alpaca_eval/alpaca_eval_gpt4_baseline.json", json.dumps(baseline))
-    difficulty = ["index,difficulty", *(f"{n},{n / 10}" for n in range(len(prompts)))]
+    difficulty = ["index,difficulty", *(f"{n},{(n + 1) / 10}" for n in range(len(prompts)))]
     _write(out / "alpaca_eval/instruction_difficulty.csv", "\n".join(difficulty) + "\n")
     story = {"writing_prompt": "Write a story about <SEED>.", "seed_modifiers": list(_TOPICS)}
     _write(out / "creative_writing/creative_writing_prompts_v3.json", json.dumps({"1": story}))

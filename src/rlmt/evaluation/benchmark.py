@@ -92,6 +92,8 @@ class Benchmark(ABC):
     """Model whose responses are compared with, if any."""
     failure: ClassVar[float] = 0.0
     """Score of malformed output."""
+    failure_weight: ClassVar[float] = 1.0
+    """Weight of malformed output under `ours`: that of a response that loses clearly."""
 
     def __init__(self, scoring: Scoring = "ours") -> None:
         self.scoring = scoring

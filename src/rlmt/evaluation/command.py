@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table as RichTable
 
 from rlmt.checkpointing.files import atomic_write
@@ -157,10 +158,11 @@ class _Evaluation:
 
     def score(self, models: Sequence[str]) -> None:
         """Scores and writes the results of each model and benchmark, and prints them."""
-        results = []
-        for benchmark in self.benchmarks:
-            items = read_items(self.out / benchmark.name)
+        items_of = {benchmark: read_items(self.out / benchmark.name) for benchmark in self.benchmarks}
+        for benchmark, items in items_of.items():  # all of them, before a judge is asked for any
             benchmark.check(items)
+        results = []
+        for benchmark, items in items_of.items():
             for model in models:
                 results.append(self._score_one(benchmark, items, model))
         _print_results(results)
@@ -193,7 +195,8 @@ def _print_results(results: Sequence[Mapping[str, Any]]) -> None:
     for result in results:
         score = Interval.from_json(next(iter(result["figures"].values()))).format()
         counts = [f"{result[name]:,}" for name in ("n", "malformed", "unparsed")]
-        table.add_row(result["title"], result["model"], score, *counts, result["judge"] or "rule")
+        cells = [result["title"], result["model"], score, *counts, result["judge"] or "rule"]
+        table.add_row(*map(escape, cells))
     Console().print(table)
 
 
@@ -224,9 +227,9 @@ def _write_tables(
 
 def _print_table(table: Table) -> None:
     """Prints a table to the terminal."""
-    shown = RichTable(title=table.title, box=None, pad_edge=False)
+    shown = RichTable(title=escape(table.title), box=None, pad_edge=False)
     for number, column in enumerate(table.columns):
-        shown.add_column(column, justify="right" if number else "left")
+        shown.add_column(escape(column), justify="right" if number else "left")
     for row in table.rows:
-        shown.add_row(*row)
+        shown.add_row(*map(escape, row))
     Console().print(shown)

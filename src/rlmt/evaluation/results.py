@@ -14,7 +14,6 @@ differences and averages from these files alone.
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -101,6 +100,7 @@ def write_result(
         "figures": figures,
         "chat": benchmark.chat,
         "n": len(rows),
+        "groups": len(set(groups)),
         "malformed": sum(row.malformed for row in rows),
         "unparsed": sum(not row.score.parsed for row in rows),
         "finish": dict(Counter(completion.finish for completion in completions)),
@@ -205,8 +205,3 @@ def _hash_of(items: Sequence[Item]) -> str:
     """A hash of ids and prompts."""
     rows = sorted((item.id, item.group, prompt_hash(item)) for item in items)
     return blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest()
-
-
-def is_number(value: float | None) -> bool:
-    """Whether a figure is determined."""
-    return value is not None and math.isfinite(value)

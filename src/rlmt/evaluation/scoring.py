@@ -90,7 +90,7 @@ def score_completions(
     scores = {
         item.id: benchmark.score(item, response, texts) for (item, response), texts in zip(formed, answers, strict=True)
     }
-    failure = Score(benchmark.failure)
+    failure = Score(benchmark.failure, weight=benchmark.failure_weight if benchmark.scoring == "ours" else 1.0)
     rows = [
         Row(item, completion.response, scores.get(item.id, failure), malformed=not completion.ok)
         for item, completion in pairs

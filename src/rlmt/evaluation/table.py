@@ -102,7 +102,7 @@ def _check_column(results: Sequence[dict[str, Any]]) -> None:
 
 def _cell(out: Path, result: Mapping[str, Any]) -> _Cell:
     figure = next(iter(result["figures"].values()))
-    return _Cell(Interval.from_json(figure), read_resamples(out, result), result["n"])
+    return _Cell(Interval.from_json(figure), read_resamples(out, result), result.get("groups", result["n"]))
 
 
 def _averages(names: Sequence[str], chat: Mapping[str, bool]) -> dict[str, list[str]]:

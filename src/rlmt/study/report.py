@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from rich.markup import escape
 from rich.table import Table
 
 from rlmt.evaluation.statistics import Interval
@@ -135,7 +136,7 @@ def terminal_tables(findings: Findings) -> list[Table]:
     tables = []
     for name, arms in findings.groups().items():
         title = f", {name.replace('_', ' ')}" if name else ""
-        table = Table(title=f"{findings.title}{title}: {seeds_text(findings.seeds)}")
+        table = Table(title=escape(f"{findings.title}{title}: {seeds_text(findings.seeds)}"))
         head = [metric.replace("_", " ") for metric in findings.metrics]
         rows = [[findings.labels[arm], *(findings.cell(arm, metric) for metric in findings.metrics)] for arm in arms]
         if len(head) > _MOST_COLUMNS:  # metrics in the rows
@@ -143,9 +144,9 @@ def terminal_tables(findings: Findings) -> list[Table]:
             head = head[1:]
         table.add_column("")
         for name_of_column in head:
-            table.add_column(name_of_column, justify="right")
+            table.add_column(escape(name_of_column), justify="right")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         tables.append(table)
     return tables
 

@@ -60,7 +60,8 @@ def read_scores(folder: Path) -> Row:
     Returns:
         `<benchmark>/<figure>` → value for each figure; `chat_average` and `average`, the means of the first figures of
         the chat benchmarks and of all; `thought_tokens`, `response_tokens`, `malformed` and `unparsed` as means or
-        shares over all items. A benchmark of the paper's table that was not run has nan. Empty without results.
+        shares over all items. A benchmark of the paper's table that was not run has nan, and so have token counts
+        that are not known of every benchmark. Empty without results.
     """
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/*/ours.json"))]
     if not results:
@@ -76,7 +77,9 @@ def read_scores(folder: Path) -> Row:
     for name in ("malformed", "unparsed"):
         row[name] = sum(result[name] for result in results) / items
     for name in ("thought_tokens", "response_tokens"):
-        row[name] = sum((result[name] or 0.0) * result["n"] for result in results) / items
+        row[name] = (
+            sum((math.nan if result[name] is None else result[name]) * result["n"] for result in results) / items
+        )
     averages = {"average": list(first.values()), "chat_average": chat}
     return row | {name: statistics.fmean(values) for name, values in averages.items() if values}
 

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,10 @@ from rlmt.errors import UserError
 from rlmt.evaluation.benchmark import Benchmark, Item, Row, Score, Scoring
 from rlmt.evaluation.benchmarks import BENCHMARKS
 from rlmt.evaluation.benchmarks.common import response_is_a
+from rlmt.evaluation.completions import Completion
 from rlmt.evaluation.length_control import authors_win_rate, length_controlled_win_rate
+from rlmt.evaluation.scoring import score_completions
+from rlmt.types import Status
 
 Data = Callable[[str], str]
 FULL = (
@@ -134,6 +138,18 @@ def test_alpaca_eval_figures_of_authors(data: Data) -> None:
     assert figures["length_controlled_win_rate"] == pytest.approx(100 * expected)
 
 
+def test_alpaca_eval_items_without_difficulty_can_be_scored_by_authors_only(data: Data) -> None:
+    folder = data("alpaca_eval")
+    assert load("alpaca_eval", lambda name: folder, "authors")[1] == load("alpaca_eval", lambda name: folder)[1]
+    Path(folder, "instruction_difficulty.csv").unlink()
+    authors, items = load("alpaca_eval", lambda name: folder, "authors")
+    assert {item.data["difficulty"] for item in items} == {None}
+    authors.check(items)
+    for absent in (items, [replace(item, data=item.data | {"difficulty": 0.0}) for item in items]):
+        with pytest.raises(UserError, match=r"no difficulty; run --generate_only --scoring ours with --data.alpaca_ev"):
+            BENCHMARKS["alpaca_eval"]().check(absent)
+
+
 ARENA = [  # response as A, response as B; value and weight under ours; value under authors
     ("A>>B", "B>>A", 100, 3, 100),
     ("A>B", "B>A", 100, 1, 100),
@@ -150,6 +166,19 @@ def test_arena_hard_verdicts(first: str, second: str, value: float, weight: floa
     benchmark, (item, _) = load("arena_hard", data)
     assert benchmark.score(item, "x", answers) == Score(value, weight=weight)
     assert BENCHMARKS["arena_hard"]("authors").score(item, "x", answers) == Score(authors)
+
+
+@pytest.mark.parametrize(("scoring", "expected"), [("ours", 35.0), ("authors", 35.0)])
+def test_arena_hard_malformed_output_weighs_like_a_clear_loss(
+    scoring: Scoring, expected: float, tmp_path: Path
+) -> None:
+    """Three of ten are malformed, the others half won, half lost: 35 is the rate of the losses they count as."""
+    benchmark, item = BENCHMARKS["arena_hard"](scoring), Item("u", [], {"reference": "a"})
+    broken = [Completion("u", "", "", Status.UNCLOSED, "stop", 0, 1)] * 3
+    malformed = score_completions(benchmark, [item] * 3, broken, None, tmp_path / "l.jsonl", show=False).rows
+    clear = [benchmark.score(item, "x", answers) for answers in (["[[A>>B]]", "[[B>>A]]"], ["[[B>>A]]", "[[A>>B]]"])]
+    formed = [Row(item, "x", score) for score in clear for _ in range(7)]
+    assert benchmark.mean([*malformed, *malformed, *formed]) == pytest.approx(expected)
 
 
 def test_arena_hard_missing_verdict_is_left_out_or_a_tie(data: Data) -> None:

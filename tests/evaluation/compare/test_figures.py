@@ -1,14 +1,16 @@
 """Points, figures, ranking and sentences of a comparison, against values computed by hand."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from rlmt.evaluation.compare.figures import compute_figures, judge_line, reward_line, sentences
 from rlmt.evaluation.compare.judge import Verdicts
 from rlmt.evaluation.compare.pairs import Pair
-from rlmt.evaluation.compare.report import Comparison, closing_sentences, markdown
+from rlmt.evaluation.compare.report import Comparison, closing_sentences, markdown, terminal_table
 from rlmt.evaluation.statistics import Interval
 from rlmt.types import Prompt, Split, Status
 
@@ -107,6 +109,12 @@ def comparison() -> Comparison:
         reward_line("re|ward", pairs, scores),
     ]
     return Comparison(NAMES, pairs, lines, [compute_figures(line, pairs, 0) for line in lines], {})
+
+
+def test_terminal_shows_brackets(capsys: pytest.CaptureFixture[str]) -> None:
+    Console(width=200).print(terminal_table(replace(comparison(), names=("new [a]", "old"))))
+    printed = capsys.readouterr().out
+    assert "new [a] wins" in printed and "win rate of new [a] [95 %]" in printed
 
 
 def test_most_won_and_lost_are_ranked_by_the_first_line_and_then_the_next() -> None:

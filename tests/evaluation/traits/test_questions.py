@@ -1,13 +1,15 @@
 """Answers about thoughts are read strictly, and the order of two thoughts depends on the seed alone."""
 
 import math
+from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
 from rlmt.evaluation.compare.pairs import Pair
 from rlmt.evaluation.traits.discovery import choose_batches
 from rlmt.evaluation.traits.questions import Trait, judge_question, read_list, read_traits, read_winner, swapped
-from rlmt.evaluation.traits.results import draw_traits, markdown, trait_result
+from rlmt.evaluation.traits.results import draw_traits, markdown, terminal_table, trait_result
 from rlmt.types import Prompt, Split, Status
 
 TRAIT = Trait("Lists constraints", "The thought states the requirements first.")
@@ -69,6 +71,13 @@ def test_batches_are_complete_unless_there_is_only_one() -> None:
     assert [len(batch) for batch in choose_batches(pairs, 1, 20, 0)] == [20]
     chosen = {each.prompt.index for batch in choose_batches(pairs, 10, 20, 0) for each in batch}
     assert len(chosen) == 40 and chosen != set(range(40))
+
+
+def test_terminal_shows_the_brackets_of_traits_and_intervals(capsys: pytest.CaptureFixture[str]) -> None:
+    result = trait_result(replace(TRAIT, name="trait [x]"), [None], 0)
+    Console(width=200).print(terminal_table([result], ("A [1]", "B")))
+    printed = capsys.readouterr().out
+    assert "trait [x]" in printed and "A [1] [95 %]" in printed and printed.count(" nan [nan, nan]") == 3
 
 
 def test_shares_are_over_prompts_with_a_verdict() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 
 from rlmt.data.tables import Cells
 from rlmt.errors import UserError
@@ -59,23 +60,34 @@ class AlpacaEval(Benchmark):
     baseline = "gpt4_1106_preview"
 
     def load(self, path: str) -> list[Item]:
-        """Reads a folder with the baseline's answers and, under `ours`, the difficulty of each instruction.
+        """Reads a folder with the baseline's answers and the difficulty of each instruction.
 
         Args:
-            path: Folder with alpaca_eval_gpt4_baseline.json and instruction_difficulty.csv.
+            path: Folder with alpaca_eval_gpt4_baseline.json and instruction_difficulty.csv. `authors` does without the
+                second; items without difficulty cannot be scored under `ours`.
 
         Raises:
             UserError: A file is missing or invalid.
         """
         file = str(existing_file(path, BASELINE_FILE, self))
         rows = read_table_rows(self, file, ("instruction", "output"), _parse)
-        difficulty = [0.0] * len(rows) if self.scoring == "authors" else self._difficulty(path, len(rows))
+        known = self.scoring == "ours" or (Path(path).expanduser() / DIFFICULTY_FILE).exists()
+        difficulty: Sequence[float | None] = self._difficulty(path, len(rows)) if known else [None] * len(rows)
         items = [
             Item(str(index), messages, {"reference": reference, "difficulty": difficulty[index]})
             for index, (messages, reference) in enumerate(rows)
         ]
         check_ids(file, items)
         return items
+
+    def check(self, items: Sequence[Item] = ()) -> None:
+        """See `Benchmark.check`: items that were loaded under `authors` can lack what `ours` needs."""
+        known = [item.data["difficulty"] for item in items]
+        if self.scoring == "ours" and known and (None in known or not any(known)):
+            raise UserError(
+                f"--scoring ours: the items of {self.name} have no difficulty; run --generate_only --scoring ours with "
+                f"--data.{self.name} FOLDER, which has {DIFFICULTY_FILE}; completions are kept."
+            )
 
     def questions(self, item: Item, response: str) -> list[Question]:
         """See `Benchmark.questions`."""

@@ -76,6 +76,7 @@ class ArenaHard(Benchmark):
     chat = True
     judge = "gpt-4.1-mini"
     baseline = "o3-mini"
+    failure_weight = 3.0
 
     def load(self, path: str) -> list[Item]:
         """Reads the hard prompts of a folder, with the baseline's answers.

@@ -90,11 +90,6 @@ class Verdicts:
         found = [verdict for pair in self.orders for verdict in pair if verdict in ("a", "b")]
         return found.count("a") / len(found) if found else math.nan
 
-    @property
-    def unparsed(self) -> int:
-        """Pairs without both verdicts."""
-        return sum(None in pair for pair in self.orders)
-
 
 def collect(pairs: Sequence[Pair], verdicts: Sequence[str | None], question: JudgeQuestion) -> Verdicts:
     """Assigns verdicts to pairs.

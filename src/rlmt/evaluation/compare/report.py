@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from rlmt.checkpointing.files import atomic_write
@@ -94,9 +95,9 @@ def terminal_table(comparison: Comparison) -> Table:
     """The table for a terminal."""
     table = Table(box=None, pad_edge=False)
     for number, heading in enumerate(headings(comparison.names)):
-        table.add_column(heading, justify="right" if number else "left")
+        table.add_column(escape(heading), justify="right" if number else "left")
     for figures in comparison.figures:
-        table.add_row(*cells(figures))
+        table.add_row(*map(escape, cells(figures)))
     return table
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow
 import pyarrow.parquet
+from rich.markup import escape
 from rich.table import Table
 
 from rlmt.checkpointing.files import atomic_write
@@ -83,9 +84,9 @@ def terminal_table(results: Sequence[TraitResult], names: tuple[str, str]) -> Ta
     """The table for a terminal."""
     table = Table(box=None, pad_edge=False)
     for number, heading in enumerate(headings(names)):
-        table.add_column(heading, justify="right" if number else "left")
+        table.add_column(escape(heading), justify="right" if number else "left")
     for result in results:
-        table.add_row(*cells(result))
+        table.add_row(*map(escape, cells(result)))
     return table
 
 
