@@ -104,6 +104,21 @@ def test_timeout_is_repeated(serve: Serve) -> None:
     assert ChatAnswer.from_json(answers[0]).text == "late" and client.meter.failures == 1
 
 
+def test_answer_without_choices_is_not_recorded(serve: Serve, tmp_path: Path) -> None:
+    lost = {"on": True}
+    error = Reply({"error": {"message": f"no credit for {KEY}"}})
+    server = serve(lambda path, body: error if lost["on"] else completion("paid"))
+    of = endpoint(server, max_attempts=2)
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    (failure,), _ = post_all(of, ledger, calls(of, 1))
+    assert isinstance(failure, EndpointError) and len(ledger) == 0 and len(server.bodies) == 2
+    assert "no answer in 2 attempts (the answer has no choices: {'message': 'no credit for ***'}); try" in str(failure)
+    lost["on"] = False
+    (answer,), _ = post_all(of, ledger, calls(of, 1))
+    assert ChatAnswer.from_json(answer).text == "paid" and len(ledger) == 1
+    ledger.close()
+
+
 @pytest.mark.parametrize(
     ("reply", "message"),
     [

@@ -52,6 +52,19 @@ def test_second_process_is_refused(tmp_path: Path) -> None:
     Ledger(tmp_path / "ledger.jsonl").close()
 
 
+@pytest.mark.parametrize("secret", ["key", "token", "answer", 'quote"\\', "schlüssel", "1"])
+def test_key_is_removed_from_strings_of_the_answer_alone(tmp_path: Path, secret: str) -> None:
+    call = Call("/a", {"model": "m"})
+    answer = {"choices": [{"text": f"has {secret}", "n": [f"{secret}!", None, 1.0]}], "usage": {"prompt_tokens": 11}}
+    for _ in range(2):  # as written, and as read again
+        ledger = Ledger(tmp_path / "ledger.jsonl")
+        if call.key not in ledger:
+            ledger.add(call, answer, secret)
+        assert ledger.usage["m"] == Usage(11, 0)
+        assert ledger.get(call.key) == answer | {"choices": [{"text": "has ***", "n": ["***!", None, 1.0]}]}
+        ledger.close()
+
+
 @pytest.mark.parametrize("line", ["{}", "[]", "3", "not JSON", json.dumps({"key": "k", "model": "m", "answer": 3})])
 def test_foreign_line_is_refused_and_file_kept(tmp_path: Path, line: str) -> None:
     path = filled(tmp_path / "ledger.jsonl")

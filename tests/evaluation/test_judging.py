@@ -108,6 +108,10 @@ def test_cost_is_estimated_and_asked_for_before_anything_is_sent(
     with pytest.raises(UserError, match="--yes"):
         ask_judge(judge, [[question("x" * 4000, 100)]], tmp_path / "l.jsonl", lambda i, a: True)
     assert "1 questions to ask: about 1,000 prompt tokens and 100 completion tokens" in capsys.readouterr().out
+    renamed = endpoint(server, options={"max_tokens": None, "max_completion_tokens": 70})
+    with pytest.raises(UserError, match="--yes"):
+        ask_judge(renamed, [[question("x" * 4000, 100)]], tmp_path / "l.jsonl", lambda i, a: True)
+    assert "about 1,000 prompt tokens and 70 completion tokens" in capsys.readouterr().out
     assert server.bodies == []
 
 

@@ -227,7 +227,8 @@ def test_judge_that_never_gives_a_verdict_ends_the_run(serve: Serve, loaded: Any
         (Reply({}, 500), "no answer in 2 attempts .*; start it, and resume with --ckpt_path last"),
         (Reply({}, 404), "--ckpt_path last"),
         (Reply({"error": {"message": "too long"}}, 400), "the request was refused .status 400"),
-        (Reply({"no": "choices"}), "the answer is not a chat completion; check base_url"),
+        (Reply({"no": "choices"}), "no answer in 2 attempts .the answer has no choices: .'no': 'choices'"),
+        (Reply({"choices": [3]}), "the answer is not a chat completion; check base_url"),
     ],
 )
 def test_failing_endpoint_is_an_error_and_never_a_score(reply: Reply, message: str, serve: Serve, loaded: Any) -> None:

@@ -188,6 +188,8 @@ class EndpointClient:
             raise _Failed("the answer is not JSON") from error
         if not isinstance(answer, dict):
             raise _Failed("the answer is not a JSON object")
+        if call.path == "/chat/completions" and not answer.get("choices"):  # some proxies report errors with status 200
+            raise _Failed(one_line(self._safe(f"the answer has no choices: {answer.get('error') or answer}")))
         return answer
 
     def _status_error(self, error: APIStatusError) -> Exception:

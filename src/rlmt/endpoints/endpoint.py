@@ -24,7 +24,7 @@ class Endpoint:
         max_in_flight: Maximum number of outstanding requests.
         timeout: Seconds that one attempt of a request may take.
         max_attempts: Attempts of a request that meets status 408, 409, 429 or 5xx, a timeout, a lost connection or an
-            answer that is not JSON; waits between them double from half a second to a minute.
+            answer that is not JSON or no completion; waits between them double from half a second to a minute.
         input_price: US dollars per million prompt tokens; null if unknown.
         output_price: US dollars per million completion tokens, hidden thinking included; null if unknown.
         max_cost: US dollars that all requests together may cost, with those of earlier starts that the ledger has.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rlmt.endpoints.calls import Call, Usage
 from rlmt.endpoints.ledger import Ledger
-from rlmt.endpoints.meter import Meter
+from rlmt.endpoints.meter import Meter, largest_usage
 from rlmt.errors import UserError
 
 CHARS_PER_TOKEN = 4
@@ -60,7 +60,7 @@ def estimate(calls: Sequence[Call], ledger: Ledger, what: str, tries: int = 1) -
     model = str(calls[0].body.get("model", ""))
     recorded, measured = ledger.usage[model].completion_tokens, ledger.counts[model]
     mean = round(recorded / measured) if recorded else ASSUMED_ANSWER_TOKENS
-    longest = [int(call.body["max_tokens"]) for call in calls]
+    longest = [largest_usage(call).completion_tokens for call in calls]
     expected = sum(min(mean, most) for most in longest)
     prompt_tokens = sum(len(turn["content"]) for call in calls for turn in call.body["messages"]) // CHARS_PER_TOKEN
     return Estimate(

@@ -116,7 +116,8 @@ class Ledger:
             UserError: The file cannot be written, for example because the disk is full.
         """
         model = str(call.body.get("model", ""))
-        line = redact(json.dumps({"key": call.key, "model": model, "answer": answer}), secret).encode() + b"\n"
+        safe = _redact_strings(answer, secret)
+        line = json.dumps({"key": call.key, "model": model, "answer": safe}).encode() + b"\n"
         with self._mutex:
             try:
                 self._file.write(line)
@@ -136,3 +137,14 @@ class Ledger:
 def redact(text: str, secret: str | None) -> str:
     """The text without an API key."""
     return text.replace(secret, "***") if secret else text
+
+
+def _redact_strings(value: Any, secret: str | None) -> Any:
+    """JSON whose strings do not contain an API key; names of fields stay, since short keys occur in them."""
+    if isinstance(value, str):
+        return redact(value, secret)
+    if isinstance(value, list):
+        return [_redact_strings(part, secret) for part in value]
+    if isinstance(value, dict):
+        return {name: _redact_strings(part, secret) for name, part in value.items()}
+    return value
