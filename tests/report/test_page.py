@@ -138,6 +138,36 @@ def test_settings_are_those_that_differ_from_the_shipped_configs(folder: Path) -
     assert repeat_command(run).endswith("--model.malformed_reward -3 --trainer.max_steps=40")
 
 
+def test_page_has_no_secrets(synthetic: Any, tmp_path: Path) -> None:
+    """Keys may be in an option, in the options of a list of loggers, and on the command line in three ways."""
+    wandb = {"class_path": "W", "init_args": {"api_key": "planted-1", "project": "p"}}
+    callbacks = [{"class_path": "C", "init_args": {"auth": {"hub_token": "planted-2"}, "passwords": "kept"}}]
+    engine = {"api_key_variable": "KEY_NAME", "max_new_tokens": 512, "APIKEY": ["planted-3"], "client-secret": 41524}
+    engine |= {"password": None, "add_token": True}
+    config = {"seed_everything": 0, "trainer": {"logger": wandb, "callbacks": callbacks}, "data": {"engine": engine}}
+    command = ["fit", "--trainer.logger.api_key=planted-1", "--data.engine.password", "planted-4", "--x.y", "a: b: c",
+               "--trainer.callbacks+", "{class_path: C, init_args: {hub_token: planted-2}}",
+               "--trainer.logger.init_args={api_key: planted-1, project: p}",
+               "--data.engine.api_key_variable", "KEY_NAME", "--data.max_new_tokens=512"]  # fmt: skip
+    other = {**config, "trainer": {"logger": {"class_path": "W", "init_args": {"api_key": "planted-5"}}}}
+    paths = [synthetic.write(tmp_path / "a", config=config, record=RECORD | {"command": command}),
+             synthetic.write(tmp_path / "b", config=other)]  # fmt: skip
+    page = render_page("x", read_runs(paths))
+    shown = page + json.dumps(payload_of(page), ensure_ascii=False)
+    assert not re.search(r"planted|41524", shown) and str(tmp_path) not in shown
+    run, _ = payload_of(page)["runs"]
+    assert run["facts"][0] == ["folder", "a/version_0"]
+    assert ["trainer.logger.api_key", "default", "***"] in run["settings"]
+    assert run["command"] == (
+        "rlmt fit '--trainer.logger.api_key=***' --data.engine.password '***' --x.y 'a: b: c' --trainer.callbacks+ "
+        "'{class_path: C, init_args: {hub_token: '\"'\"'***'\"'\"'}}' "
+        "'--trainer.logger.init_args={api_key: '\"'\"'***'\"'\"', project: p}' "
+        "--data.engine.api_key_variable KEY_NAME --data.max_new_tokens=512"
+    )
+    kept = ("api_key_variable: KEY_NAME", "max_new_tokens: 512", "password: null", "add_token: true", "passwords: kept")
+    assert all(text in run["config"] for text in kept)
+
+
 def test_sections_of_the_caller_are_on_the_page(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "figure.png").write_bytes(b"\x89PNG")
     picture, scores = Picture(tmp_path / "figure.png", "scores"), Table(["arm", "score"], [["think", "1.0"]])

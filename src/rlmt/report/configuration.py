@@ -1,7 +1,11 @@
-"""The configuration on a page: what a run sets itself, what differs between runs, and the command that repeats it."""
+"""The configuration on a page: what a run sets itself, what differs between runs, and the command that repeats it.
+
+A page is there to be shared, so the values of options that hold a key or a password are masked.
+"""
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +18,10 @@ from rlmt.configs import shipped_configs
 from rlmt.report.runs import Run
 
 Row = tuple[str, ...]
+
+_SECRET = re.compile(r"(api_?key|token|secret|password)$", re.IGNORECASE)
+"""End of an option's name whose value is not shown; `api_key_variable` is only the name of a variable."""
+_MASK = "***"
 
 
 def own_settings(run: Run) -> list[Row]:
@@ -35,7 +43,8 @@ def own_settings(run: Run) -> list[Row]:
     rows: list[Row] = []
     for name in chosen:
         if name in run.config and not (name in shipped and run.config[name] == shipped[name]):
-            rows.append((name, shown(shipped[name]) if name in shipped else "default", shown(run.config[name])))
+            before = shown(name, shipped[name]) if name in shipped else "default"
+            rows.append((name, before, shown(name, run.config[name])))
     return rows
 
 
@@ -54,28 +63,62 @@ def _plain(option: str) -> str:
 def differences(runs: Sequence[Run]) -> list[Row]:
     """The options that differ between runs: the option, and its value in each run."""
     names = sorted({name for run in runs for name in run.config})
-    rows = [(name, *(shown(run.config[name]) if name in run.config else "–" for run in runs)) for name in names]
+    rows = [(name, *(shown(name, run.config[name]) if name in run.config else "–" for run in runs)) for name in names]
     return [row for row in rows if len(set(row[1:])) > 1]
 
 
-def shown(value: Any) -> str:
-    """A value as YAML writes it on one line."""
+def shown(name: str, value: Any) -> str:
+    """The value of an option as YAML writes it on one line, without secrets."""
+    value = _masked(name, value)
     if isinstance(value, str):
         return value
     text: str = yaml.safe_dump(value, default_flow_style=True, width=10**6)
     return text.removesuffix("\n").removesuffix("\n...").strip()
 
 
+def _is_secret(name: str) -> bool:
+    """Whether an option holds a key or a password, by its name."""
+    return _SECRET.search(name.removesuffix("+").replace("-", "_")) is not None
+
+
+def _masked(name: str, value: Any) -> Any:
+    """The value of an option with a mask in place of each secret in it."""
+    if isinstance(value, Mapping):
+        return {key: _masked(str(key), inner) for key, inner in value.items()}
+    if value is not None and not isinstance(value, bool) and _is_secret(name):
+        return _MASK
+    return [_masked(name, inner) for inner in value] if isinstance(value, list) else value
+
+
 def repeat_command(run: Run) -> str:
-    """The command line that repeats a run; empty without a record."""
-    command = run.record.get("command", [])
-    return shlex.join(["rlmt", *command]) if command else ""
+    """The command line that repeats a run, without secrets; empty without a record."""
+    words: list[str] = []
+    option = ""
+    for word in run.record.get("command", []):
+        if word.startswith("--"):
+            option, equals, value = word.partition("=")
+            words.append(option + equals + _masked_word(option, value) if equals else word)
+        else:
+            words.append(_masked_word(option, word))
+    return shlex.join(["rlmt", *words]) if words else ""
+
+
+def _masked_word(option: str, word: str) -> str:
+    """A value on a command line with a mask in place of each secret in it."""
+    if _is_secret(option):
+        return _MASK
+    try:
+        value = yaml.safe_load(word)
+    except yaml.YAMLError:  # a text
+        return word
+    masked = _masked("", value)
+    return word if masked == value else shown("", masked)
 
 
 def facts(run: Run) -> list[Row]:
     """Start, seed, device, versions and repository of a run, as far as they are known."""
     record: Mapping[str, Any] = run.record
-    rows: list[Row] = [("folder", str(run.folder))]
+    rows: list[Row] = [("folder", "/".join(run.folder.parts[-2:]))]
     rows += [(name, str(record[name])) for name in ("started", "device") if record.get(name)]
     if run.seed is not None:
         rows.append(("seed", str(run.seed)))
@@ -88,4 +131,4 @@ def facts(run: Run) -> list[Row]:
 
 def whole(run: Run) -> str:
     """Every option of a run, one a line."""
-    return "\n".join(f"{name}: {shown(value)}" for name, value in run.config.items())
+    return "\n".join(f"{name}: {shown(name, value)}" for name, value in run.config.items())

@@ -104,3 +104,8 @@ def test_error_of_a_reward_names_what_continues(tmp_path: Path) -> None:
     set_resume(reward, "run it again")
     with pytest.raises(UserError, match="8 of 8 scores that are not finite; fix it, and run it again"):
         score_pairs(reward, make_pairs(5), tmp_path / "s.parquet", "cpu")
+
+
+def test_long_text_among_the_options_is_no_folder(tmp_path: Path) -> None:
+    first, _ = score_pairs(Counting("yes|" + "x" * 5000), make_pairs(2), tmp_path / "s.parquet", "cpu")
+    assert first[1] == 1.0

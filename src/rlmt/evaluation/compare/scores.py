@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
 from hashlib import blake2b
@@ -94,8 +95,9 @@ def _score_batch(reward: Reward, pairs: Sequence[Pair]) -> list[list[float]]:
 def _fingerprint(reward: Reward, pairs: Sequence[Pair]) -> str:
     """A hash of the options of a reward, the files in the folders that they name, and the texts that it scores."""
     options = describe_reward(reward)
-    folders = [Path(value) for each in options for value in each.values() if isinstance(value, str)]
-    files = [(file.name, file.stat()) for path in folders if path.is_dir() for file in sorted(path.iterdir())]
+    names = [value for each in options for value in each.values() if isinstance(value, str)]
+    folders = [Path(name) for name in names if os.path.isdir(name)]  # Path.is_dir raises on long texts
+    files = [(file.name, file.stat()) for path in folders for file in sorted(path.iterdir())]
     texts = [[pair.prompt.messages, pair.prompt.extra, pair.first.response, pair.second.response] for pair in pairs]
     states = [[name, state.st_size, state.st_mtime_ns] for name, state in files]
     return blake2b(json.dumps([options, states, texts]).encode(), digest_size=16).hexdigest()
