@@ -1,14 +1,11 @@
 """Tab completion: the scripts of `rlmt completion`, in a real bash."""
 
-import contextlib
-import io
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-
-from rlmt.cli import main
 
 COMPLETE = """
 source "$1"
@@ -21,11 +18,9 @@ printf '%s\\n' "${COMPREPLY[@]}"
 
 
 def script(shell: str, folder: Path) -> Path:
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        assert main(["completion", shell]) == 0
     path = folder / f"rlmt.{shell}"
-    path.write_text(out.getvalue(), encoding="utf-8")
+    with path.open("wb") as file:
+        subprocess.run([sys.executable, "-m", "rlmt", "completion", shell], stdout=file, check=True)
     return path
 
 

@@ -57,6 +57,13 @@ def test_table_has_the_training_runs_newest_first(root: Path) -> None:
     ]
 
 
+def test_table_of_another_program_does_not_hide_runs(root: Path) -> None:
+    (root / "other").mkdir()
+    (root / "other" / "metrics.csv").write_text("name,value\naccuracy,0.5\n")
+    assert {"old/version_0", "rl/version_0"} <= {row[0] for row in cells(root)}
+    assert read_rows(root / "other" / "metrics.csv") == [{"value": 0.5}]
+
+
 def test_verdict_names_the_checks_that_found_the_worst_state(tmp_path: Path) -> None:
     header = "step,reward/mean,reward/malformed,length/truncated,policy/kl"
     rows = [header, *(f"{n},{n},{0.5},{0.3},{0.2}" for n in range(12))]

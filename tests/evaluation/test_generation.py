@@ -19,7 +19,7 @@ from rlmt.engines import ReplayEngine, TransformersEngine
 from rlmt.engines.transformers import stream
 from rlmt.errors import UserError
 from rlmt.evaluation.benchmark import Item
-from rlmt.evaluation.completions import Completion, CompletionStore, read_settings
+from rlmt.evaluation.completions import Completion, CompletionStore, read_completions, read_settings
 from rlmt.evaluation.generation import GenerationSettings, generate
 from rlmt.evaluation.models import EndpointModel, LocalModel, resolve_model
 from rlmt.formats.thinking import ThinkingFormat
@@ -212,3 +212,15 @@ def test_store_reports_a_damaged_file(exported: Exported, items: list[Item], tmp
     (tmp_path / "c" / "part-00000.parquet").write_bytes(b"damaged")
     with pytest.raises(UserError, match="part-00000.parquet: cannot be read"):
         CompletionStore(tmp_path / "c", {}, {})
+
+
+def test_part_after_a_removed_one_overwrites_none(items: list[Item], tmp_path: Path) -> None:
+    def add(item: Item) -> None:
+        answer = Completion(item.id, "", "yes", Status.OK, "stop", 0, 1)
+        CompletionStore(tmp_path / "c", {}, {}).add([item], [answer])
+
+    for item in items[:2]:
+        add(item)
+    (tmp_path / "c" / "part-00000.parquet").unlink()
+    add(items[0])
+    assert [found.id for found in read_completions(tmp_path / "c", items[:2])] == [item.id for item in items[:2]]

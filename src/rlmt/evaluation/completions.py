@@ -169,9 +169,10 @@ def _check_identity(path: Path, found: Mapping[str, Any], identity: Mapping[str,
 
 
 def _read_prompts(path: Path) -> tuple[dict[str, str], int]:
-    """The hash of each completed item's prompt by its id, and the number of files."""
+    """The hash of each completed item's prompt by its id, and the number of the next file."""
     rows = _read_rows(path, ["id", "prompt"])
-    return {row["id"]: row["prompt"] for row in rows}, len(list(path.glob("part-*.parquet")))
+    numbers = [int(file.stem.rpartition("-")[2]) for file in path.glob("part-*.parquet")]  # a damaged one was removed
+    return {row["id"]: row["prompt"] for row in rows}, max(numbers, default=-1) + 1
 
 
 def _read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:

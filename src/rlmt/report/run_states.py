@@ -152,7 +152,16 @@ def read_rows(path: Path) -> list[Row]:
     text = path.read_text(encoding="utf-8")
     lines = text[: text.rfind("\n") + 1].splitlines()
     table = [line for line in csv.DictReader(lines) if None not in line.values()]
-    return [{name: float(cell) for name, cell in line.items() if cell} for line in table]
+    numbers = [{name: _number(cell) for name, cell in line.items() if cell} for line in table]
+    return [{name: value for name, value in line.items() if value is not None} for line in numbers]
+
+
+def _number(cell: str) -> float | None:
+    """The number in a cell, nan included; None for other text, such as in another program's metrics.csv."""
+    try:
+        return float(cell)
+    except ValueError:
+        return None
 
 
 @lru_cache(maxsize=1024)

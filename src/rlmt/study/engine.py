@@ -9,14 +9,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
-
-from rlmt.study.processes import end_with_parent
 
 _FIELDS = {
     "run_info": ("stats",),
@@ -133,7 +130,6 @@ def _run(request: Request, handler: _EventHandler) -> None:
 
 def main() -> int:
     """Reads a request from standard input, runs Snakemake, and prints its events to standard output."""
-    end_with_parent(signal.SIGKILL)
     handler = _EventHandler(os.fdopen(os.dup(1), "w"))
     os.dup2(2, 1)  # only events are printed to standard output
     request = Request(**json.loads(sys.stdin.read()))

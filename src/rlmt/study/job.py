@@ -135,7 +135,8 @@ def _execute(words: Sequence[str], log: Path) -> int:
         process = subprocess.Popen(
             [sys.executable, "-m", "rlmt", *arguments],
             stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"}, preexec_fn=partial(end_with_parent, signal.SIGTERM),
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            preexec_fn=partial(end_with_parent, signal.SIGTERM, os.getpid()),
         )  # fmt: skip
     signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     status = process.wait()

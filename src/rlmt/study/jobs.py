@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -60,12 +63,14 @@ def served(command: str) -> Iterator[None]:
         return
     process = subprocess.Popen(
         [sys.executable, "-m", *shlex.split(command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True, preexec_fn=partial(end_with_parent, signal.SIGTERM),
+        start_new_session=True, preexec_fn=partial(end_with_parent, signal.SIGTERM, os.getpid()),
     )  # fmt: skip
     try:
         if process.stdout is None or not process.stdout.readline():
             message = process.communicate()[1].strip().splitlines()
             raise UserError(f"--serve {command}: does not start: {message[-1] if message else 'no message'}.")
+        for stream in (process.stdout, process.stderr):  # a full pipe would stop the server
+            threading.Thread(target=deque, args=(stream, 0), daemon=True).start()
         yield
     finally:
         process.terminate()

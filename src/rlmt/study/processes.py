@@ -16,14 +16,16 @@ _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)
 
 
-def end_with_parent(number: signal.Signals) -> None:
+def end_with_parent(number: signal.Signals, parent: int | None = None) -> None:
     """Makes the system send this process a signal when its parent dies, however that dies.
 
     Args:
         number: The signal.
+        parent: Process id of the parent, which is 1 if a container runs `rlmt`; None if it is any but 1.
     """
     _LIBC.prctl(_PR_SET_PDEATHSIG, number)
-    if os.getppid() == 1:  # the parent died before the call above
+    dead = os.getppid() == 1 if parent is None else os.getppid() != parent
+    if dead:  # before the call above
         os.kill(os.getpid(), number)
 
 

@@ -12,6 +12,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import IO, Any
@@ -22,7 +23,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rlmt.errors import UserError
 from rlmt.study.engine import Request
 from rlmt.study.job import LOG_FILE, JobState
-from rlmt.study.processes import locked
+from rlmt.study.processes import end_with_parent, locked
 from rlmt.study.stages import job_name
 
 _TQDM_POSITION = re.compile(rb"(\d+)/(\d+) \[")
@@ -109,6 +110,7 @@ class Runner:
             process = subprocess.Popen(
                 [sys.executable, "-m", "rlmt.study.engine"],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=messages, text=True, start_new_session=True,
+                preexec_fn=partial(end_with_parent, signal.SIGKILL, os.getpid()),
             )  # fmt: skip
             assert process.stdin is not None and process.stdout is not None
             try:
