@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rlmt.algorithms import GRPO
@@ -16,6 +18,7 @@ from rlmt.formats import ThinkingFormat
 from rlmt.modules import RLMTModule
 from rlmt.rewards import ClassifierReward, WeightedSum
 from rlmt.rewards.conversation import ConversationReader
+from rlmt.types import Message
 
 from ..chat_templates import SHAPES
 
@@ -61,6 +64,24 @@ def test_reward_models_whose_template_does_not_fit_are_refused(
     with pytest.raises(UserError, match=f"^reward model '.*{message}") as caught:
         ClassifierReward(reward_model(tokenizer=SHAPES[shape].tokenizer())).check()
     assert "\n" not in str(caught.value)
+
+
+def test_tokenizer_of_whole_words_has_the_suffix_behind_the_words() -> None:
+    """It encodes x and y, which are no words, alike."""
+    words = ["<unk>", "<|end|>", "<|user|>", "<|assistant|>", "plan", "lunch"]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    build: Any = PreTrainedTokenizerFast
+    tokenizer = build(tokenizer_object=core, unk_token="<unk>", eos_token="<|end|>")
+    template = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
+    tokenizer.chat_template = template
+    reader = ConversationReader(tokenizer, "rm")
+    assert reader.suffix_length == 1
+    assert reader.encode([reader.render([Message(role="user", content="plan")], "lunch")]) == [[2, 4, 1, 3, 5, 1]]
+    tokenizer.chat_template = template.replace("m.content", "'lunch'")
+    with pytest.raises(UserError, match="omits the response"):
+        ConversationReader(tokenizer, "rm")
 
 
 def test_template_date_of_a_run_reaches_all_its_rewards(

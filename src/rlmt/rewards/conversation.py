@@ -8,6 +8,7 @@ of a tag on both sides of such a string would become a tag: `<th<|eot_id|>ink>`.
 
 from __future__ import annotations
 
+import itertools
 import os.path
 import re
 from typing import cast
@@ -30,7 +31,7 @@ class ConversationReader:
         date: Day that the chat template prints if it prints one, YYYY-MM-DD.
 
     Raises:
-        UserError: The template refuses conversations, or omits responses.
+        UserError: The template refuses conversations or omits responses, or the tokenizer encodes all of them alike.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, source: str, date: str = TEMPLATE_DATE) -> None:
@@ -43,11 +44,25 @@ class ConversationReader:
         alternatives = sorted((re.escape(token) for token in special if token), key=len, reverse=True)
         self._special = re.compile("|".join(alternatives)) if alternatives else None
         # Two conversations that differ only in the response share exactly the suffix that closes the turn.
-        probes = self.encode([self.render(_PROBE, text) for text in ("x", "y")])
-        if probes[0] == probes[1]:
-            raise UserError(f"reward model {source!r}: the chat template omits the response; use one for plain text.")
-        self.suffix_length = len(os.path.commonprefix([row[::-1] for row in probes]))
+        self.suffix_length = len(os.path.commonprefix([row[::-1] for row in self._probes()]))
         """Number of tokens that the template writes after the response."""
+
+    def _probes(self) -> tuple[list[int], list[int]]:
+        """Two encoded conversations that differ only in the response.
+
+        A tokenizer of whole words encodes letters that are no words alike, so its own words are tried, too.
+        """
+        first, second = (self.render(_PROBE, response) for response in ("x", "y"))
+        if first == second:
+            raise UserError(
+                f"reward model {self.source!r}: the chat template omits the response; use one for plain text."
+            )
+        row = self.encode([first])[0]
+        words = (str(self.tokenizer.decode([token])).strip() for token in range(len(self.tokenizer)))
+        for text in itertools.chain([second], (self.render(_PROBE, word) for word in words)):
+            if (other := self.encode([text])[0]) != row:
+                return row, other
+        raise UserError(f"reward model {self.source!r}: its tokenizer encodes all responses alike; use another one.")
 
     def render(self, messages: list[Message], response: str) -> str:
         """Renders `messages`, followed by `response` as the assistant turn.
