@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
-from rlmt.cli.parsing import Parser
-from rlmt.configs import resolve_configs
+from rlmt.cli.parsing import Parser, parse_options, run_resumable
 from rlmt.evaluation.compare import command
 
 
@@ -35,12 +33,4 @@ def run(args: Sequence[str]) -> int:
     Raises:
         UserError: The configuration is invalid, a model cannot be read, or the judge or a reward failed.
     """
-    parser = make_parser()
-    options = parser.instantiate_classes(parser.parse_args(resolve_configs(args))).as_dict()
-    options.pop("config", None)
-    try:
-        command.compare(**options)
-    except KeyboardInterrupt:
-        print("rlmt: interrupted; the same command continues", file=sys.stderr)
-        return 130
-    return 0
+    return run_resumable(command.compare, **parse_options(make_parser(), args))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
-from rlmt.cli.parsing import Parser
-from rlmt.configs import resolve_configs
+from rlmt.cli.parsing import Parser, parse_options, run_resumable
 from rlmt.distill import command
 
 
@@ -31,12 +29,4 @@ def run(args: Sequence[str]) -> int:
     Raises:
         UserError: The configuration is invalid, or the teacher failed.
     """
-    parser = make_parser()
-    options = parser.instantiate_classes(parser.parse_args(resolve_configs(args))).as_dict()
-    options.pop("config", None)
-    try:
-        command.distill(**options)
-    except KeyboardInterrupt:
-        print("rlmt: interrupted; the same command continues", file=sys.stderr)
-        return 130
-    return 0
+    return run_resumable(command.distill, **parse_options(make_parser(), args))

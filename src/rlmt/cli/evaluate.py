@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import fields
 
-from rlmt.cli.parsing import Parser
-from rlmt.configs import resolve_configs
+from rlmt.cli.parsing import Parser, parse_options, run_resumable
 from rlmt.errors import UserError
 from rlmt.evaluation import command
 from rlmt.evaluation.generation import GenerationSettings
@@ -39,15 +37,9 @@ def run(args: Sequence[str]) -> int:
     for name, text in STAGES.items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
     parser.add_argument("--yes", action="store_true", help="start without asking about the cost")
-    options = parser.instantiate_classes(parser.parse_args(resolve_configs(args))).as_dict()
-    options.pop("config", None)
+    options = parse_options(parser, args)
     generation = GenerationSettings(**{field.name: options.pop(field.name) for field in fields(GenerationSettings)})
     stages = [name for name in STAGES if options.pop(name)]
     if len(stages) > 1:
         raise UserError(f"{' '.join(f'--{name}' for name in stages)}: these exclude each other; pass one of them.")
-    try:
-        command.evaluate(**options, generation=generation, stage=stages[0] if stages else "all")
-    except KeyboardInterrupt:
-        print("rlmt: interrupted; the same command continues", file=sys.stderr)
-        return 130
-    return 0
+    return run_resumable(command.evaluate, **options, generation=generation, stage=stages[0] if stages else "all")

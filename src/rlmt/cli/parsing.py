@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import reduce
 from inspect import signature
 from operator import or_
-from typing import NoReturn, get_args
+from typing import Any, NoReturn, get_args
 
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
 
 from rlmt.cli.config_files import file_of
 from rlmt.cli.messages import one_line
+from rlmt.configs import resolve_configs
 from rlmt.errors import UserError
 
 
@@ -100,4 +102,40 @@ def run_function(
     """
     parser = function_parser(command, function, optional_positional)
     function(**parser.instantiate_classes(parser.parse_args(list(args))).as_dict())
+    return 0
+
+
+def parse_options(parser: Parser, args: Sequence[str]) -> dict[str, Any]:
+    """Parses the command line and its configs.
+
+    Args:
+        parser: Parser with an option `--config`.
+        args: Arguments after the command's name.
+
+    Returns:
+        Options by name, classes instantiated, without `config`.
+
+    Raises:
+        UserError: An argument is invalid.
+    """
+    options: dict[str, Any] = parser.instantiate_classes(parser.parse_args(resolve_configs(args))).as_dict()
+    options.pop("config", None)
+    return options
+
+
+def run_resumable(function: Callable[..., None], **options: Any) -> int:
+    """Calls the function of a command that continues where it was interrupted.
+
+    Args:
+        function: The function.
+        **options: Its arguments.
+
+    Returns:
+        Exit status: 0, or 130 when interrupted.
+    """
+    try:
+        function(**options)
+    except KeyboardInterrupt:
+        print("rlmt: interrupted; the same command continues", file=sys.stderr)
+        return 130
     return 0
