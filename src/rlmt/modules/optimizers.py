@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+from torch.overrides import TorchFunctionMode
 
 from rlmt.errors import UserError
 from rlmt.options import NonNegativeFloat, PositiveInt, UnitIntervalBelowOne, check_ranges
@@ -19,6 +22,23 @@ LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
 
 _IN_LAYER = re.compile(r"\.\d+\.")
 """Matches names of parameters in numbered layers, such as model.layers.0.mlp.up_proj.weight."""
+
+
+class ProductsInFloat32(TorchFunctionMode):
+    """Multiplies bfloat16 matrices on the CPU in float32 and rounds each product to bfloat16.
+
+    That is what a bfloat16 unit computes, up to the order of the sum. torch's own loop for CPUs without such a unit
+    (AVX2 only) computes it some fifty times slower, and Muon asks for bfloat16 whatever the CPU.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        slow = func in (torch.addmm, Tensor.matmul, Tensor.__matmul__) and all(
+            arg.dtype is torch.bfloat16 and arg.device.type == "cpu" for arg in args
+        )
+        return func(*(arg.float() for arg in args), **kwargs).bfloat16() if slow else func(*args, **kwargs)
 
 
 class MuonAdamW(Optimizer):
@@ -75,8 +95,10 @@ class MuonAdamW(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Steps both parts."""
         loss: Tensor | None = None if closure is None else closure()
-        for part in self._parts:
-            part.step()
+        has_unit = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # what torch itself asks before each product
+        with nullcontext() if has_unit else ProductsInFloat32():
+            for part in self._parts:
+                part.step()
         return loss
 
     def state_dict(self) -> dict[str, Any]:
