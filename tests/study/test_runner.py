@@ -53,11 +53,13 @@ def test_jobs_run_once_in_order_and_again_when_changed(tmp_path: Path, capfd: py
     first = finished(out)
     assert list(first) == ["a", "b-p", "b-q", "c", "d"] and attempts(out) == dict.fromkeys(first, 1)
     assert json.loads(first["d"])["command"] == "rlmt --version --seed 3"
+    lines = [line for line in capfd.readouterr().out.splitlines() if "is done" in line]  # without a terminal
+    assert [line.partition(" seed 3 is done ")[2] for line in lines] == [f"({k} of 5 jobs)" for k in range(1, 6)]
+    assert lines[0].startswith("a ")
     assert (out / "seed-3/a/done").stat().st_mtime <= min(
         (out / f"seed-3/{name}/done").stat().st_mtime for name in first
     )
 
-    capfd.readouterr()
     plan = Plan(stages(b="--version $x $x"), {})
     request = Request([f"seed-3/{target}/done" for target in ("c", "d")], threads=1, jobs=1)
     list_jobs(plan, out, request)

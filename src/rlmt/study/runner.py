@@ -151,7 +151,10 @@ class Runner:
                     self._start(event["jobid"], folder)
             case "job_finished" if event["job_id"] in self._running:
                 self._finished += 1
-                self._progress.remove_task(self._running.pop(event["job_id"])[1])
+                folder, bar = self._running.pop(event["job_id"])
+                self._progress.remove_task(bar)
+                if show and not self._progress.console.is_terminal:  # where no bar is drawn, as in a log file
+                    self._print(f"{job_name(folder)} is done ({self._finished} of {self._total} jobs)")
             case "job_error" if event["jobid"] in self._running:
                 folder, bar = self._running.pop(event["jobid"])
                 self._progress.remove_task(bar)
