@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 from rlmt.errors import UserError
 from rlmt.report.configuration import own_settings, repeat_command
 from rlmt.report.distributions import distributions
-from rlmt.report.page import Picture, Section, Table, page_title, render_page, write_page
+from rlmt.report.page import Example, Picture, Section, Table, page_title, render_page, write_page
 from rlmt.report.panels import panels
 from rlmt.report.rollout_sample import choose, numbers, read_chosen
 from rlmt.report.runs import find_run, read_run, read_runs
@@ -115,7 +116,7 @@ def test_own_script_parses_no_html() -> None:
 def test_payload_has_the_run(page: str, folder: Path) -> None:
     data = payload_of(page)
     (run,) = data["runs"]
-    assert (run["label"], run["seed"], run["state"], run["steps"], run["planned"]) == ("think", 0, "unknown", 40, 40)
+    assert (run["label"], run["seed"], run["state"], run["steps"], run["planned"]) == ("think", 0, "unknown", 40, None)
     assert run["metrics"]["val/rubric"][0] == [9, 19, 29, 39]
     logged = read_metrics(folder / "metrics.csv")["reward/mean"].values
     assert np.allclose(run["metrics"]["reward/mean"][1], logged, rtol=1e-5)
@@ -125,6 +126,15 @@ def test_payload_has_the_run(page: str, folder: Path) -> None:
     assert "thought 3 </script><script>alert(1)</script>\u2028\x00" in texts
     assert run["facts"][-1] == ["repository", "0123456789ab, 2 changed files"]
     assert run["command"].startswith("rlmt fit --config base --config tiny")
+
+
+def test_steps_of_a_run_with_a_state_are_those_of_the_state(folder: Path, tmp_path: Path) -> None:
+    """Two optimizer steps a batch: 40 rows of metrics.csv are 80 steps."""
+    copied = Path(shutil.copytree(folder, tmp_path / "version_0"))
+    state = {"state": "finished", "step": 80, "steps": 80, "updated": 1.0, "error": None}
+    (copied / "state.json").write_text(json.dumps(state))
+    (run,) = payload_of(render_page("", [read_run(copied)]))["runs"]
+    assert (run["state"], run["steps"], run["planned"]) == ("finished", 80, 80)
 
 
 def test_settings_are_those_that_differ_from_the_shipped_configs(folder: Path) -> None:
@@ -171,12 +181,13 @@ def test_page_has_no_secrets(synthetic: Any, tmp_path: Path) -> None:
 def test_sections_of_the_caller_are_on_the_page(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "figure.png").write_bytes(b"\x89PNG")
     picture, scores = Picture(tmp_path / "figure.png", "scores"), Table(["arm", "score"], [["think", "1.0"]])
-    section = Section("Results", ["a < b"], [scores], [picture])
+    section = Section("Results", ["a < b"], [scores], [picture], [Example("row 1", [("A", "<i>")])])
     path = write_page(tmp_path / "page.html", "study", [read_run(folder)], [section])
     (found,) = payload_of(path.read_text(encoding="utf-8"))["sections"]
     assert found["title"] == "Results" and found["texts"] == ["a < b"]
     assert found["tables"] == [{"columns": ["arm", "score"], "rows": [["think", "1.0"]], "caption": ""}]
     assert found["pictures"] == [{"src": "data:image/png;base64,iVBORw==", "alt": "scores"}]
+    assert found["examples"] == [{"title": "row 1", "parts": [["A", "<i>"]]}]
 
 
 def test_seeds_of_one_configuration_are_one_arm(synthetic: Any, tmp_path: Path) -> None:

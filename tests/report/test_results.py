@@ -1,4 +1,4 @@
-"""Sections from the reports of other commands: their texts, tables and figure."""
+"""Sections from the reports of other commands: their texts, tables, figure and examples."""
 
 from pathlib import Path
 
@@ -19,19 +19,45 @@ REPORT = """# Think against no_think
 | plans | 0.61 | 0.20 |
 | **lists** | 0.1 | 0.7 |
 
-## By length
+## Most won by think
+
+### Row 3
+
+judge: think wins
+
+**Prompt**
+
+```text
+plan **lunch**
+```
+
+**think**
+
+````text
+``` <b>
+````
+
+## Most lost by think
+
+### Row 1
+
+judge: no_think wins
 """
 
 
-def test_report_becomes_texts_tables_and_a_picture(tmp_path: Path) -> None:
+def test_report_becomes_texts_tables_a_picture_and_examples(tmp_path: Path) -> None:
     (tmp_path / "traits.md").write_text(REPORT)
     (tmp_path / "traits.png").write_bytes(b"\x89PNG")
     (section,) = read_sections(tmp_path)
     assert section.title == "Think against no_think"
-    assert section.texts == ["The first wins 57 %.", "By length"]
+    assert section.texts == ["The first wins 57 %."]
     (table,) = section.tables
     assert table.columns == ["trait", "think", "no_think"]
     assert table.rows == [["plans", "0.61", "0.20"], ["lists", "0.1", "0.7"]]
+    won, lost = section.examples
+    assert won.title == "Most won by think: Row 3"
+    assert won.parts == [("", "judge: think wins"), ("Prompt", "plan **lunch**"), ("think", "``` <b>")]
+    assert (lost.title, lost.parts) == ("Most lost by think: Row 1", [("", "judge: no_think wins")])
     assert [picture.path for picture in section.pictures] == [tmp_path / "traits.png"]
 
 

@@ -62,13 +62,23 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Example:
+    """Something to read, folded until a reader opens it."""
+
+    title: str
+    parts: Sequence[tuple[str, str]]
+    """Label, which may be empty, and text, shown as it is."""
+
+
+@dataclass(frozen=True)
 class Section:
-    """A section after the curves, such as the comparison of a study: texts, tables and pictures in this order."""
+    """A section after the curves, such as the comparison of a study: its parts in this order."""
 
     title: str
     texts: Sequence[str] = ()
     tables: Sequence[Table] = ()
     pictures: Sequence[Picture] = ()
+    examples: Sequence[Example] = ()
 
 
 def render_page(title: str, runs: Sequence[Run], sections: Sequence[Section] = ()) -> str:
@@ -139,4 +149,6 @@ def _section(section: Section) -> Mapping[str, Any]:
         for p in section.pictures
     ]
     tables = [asdict(table) for table in section.tables]
-    return {"title": section.title, "texts": list(section.texts), "tables": tables, "pictures": pictures}
+    examples = [asdict(example) for example in section.examples]
+    texts = list(section.texts)
+    return {"title": section.title, "texts": texts, "tables": tables, "pictures": pictures, "examples": examples}

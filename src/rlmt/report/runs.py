@@ -42,6 +42,10 @@ class Run:
     """Command and versions; empty for runs that have none."""
     state: str = "unknown"
     """running, finished, interrupted or failed; unknown for runs that have no state file."""
+    done: int | None = None
+    """Steps done as `rlmt runs` counts them; None if unknown."""
+    planned: int | None = None
+    """Their total; None if nothing ends the run, or if unknown."""
 
     @property
     def seed(self) -> int | None:
@@ -107,8 +111,10 @@ def read_run(path: Path, label: str | None = None, arm: str | None = None) -> Ru
     named = folder.parent.name if folder.name.startswith("version_") else folder.name
     label = label or named
     listed = run_states.read_run(folder)
-    state = (listed and listed.state) or "unknown"
-    return Run(folder, label, arm or label, metrics, config, read_record(folder), state)
+    run = Run(folder, label, arm or label, metrics, config, read_record(folder))
+    if listed is not None and listed.state is not None:
+        return replace(run, state=listed.state, done=listed.step, planned=listed.steps)
+    return run
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rlmt.evaluation.compare.figures import compute_figures, judge_line, reward_line, sentences
 from rlmt.evaluation.compare.judge import Verdicts
 from rlmt.evaluation.compare.pairs import Pair
-from rlmt.evaluation.compare.report import Comparison, closing_sentences, markdown, terminal_table
+from rlmt.evaluation.compare.report import Comparison, cells, closing_sentences, markdown, terminal_table
 from rlmt.evaluation.statistics import Interval
 from rlmt.types import Prompt, Split, Status
 
@@ -111,10 +111,12 @@ def comparison() -> Comparison:
     return Comparison(NAMES, pairs, lines, [compute_figures(line, pairs, 0) for line in lines], {})
 
 
-def test_terminal_shows_brackets(capsys: pytest.CaptureFixture[str]) -> None:
-    Console(width=200).print(terminal_table(replace(comparison(), names=("new [a]", "old"))))
+def test_terminal_of_80_columns_shows_every_figure_and_bracket(capsys: pytest.CaptureFixture[str]) -> None:
+    found = replace(comparison(), names=("new [a]", "old"))
+    Console(width=80).print(terminal_table(found))
     printed = capsys.readouterr().out
     assert "new [a] wins" in printed and "win rate of new [a] [95 %]" in printed
+    assert all(cell in printed for figures in found.figures for cell in cells(figures))
 
 
 def test_most_won_and_lost_are_ranked_by_the_first_line_and_then_the_next() -> None:

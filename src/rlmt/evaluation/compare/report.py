@@ -92,12 +92,13 @@ def closing_sentences(comparison: Comparison) -> list[str]:
 
 
 def terminal_table(comparison: Comparison) -> Table:
-    """The table for a terminal."""
+    """The table for a terminal: turned on its side, since its ten columns do not fit into 80 characters."""
     table = Table(box=None, pad_edge=False)
-    for number, heading in enumerate(headings(comparison.names)):
-        table.add_column(escape(heading), justify="right" if number else "left")
-    for figures in comparison.figures:
-        table.add_row(*map(escape, cells(figures)))
+    rows = zip(headings(comparison.names), *map(cells, comparison.figures), strict=True)
+    for number, name in enumerate(next(rows)):
+        table.add_column(escape(name), justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*map(escape, row))
     return table
 
 

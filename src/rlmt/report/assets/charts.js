@@ -266,7 +266,7 @@ const drawAll = () => charts.forEach((chart) => chart.drawn || chart.draw());
 
 /** The section with all panels, by family, below one row of controls. */
 function curvesSection(data) {
-  view.last = Math.max(1, ...data.runs.map((run) => run.steps - 1));
+  view.last = Math.max(1, ...data.runs.flatMap((run) => Object.values(run.metrics).map(([steps]) => steps.at(-1))));
   const arms = [...new Set(data.runs.map((run) => run.arm))];
   const shown = el("output", {}, "");
   const range = el("input", { type: "range", min: "0", max: "0.1", step: "0.005", value: String(view.smoothing), id: "smoothing", oninput: () => {

@@ -119,13 +119,20 @@ function timeBars(data) {
   section("time", "Time", "Mean seconds of each phase of a step, without the first step, which starts the engine. Curves are above, under Time and Throughput.", key, ...bars);
 }
 
-/** Sections of tables and pictures: evaluations, comparisons, a study's results. */
+/** Sections of texts, tables, pictures and examples: evaluations, comparisons, a study's results. */
 function resultSections(data) {
   data.sections.forEach((item, i) => {
     const node = section(`results-${i}`, item.title, "");
     node.append(...item.texts.map((text) => el("p", { class: "lead" }, text)), ...item.tables.map((t) => table(t.columns, t.rows, t.caption)),
-      ...item.pictures.map((picture) => el("img", { src: picture.src, alt: picture.alt })));
+      ...item.pictures.map((picture) => el("img", { src: picture.src, alt: picture.alt })), ...item.examples.map(example));
+    node.classList.add("results");
   });
+}
+
+/** An example to read, folded. */
+function example(item) {
+  const parts = item.parts.flatMap(([label, text]) => [label ? el("h4", {}, label) : null, el("pre", {}, text)]);
+  return el("details", { class: "example" }, el("summary", {}, item.title), ...parts);
 }
 
 /** A command line with a button that copies it. */
