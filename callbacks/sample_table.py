@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import io
-import re
 import shutil
 import sys
-from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlmt.engines.rollout_files import read_rollouts, rollout_table, write_rollouts
+from rlmt.engines.rollout_files import rollout_table
 from rlmt.options import IntFromTwenty, NonNegativeInt, PositiveInt, check_ranges
 from rlmt.types import Experience, Split, Status
 
@@ -29,8 +26,8 @@ from ._common import (
     step_number,
 )
 from ._logged_samples import SampleRow, log_samples
+from ._rollout_folder import RolloutFolder
 
-_FILE = re.compile(r"rollouts_(\d+)-(\d+)((?:\.rank\d+)?)\.parquet")
 _CONTROLS = {c: 0x2400 + c for c in range(0x20) if c not in (0x09, 0x0A)} | dict.fromkeys(range(0x7F, 0xA0), 0xFFFD)
 """Control characters → visible ones: a policy may sample an escape sequence, which a terminal would execute."""
 
@@ -44,7 +41,8 @@ class SampleTable(Callback):
     All rollouts go to `rollouts/` beside metrics.csv, one file for `dump_every_n_steps` steps, named by the first and
     the last step in it; see `rlmt.engines.rollout_files` for the columns. Rollouts not yet on disk are written when
     training ends or fails and before every checkpoint, so a killed and resumed run has them all. A run that resumes
-    from a checkpoint drops the rows of later steps.
+    from a checkpoint drops the rows of later steps. Those of a validation go to a file of `val_rollouts/`: its prompts
+    are the same each time, which shows how the thoughts on one prompt change.
 
     Args:
         every_n_steps: Steps between prints, from the first step on; 0 prints and logs nothing.
@@ -74,36 +72,58 @@ class SampleTable(Callback):
         self.num_samples = num_samples
         self.max_chars = max_chars
         self.dump_every_n_steps = dump_every_n_steps
-        self._folder: Path | None = None
-        self._rank = ""
-        self._pending: list[pa.Table] = []
+        self._training: RolloutFolder | None = None
+        self._validation: RolloutFolder | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Finds the run's folder; a `fast_dev_run` leaves no files behind."""
-        dumping = stage == "fit" and self.dump_every_n_steps > 0 and not is_dry_run(trainer)
-        self._folder = run_folder(trainer) / "rollouts" if dumping else None
-        self._rank = f".rank{trainer.global_rank}" if trainer.world_size > 1 else ""
+        dumping = stage in ("fit", "validate") and self.dump_every_n_steps > 0 and not is_dry_run(trainer)
+        self._training = self._validation = None
+        if dumping:
+            folder, rank = run_folder(trainer), f".rank{trainer.global_rank}" if trainer.world_size > 1 else ""
+            self._training = RolloutFolder(folder / "rollouts", rank)
+            self._validation = RolloutFolder(folder / "val_rollouts", rank)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Removes rollouts of steps that a resumed run repeats."""
-        if self._folder is not None and trainer.ckpt_path:
-            self._remove_after(step_number(trainer))
+        for folder in (self._training, self._validation):
+            if folder is not None and trainer.ckpt_path:
+                folder.remove_after(step_number(trainer))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Collects the step's rollouts, and prints some of them if it is due."""
         experience, step = experience_of(outputs), step_number(trainer)
-        if self._folder is not None:
-            table = rollout_table(experience, step, format=format_of(pl_module), rank=trainer.global_rank)
-            self._pending.append(table)
+        if self._training is not None:
+            self._training.add(rollout_table(experience, step, format_of(pl_module), trainer.global_rank))
             if (step + 1) % self.dump_every_n_steps == 0:
                 with report_write_errors("rollouts"):  # on a full disk they are written later
-                    self._flush()
+                    self._training.flush()
         if self.every_n_steps and step % self.every_n_steps == 0 and trainer.is_global_zero:
             width, colour = shutil.get_terminal_size((120, 24)).columns, sys.stdout.isatty()
             say(render_samples(experience, step, self.num_samples, self.max_chars, width, colour))
             log_samples(trainer.loggers, choose_samples(experience, self.num_samples, self.max_chars), step)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Collects the rollouts of a validation."""
+        if self._validation is not None and not trainer.sanity_checking:
+            experience, step = experience_of(outputs), step_number(trainer)
+            self._validation.add(rollout_table(experience, step, format_of(pl_module), trainer.global_rank))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the rollouts of the validation."""
+        if self._validation is not None:
+            with report_write_errors("rollouts"):
+                self._validation.flush()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Writes the pending rollouts: a run resumed from this checkpoint does not generate them again."""
@@ -118,44 +138,9 @@ class SampleTable(Callback):
         with report_write_errors("rollouts"):
             self._flush()
 
-    def _remove_after(self, last: int) -> None:
-        """Removes rows of steps after `last`, the last step of the checkpoint that the run resumes from."""
-        for start, end, path in self._files():
-            if end <= last:
-                continue
-            if start <= last:
-                table = read_rollouts(path)
-                kept = table.filter(pa.array([step <= last for step in table["step"].to_pylist()], pa.bool_()))
-                newest = max(kept["step"].to_pylist())
-                write_rollouts(kept, path.with_name(f"rollouts_{start:06d}-{newest:06d}{self._rank}.parquet"))
-            path.unlink()
-
     def _flush(self) -> None:
-        """Writes the pending rollouts; they replace rows of the same steps from before an interruption."""
-        if self._folder is None or not self._pending:
-            return
-        table = pa.concat_tables(self._pending)
-        new = set(table["step"].to_pylist())
-        first, last = min(new), max(new)
-        overlapping = [file for file in self._files() if file[0] <= last and file[1] >= first]
-        for start, end, path in overlapping:
-            earlier = read_rollouts(path).replace_schema_metadata(table.schema.metadata)
-            kept = earlier.filter(pa.array([step not in new for step in earlier["step"].to_pylist()], pa.bool_()))
-            if len(kept):
-                table = pa.concat_tables([table, kept]).sort_by("step")
-                first, last = min(first, start), max(last, end)
-        target = self._folder / f"rollouts_{first:06d}-{last:06d}{self._rank}.parquet"
-        write_rollouts(table, target)
-        for _, _, path in overlapping:
-            if path != target:
-                path.unlink()
-        self._pending = []
-
-    def _files(self) -> list[tuple[int, int, Path]]:
-        """First step, last step and path of each file of this rank."""
-        assert self._folder is not None
-        found = [(_FILE.fullmatch(path.name), path) for path in self._folder.glob("rollouts_*.parquet")]
-        return [(int(m[1]), int(m[2]), path) for m, path in found if m is not None and m[3] == self._rank]
+        if self._training is not None:
+            self._training.flush()
 
 
 def choose_samples(experience: Experience, num_samples: int, max_chars: int) -> list[SampleRow]:

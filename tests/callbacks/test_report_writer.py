@@ -31,7 +31,7 @@ def test_page_is_written_at_the_end_with_the_last_step_and_its_rollouts(world: A
     assert run["state"] == "finished" and run["steps"] == 3
     assert run["metrics"]["reward/mean"] == [[0, 1, 2], [3.5, 4.5, 5.5]]  # the mean reward grows by 1 a step
     assert run["metrics"]["val/reward_mean"][1] == [0.5]
-    assert run["rollouts"]["total"] == 18
+    assert run["rollouts"]["total"] == 18 + 12, "of three steps and one validation with two batches"
 
 
 def test_page_is_refreshed_every_n_steps(world: Any, tmp_path: Any) -> None:

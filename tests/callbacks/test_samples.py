@@ -40,6 +40,21 @@ def test_all_rollouts_are_kept_in_files_of_n_steps(world, tmp_path):
     assert table.schema.metadata == {b"rlmt": b'{"format": {"name": "think"}}'}
 
 
+def test_rollouts_of_each_validation_are_in_a_file_and_none_is_twice_after_a_resumption(world, tmp_path):
+    options = {"validate": True, "val_check_interval": 2}
+    module = world.Module()
+    module.before_step = failing(5)
+    with pytest.raises(RuntimeError, match="boom"):
+        run_with_checkpoints(world, tmp_path, module, Killed, **options)
+    folder = tmp_path / "val_rollouts"
+    assert names(folder) == ["rollouts_000001-000001.parquet", "rollouts_000003-000003.parquet"]
+    run_with_checkpoints(world, tmp_path, world.Module(), ckpt_path=tmp_path / "step=4.ckpt", **options)
+    assert read_rollouts(folder)["step"].to_pylist() == [step for step in (1, 3, 5) for _ in range(12)]
+    logged = [row["step"] for row in world.csv(tmp_path) if "val/reward_mean" in row]
+    assert set(logged) == {3, 5}, "steps of the files are steps of metrics.csv, which this logger begins anew"
+    assert len(read_rollouts(tmp_path / "rollouts")) == 36
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_interrupted_run_keeps_what_it_drew(world, tmp_path, error):
     module = world.Module()

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from rlmt.engines.rollout_files import SCHEMA, write_rollouts
 from rlmt.errors import UserError
 from rlmt.report.configuration import own_settings, repeat_command
 from rlmt.report.distributions import distributions
@@ -252,7 +254,7 @@ def test_long_curves_are_averaged_to_a_bounded_number_of_points(synthetic: Any, 
 
 @pytest.fixture(scope="module")
 def columns(folder: Path) -> dict[str, Any]:
-    return numbers(folder / "rollouts")
+    return numbers(folder)
 
 
 def test_extremes_and_malformed_rollouts_are_chosen_first(columns: dict[str, Any]) -> None:
@@ -270,6 +272,7 @@ def test_extremes_and_malformed_rollouts_are_chosen_first(columns: dict[str, Any
 def test_sample_is_stratified_by_step_and_seeded() -> None:
     count = 5000
     columns = {
+        "held_out": np.zeros(count, dtype=bool),
         "step": np.repeat(np.arange(100), 50), "prompt_index": np.arange(count), "status": np.full(count, "ok"),
         "reward": np.zeros(count), "thought_tokens": np.ones(count), "response_tokens": np.ones(count),
     }  # fmt: skip
@@ -282,6 +285,7 @@ def test_prompts_that_changed_most_are_followed_over_the_steps() -> None:
     """40 prompts at 20 steps: the lengths of prompt p grow by p tokens a step; 16 prompts and 8 steps are kept."""
     step, prompt = (array.ravel() for array in np.meshgrid(np.arange(20), np.arange(40), indexing="ij"))
     columns = {
+        "held_out": np.zeros(800, dtype=bool),
         "step": step, "prompt_index": prompt, "status": np.full(800, "ok"), "reward": np.zeros(800),
         "thought_tokens": step * prompt, "response_tokens": np.zeros(800, dtype=int),
     }  # fmt: skip
@@ -293,11 +297,27 @@ def test_prompts_that_changed_most_are_followed_over_the_steps() -> None:
     assert 0 in prompt[followed]
 
 
+def test_held_out_prompts_are_followed_and_are_in_no_statistic_of_training(synthetic: Any, tmp_path: Path) -> None:
+    """Training has every prompt once; validation has the same prompt at both steps."""
+    rows = synthetic.rows(2, prompts=1)
+    training = [row | {"prompt_index": row["step"]} for row in rows]
+    folder = synthetic.write(tmp_path, rollouts=training)
+    held_out = [row | {"messages": [{"role": "user", "content": "held out"}]} for row in synthetic.rows(2, prompts=1)]
+    write_rollouts(pa.Table.from_pylist(held_out, SCHEMA), folder / "val_rollouts/rollouts_000000-000001.parquet")
+    (run,) = payload_of(render_page("", [read_run(folder)]))["runs"]
+    found, prompts = run["rollouts"]["rows"], run["rollouts"]["prompts"]
+    followed = [row for row in found if "changed" in row["kinds"]]
+    assert [(row["step"], row["held_out"]) for row in followed] == [(0, True), (1, True)]
+    assert {prompts[row["prompt"]]["messages"][0][1] for row in followed} == {"held out"}
+    assert all(row["kinds"] == ["changed"] for row in found if row["held_out"])
+    assert run["rollouts"]["total"] == 12 and sum(map(sum, run["distributions"]["reward"]["counts"])) == 6
+
+
 def test_budget_bounds_the_texts(folder: Path, columns: dict[str, Any]) -> None:
     why = choose(columns)
-    everything = read_chosen(folder / "rollouts", why, 10**6)
+    everything = read_chosen(folder, why, 10**6)
     assert len(everything.rows) == everything.total == 48 and len(everything.prompts) == 2
-    few = read_chosen(folder / "rollouts", why, 500)
+    few = read_chosen(folder, why, 500)
     assert 0 < len(few.rows) < 12 and few.total == 48
     assert {"best"} <= {kind for row in few.rows for kind in row["kinds"]}
     malformed = next(row for row in everything.rows if row["status"] == "unclosed")

@@ -31,7 +31,7 @@ def payload(runs: Sequence[Run]) -> dict[str, Any]:
         runs: The runs; without any the page has the sections of its caller alone.
     """
     logged = {name for run in runs for name in run.metrics}
-    columns = {run.label: numbers(run.rollouts) for run in runs if rollout_files(run.rollouts)}
+    columns = {run.label: numbers(run.folder) for run in runs if rollout_files(run.folder)}
     follow = shared_prompts(list(columns.values()))
     points = max(200, min(_POINTS, 3 * _POINTS // max(1, len(runs))))
     return {
@@ -69,9 +69,10 @@ def _run(
     }
     if columns is not None:
         seed = run.seed or 0
-        picked = read_chosen(run.rollouts, choose(columns, seed, follow), budget)
+        picked = read_chosen(run.folder, choose(columns, seed, follow), budget)
         data["rollouts"] = {"rows": picked.rows, "prompts": picked.prompts, "total": picked.total}
-        data["distributions"] = distributions(columns, seed)
+        training = {name: values[~columns["held_out"]] for name, values in columns.items()}
+        data["distributions"] = distributions(training, seed) if len(training["step"]) else None
     return data
 
 

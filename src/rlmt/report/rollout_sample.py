@@ -1,6 +1,8 @@
 """The rollouts on a page: a seeded sample, stratified by step, and the ones that a reader looks for.
 
-A full run has more text than a page can hold, so each kind gets a share of a byte budget, measured compressed.
+Rollouts of validation are followed over the steps, since their prompts are the same each time; the sample, the best
+and the worst are of training. A full run has more text than a page can hold, so the texts have a budget of bytes,
+measured compressed.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ NUMBERS = ["step", "group", "sample", "rank", "prompt_index", "status", "truncat
 TEXTS = ["messages", "text", "thought", "response", "reward_parts"]
 MAX_CHARS = 12_000
 """Longest text of one field; the middle of a longer one is omitted."""
+_VALIDATION = "val_rollouts"
 _EXTREMES, _MALFORMED, _FOLLOWED, _FOLLOWED_STEPS, _STRATIFIED = 30, 60, 16, 8, 600
 """Best and worst samples each; malformed ones; prompts that are followed over steps, and steps of each; others."""
 
@@ -36,46 +39,63 @@ class Picked:
     rows: list[Row] = field(default_factory=list)
     """One dict a rollout: numbers, texts, `kinds` (why it was chosen) and `prompt` (position in `prompts`)."""
     prompts: list[Row] = field(default_factory=list)
-    """`index` in the prompt set and `messages` as [role, content]."""
+    """`index` in the prompt set, see `numbers`, and `messages` as [role, content]."""
     total: int = 0
     """Rollouts of the run."""
 
 
 def numbers(folder: Path) -> dict[str, Any]:
-    """Reads the numbers of all rollouts of a run: column → array, in the order of the files."""
-    table = pa.concat_tables([read_rollouts(file, NUMBERS) for file in rollout_files(folder)])
-    return {name: table[name].to_numpy(zero_copy_only=False) for name in NUMBERS}
+    """Reads the numbers of all rollouts of a run.
+
+    Args:
+        folder: The run's folder.
+
+    Returns:
+        Column → array in the order of the files, with `held_out`: whether a validation generated it. The index of a
+        held-out prompt is -1 - its row, since both prompt sets count from 0.
+    """
+    files = rollout_files(folder)
+    tables = [read_rollouts(file, NUMBERS) for file in files]
+    columns = {name: pa.concat_tables(tables)[name].to_numpy(zero_copy_only=False) for name in NUMBERS}
+    held_out = np.repeat([_is_held_out(file) for file in files], list(map(len, tables)))
+    index = columns["prompt_index"]
+    return columns | {"held_out": held_out, "prompt_index": np.where(held_out, -1 - index, index)}
 
 
 def rollout_files(folder: Path) -> list[Path]:
-    """The rollout files of a run, in the order of their names; none if it has no rollouts."""
-    return sorted(folder.glob("*.parquet"))
+    """The rollout files of a run, those of training first, in the order of their names; none if it has none."""
+    return [file for name in ("rollouts", _VALIDATION) for file in sorted((folder / name).glob("*.parquet"))]
+
+
+def _is_held_out(file: Path) -> bool:
+    return file.parent.name == _VALIDATION
 
 
 def choose(columns: Mapping[str, Any], seed: int = 0, follow: Sequence[int] = ()) -> dict[int, list[str]]:
     """Chooses rollouts by their numbers.
 
     Args:
-        columns: The numbers of all rollouts.
+        columns: What `numbers` returned.
         seed: Seed of the stratified sample and of ties.
         follow: Prompt indices to follow first, such as those that other runs have, too.
 
     Returns:
         Row → why it was chosen (`best`, `worst`, `malformed`, `changed`, `sample`), the most wanted rows first.
     """
-    count = len(columns["step"])
     rng = random.Random(seed)
     why: dict[int, list[str]] = {}
-    well_formed = np.flatnonzero(columns["status"] == "ok")
+    training, is_ok = ~columns["held_out"], columns["status"] == "ok"
+    well_formed = np.flatnonzero(training & is_ok)
     ranked = well_formed[np.argsort(columns["reward"][well_formed], kind="stable")].tolist()
-    malformed = np.flatnonzero(columns["status"] != "ok").tolist()
-    by_step = np.argsort(columns["step"], kind="stable")
+    malformed = np.flatnonzero(training & ~is_ok).tolist()
+    by_step = np.flatnonzero(training)
+    by_step = by_step[np.argsort(columns["step"][by_step], kind="stable")]
     kinds: list[tuple[str, list[int]]] = [
         ("best", ranked[::-1][:_EXTREMES]),
         ("worst", ranked[:_EXTREMES]),
         ("changed", _followed(columns, follow)),
         ("malformed", _spread(malformed, columns["step"], _MALFORMED, rng)),
-        ("sample", _spread(by_step.tolist(), columns["step"], min(count, _STRATIFIED), rng)),
+        ("sample", _spread(by_step.tolist(), columns["step"], min(len(by_step), _STRATIFIED), rng)),
     ]
     for kind, rows in kinds:
         for row in rows:
@@ -126,7 +146,7 @@ def read_chosen(folder: Path, why: Mapping[int, list[str]], budget: int) -> Pick
     """Reads the texts of chosen rollouts until a budget is spent.
 
     Args:
-        folder: Folder of rollout files.
+        folder: The run's folder.
         why: Row, counted over all files → why it was chosen, the most wanted rows first.
         budget: Bytes that the texts may take, each compressed for itself.
 
@@ -139,12 +159,17 @@ def read_chosen(folder: Path, why: Mapping[int, list[str]], budget: int) -> Pick
         table = read_rollouts(file, [*NUMBERS, *TEXTS])
         inside = [row for row in why if picked.total <= row < picked.total + len(table)]
         if inside:
-            rows = table.take([row - picked.total for row in inside]).to_pylist()
+            rows = [
+                row | {"held_out": _is_held_out(file)}
+                for row in table.take([row - picked.total for row in inside]).to_pylist()
+            ]
             records |= dict(zip(inside, rows, strict=True))
         picked.total += len(table)
     positions: dict[int, int] = {}
     for row, kinds in why.items():
         record = records[row]
+        if record["held_out"]:
+            record["prompt_index"] = -1 - record["prompt_index"]
         messages = [[message["role"], _shorten(message["content"])] for message in record.pop("messages")]
         thought, response = _parts(record)
         fresh = record["prompt_index"] not in positions

@@ -54,11 +54,6 @@ class Run:
         return None if seed is None else int(seed)
 
     @property
-    def rollouts(self) -> Path:
-        """Folder of its rollout files, which may not exist."""
-        return self.folder / "rollouts"
-
-    @property
     def verdicts(self) -> list[Verdict]:
         """The verdicts on its metrics."""
         return verdicts(self.metrics, float32=self.config.get("trainer.precision") in (None, "32-true", 32, "32"))

@@ -28,7 +28,7 @@ from rlmt.distributed import collectives
 from rlmt.distributed.fsdp2 import compute_device
 from rlmt.engines.base import Engine, max_completion_tokens, names_for_vllm, track_loaded
 from rlmt.engines.vllm.isolation import (
-    collect_load_warnings,
+    complete_load,
     keep_process_group,
     preserve_process_state,
     rank_environment,
@@ -267,6 +267,7 @@ class VLLMEngine(Engine):
             adapter: The policy's adapter, if it has one.
 
         Raises:
+            UserError: vLLM's model has no place for a weight.
             ValueError: A name of the policy's `state_dict()` is missing; the engine would keep a stale weight.
             RuntimeError: vLLM did not load all weights, or did not reset its prefix cache.
         """
@@ -303,13 +304,11 @@ class VLLMEngine(Engine):
     def _reload_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Loads weights in place; vLLM drops its adapters."""
         missing = set(self._names)
-        with preserve_process_state(), collect_load_warnings() as warnings:
+        with preserve_process_state(), complete_load():
             iterator = track_loaded(weights, self._names, missing)
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iterator})
         if missing:
             raise ValueError(f"{len(missing)} of the policy's weights were not passed to sync, such as {min(missing)}.")
-        if warnings:
-            raise RuntimeError(f"vLLM did not load all weights: {warnings[0]}")
 
     def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Samples:
         """Samples every request once per seed, in one batch; samples of a prompt share its prefix.

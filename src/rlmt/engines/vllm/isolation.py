@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import distributed
 
 from rlmt.distributed import collectives
+from rlmt.errors import UserError, first_line
 
 
 @contextmanager
@@ -96,8 +97,13 @@ def rank_environment() -> Iterator[None]:
 
 
 @contextmanager
-def collect_load_warnings() -> Iterator[list[str]]:
-    """Collects vLLM's warnings about weights that a reload did not load, since vLLM raises no exception for them."""
+def complete_load() -> Iterator[None]:
+    """Refuses a reload of weights that is not complete.
+
+    Raises:
+        UserError: vLLM's model has no place for a weight, as where transformers' model of a family has a part more.
+        RuntimeError: vLLM warned about weights that it did not load; it raises no exception for them.
+    """
     warnings: list[str] = []
 
     class Collector(logging.Handler):
@@ -110,10 +116,17 @@ def collect_load_warnings() -> Iterator[list[str]]:
     logger.addHandler(handler)
     logger.setLevel(logging.WARNING)  # of this logger only: the handler that prints keeps its own level
     try:
-        yield warnings
+        yield
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"VLLMEngine cannot load the policy's weights: {type(error).__name__}: {first_line(error)}. "
+            "vLLM's model of this family differs from transformers'; use --data.engine TransformersEngine."
+        ) from error
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+    if warnings:
+        raise RuntimeError(f"vLLM did not load all weights: {warnings[0]}")
 
 
 @contextmanager

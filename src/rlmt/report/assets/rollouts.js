@@ -16,6 +16,9 @@ const question = (prompt) => prompt.messages.at(-1)[1];
 /** The rows of all runs, each with its run and prompt. */
 const allRows = (data) => data.runs.flatMap((run) => (run.rollouts ? run.rollouts.rows : []).map((row) => ({ ...row, run, asked: run.rollouts.prompts[row.prompt] })));
 
+/** Where a row comes from. */
+const place = (row) => `step ${row.step}${row.held_out ? ", held-out prompt" : ""}`;
+
 /** Thought and response lengths as two bars, relative to the longest sample. */
 function lengthBar(row, longest) {
   const share = (tokens) => `${(100 * tokens) / longest}%`;
@@ -29,7 +32,7 @@ function sampleCard(row, range, longest, many, open = false) {
   const parts = Object.entries(row.parts);
   const head = el("div", { class: "sample-head" },
     many ? el("span", { class: "run-name" }, row.run.label) : null,
-    el("span", { class: "step" }, `step ${row.step}`),
+    el("span", { class: "step" }, place(row)),
     el("span", { class: "reward", title: "Reward used for training" }, el("i", { style: { width: `${100 * share}%` } }), el("b", {}, number(row.reward))),
     row.status === "ok" ? null : el("span", { class: "badge problem" }, el("span", { class: "icon", "aria-hidden": "true" }, "✕"), row.status.replace("_", " ")),
     row.truncated ? el("span", { class: "badge watch" }, el("span", { class: "icon", "aria-hidden": "true" }, "!"), "truncated") : null,
@@ -130,7 +133,7 @@ function followSection(data, rows, range, longest) {
     const at = (row) => data.runs.indexOf(row.run);
     chosen.sort((a, b) => a.step - b.step || at(a) - at(b));
     columns.replaceChildren(...chosen.map((row) => el("article", { class: "column", style: { "--run": many ? colourOf(at(row)) : "var(--accent)" } },
-      el("h4", {}, `step ${row.step}`, many ? el("span", { class: "run-name" }, row.run.label) : null),
+      el("h4", {}, place(row), many ? el("span", { class: "run-name" }, row.run.label) : null),
       el("p", { class: "tokens" }, el("b", {}, `reward ${number(row.reward)}`), ` · ${row.thought_tokens} + ${row.response_tokens} tokens`),
       lengthBar(row, longest),
       el("h5", {}, "Thought"), el("pre", { class: "thought-text" }, row.thought || "–"),
