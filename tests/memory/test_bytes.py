@@ -127,10 +127,11 @@ def test_logits_bytes_match_the_allocated_peak(
         outputs = linear_logprobs(hidden, OutputHead(head, soft_cap=soft_cap), targets, 1.0, chunk)
         (outputs.logprobs + outputs.entropy).sum().backward()
 
-    assert logits_bytes(tokens, OutputHead(head, soft_cap=soft_cap), compute) == pytest.approx(
+    assert logits_bytes(tokens, OutputHead(head, soft_cap=soft_cap), compute, None) == pytest.approx(
         allocated_peak(work), rel=0.15
     )
-    assert logits_bytes(10, OutputHead(head), torch.float32) == 10 * vocabulary * 8
+    assert logits_bytes(10, OutputHead(head), torch.float32, None) == 10 * vocabulary * 8
+    assert logits_bytes(600, OutputHead(head), torch.bfloat16, 24 * 2**30) == 256 * vocabulary * 10
 
 
 def test_kv_bytes_match_hand_computation() -> None:

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from rlmt.models.logprobs import token_logprobs
 from rlmt.models.micro_batch import micro_batches
-from rlmt.models.output_head import OutputHead, linear_logprobs
+from rlmt.models.output_head import OutputHead, linear_logprobs, rows_per_chunk
 from rlmt.types import RolloutBatch, Sampling
 
 SHAPE = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
@@ -97,6 +97,44 @@ def test_peak_memory_is_a_few_chunks_of_logits(allocated_peak: Any) -> None:
 
     one_chunk = 64 * 8192 * 4
     assert one_chunk < allocated_peak(work) < 4 * one_chunk
+
+
+@pytest.mark.parametrize(
+    ("gib", "vocabulary", "rows"),
+    [
+        (None, 128256, 261),  # 2^25 logits
+        (8, 128256, 128),  # 8 GiB / 64 / (10 bytes · 128,256) = 105, and at least one tile
+        (22.0, 128256, 256),  # 288 in tiles of 128
+        (79.1, 128256, 1024),  # 1,034
+        (79.1, 151936, 768),  # 873
+        (139.7, 32000, 2048),  # 7,324, and more rows are not faster
+    ],
+)
+def test_rows_of_a_chunk_follow_from_the_memory_of_the_card(gib: float | None, vocabulary: int, rows: int) -> None:
+    assert rows_per_chunk(vocabulary, None if gib is None else int(gib * 2**30)) == rows
+
+
+def test_weight_gradient_is_accumulated_in_place(allocated_peak: Any) -> None:
+    """A weight of 8 MiB: its gradient takes as much, and a product of its size for each chunk would take 8 MiB more."""
+    hidden = torch.randn(64, 256, requires_grad=True)
+    weight = torch.randn(8192, 256, requires_grad=True)
+    targets = torch.randint(0, 8192, (64,))
+    out = linear_logprobs(hidden, OutputHead(weight), targets, 1.0, 16)
+    peak = allocated_peak(lambda: out.logprobs.sum().backward())
+    assert 8 * 2**20 < peak < 12 * 2**20
+
+
+def test_gradient_of_a_float32_weight_under_autocast_is_summed_in_float32() -> None:
+    """300 chunks of one token with equal gradients: a sum in bfloat16 would stop at 256 of them."""
+    torch.manual_seed(0)
+    hidden = torch.ones(300, 8, requires_grad=True)
+    weight = torch.zeros(4, 8, requires_grad=True)
+    targets = torch.zeros(300, dtype=torch.long)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = linear_logprobs(hidden, OutputHead(weight), targets, 1.0, 1)
+    out.logprobs.sum().backward()  # type: ignore[no-untyped-call]
+    expected = torch.tensor([0.75, -0.25, -0.25, -0.25])[:, None].expand(4, 8) * 300
+    torch.testing.assert_close(weight.grad, expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied", "qwen2"])

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, masking_utils
 from transformers.integrations import moe
 
 from rlmt.errors import UserError, first_line
-from rlmt.models.logprobs import token_logprobs
+from rlmt.models import logprobs
 from rlmt.models.micro_batch import MicroBatch
 from rlmt.models.output_head import output_head
 
@@ -69,6 +69,7 @@ def update_footprint(
     shape: BatchShape,
     autocast: torch.dtype | None,
     per_token: Callable[..., Tensor] | None = None,
+    memory: int | None = None,
 ) -> Footprint:
     """Footprint of the forward and backward of a micro-batch.
 
@@ -78,6 +79,7 @@ def update_footprint(
         shape: Size of the micro-batch.
         autocast: dtype of the forward where it is not that of the weights.
         per_token: Computes one number a token from the model and a micro-batch; by default log-probs plus entropies.
+        memory: Memory of the GPU in bytes, which decides how many logits are computed at a time; None is a CPU.
     """
     compute = per_token or _logprobs_and_entropies
     if per_token is None:
@@ -100,7 +102,8 @@ def update_footprint(
             cast(Any, numbers.sum()).backward()
         return total
 
-    return _measure(model, run)
+    with mock.patch.object(logprobs, "device_memory", lambda device: memory):  # fake tensors are on the CPU
+        return _measure(model, run)
 
 
 def forward_footprint(model: PreTrainedModel, rows: int, length: int) -> Footprint:
@@ -123,7 +126,7 @@ def forward_footprint(model: PreTrainedModel, rows: int, length: int) -> Footpri
 
 
 def _logprobs_and_entropies(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
-    outputs = token_logprobs(model, batch, 1.0)
+    outputs = logprobs.token_logprobs(model, batch, 1.0)
     return outputs.logprobs + outputs.entropy
 
 

@@ -137,7 +137,7 @@ def _add_policy(
     )
     autocast = compute if compute is not torch.float32 else None
     gathered = all_gather_bytes(policy, compute)
-    footprint = update_footprint(policy, shape, autocast) if activations else Footprint(0, 0)
+    footprint = update_footprint(policy, shape, autocast, memory=budget.memory) if activations else Footprint(0, 0)
     critic, critic_footprint = meta_critic(module, dtype, shape, autocast, activations)
     if critic_options := module.algorithm.critic:
         # A copy of a 4-bit policy is in 4 bits, too; a critic from another model is not.
@@ -146,7 +146,7 @@ def _add_policy(
         adapter = tensor_bytes(p for p in critic if p.requires_grad) if lora is not None else 0
         add(BudgetLine.all_phases("critic weights", devices.shard_bytes(weights - adapter) + adapter))
         trained += [p for p in critic if p.requires_grad]
-    logits = logits_bytes(shape.rows * shape.completion, output_head(base), compute)
+    logits = logits_bytes(shape.rows * shape.completion, output_head(base), compute, budget.memory)
     peak = max(footprint.peak, critic_footprint.peak)
     add_update(budget, module, devices, trained, Update(shape, footprint.saved, peak, logits, gathered), base, compute)
 

@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlmt.memory.activations import BatchShape
 from rlmt.models.adapters import is_adapter
-from rlmt.models.output_head import LOGITS_PER_CHUNK, OutputHead
+from rlmt.models.output_head import OutputHead, rows_per_chunk
 from rlmt.models.quantization import nf4_bytes
 
 _SAMPLE_SIZE = 2**16
@@ -137,7 +137,7 @@ def optimizer_step_bytes(factory: Callable[[Any], Optimizer], trained: Iterable[
     return tensor_bytes(trained) if foreach and type(optimizer).__module__.startswith("torch.optim.") else 0
 
 
-def logits_bytes(tokens: int, head: OutputHead, compute: torch.dtype) -> int:
+def logits_bytes(tokens: int, head: OutputHead, compute: torch.dtype, memory: int | None) -> int:
     """Peak bytes of the logits of a micro-batch, which are computed in chunks, and of their gradients.
 
     The backward holds two float32 copies of a chunk, a third one for a soft cap, and one in the forward's dtype if that
@@ -147,9 +147,10 @@ def logits_bytes(tokens: int, head: OutputHead, compute: torch.dtype) -> int:
         tokens: Number of tokens with logits.
         head: Output head with V logits.
         compute: dtype of the matrix product.
+        memory: Memory of the GPU in bytes; None is a CPU.
     """
     vocabulary = head.weight.shape[0]
-    chunk = min(tokens, max(1, LOGITS_PER_CHUNK // vocabulary))
+    chunk = min(tokens, rows_per_chunk(vocabulary, memory))
     shorter_copy = 0 if compute is torch.float32 else compute.itemsize
     return chunk * vocabulary * (8 + (0 if head.soft_cap is None else 4) + shorter_copy)
 

@@ -74,8 +74,8 @@ def make_supervised_budget(
     gathered = all_gather_bytes(model, compute)
     logits = 0
     if isinstance(module, SFT):
-        footprint = update_footprint(model, shape, autocast)
-        logits = logits_bytes(shape.rows * shape.completion, output_head(base), compute)
+        footprint = update_footprint(model, shape, autocast, memory=memory)
+        logits = logits_bytes(shape.rows * shape.completion, output_head(base), compute, memory)
     else:
         footprint = update_footprint(model, shape, autocast, _scores)
     update = Update(shape, footprint.saved, footprint.peak, logits, gathered)

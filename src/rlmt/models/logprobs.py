@@ -21,7 +21,7 @@ from rlmt.models.micro_batch import (
     token_offsets,
     token_positions,
 )
-from rlmt.models.output_head import LOGITS_PER_CHUNK, linear_logprobs, output_head
+from rlmt.models.output_head import device_memory, linear_logprobs, output_head, rows_per_chunk
 from rlmt.models.training_mode import eval_mode
 from rlmt.progress import track
 from rlmt.types import PolicyOutputs, RolloutBatch
@@ -46,7 +46,7 @@ def token_logprobs(model: PreTrainedModel, batch: MicroBatch, temperature: float
 def _token_logprobs(model: Any, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
     hidden = hidden_states(model.get_decoder(), batch)
     head = output_head(model)
-    chunk = max(1, LOGITS_PER_CHUNK // head.weight.shape[0])
+    chunk = rows_per_chunk(head.weight.shape[0], device_memory(hidden.device))
     outputs = linear_logprobs(hidden, head, batch.targets, temperature, chunk)
     return outputs.logprobs, outputs.entropy
 

@@ -13,7 +13,13 @@ from rlmt.models.logits_function import logits_function
 from rlmt.types import PolicyOutputs
 
 LOGITS_PER_CHUNK = 2**25
-"""Number of logits in memory at a time, per copy: 128 MiB in float32."""
+"""Number of logits in memory at a time on a CPU, per copy: 128 MiB in float32."""
+_BYTES_PER_LOGIT = 10
+"""In backward on a GPU: two copies in float32, one in bfloat16."""
+_MEMORY_SHARE = 64
+"""Logits take at most this part of a GPU's memory."""
+_TILE, _MOST_ROWS = 128, 2048
+"""Rows that a matrix product on a GPU computes at a time, and rows from which more make it no faster."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,26 @@ def output_head(model: PreTrainedModel) -> OutputHead:
     scale, soft_cap = logits_function(model)
     projection: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     return OutputHead(projection.weight, projection.bias, scale, soft_cap)
+
+
+def rows_per_chunk(vocabulary: int, memory: int | None) -> int:
+    """Number of tokens whose logits are in memory at a time.
+
+    It depends on the size of the device and not on its free memory, so that a resumed run computes the same sums.
+
+    Args:
+        vocabulary: Number of logits of a token.
+        memory: Memory of the GPU in bytes; None on a CPU.
+    """
+    if memory is None:
+        return max(1, LOGITS_PER_CHUNK // vocabulary)
+    rows = memory // _MEMORY_SHARE // (_BYTES_PER_LOGIT * vocabulary)
+    return min(max(rows // _TILE, 1) * _TILE, _MOST_ROWS)
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Memory of a GPU in bytes; None for a CPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 def linear_logprobs(hidden: Tensor, head: OutputHead, targets: Tensor, temperature: float, chunk: int) -> PolicyOutputs:
@@ -132,8 +158,10 @@ class _LinearLogprobs(torch.autograd.Function):
             logit_grad = logit_grad.to(hidden.dtype)
             if hidden_grad is not None:
                 hidden_grad[part] = logit_grad @ head.weight
-            if weight_grad is not None:
-                weight_grad.add_((logit_grad.T @ hidden[part]).to(weight.dtype))
+            if weight_grad is not None and weight_grad.dtype == hidden.dtype:
+                weight_grad.addmm_(logit_grad.T, hidden[part])  # without a product of the size of the weight
+            elif weight_grad is not None:
+                weight_grad += logit_grad.T @ hidden[part]
             del logs, p, logit_grad, cap_slope  # frees them before the next chunk's are allocated
         return hidden_grad, weight_grad, bias_grad, None, None, None, None
 
