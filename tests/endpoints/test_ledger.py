@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from rlmt.endpoints import Call, Ledger, Usage
+from rlmt.endpoints.ledger import recorded_usage
 from rlmt.errors import UserError
 
 CALLS = [Call("/a", {"model": "m", "n": n}) for n in range(3)]
@@ -42,6 +43,17 @@ def test_truncated_last_line_is_cut_at_every_byte(tmp_path: Path) -> None:
     ledger.add(CALLS[2], ANSWERS[2])
     ledger.close()
     assert path.read_bytes() == data
+
+
+def test_usage_is_read_while_another_process_writes(tmp_path: Path) -> None:
+    assert recorded_usage(tmp_path / "ledger.jsonl", "m") == Usage()
+    ledger = Ledger(filled(tmp_path / "ledger.jsonl"))
+    ledger.add(Call("/a", {"model": "other"}), {"usage": {"prompt_tokens": 7}})
+    with (tmp_path / "ledger.jsonl").open("a") as file:
+        file.write('{"key": "trunc')
+    assert recorded_usage(tmp_path / "ledger.jsonl", "m") == Usage(0 + 1 + 2, 0)
+    assert recorded_usage(tmp_path / "ledger.jsonl", "other") == Usage(7, 0)
+    ledger.close()
 
 
 def test_second_process_is_refused(tmp_path: Path) -> None:

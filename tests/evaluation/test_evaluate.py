@@ -24,9 +24,9 @@ from rlmt.cli.commands import main
 from rlmt.endpoints import Endpoint
 from rlmt.evaluation.benchmark import Item
 from rlmt.evaluation.completions import Completion
-from rlmt.evaluation.results import source_commit
 from rlmt.evaluation.scoring import score_completions
 from rlmt.formats.thinking import FormatName, ThinkingFormat
+from rlmt.provenance import source_commit
 from rlmt.types import Status
 
 Serve = Callable[[Callable[[str, Any], Reply]], Loopback]

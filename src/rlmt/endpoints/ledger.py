@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import threading
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rlmt.endpoints.calls import Call, Usage
 from rlmt.errors import UserError
+
+_FIELDS = {"key": str, "model": str, "answer": dict}
+"""Fields of a record."""
 
 
 class Ledger:
@@ -67,20 +72,12 @@ class Ledger:
     def _read(self) -> None:
         """Indexes the records, and removes a truncated last line."""
         self._file.seek(0)
-        end = 0
-        for number, line in enumerate(self._file, start=1):
-            if not line.endswith(b"\n"):
-                self._file.truncate(end)
-                break
-            try:
-                record = json.loads(line)
-                self._index(record["key"], record["model"], record["answer"], end)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(
-                    f"{self.path}: line {number} is not a record of an answer; remove the line, or use another path."
-                ) from error
-            end += len(line)
-        self._end = end
+        self._end = 0
+        for record, start, end in _records(self._file, self.path):
+            self._index(record["key"], record["model"], record["answer"], start)
+            self._end = end
+        if self._file.seek(0, os.SEEK_END) > self._end:
+            self._file.truncate(self._end)
 
     def _index(self, key: str, model: str, answer: dict[str, Any], offset: int) -> None:
         self._offsets[key] = offset
@@ -132,6 +129,41 @@ class Ledger:
     def close(self) -> None:
         """Closes the file and releases its lock."""
         self._file.close()
+
+
+def recorded_usage(path: Path, model: str) -> Usage:
+    """Billed tokens of a model in a ledger that another process may be writing.
+
+    Args:
+        path: Path of the file; one that does not exist has no records.
+        model: Name of the model.
+
+    Raises:
+        UserError: A line is not a record.
+    """
+    if not path.exists():
+        return Usage()
+    with path.open("rb") as file:
+        found = (Usage.from_json(record["answer"]) for record, *_ in _records(file, path) if record["model"] == model)
+        return sum(found, Usage())
+
+
+def _records(file: BinaryIO, path: Path) -> Iterator[tuple[dict[str, Any], int, int]]:
+    """The records of a ledger with the offsets of their start and end, without a truncated last line."""
+    end = 0
+    for number, line in enumerate(file, start=1):
+        if not line.endswith(b"\n"):
+            return
+        try:
+            record = json.loads(line)
+            if not all(isinstance(record[name], kind) for name, kind in _FIELDS.items()):
+                raise TypeError("a field has another type")
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}: line {number} is not a record of an answer; remove the line, or use another path."
+            ) from error
+        start, end = end, end + len(line)
+        yield record, start, end
 
 
 def redact(text: str, secret: str | None) -> str:

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlmt.endpoints import ChatAnswer, Endpoint, Ledger, chat_call
+from rlmt.endpoints import CONTINUE, ChatAnswer, Endpoint, Ledger, chat_call
 from rlmt.errors import UserError
-from rlmt.evaluation.asking import CONTINUE, Answers, Asking
+from rlmt.evaluation.asking import Answers, Asking
 from rlmt.evaluation.benchmark import Question
 
 MANY = 8

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from rlmt.data.prompts import load_prompts
-from rlmt.endpoints import Endpoint
+from rlmt.endpoints import CONTINUE, Endpoint
 from rlmt.engines import Engine
 from rlmt.errors import UserError
 from rlmt.evaluation.compare.figures import Line, compute_figures, judge_line, reward_line
@@ -34,9 +34,6 @@ from rlmt.rewards import Reward
 from rlmt.rewards.base import all_rewards, set_resume
 from rlmt.rewards.pairwise import TEMPLATE
 from rlmt.types import Prompt, Split, Status
-
-AGAIN = "run the same command again: it continues where it stopped"
-"""What a user does after an error stopped the command."""
 
 
 def compare(
@@ -147,7 +144,7 @@ class _Ways:
         for reward in self.rewards:
             if counts[reward.name] > 1:
                 raise UserError(f"--rewards: two lines are named {reward.name!r}; set another `name` for the reward.")
-            set_resume(reward, AGAIN)
+            set_resume(reward, CONTINUE)
             check_reward(reward)
 
     @property
