@@ -64,6 +64,25 @@ def test_second_process_is_refused(tmp_path: Path) -> None:
     Ledger(tmp_path / "ledger.jsonl").close()
 
 
+def test_ledger_that_waits_has_the_answers_of_the_process_before_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "ledger.jsonl"
+    first = Ledger(path)
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(Ledger, path, wait=True)
+        with pytest.raises(TimeoutError):
+            second.result(timeout=0.2)
+        assert f"{path}: waiting for another process that writes to it" in capsys.readouterr().err
+        first.add(CALLS[1], ANSWERS[1])
+        first.close()
+        ledger = second.result(timeout=60)
+    assert len(ledger) == 1 and CALLS[1].key in ledger
+    ledger.add(CALLS[2], ANSWERS[2])
+    assert ledger.get(CALLS[1].key) == ANSWERS[1] and ledger.get(CALLS[2].key) == ANSWERS[2]
+    ledger.close()
+
+
 @pytest.mark.parametrize("secret", ["key", "token", "answer", 'quote"\\', "schlüssel", "1"])
 def test_key_is_removed_from_strings_of_the_answer_alone(tmp_path: Path, secret: str) -> None:
     call = Call("/a", {"model": "m"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import sys
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -26,12 +27,13 @@ class Ledger:
 
     Args:
         path: Path of the file; it is created with its folder if it does not exist.
+        wait: Wait while another process uses the file.
 
     Raises:
         UserError: Another process uses the file, it cannot be written, or a line is not a record.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, wait: bool = False) -> None:
         self.path = path
         self.usage: defaultdict[str, Usage] = defaultdict(Usage)
         """Billed tokens of all records by model."""
@@ -45,7 +47,7 @@ class Ledger:
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror}); choose another path.") from error
         try:
-            self._lock()
+            self._lock(wait)
             self._read()
         except BaseException:
             self._file.close()
@@ -57,13 +59,16 @@ class Ledger:
     def __contains__(self, key: str) -> bool:
         return key in self._offsets
 
-    def _lock(self) -> None:
+    def _lock(self, wait: bool) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(
-                f"{self.path}: another process writes to it; wait until that one has ended, or use another path."
-            ) from error
+            if not wait:
+                raise UserError(
+                    f"{self.path}: another process writes to it; wait until that one has ended, or use another path."
+                ) from error
+            print(f"{self.path}: waiting for another process that writes to it …", file=sys.stderr, flush=True)
+            fcntl.flock(self._file, fcntl.LOCK_EX)
         except OSError as error:
             raise UserError(
                 f"{self.path}: cannot be locked ({error.strerror}); choose a path on a file system with locks."
