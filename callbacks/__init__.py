@@ -1,6 +1,7 @@
-"""Callbacks: they observe, draw, warn and save; they never change a gradient, and only `Evaluate` logs metrics."""
+"""Callbacks: they observe, draw, warn and save; none changes a gradient, and few log metrics (`metric_names`)."""
 
 from .calibration import Calibration
+from .compare_with_initial import CompareWithInitial
 from .cot_length import CoTLength
 from .evaluate import Evaluate
 from .policy_checkpoint import PolicyCheckpoint
@@ -17,6 +18,7 @@ from .sample_table import SampleTable
 __all__ = [
     "Calibration",
     "CoTLength",
+    "CompareWithInitial",
     "Evaluate",
     "PolicyCheckpoint",
     "PolicyHealth",

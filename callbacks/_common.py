@@ -13,7 +13,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from tqdm import tqdm
 
+from rlmt.data import RolloutDataModule
 from rlmt.distributed.lightning_internals import train_batches_done
+from rlmt.errors import UserError
 from rlmt.options import NonNegativeInt, check_ranges
 from rlmt.types import Experience
 
@@ -47,6 +49,22 @@ def run_folder(trainer: Trainer) -> Path:
     csv = next((logger for logger in trainer.loggers if isinstance(logger, CSVLogger)), None)
     folder = trainer.log_dir if csv is None else trainer.strategy.broadcast(csv.log_dir)
     return Path(folder or trainer.default_root_dir)
+
+
+def rollout_data(trainer: Trainer, user: str) -> RolloutDataModule:
+    """The data module that generates.
+
+    Args:
+        trainer: Trainer.
+        user: Name of the callback, for the message.
+
+    Raises:
+        UserError: The run's data module is another one.
+    """
+    data = getattr(trainer, "datamodule", None)
+    if not isinstance(data, RolloutDataModule):
+        raise UserError(f"{user} generates with RolloutDataModule, but --data is {type(data).__name__}; remove it.")
+    return data
 
 
 def is_dry_run(trainer: Trainer) -> bool:

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from rlmt.data import RolloutDataModule
 from rlmt.data.generation import LoadedPrompts
 from rlmt.distributed import collectives
 from rlmt.endpoints import Endpoint
 from rlmt.errors import UserError
 from rlmt.options import PositiveInt, check_ranges
 from rlmt.types import Prompt
+
+from ._common import rollout_data
 
 if TYPE_CHECKING:
     from rlmt.evaluation.benchmark import Benchmark, Item
@@ -81,7 +82,7 @@ class Evaluate(Callback):
             return
         from rlmt.evaluation.registry import find_benchmark, load_benchmark_items
 
-        data = _rollout_data(trainer)
+        data = rollout_data(trainer, "Evaluate")
         if stage == "fit" and not data.val_dataloader():
             raise UserError("Evaluate runs at validations, but --data.val_size is 0: raise it, or remove the callback.")
         benchmark = find_benchmark(self.benchmark, option="Evaluate.benchmark")
@@ -133,7 +134,7 @@ class Evaluate(Callback):
         numbers = [n % len(self._items) for n in range(trainer.global_rank, count * ranks, ranks)]
         prompts = [Prompt(number, self._items[number].messages) for number in numbers]
         split: Any = module.split  # type: ignore[operator, unused-ignore]
-        experience = split(_rollout_data(trainer).generate(LoadedPrompts(prompts, epoch=0)))
+        experience = split(rollout_data(trainer, "Evaluate").generate(LoadedPrompts(prompts, epoch=0)))
         lengths, thoughts = experience.lengths.tolist(), experience.thought_tokens.tolist()
         own = {
             number: Completion(
@@ -169,10 +170,3 @@ class Evaluate(Callback):
             fix="start it, and resume with --ckpt_path last",
         )
         return float(next(iter(self._benchmark.compute(scored.rows).values())))
-
-
-def _rollout_data(trainer: Trainer) -> RolloutDataModule:
-    data = getattr(trainer, "datamodule", None)
-    if not isinstance(data, RolloutDataModule):
-        raise UserError(f"Evaluate generates with RolloutDataModule, but --data is {type(data).__name__}; remove it.")
-    return data

@@ -20,7 +20,8 @@ class ReportWriter(PictureCallback):
     a run is interrupted or fails. It reads the run's files, so it stands after `SampleTable`, which writes rollouts.
 
     Args:
-        every_n_steps: Steps between refreshes during training; 0 writes at the end only, null never.
+        every_n_steps: Steps between refreshes during training; 0 writes at the end only. `--report false` leaves the
+            callback out.
 
     Raises:
         UserError: `every_n_steps` is negative.
@@ -34,17 +35,14 @@ class ReportWriter(PictureCallback):
     file_name = "report.html"
     title = "report"
 
-    def __init__(self, every_n_steps: NonNegativeInt | None = 50) -> None:
-        super().__init__(every_n_steps or 0)
-        self.enabled = every_n_steps is not None
+    def __init__(self, every_n_steps: NonNegativeInt = 50) -> None:
+        super().__init__(every_n_steps)
         self._loggers: list[Logger] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Finds the run's folder."""
         super().setup(trainer, pl_module, stage)
         self._loggers = trainer.loggers
-        if not self.enabled:
-            self._folder = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rlmt.callbacks import ReportWriter, RunRecord, RunState, SampleTable
-from rlmt.checkpointing.run_record import git_state, read_record
+from rlmt.checkpointing.run_record import read_record
 from rlmt.errors import UserError
 
 
@@ -76,9 +76,7 @@ def test_run_that_fails_in_its_first_step_has_no_files(world: Any, tmp_path: Any
     assert not (tmp_path / "report.html").exists() and not (tmp_path / "run.json").exists()
 
 
-def test_page_can_be_turned_off(world: Any, tmp_path: Any) -> None:
-    world.fit(tmp_path, [ReportWriter(every_n_steps=None)])
-    assert not (tmp_path / "report.html").exists()
+def test_negative_steps_are_refused() -> None:
     with pytest.raises(UserError, match="every_n_steps"):
         ReportWriter(every_n_steps=-1)
 
@@ -113,21 +111,3 @@ def test_resumed_run_keeps_its_command(world: Any, tmp_path: Any, monkeypatch: A
     world.fit(tmp_path, [RunRecord()])
     record = read_record(tmp_path)
     assert record["command"] == ["fit", "--seed_everything", "1"] and len(record["resumed"]) == 1
-
-
-def test_state_of_a_repository(tmp_path: Any) -> None:
-    import subprocess
-
-    def git(*words: str) -> str:
-        options = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
-        done = subprocess.run(
-            ["git", "-C", str(tmp_path), *options, *words], check=True, capture_output=True, text=True
-        )
-        return done.stdout.strip()
-
-    git("init")
-    assert git_state(tmp_path) is None  # no commit yet
-    git("commit", "--allow-empty", "-m", "first")
-    assert git_state(tmp_path) == {"commit": git("rev-parse", "HEAD"), "changed_files": 0}
-    (tmp_path / "new").touch()
-    assert git_state(tmp_path)["changed_files"] == 1

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from rlmt.endpoints import Call, Ledger, Usage
+from rlmt.endpoints.ledger import recorded_usage
 from rlmt.errors import UserError
 
 CALLS = [Call("/a", {"model": "m", "n": n}) for n in range(3)]
@@ -44,12 +45,42 @@ def test_truncated_last_line_is_cut_at_every_byte(tmp_path: Path) -> None:
     assert path.read_bytes() == data
 
 
+def test_usage_is_read_while_another_process_writes(tmp_path: Path) -> None:
+    assert recorded_usage(tmp_path / "ledger.jsonl", "m") == Usage()
+    ledger = Ledger(filled(tmp_path / "ledger.jsonl"))
+    ledger.add(Call("/a", {"model": "other"}), {"usage": {"prompt_tokens": 7}})
+    with (tmp_path / "ledger.jsonl").open("a") as file:
+        file.write('{"key": "trunc')
+    assert recorded_usage(tmp_path / "ledger.jsonl", "m") == Usage(0 + 1 + 2, 0)
+    assert recorded_usage(tmp_path / "ledger.jsonl", "other") == Usage(7, 0)
+    ledger.close()
+
+
 def test_second_process_is_refused(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.jsonl")
     with pytest.raises(UserError, match=r"ledger\.jsonl: another process writes to it; wait"):
         Ledger(tmp_path / "ledger.jsonl")
     ledger.close()
     Ledger(tmp_path / "ledger.jsonl").close()
+
+
+def test_ledger_that_waits_has_the_answers_of_the_process_before_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "ledger.jsonl"
+    first = Ledger(path)
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(Ledger, path, wait=True)
+        with pytest.raises(TimeoutError):
+            second.result(timeout=0.2)
+        assert f"{path}: waiting for another process that writes to it" in capsys.readouterr().err
+        first.add(CALLS[1], ANSWERS[1])
+        first.close()
+        ledger = second.result(timeout=60)
+    assert len(ledger) == 1 and CALLS[1].key in ledger
+    ledger.add(CALLS[2], ANSWERS[2])
+    assert ledger.get(CALLS[1].key) == ANSWERS[1] and ledger.get(CALLS[2].key) == ANSWERS[2]
+    ledger.close()
 
 
 @pytest.mark.parametrize("secret", ["key", "token", "answer", 'quote"\\', "schlüssel", "1"])

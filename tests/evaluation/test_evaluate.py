@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import shutil
 import signal
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -18,15 +15,16 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from loopback import Loopback, Reply, completion
+from processes import run_in_process
 from toys import PROMPTS, Duel, write_data
 
 from rlmt.cli.commands import main
 from rlmt.endpoints import Endpoint
 from rlmt.evaluation.benchmark import Item
 from rlmt.evaluation.completions import Completion
-from rlmt.evaluation.results import source_commit
 from rlmt.evaluation.scoring import score_completions
 from rlmt.formats.thinking import FormatName, ThinkingFormat
+from rlmt.provenance import source_commit
 from rlmt.types import Status
 
 Serve = Callable[[Callable[[str, Any], Reply]], Loopback]
@@ -116,19 +114,6 @@ def test_items_are_checked_before_a_judge_is_asked_about_any(
     assert "alpaca_eval have no difficulty; run --generate_only --scoring ours" in capsys.readouterr().err
 
 
-def run_in_process(server: Loopback, words: list[str], ready: Callable[[], bool] | None) -> int | None:
-    """Runs `rlmt` in a forked process, kills it when `ready`, and returns its exit code."""
-    process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(main(words)))
-    process.start()
-    while ready is not None and not ready():
-        assert process.exitcode is None
-        time.sleep(0.002)
-    if ready is not None:
-        process.kill()
-    process.join()
-    return process.exitcode
-
-
 def test_run_killed_in_generation_and_in_judging_gives_the_same_results_and_asks_nothing_twice(
     serve: Serve, exported: Exported, tmp_path: Path
 ) -> None:
@@ -136,14 +121,14 @@ def test_run_killed_in_generation_and_in_judging_gives_the_same_results_and_asks
     server = serve(verdict)
     words = ["evaluate", model, *options(tmp_path, server, "--batch_size", "1", "--judge.max_in_flight", "1")]
     parts = tmp_path / "out" / "letters" / "A" / "completions"
-    assert run_in_process(server, words, lambda: len(list(parts.glob("part-*"))) >= 3) == -signal.SIGKILL
+    assert run_in_process(words, lambda: len(list(parts.glob("part-*"))) >= 3) == -signal.SIGKILL
     written = {path.name: path.stat().st_mtime_ns for path in parts.glob("part-*")}
     assert len(written) < 8
     asked = len(server.bodies)
     assert asked == 0
-    assert run_in_process(server, words, lambda: len(server.bodies) >= 3) == -signal.SIGKILL
+    assert run_in_process(words, lambda: len(server.bodies) >= 3) == -signal.SIGKILL
     assert all((parts / name).stat().st_mtime_ns == stamp for name, stamp in written.items())
-    assert run_in_process(server, words, None) == 0
+    assert run_in_process(words) == 0
     counts = Counter(json.dumps(body) for body in server.bodies)
     assert sum(counts.values()) - len(counts) <= 1  # an answer under way when the process was killed
     keys = [json.loads(line)["key"] for line in (tmp_path / "out" / "ledger.jsonl").read_text().split("\n") if line]

@@ -20,7 +20,7 @@ from rlmt.engines.transformers import stream
 from rlmt.errors import UserError
 from rlmt.evaluation.benchmark import Item
 from rlmt.evaluation.completions import Completion, CompletionStore, read_completions, read_settings
-from rlmt.evaluation.generation import GenerationSettings, generate
+from rlmt.evaluation.generation import GenerationSettings, generate, generate_all
 from rlmt.evaluation.models import EndpointModel, LocalModel, resolve_model
 from rlmt.formats.thinking import ThinkingFormat
 from rlmt.models.loading import load_policy
@@ -205,6 +205,36 @@ def test_endpoint_completions_are_split_and_never_asked_for_twice(
     assert len(server.bodies) == before
     body = server.bodies[0]
     assert (body["temperature"], body["top_p"], body["max_tokens"]) == (0.7, 0.95, 24) and body["seed"] < 2**31
+
+
+def test_endpoint_that_refuses_all_prompts_leaves_no_completions(
+    serve: Serve, items: list[Item], tmp_path: Path
+) -> None:
+    server = serve(lambda path, body: Reply({"error": {"message": "unknown field"}}, 400))
+    model = endpoint_model(server, tmp_path)
+    with pytest.raises(UserError, match=f"all 3 requests were refused: {server.url}.*unknown field"):
+        generate(model, items[:3], tmp_path / "c", SETTINGS, yes=True)
+    assert not list((tmp_path / "c").glob("part-*"))
+
+
+def test_cost_limit_holds_for_all_benchmarks_and_starts_together(
+    serve: Serve, items: list[Item], tmp_path: Path
+) -> None:
+    """One answer is billed US$ 1 (10 prompt tokens and 2 others), and 24 tokens are set aside for the next."""
+    server = serve(lambda path, body: completion("<think>t</think>ok", completion_tokens=2))
+    prices = "format: think\nmax_in_flight: 1\ninput_price: 0\noutput_price: 500000\n"
+    jobs = [(items[:3], tmp_path / "a"), (items[3:5], tmp_path / "b"), (items[5:], tmp_path / "c")]
+
+    def run_with(limit: int) -> list[list[Completion]]:
+        file = tmp_path / "endpoint.yaml"
+        file.write_text(f"base_url: {server.url}\nmodel: m\napi_key_variable: PLANTED_KEY\n{prices}max_cost: {limit}\n")
+        return generate_all(resolve_model(str(file)), jobs, SETTINGS, yes=True)
+
+    for limit, answered in ((15, 4), (15, 4), (16, 5)):  # the fourth answer is the first of the second job
+        with pytest.raises(UserError, match=rf"max_cost {limit} \(spent: US\$ {answered}\.0000\)"):
+            run_with(limit)
+        assert len(server.bodies) == answered
+    assert [len(found) for found in run_with(18)] == [3, 2, 2] and len(server.bodies) == 7
 
 
 def test_store_reports_a_damaged_file(exported: Exported, items: list[Item], tmp_path: Path) -> None:

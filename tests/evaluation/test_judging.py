@@ -100,6 +100,47 @@ def test_field_that_every_request_has_wrong_stops_after_ten(serve: Serve, tmp_pa
     assert len(server.bodies) < 200
 
 
+def refuse(*texts: str) -> Callable[[str, Any], Reply]:
+    """Refuses questions that start with one of the texts."""
+
+    def script(path: str, body: Any) -> Reply:
+        if body["messages"][0]["content"].startswith(texts):
+            return Reply({"error": {"message": "unknown field"}}, 400)
+        return completion("ok")
+
+    return script
+
+
+def test_few_questions_that_are_all_refused_are_an_error(serve: Serve, tmp_path: Path) -> None:
+    server = serve(refuse("a"))
+    with pytest.raises(UserError) as caught:
+        ask(server, ["a"], tmp_path / "l.jsonl")
+    assert str(caught.value).startswith(f"--judge: all 2 requests were refused: {server.url}: the request was refused")
+    assert "unknown field" in str(caught.value) and (tmp_path / "l.jsonl").read_text() == ""
+
+
+def test_resumed_run_whose_rest_is_refused_is_an_error_and_keeps_its_answers(serve: Serve, tmp_path: Path) -> None:
+    server, path = serve(refuse("b", "c")), tmp_path / "l.jsonl"
+    ask(server, ["a"], path)
+    recorded = path.read_text()
+    with pytest.raises(UserError, match="all 4 requests were refused"):
+        ask(server, ["a", "b", "c"], path)
+    assert path.read_text() == recorded and recorded.count("\n") == 2
+    server.script = refuse()
+    assert ask(server, ["a", "b", "c"], path).answers == [["ok", "ok"]] * 3
+    assert len(server.bodies) == 2 + 4 + 4
+
+
+def test_finished_run_with_a_refused_question_can_be_repeated(
+    serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = serve(refuse("c"))
+    for _ in range(2):
+        assert ask(server, ["a", "b", "c"], tmp_path / "l.jsonl").answers == [["ok", "ok"], ["ok", "ok"], ["", ""]]
+        error = capsys.readouterr().err
+        assert f"--judge: 2 of 6 questions were refused and have no answer: {server.url}: the request was" in error
+
+
 def test_cost_is_estimated_and_asked_for_before_anything_is_sent(
     serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

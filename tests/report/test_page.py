@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shutil
+from email.message import Message
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from rlmt.report.configuration import own_settings, repeat_command
 from rlmt.report.distributions import distributions
 from rlmt.report.page import Example, Picture, Section, Table, page_title, render_page, write_page
 from rlmt.report.panels import panels
+from rlmt.report.payload import payload
 from rlmt.report.rollout_sample import choose, numbers, read_chosen
 from rlmt.report.runs import find_run, read_run, read_runs
 from rlmt.report.series import read_metrics
@@ -223,10 +225,28 @@ def test_newest_version_is_taken_and_a_truncated_line_is_skipped(synthetic: Any,
         synthetic.write(tmp_path / f"old{version}").rename(tmp_path / f"version_{version}")
     assert find_run(tmp_path).name == "version_10"
     file = tmp_path / "version_10/metrics.csv"
-    file.write_text("step,reward/mean,val/x\n0,1.5,\n0,2.5,\n1,nan,3\n2,inf,\n3,4.")
+    file.write_text("step,reward/mean,val/x\n0,1.5,\n0,2.5,\n1,nan,3\n2,inf,\n3,4.0,\n4,6.5,1")
     found = read_metrics(file)
     assert found["reward/mean"].steps.tolist() == [0, 3] and found["reward/mean"].values.tolist() == [2.5, 4.0]
-    assert found["val/x"].values.tolist() == [3.0]
+    assert found["val/x"].values.tolist() == [3.0]  # the last line may go on: 1.25
+
+
+@pytest.mark.parametrize(
+    ("urls", "expected"),
+    [
+        (["Source, https://example.org/rlmt", "Documentation, https://example.org/docs/"], "https://example.org/docs/"),
+        (["Source, https://example.org/rlmt"], ""),
+        ([], ""),
+    ],
+)
+def test_verdicts_link_to_the_documentation_site_that_the_package_names(
+    urls: list[str], expected: str, synthetic: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Message()
+    for url in urls:
+        found["Project-URL"] = url
+    monkeypatch.setattr("rlmt.report.payload.metadata", lambda name: found)
+    assert payload([read_run(synthetic.write(tmp_path / "run"))])["docs"] == expected
 
 
 def test_run_without_metrics_is_an_error(tmp_path: Path) -> None:

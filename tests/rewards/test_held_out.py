@@ -155,7 +155,8 @@ def test_malformed_samples_get_the_lowest_score_of_each_reward() -> None:
     )
     held_out = HeldOutRewards([Says("low", [-20.0, 5.0]), Says("high", [1.0, 3.0])])
     # (-20 - 20 + 5) / 3: the lowest score is below the penalty; (1 - 10 + 3) / 3: the penalty
-    means = {name: float(scores.mean()) for name, scores in held_out.scores(experience, "penalty", -10.0).items()}
+    scores = held_out.scores(experience, "penalty", -10.0)
+    means = {name: float(of_reward.total.mean()) for name, of_reward in scores.items()}
     assert means == pytest.approx({"low": -35 / 3, "high": -2.0})
     assert HeldOutRewards().scores(experience, "penalty", -10.0) == {}
 

@@ -21,6 +21,7 @@ IGNORED = (
     "data.engine.timeout",
     "data.engine.urls",
     "data.engine_timeout",
+    "report",
     "trainer.callbacks",
     "trainer.default_root_dir",
     "trainer.enable_",

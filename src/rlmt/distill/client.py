@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from rlmt.distill.teacher import Teacher
-from rlmt.endpoints import Call, EndpointClient, Ledger, Meter, RequestRejected, Usage
+from rlmt.endpoints import CONTINUE, Call, EndpointClient, Ledger, Meter, RequestRejected, Usage
 from rlmt.engines.base import max_completion_tokens
 from rlmt.engines.vllm.isolation import preserve_process_state
 from rlmt.engines.vllm.launch import cpu_args
@@ -39,7 +39,7 @@ def connect(teacher: Teacher, ledger: Ledger) -> TeacherClient:
     """The client of a teacher, which keeps its answers in a ledger."""
     if teacher.local:
         return LocalTeacher(teacher, ledger)
-    return EndpointClient(teacher, ledger, "run the same command again: it continues where it stopped")
+    return EndpointClient(teacher, ledger, CONTINUE)
 
 
 class LocalTeacher:

@@ -2,12 +2,13 @@
 
 from rlmt.endpoints.background import BackgroundClient
 from rlmt.endpoints.calls import Call, ChatAnswer, Usage, chat_call
-from rlmt.endpoints.client import CostLimitReached, EndpointClient, EndpointError, RequestRejected
+from rlmt.endpoints.client import CONTINUE, CostLimitReached, EndpointClient, EndpointError, RequestRejected
 from rlmt.endpoints.endpoint import Endpoint
 from rlmt.endpoints.ledger import Ledger
 from rlmt.endpoints.meter import Meter
 
 __all__ = [
+    "CONTINUE",
     "BackgroundClient",
     "Call",
     "ChatAnswer",

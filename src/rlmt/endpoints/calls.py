@@ -5,12 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from rlmt.endpoints.endpoint import Endpoint
 from rlmt.types import Message
+
+RETRY_TEMPERATURE = 0.7
+"""Lowest temperature of repeated questions: greedy decoding would give the same unreadable answer."""
+
+_REPEAT_STRIDE = 1000
+"""Added to the sample number of a call at each repetition; above the number of samples that any caller asks for."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,15 @@ class Call:
         """Hash of path, body and sample; without the URL, so that a server that moves keeps its recorded answers."""
         content = json.dumps([self.path, self.body, self.sample], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
+
+    def repeat(self, attempt: int) -> Call:
+        """The same question once more, as a call of its own; the question itself at attempt 0."""
+        if attempt == 0:
+            return self
+        body = dict(self.body)
+        if "temperature" in body:
+            body["temperature"] = max(body["temperature"], RETRY_TEMPERATURE)
+        return replace(self, body=body, sample=self.sample + attempt * _REPEAT_STRIDE)
 
 
 def chat_call(

@@ -19,6 +19,9 @@ from rlmt.errors import UserError
 if TYPE_CHECKING:
     from openai import APIStatusError
 
+CONTINUE = "run the same command again: it continues where it stopped"
+"""What a user does after an error stopped a command that keeps a ledger."""
+
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
 """Seconds before the second attempt of a call, which double with each further one, and their limit."""
 
@@ -57,11 +60,18 @@ class EndpointClient:
         endpoint: Endpoint.
         ledger: Where answers are kept; None keeps none.
         fix: What the user can do when the endpoint is lost; the end of the message.
+        spent: Billed tokens outside the ledger that count towards the cost limit.
     """
 
-    def __init__(self, endpoint: Endpoint, ledger: Ledger | None, fix: str) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        ledger: Ledger | None,
+        fix: str,
+        spent: Usage = Usage(),  # noqa: B008 - immutable
+    ) -> None:
         self.endpoint = endpoint
-        self.meter = Meter(endpoint, ledger.usage[endpoint.model] if ledger is not None else Usage())
+        self.meter = Meter(endpoint, spent + (ledger.usage[endpoint.model] if ledger is not None else Usage()))
         self._ledger, self._fix = ledger, fix
         self._key = endpoint.key
         self._slots = asyncio.Semaphore(endpoint.max_in_flight)

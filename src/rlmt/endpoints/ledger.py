@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
+import sys
 import threading
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rlmt.endpoints.calls import Call, Usage
 from rlmt.errors import UserError
+
+_FIELDS = {"key": str, "model": str, "answer": dict}
+"""Fields of a record."""
 
 
 class Ledger:
@@ -21,12 +27,13 @@ class Ledger:
 
     Args:
         path: Path of the file; it is created with its folder if it does not exist.
+        wait: Wait while another process uses the file.
 
     Raises:
         UserError: Another process uses the file, it cannot be written, or a line is not a record.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, wait: bool = False) -> None:
         self.path = path
         self.usage: defaultdict[str, Usage] = defaultdict(Usage)
         """Billed tokens of all records by model."""
@@ -40,7 +47,7 @@ class Ledger:
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror}); choose another path.") from error
         try:
-            self._lock()
+            self._lock(wait)
             self._read()
         except BaseException:
             self._file.close()
@@ -52,13 +59,16 @@ class Ledger:
     def __contains__(self, key: str) -> bool:
         return key in self._offsets
 
-    def _lock(self) -> None:
+    def _lock(self, wait: bool) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(
-                f"{self.path}: another process writes to it; wait until that one has ended, or use another path."
-            ) from error
+            if not wait:
+                raise UserError(
+                    f"{self.path}: another process writes to it; wait until that one has ended, or use another path."
+                ) from error
+            print(f"{self.path}: waiting for another process that writes to it …", file=sys.stderr, flush=True)
+            fcntl.flock(self._file, fcntl.LOCK_EX)
         except OSError as error:
             raise UserError(
                 f"{self.path}: cannot be locked ({error.strerror}); choose a path on a file system with locks."
@@ -67,20 +77,12 @@ class Ledger:
     def _read(self) -> None:
         """Indexes the records, and removes a truncated last line."""
         self._file.seek(0)
-        end = 0
-        for number, line in enumerate(self._file, start=1):
-            if not line.endswith(b"\n"):
-                self._file.truncate(end)
-                break
-            try:
-                record = json.loads(line)
-                self._index(record["key"], record["model"], record["answer"], end)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(
-                    f"{self.path}: line {number} is not a record of an answer; remove the line, or use another path."
-                ) from error
-            end += len(line)
-        self._end = end
+        self._end = 0
+        for record, start, end in _records(self._file, self.path):
+            self._index(record["key"], record["model"], record["answer"], start)
+            self._end = end
+        if self._file.seek(0, os.SEEK_END) > self._end:
+            self._file.truncate(self._end)
 
     def _index(self, key: str, model: str, answer: dict[str, Any], offset: int) -> None:
         self._offsets[key] = offset
@@ -132,6 +134,41 @@ class Ledger:
     def close(self) -> None:
         """Closes the file and releases its lock."""
         self._file.close()
+
+
+def recorded_usage(path: Path, model: str) -> Usage:
+    """Billed tokens of a model in a ledger that another process may be writing.
+
+    Args:
+        path: Path of the file; one that does not exist has no records.
+        model: Name of the model.
+
+    Raises:
+        UserError: A line is not a record.
+    """
+    if not path.exists():
+        return Usage()
+    with path.open("rb") as file:
+        found = (Usage.from_json(record["answer"]) for record, *_ in _records(file, path) if record["model"] == model)
+        return sum(found, Usage())
+
+
+def _records(file: BinaryIO, path: Path) -> Iterator[tuple[dict[str, Any], int, int]]:
+    """The records of a ledger with the offsets of their start and end, without a truncated last line."""
+    end = 0
+    for number, line in enumerate(file, start=1):
+        if not line.endswith(b"\n"):
+            return
+        try:
+            record = json.loads(line)
+            if not all(isinstance(record[name], kind) for name, kind in _FIELDS.items()):
+                raise TypeError("a field has another type")
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}: line {number} is not a record of an answer; remove the line, or use another path."
+            ) from error
+        start, end = end, end + len(line)
+        yield record, start, end
 
 
 def redact(text: str, secret: str | None) -> str:

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from rlmt.endpoints import Call, Endpoint, EndpointClient, Ledger, RequestRejected
+from rlmt.endpoints import CONTINUE, Call, Endpoint, EndpointClient, Ledger, RequestRejected, Usage
 from rlmt.endpoints.estimate import confirm, estimate
 from rlmt.endpoints.progress import RequestProgress, track_requests
 from rlmt.errors import UserError
 
 MAX_FIRST_REFUSALS = 10
 """Refused requests after which nothing more is sent if there was no answer: a wrong field in the body refuses all."""
-
-CONTINUE = "run the same command again: it continues where it stopped"
-
-RETRY_TEMPERATURE = 0.7
-"""Lowest temperature of repeated questions: greedy decoding would give the same unreadable answer."""
 
 Answers = list[dict[str, Any] | None]
 """JSON of the answer to each call of a case; None where the endpoint refuses the call."""
@@ -56,6 +52,7 @@ class Asking:
         cases: Sequence[Sequence[Call]],
         ledger: Ledger,
         accept: Accept | None = None,
+        spent: Usage = Usage(),  # noqa: B008 - immutable
     ) -> list[Answers]:
         """Asks the calls of all cases that the ledger has no answers to.
 
@@ -63,41 +60,70 @@ class Asking:
             cases: Calls that are asked together, and asked again together.
             ledger: Answers so far; every answer is recorded as it arrives.
             accept: Whether the answers to a case can be used; None uses all.
+            spent: Billed tokens outside the ledger that count towards the cost limit.
 
         Returns:
             The last answers to each case.
 
         Raises:
-            UserError: The endpoint fails, refuses all calls or reaches its cost limit, or the user declines.
+            UserError: The endpoint fails, refuses all requests (beside recorded answers: more than there are of them)
+                or reaches its cost limit, or the user declines.
         """
-        client = EndpointClient(self.endpoint, ledger, self.fix)
-        if open_calls := [call for case in cases for call in case if call.key not in ledger]:
+        client = EndpointClient(self.endpoint, ledger, self.fix, spent)
+        calls = [call for case in cases for call in case]
+        open_calls = [call for call in calls if call.key not in ledger]
+        if open_calls:
             self.endpoint.check(self.option)
             if self.show:
                 print(estimate(open_calls, ledger, self.what, self.attempts).sentences(client.meter), flush=True)
             if not self.yes:
                 confirm()
-        return asyncio.run(self._ask_all(client, cases, accept or (lambda i, answers: True)))
+        asked = _Asked(self, client, accept or (lambda i, answers: True), len(calls) - len(open_calls))
+        answers = asyncio.run(asked.ask_all(cases))
+        asked.report_refusals(len(calls))
+        return answers
 
-    async def _ask_all(self, client: EndpointClient, cases: Sequence[Sequence[Call]], accept: Accept) -> list[Answers]:
+
+@dataclass
+class _Asked:
+    """One start of the questions."""
+
+    asking: Asking
+    client: EndpointClient
+    accept: Accept
+    recorded: int
+    """Calls that the ledger has answers to."""
+    refusals: list[RequestRejected] = field(default_factory=list)
+
+    async def ask_all(self, cases: Sequence[Sequence[Call]]) -> list[Answers]:
         """Asks all cases; the first error stops the rest."""
-        if not self.show:
-            return await self._gather(client, cases, accept, None)
-        with track_requests(self.label, len(cases), client.meter) as bar:
-            return await self._gather(client, cases, accept, bar)
+        if not self.asking.show:
+            return await self._gather(cases, None)
+        with track_requests(self.asking.label, len(cases), self.client.meter) as bar:
+            return await self._gather(cases, bar)
 
-    async def _gather(
-        self,
-        client: EndpointClient,
-        cases: Sequence[Sequence[Call]],
-        accept: Accept,
-        bar: RequestProgress | None,
-    ) -> list[Answers]:
-        refusals: list[RequestRejected] = []
+    def report_refusals(self, calls: int) -> None:
+        """Prints how many of the calls were refused.
+
+        Raises:
+            UserError: All requests were, and they are more than the recorded answers.
+        """
+        if not self.refusals:
+            return
+        self._check_refusals(f"all {len(self.refusals):,} requests were refused")
+        counts = f"{len(self.refusals):,} of {calls:,} {self.asking.what}"
+        print(f"{self.asking.option}: {counts} were refused and have no answer: {self.refusals[0]}", file=sys.stderr)
+
+    def _check_refusals(self, what: str) -> None:
+        """Raises UserError if refusals are no matter of single calls: a wrong field in the body refuses all."""
+        if not self.client.meter.answers and len(self.refusals) > self.recorded:
+            raise UserError(f"{self.asking.option}: {what}: {self.refusals[0]}") from self.refusals[0]
+
+    async def _gather(self, cases: Sequence[Sequence[Call]], bar: RequestProgress | None) -> list[Answers]:
         try:
-            async with client, asyncio.TaskGroup() as group:
+            async with self.client, asyncio.TaskGroup() as group:
                 tasks = [
-                    group.create_task(self._ask_case(client, case, partial(accept, i), refusals, bar))
+                    group.create_task(self._ask_case(case, partial(self.accept, i), bar))
                     for i, case in enumerate(cases)
                 ]
         except BaseExceptionGroup as errors:
@@ -107,41 +133,24 @@ class Asking:
         return [task.result() for task in tasks]
 
     async def _ask_case(
-        self,
-        client: EndpointClient,
-        case: Sequence[Call],
-        accept: Callable[[Answers], bool],
-        refusals: list[RequestRejected],
-        bar: RequestProgress | None,
+        self, case: Sequence[Call], accept: Callable[[Answers], bool], bar: RequestProgress | None
     ) -> Answers:
         """Asks until the answers are accepted or the attempts are used up."""
         answers: Answers = []
-        for attempt in range(self.attempts):
-            answers = list(await asyncio.gather(*(self._post(client, _repeat(c, attempt), refusals) for c in case)))
+        for attempt in range(self.asking.attempts):
+            answers = list(await asyncio.gather(*(self._post(call.repeat(attempt)) for call in case)))
             if None in answers or accept(answers):
                 break
         if bar is not None:
             bar.advance()
         return answers
 
-    async def _post(self, client: EndpointClient, call: Call, refusals: list[RequestRejected]) -> dict[str, Any] | None:
+    async def _post(self, call: Call) -> dict[str, Any] | None:
         """The answer to a call; None if it is refused."""
         try:
-            return await client.post(call)
+            return await self.client.post(call)
         except RequestRejected as error:
-            refusals.append(error)
-            if len(refusals) >= MAX_FIRST_REFUSALS and not client.meter.answers and not client.meter.reused:
-                raise UserError(
-                    f"{self.option}: the first {MAX_FIRST_REFUSALS} requests were refused, so no more are sent: {error}"
-                ) from error
+            self.refusals.append(error)
+            if len(self.refusals) >= MAX_FIRST_REFUSALS:
+                self._check_refusals(f"the first {len(self.refusals):,} requests were refused, so no more are sent")
             return None
-
-
-def _repeat(call: Call, attempt: int) -> Call:
-    """The same question once more, as a call of its own; the question itself at attempt 0."""
-    if attempt == 0:
-        return call
-    body = dict(call.body)
-    if "temperature" in body:
-        body["temperature"] = max(body["temperature"], RETRY_TEMPERATURE)
-    return replace(call, body=body, sample=call.sample + attempt * 1000)

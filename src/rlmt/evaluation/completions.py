@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from rlmt.checkpointing.files import atomic_write, remove_unfinished
 from rlmt.errors import UserError, first_line
 from rlmt.evaluation.benchmark import Item
-from rlmt.types import Status
+from rlmt.types import Message, Status
 
 SETTINGS = "_settings.json"
 """Readers of parquet folders ignore names that start with an underscore."""
@@ -155,7 +155,12 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def prompt_hash(item: Item) -> str:
     """A hash of an item's conversation."""
-    turns = [[turn["role"], turn["content"]] for turn in item.messages]
+    return conversation_hash(item.messages)
+
+
+def conversation_hash(messages: Sequence[Message]) -> str:
+    """A hash of roles and texts."""
+    turns = [[turn["role"], turn["content"]] for turn in messages]
     return blake2b(json.dumps(turns).encode(), digest_size=16).hexdigest()
 
 

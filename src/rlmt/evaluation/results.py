@@ -14,7 +14,6 @@ differences and averages from these files alone.
 from __future__ import annotations
 
 import json
-import subprocess
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -31,9 +30,9 @@ from rlmt.data.sampler import item_seed
 from rlmt.errors import UserError, first_line
 from rlmt.evaluation.benchmark import Benchmark, Item
 from rlmt.evaluation.completions import Completion, prompt_hash, read_settings
-from rlmt.evaluation.generation import versions
 from rlmt.evaluation.scoring import Scored
 from rlmt.evaluation.statistics import SLOW_RESAMPLES, Floats, interval, resample
+from rlmt.provenance import source_commit, versions
 
 ITEMS = "items.jsonl"
 COMPLETIONS = "completions"
@@ -180,19 +179,6 @@ def read_resamples(out: Path, result: Mapping[str, Any]) -> Floats:
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path}: cannot be read ({first_line(error)}); run --judge_only again.") from error
     return column
-
-
-def source_commit() -> str | None:
-    """Commit of the checkout that this package runs from; None where it is installed otherwise."""
-    folder = Path(__file__).parent
-    try:
-        for command in (["ls-files", "--error-unmatch", Path(__file__).name], ["rev-parse", "HEAD"]):
-            done = subprocess.run(["git", "-C", folder, *command], capture_output=True, text=True, check=False)
-            if done.returncode:
-                return None
-    except OSError:
-        return None
-    return done.stdout.strip()
 
 
 def _mean(values: Sequence[int | None]) -> float | None:

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlmt.endpoints import Endpoint
+from rlmt.endpoints import CONTINUE, Endpoint
 from rlmt.errors import UserError
-from rlmt.evaluation.asking import CONTINUE
 from rlmt.evaluation.benchmark import Benchmark, Item, Row, Score
 from rlmt.evaluation.completions import Completion
 from rlmt.evaluation.judging import ATTEMPTS, ask_judge

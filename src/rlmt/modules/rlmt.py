@@ -11,11 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlmt.algorithms import Algorithm
-from rlmt.data import RolloutDataModule
 from rlmt.distributed import collectives
 from rlmt.distributed.collectives import all_gather_object, rank_hook
 from rlmt.distributed.fsdp2 import full_tensor, load_in_turn, shard_models
-from rlmt.errors import UserError
 from rlmt.formats.thinking import FormatName, ThinkingFormat
 from rlmt.models import loading
 from rlmt.models.adapters import adapter_weights, base_tensors, trainable_parameters, use_adapter
@@ -126,18 +124,6 @@ class RLMTModule(ScoringMixin, PolicyMixin, TrainingModule):  # type: ignore[mis
         self.log_step(metrics, len(generated.rollouts), PROGRESS_BAR)
         return {"experience": generated, "metrics": metrics}
 
-    @property
-    def data(self) -> RolloutDataModule:
-        """The data module, which owns the prompts and the engine.
-
-        Raises:
-            UserError: The trainer was given another one, or none.
-        """
-        data = getattr(self.trainer, "datamodule", None)
-        if not isinstance(data, RolloutDataModule):
-            raise UserError(f"--data is {type(data).__name__}, but --model RLMTModule trains on RolloutDataModule.")
-        return data
-
     def _generate_more(self) -> Experience:
         """Rollouts for the next batch of prompts, scored, for dynamic sampling."""
         return self.score(self.split(self.data.generate(self.data.next_prompts())))
@@ -209,16 +195,14 @@ class RLMTModule(ScoringMixin, PolicyMixin, TrainingModule):  # type: ignore[mis
         return {"experience": self.score(self.split(self.data.generate(prompts)))}
 
     def _evaluate(self, prompts: PromptBatch, stage: str) -> dict[str, Any]:
-        """Logs means over held-out samples; returns the `experience` and the `values` of each sample, for callbacks."""
-        experience = self.split(self.data.generate(prompts))
-        self.ask(experience, held_out=True)
-        values = evaluation_values(self.score(experience))
-        values |= self.held_out.scores(experience, self.malformed, self.malformed_reward)
+        """Logs means over held-out samples; returns them with scores and `values` of each sample, for callbacks."""
+        experience, held_out = self.evaluate(prompts)
+        values = evaluation_values(experience) | {name: scores.total for name, scores in held_out.items()}
         for name, of_samples in values.items():
             if any(all_gather_object(count := len(of_samples))):
                 mean, on_bar = float(of_samples.sum() / max(1, count)), name == "reward_mean"  # NCCL has no CPU tensors
                 self.log(f"{stage}/{name}", mean, batch_size=count, sync_dist=True, prog_bar=on_bar)
-        return {"experience": experience, "values": values}
+        return {"experience": experience, "held_out": held_out, "values": values}
 
     # Setup ------------------------------------------------------------------------------------------------------------
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from rlmt.data import RolloutDataModule
+from rlmt.errors import UserError
 from rlmt.formats.thinking import ThinkingFormat
 from rlmt.rewards import Reward
 from rlmt.rewards.held_out import HeldOutRewards
 from rlmt.rewards.scoring import MalformedMode, prefetch, score
-from rlmt.types import Experience, RolloutBatch, Scores
+from rlmt.types import Experience, PromptBatch, RolloutBatch, Scores
 
 
 class ScoringMixin:
@@ -23,6 +27,19 @@ class ScoringMixin:
     held_out: HeldOutRewards
     malformed: MalformedMode
     malformed_reward: float
+
+    @property
+    def data(self) -> RolloutDataModule:
+        """The data module, which owns the prompts and the engine.
+
+        Raises:
+            UserError: The trainer was given another one, or none.
+        """
+        trainer: Any = self.trainer  # type: ignore[attr-defined]
+        data = getattr(trainer, "datamodule", None)
+        if not isinstance(data, RolloutDataModule):
+            raise UserError(f"--data is {type(data).__name__}, but --model RLMTModule trains on RolloutDataModule.")
+        return data
 
     def split(self, rollouts: RolloutBatch) -> Experience:
         """Splits completions into thought and response, not scored yet."""
@@ -56,3 +73,14 @@ class ScoringMixin:
         experience.scores = score(self.reward, prompts, splits, texts, self.malformed, self.malformed_reward)
         experience.scores.total = experience.scores.total.to(self.device)
         return experience
+
+    def evaluate(self, prompts: PromptBatch) -> tuple[Experience, dict[str, Scores]]:
+        """Generates one sample for each held-out prompt, and scores it by all rewards; nothing is logged.
+
+        Returns:
+            The samples, scored by the training reward; and their scores by the name of each held-out reward.
+        """
+        experience = self.split(self.data.generate(prompts, held_out=True))
+        self.ask(experience, held_out=True)
+        self.score(experience)
+        return experience, self.held_out.scores(experience, self.malformed, self.malformed_reward)

@@ -5,7 +5,6 @@ It imports neither torch nor Lightning, so that `rlmt runs` answers at once.
 
 from __future__ import annotations
 
-import csv
 import fcntl
 import json
 import math
@@ -19,7 +18,7 @@ from typing import Any, Literal
 
 import yaml
 
-from rlmt.report.series import read_metrics
+from rlmt.report.series import read_lines, read_metrics
 from rlmt.report.verdicts import State as VerdictState
 from rlmt.report.verdicts import verdicts, worst
 
@@ -149,10 +148,7 @@ def read_rows(path: Path) -> list[Row]:
     Returns:
         The lines, in the order in which they were logged.
     """
-    text = path.read_text(encoding="utf-8")
-    lines = text[: text.rfind("\n") + 1].splitlines()
-    table = [line for line in csv.DictReader(lines) if None not in line.values()]
-    numbers = [{name: _number(cell) for name, cell in line.items() if cell} for line in table]
+    numbers = [{name: _number(cell) for name, cell in line.items() if cell} for line in read_lines(path)]
     return [{name: value for name, value in line.items() if value is not None} for line in numbers]
 
 

@@ -54,23 +54,29 @@ def read_metrics(path: Path) -> dict[str, Series]:
     """Reads the series of metrics.csv.
 
     Args:
-        path: The file; its last line may be truncated, because a run may be writing it.
+        path: The file.
 
     Returns:
         Metric → series. Empty cells and values that are not finite are left out; a step that was logged twice has its
         last value.
     """
     points: dict[str, dict[float, float]] = {}
-    with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            step = _number(row.get("step"))
-            if step is None or None in row:
-                continue
-            for name, cell in row.items():
-                value = _number(cell)
-                if value is not None and name not in ("step", "epoch"):
-                    points.setdefault(name, {})[step] = value
+    for row in read_lines(path):
+        step = _number(row.get("step", ""))
+        if step is None:
+            continue
+        for name, cell in row.items():
+            value = _number(cell)
+            if value is not None and name not in ("step", "epoch"):
+                points.setdefault(name, {})[step] = value
     return {name: _series(points[name]) for name in sorted(points)}
+
+
+def read_lines(path: Path) -> list[dict[str, str]]:
+    """Reads the cells of metrics.csv by column; a last line without its end, which a run is writing, is left out."""
+    text = path.read_text(encoding="utf-8")
+    rows = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
+    return [row for row in rows if None not in row and None not in row.values()]
 
 
 def _series(points: Mapping[float, float]) -> Series:
@@ -78,10 +84,10 @@ def _series(points: Mapping[float, float]) -> Series:
     return Series(np.array(steps, dtype=np.float64), np.array([points[step] for step in steps], dtype=np.float64))
 
 
-def _number(cell: str | None) -> float | None:
+def _number(cell: str) -> float | None:
     """A finite number; None for anything else."""
     try:
-        value = float(cell or "")
+        value = float(cell)
     except ValueError:
         return None
     return value if math.isfinite(value) else None

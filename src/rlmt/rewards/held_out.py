@@ -10,12 +10,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from rlmt.errors import UserError
 from rlmt.rewards.base import Reward
 from rlmt.rewards.scoring import MalformedMode, score
-from rlmt.types import Experience
+from rlmt.types import Experience, Scores
 
 RESERVED_NAMES = ("reward_mean", "malformed", "thought_tokens", "response_tokens")
 """Names of other metrics that are logged under `val/` and `test/`."""
@@ -68,7 +68,7 @@ class HeldOutRewards(nn.Module):
         for reward in self._rewards:
             reward.load()
 
-    def scores(self, experience: Experience, mode: MalformedMode, penalty: float) -> dict[str, Tensor]:
+    def scores(self, experience: Experience, mode: MalformedMode, penalty: float) -> dict[str, Scores]:
         """Computes the scores of a batch under each reward.
 
         Args:
@@ -78,12 +78,10 @@ class HeldOutRewards(nn.Module):
                 where that is lower.
 
         Returns:
-            Reward name → [B] float32 scores, those of malformed samples included.
+            Reward name → scores of the B samples.
         """
-        rollouts = experience.rollouts
+        prompts = experience.rollouts.prompt_per_sample
         return {
-            reward.name: score(
-                reward, rollouts.prompt_per_sample, experience.splits, experience.texts, mode, penalty
-            ).total
+            reward.name: score(reward, prompts, experience.splits, experience.texts, mode, penalty)
             for reward in self._rewards
         }

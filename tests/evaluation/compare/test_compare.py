@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +15,9 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from loopback import Loopback, Reply, completion
+from processes import run_in_process
+from safetensors.torch import load_file, save_file
 
 from rlmt.cli.commands import main
 from rlmt.endpoints import Endpoint
@@ -25,6 +32,8 @@ from rlmt.types import Message, Prompt
 from .conftest import SECRET, Models, Setting
 
 Make = Callable[[Models, int], Setting]
+Serve = Callable[[Callable[[str, Any], Reply]], Loopback]
+Exported = Callable[[str], Path]
 
 WINS = 28
 """Of 40 prompts, those that the scripted judge gives to the policy `new`."""
@@ -104,6 +113,41 @@ def test_stopped_comparison_asks_nothing_twice(setting: Make, capsys: pytest.Cap
     assert found.result()["lines"][0]["wins"] == 1.0
 
 
+@pytest.mark.slow
+def test_comparison_killed_in_generation_and_in_judging_gives_the_same_table_and_asks_nothing_twice(
+    serve: Serve, exported: Exported, prompts_file: Path, tmp_path: Path
+) -> None:
+    old = shutil.copytree(exported("no_think"), tmp_path / "old")
+    weights = load_file(old / "model.safetensors")
+    save_file({n: w * 1.1 for n, w in weights.items()}, old / "model.safetensors", metadata={"format": "pt"})
+    server = serve(lambda path, body: completion(f"Winner: {'AB'[sum(str(body).encode()) % 2]}"))
+
+    def words(out: Path) -> list[str]:
+        judge = ["--judge.base_url", f"{server.url}/v1", "--judge.model", "judge", "--judge.max_in_flight", "1"]
+        judge += ["--judge.api_key_variable", "PLANTED_KEY", "--yes"]
+        options = ["--prompts", str(prompts_file), "--engine", "TransformersEngine", "--max_new_tokens", "40"]
+        return ["compare", f"new={exported('no_think')}", f"old={old}", "--out", str(out), *options, *judge]
+
+    out = tmp_path / "killed"
+    parts = {name: out / "completions" / name / "part-00000.parquet" for name in ("new", "old")}
+    assert run_in_process(words(out), parts["new"].exists) == -signal.SIGKILL
+    assert not parts["old"].exists() and not server.bodies
+    written = parts["new"].stat().st_mtime_ns
+    assert run_in_process(words(out), lambda: len(server.bodies) >= 5) == -signal.SIGKILL
+    assert parts["new"].stat().st_mtime_ns == written and not (out / "comparison.json").exists()
+    answered = (out / "judge.jsonl").read_text().split("\n")[:-1]
+    assert run_in_process(words(out)) == 0
+    recorded = (out / "judge.jsonl").read_text().split("\n")[:-1]
+    assert recorded[: len(answered)] == answered and len(recorded) == len(set(recorded)) > len(answered) > 0
+    assert len(server.bodies) - len(recorded) <= 1  # an answer under way when the process was killed
+
+    asked = len(server.bodies)
+    assert run_in_process(words(tmp_path / "whole")) == 0
+    assert len(server.bodies) - asked == len(recorded)
+    for name in ("comparison.json", "comparison.md", "verdicts.parquet"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 def test_rewards_alone_need_no_endpoint(setting: Make) -> None:
     reward = '[{"class_path": "rlmt.rewards.RegexReward", "init_args": {"pattern": "Answer [0-2] by new"}}]'
     models = Models()
@@ -112,6 +156,17 @@ def test_rewards_alone_need_no_endpoint(setting: Make) -> None:
     (line,) = found.result()["lines"]
     assert (line["name"], line["wins"], line["ties"], line["means"]) == ("regex", 0.25, 0.75, [0.25, 0.0])
     assert not models.asked
+
+
+def test_repeated_comparison_writes_the_same_file(setting: Make, tiny: Path) -> None:
+    reward = [{"class_path": "rlmt.rewards.ClassifierReward", "init_args": {"model": str(tiny / "reward")}}]
+    found = setting(Models(), 3)
+    command = found.arguments("compare", "--rewards", json.dumps(reward), judge=False)
+    written = []
+    for _ in range(2):  # the second one reads the scores and loads no reward
+        assert main(command) == 0
+        written.append(found.result())
+    assert written[0] == written[1] and written[0]["settings"]["rewards"][0]["source"] == str(tiny / "reward")
 
 
 @pytest.mark.parametrize(

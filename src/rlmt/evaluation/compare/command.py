@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from rlmt.data.prompts import load_prompts
-from rlmt.endpoints import Endpoint
+from rlmt.endpoints import CONTINUE, Endpoint
 from rlmt.engines import Engine
 from rlmt.errors import UserError
 from rlmt.evaluation.compare.figures import Line, compute_figures, judge_line, reward_line
@@ -34,9 +34,6 @@ from rlmt.rewards import Reward
 from rlmt.rewards.base import all_rewards, set_resume
 from rlmt.rewards.pairwise import TEMPLATE
 from rlmt.types import Prompt, Split, Status
-
-AGAIN = "run the same command again: it continues where it stopped"
-"""What a user does after an error stopped the command."""
 
 
 def compare(
@@ -103,12 +100,11 @@ def compare(
     ways.check_prompts(rows)
     settings = GenerationSettings(temperature, top_p, max_new_tokens, seed)
     policies = Policies.resolve(a, b, format, settings, engine)
+    used = policies.to_json() | {"prompts": {"source": prompts, "column": column, "limit": limit}} | ways.to_json()
     pairs = policies.generate(rows, out, yes)
     lines, judge_versions = ways.lines(pairs, out, device or ("cuda" if torch.cuda.is_available() else "cpu"), yes)
     figures = [compute_figures(line, pairs, seed) for line in lines]
-    source = {"prompts": {"source": prompts, "column": column, "limit": limit}}
-    used = policies.to_json() | source | ways.to_json() | {"judge_versions": judge_versions}
-    comparison = Comparison(policies.names, pairs, lines, figures, used)
+    comparison = Comparison(policies.names, pairs, lines, figures, used | {"judge_versions": judge_versions})
     _print(comparison, write_report(comparison, out))
 
 
@@ -147,7 +143,7 @@ class _Ways:
         for reward in self.rewards:
             if counts[reward.name] > 1:
                 raise UserError(f"--rewards: two lines are named {reward.name!r}; set another `name` for the reward.")
-            set_resume(reward, AGAIN)
+            set_resume(reward, CONTINUE)
             check_reward(reward)
 
     @property
@@ -166,7 +162,7 @@ class _Ways:
                 self.rubric.ask(prompt, "a")
 
     def to_json(self) -> dict[str, Any]:
-        """What the lines depend on, as JSON values."""
+        """What the lines depend on, as JSON values; before rewards are loaded, which changes their attributes."""
         judge = None if self.judge is None else {"model": self.judge.model, "options": self.judge.options}
         template = None if self.judge is None else self.question.template
         rewards = [describe_reward(reward) for reward in self.rewards]

@@ -78,6 +78,36 @@ def ask_about_pairs(
     return Judged(verdicts, scores, found.versions)
 
 
+def judge_pairs(
+    judge: Endpoint, question: JudgeQuestion, pairs: Sequence[Pair], ledger: Path, option: str, fix: str
+) -> Verdicts:
+    """The judge's verdicts on the well-formed pairs, asked without an estimate, a question or a progress bar.
+
+    Args:
+        judge: The judge.
+        question: How it compares responses.
+        pairs: n pairs.
+        ledger: File of its answers.
+        option: Option of the judge, for messages.
+        fix: What the user can do when the judge is lost; the end of the message.
+
+    Raises:
+        UserError: The judge cannot be asked, or none of many answers can be read.
+    """
+    cases = [[each] for pair in pairs for each in question.ask(pair)]
+    found = ask_judge(
+        judge,
+        cases,
+        ledger,
+        lambda number, answers: read_verdict(answers[0]) is not None,
+        yes=True,
+        show=False,
+        option=option,
+        fix=fix,
+    )
+    return collect(pairs, [read_verdict(answers[0]) for answers in found.answers], question)
+
+
 def _rubric_scores(rubric: Rubric, pairs: Sequence[Pair], texts: Sequence[str]) -> tuple[Floats, Floats]:
     rows = np.full((len(pairs), 2), math.nan)
     answers = iter(texts)

@@ -11,9 +11,10 @@ from rlmt.engines import Engine
 from rlmt.errors import UserError
 from rlmt.evaluation.benchmark import Item
 from rlmt.evaluation.compare.pairs import Pair
-from rlmt.evaluation.generation import GenerationSettings, generate, versions
+from rlmt.evaluation.generation import GenerationSettings, generate
 from rlmt.evaluation.models import Model, resolve_models
 from rlmt.formats.thinking import FormatName
+from rlmt.provenance import versions
 from rlmt.types import Prompt, Split
 
 

@@ -46,9 +46,10 @@ function sparkline(series) {
   return el("svg", { viewBox: `0 0 ${width} ${height}`, class: "spark", preserveAspectRatio: "none", "aria-hidden": "true" }, el("path", { d: path }));
 }
 
-/** Where the documentation explains a verdict: a link if the package names its site. */
+/** Where the documentation explains a verdict: a link if the package names its site, else file and section in its source. */
 function docsLink(data, anchor) {
-  if (!data.docs) return el("span", { class: "docs" }, `More: docs/${anchor}`);
+  const [file, section] = anchor.split("#");
+  if (!data.docs) return el("span", { class: "docs" }, `More: docs/${file} in rlmt's source, “${section.replaceAll("-", " ")}”`);
   return el("a", { class: "docs", href: `${data.docs.replace(/\/$/, "")}/${anchor.replace(".md", ".html")}` }, "More in the documentation");
 }
 
