@@ -18,13 +18,13 @@ from loopback import Loopback, Reply, completion
 from processes import run_in_process
 from toys import PROMPTS, Duel, write_data
 
+from rlmt.checkpointing.provenance import source_commit
 from rlmt.cli.commands import main
 from rlmt.endpoints import Endpoint
 from rlmt.evaluation.benchmark import Item
 from rlmt.evaluation.completions import Completion
 from rlmt.evaluation.scoring import score_completions
 from rlmt.formats.thinking import FormatName, ThinkingFormat
-from rlmt.provenance import source_commit
 from rlmt.types import Status
 
 Serve = Callable[[Callable[[str, Any], Reply]], Loopback]

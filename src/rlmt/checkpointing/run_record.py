@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from rlmt.checkpointing.files import atomic_write
+from rlmt.checkpointing.provenance import git_state, versions
 from rlmt.configs import shipped_configs
-from rlmt.provenance import git_state, versions
 
 FILE_NAME = "run.json"
 

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rlmt import progress
+from rlmt.checkpointing.provenance import versions
 from rlmt.data.sampler import item_seed
 from rlmt.endpoints.progress import RequestProgress, track_requests
 from rlmt.engines import Engine, TransformersEngine, VLLMEngine
@@ -29,7 +30,6 @@ from rlmt.formats.thinking import ThinkingFormat
 from rlmt.models.adapters import base_tensors
 from rlmt.models.loading import load_policy, max_positions, meta_model
 from rlmt.options import NonNegativeFloat, PositiveInt, UnitIntervalAboveZero, check_ranges
-from rlmt.provenance import versions
 from rlmt.types import SampleRequest, Samples, Sampling, Status
 
 PAPER_TOKENS = {True: 8192, False: 4096}

@@ -26,13 +26,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rlmt.checkpointing.files import atomic_write
+from rlmt.checkpointing.provenance import source_commit, versions
 from rlmt.data.sampler import item_seed
 from rlmt.errors import UserError, first_line
 from rlmt.evaluation.benchmark import Benchmark, Item
 from rlmt.evaluation.completions import Completion, prompt_hash, read_settings
 from rlmt.evaluation.scoring import Scored
 from rlmt.evaluation.statistics import SLOW_RESAMPLES, Floats, interval, resample
-from rlmt.provenance import source_commit, versions
 
 ITEMS = "items.jsonl"
 COMPLETIONS = "completions"

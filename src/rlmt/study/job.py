@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
-from rlmt.provenance import source_commit, versions
+from rlmt.checkpointing.provenance import source_commit, versions
 from rlmt.study.processes import end_with_parent, locked
 from rlmt.study.stages import STUDY
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rlmt.checkpointing.provenance import versions
 from rlmt.engines import Engine
 from rlmt.errors import UserError
 from rlmt.evaluation.benchmark import Item
@@ -14,7 +15,6 @@ from rlmt.evaluation.compare.pairs import Pair
 from rlmt.evaluation.generation import GenerationSettings, generate
 from rlmt.evaluation.models import Model, resolve_models
 from rlmt.formats.thinking import FormatName
-from rlmt.provenance import versions
 from rlmt.types import Prompt, Split
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from rlmt import __version__, provenance
-from rlmt.provenance import git_state, source_commit, versions
+from rlmt import __version__
+from rlmt.checkpointing import provenance
+from rlmt.checkpointing.provenance import git_state, source_commit, versions
 
 Git = Callable[..., str]
 
