@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,6 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from rlmt.errors import UserError
 from rlmt.formats.thinking import ThinkingFormat
-from rlmt.models.adapters import base_tensors
 from rlmt.types import AdapterWeights, SampleRequest, Samples, Sampling
 
 
@@ -139,23 +138,3 @@ def max_completion_tokens(prompt_tokens: int, max_model_len: int) -> int:
             "lower --data.max_prompt_tokens or raise --data.max_new_tokens."
         )
     return max_model_len - prompt_tokens
-
-
-def names_for_vllm(policy: PreTrainedModel) -> frozenset[str]:
-    """Names of the policy's weights that vLLM loads: all of them, tied ones under each name.
-
-    vLLM's Gemma 2 and Gemma 3n read the head from the embeddings, and refuse a weight of that name.
-    """
-    names = frozenset(base_tensors(policy))
-    without_head = policy.config.model_type in ("gemma2", "gemma3n_text") and policy.config.tie_word_embeddings
-    return names - {"lm_head.weight"} if without_head else names
-
-
-def track_loaded(
-    weights: Iterable[tuple[str, Tensor]], names: frozenset[str], missing: set[str]
-) -> Iterator[tuple[str, Tensor]]:
-    """Yields the weights that have one of the names, and removes each name from `missing`."""
-    for name, tensor in weights:
-        missing.discard(name)
-        if name in names:
-            yield name, tensor

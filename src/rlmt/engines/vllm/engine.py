@@ -26,7 +26,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from rlmt.distributed import collectives
 from rlmt.distributed.fsdp2 import compute_device
-from rlmt.engines.base import Engine, max_completion_tokens, names_for_vllm, track_loaded
+from rlmt.engines.base import Engine, max_completion_tokens
 from rlmt.engines.vllm.isolation import (
     complete_load,
     keep_process_group,
@@ -40,6 +40,7 @@ from rlmt.engines.vllm.lora import LoRASlot, lora_engine_args, merge_adapters, u
 from rlmt.engines.vllm.sampling import SamplingProgress, sampling_params
 from rlmt.engines.vllm.temporary_folders import ContentFolder, check_folders, remove_abandoned
 from rlmt.engines.vllm.tensor_parallel import check_heads, check_ranks, gather_requests, gloo_communicator
+from rlmt.engines.vllm_weights import VLLMWeights
 from rlmt.errors import UserError
 from rlmt.models.adapters import adapter_weights
 from rlmt.models.cache import shares_cache
@@ -183,7 +184,7 @@ class VLLMEngine(Engine):
                 f"VLLMEngine uses the first visible GPU, but the policy is on {device}: set CUDA_VISIBLE_DEVICES to "
                 "the one GPU to use."
             )
-        self._names, self._has_base = names_for_vllm(policy), False
+        self._weights, self._has_base = VLLMWeights(policy), False
         self._max_model_len = max_model_len
         self.chunks_prefill = not shares_cache(policy.config)
         self._on_gpu = device.type == "cuda"
@@ -303,9 +304,9 @@ class VLLMEngine(Engine):
 
     def _reload_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Loads weights in place; vLLM drops its adapters."""
-        missing = set(self._names)
+        missing = set(self._weights.names)
         with preserve_process_state(), complete_load():
-            iterator = track_loaded(weights, self._names, missing)
+            iterator = self._weights.load(weights, missing)
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iterator})
         if missing:
             raise ValueError(f"{len(missing)} of the policy's weights were not passed to sync, such as {min(missing)}.")

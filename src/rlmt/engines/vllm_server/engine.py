@@ -30,11 +30,12 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from rlmt import progress
 from rlmt.distributed import collectives
 from rlmt.endpoints.connections import require_client_libraries
-from rlmt.engines.base import Engine, max_completion_tokens, names_for_vllm
+from rlmt.engines.base import Engine, max_completion_tokens
 from rlmt.engines.vllm.lora import merge_adapters, unsupported_reason
 from rlmt.engines.vllm_server.client import Completion, ServerClient, ServerLost
 from rlmt.engines.vllm_server.fleet import Fleet, NoServerLeft, gather_or_cancel, run_connected
 from rlmt.engines.vllm_server.weight_transfer import PublishedWeights, SharedFolder
+from rlmt.engines.vllm_weights import VLLMWeights
 from rlmt.errors import UserError
 from rlmt.formats.thinking import ThinkingFormat
 from rlmt.models.rope import check_vllm_rope
@@ -202,7 +203,7 @@ class VLLMServerEngine(Engine):
                     f"vLLM server {server.url} computes in {server.dtype} and the trainer in {dtype}, so their "
                     f"log-probs differ (engine/mismatch_max); start it with --dtype {name}."
                 )
-        self._names = names_for_vllm(policy)
+        self._weights = VLLMWeights(policy)
         self._max_model_len = max_model_len
         self._folder = collectives.run_on_all_ranks(
             lambda: SharedFolder(self.shared_folder, dtype) if collectives.rank() == 0 else None
@@ -238,7 +239,7 @@ class VLLMServerEngine(Engine):
         try:
             if self._folder is not None:
                 self._published = self._folder.publish(
-                    published if needs_weights else None, self._names, version, adapter
+                    published if needs_weights else None, self._weights, version, adapter
                 )
         finally:
             deque(weights if needs_weights else (), maxlen=0)  # every rank takes part in all-gathering every tensor

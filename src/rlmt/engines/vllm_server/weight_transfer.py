@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rlmt.engines.base import track_loaded
 from rlmt.engines.vllm.lora import write_adapter
+from rlmt.engines.vllm_weights import VLLMWeights
 from rlmt.errors import UserError
 from rlmt.types import AdapterWeights
 
@@ -82,7 +82,7 @@ class SharedFolder:
     def publish(
         self,
         weights: Iterable[tuple[str, Tensor]] | None,
-        names: frozenset[str],
+        loaded: VLLMWeights,
         version: int,
         adapter: AdapterWeights | None = None,
     ) -> PublishedWeights:
@@ -90,7 +90,7 @@ class SharedFolder:
 
         Args:
             weights: Weights as for `write_weights`; None keeps those of the last call.
-            names: Names that `weights` must contain; others are not written.
+            loaded: What vLLM loads of `weights`; the rest is not written.
             version: Version of the policy.
             adapter: The policy's adapter, if it has one.
 
@@ -102,8 +102,8 @@ class SharedFolder:
             UserError: The weights cannot be written, for example on a full disk.
         """
         if weights is not None:
-            missing = set(names)
-            self._weights = self.write_weights(track_loaded(weights, names, missing), version)
+            missing = set(loaded.names)
+            self._weights = self.write_weights(loaded.load(weights, missing), version)
             if missing:
                 raise ValueError(
                     f"{len(missing)} of the policy's weights were not passed to sync, such as {min(missing)}."

@@ -1,0 +1,52 @@
+"""The policy's weights as vLLM loads them: with the names and in the pieces of a checkpoint on the Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, revert_weight_conversion
+
+from rlmt.models.adapters import base_tensors
+from rlmt.models.loading import meta_model
+
+
+class VLLMWeights:
+    """What vLLM loads of a policy.
+
+    In transformers a mixture-of-experts layer is one tensor of all its experts, and some modules have another name than
+    in checkpoints; vLLM reads checkpoints.
+
+    Args:
+        policy: The trainer's policy, or one of the same config on the meta device.
+    """
+
+    def __init__(self, policy: PreTrainedModel) -> None:
+        names = frozenset(base_tensors(policy))
+        # vLLM's Gemma 2 and Gemma 3n read the head from the embeddings, and refuse a weight of that name.
+        without_head = policy.config.model_type in ("gemma2", "gemma3n_text") and policy.config.tie_word_embeddings
+        self.names = names - {"lm_head.weight"} if without_head else names
+        """Names in the policy's `state_dict()`; tied weights have several."""
+        mapping: list[Any] = get_model_conversion_mapping(policy, add_legacy=False)
+        converts = any(not isinstance(transform, PrefixChange) for transform in mapping)
+        # A new model, since one that was loaded also has the prefixes of its checkpoint, which vLLM's class has not.
+        self._model = meta_model(policy.config) if converts else None
+
+    def load(self, weights: Iterable[tuple[str, Tensor]], missing: set[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yields the weights as in a checkpoint, one at a time, so that no second copy of the policy is needed.
+
+        Args:
+            weights: Names and tensors of the policy's `state_dict()`; others are left out.
+            missing: Receives no value; each name that was read is removed from it.
+        """
+        for name, tensor in weights:
+            missing.discard(name)
+            if name not in self.names:
+                continue
+            if self._model is None:
+                yield name, tensor
+            else:
+                yield from revert_weight_conversion(self._model, {name: tensor.detach()}).items()
