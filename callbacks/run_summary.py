@@ -112,7 +112,7 @@ class RunSummary(Callback):
         for name, value in logged.items():
             half = [f"± {significant(intervals[name])}"] if name in intervals else []
             table.add_row(name, significant(float(value)), *half)
-        Console(highlight=False).print(table)
+        Console(highlight=False, markup=False).print(table)  # names of rewards are the user's
 
     # Training ---------------------------------------------------------------------------------------------------------
 

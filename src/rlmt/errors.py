@@ -1,6 +1,17 @@
-"""Exceptions for errors that the user can fix."""
+"""Exceptions for errors that the user can fix, and the lines of the user's own code that raised others."""
 
 from __future__ import annotations
+
+import os
+import sysconfig
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+_LIBRARIES = [Path(__file__).parent, *(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib"))]
+"""Folders whose files are not the user's."""
+_MOST_FRAMES = 3
+"""Calls in a user's files that an error names, the innermost ones."""
 
 
 class UserError(Exception):
@@ -28,3 +39,77 @@ def first_line(error: Exception) -> str:
     """The first line of an exception's message without its full stop; the exception's type if there is no message."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+# The user's own code --------------------------------------------------------------------------------------------------
+
+
+def own_error_message(error: BaseException | None) -> str | None:
+    """The line for an error in a class, function or file of the user's that rlmt, or a library, called.
+
+    Args:
+        error: A caught exception; its causes count, too, since libraries raise errors of their own about those of
+            constructors.
+
+    Returns:
+        `MyReward.load raised ValueError: message (my_rewards.py, line 3: code); fix it, and run the command again.`;
+        None if no file of the user's took part.
+    """
+    while error is not None:
+        if isinstance(error, Exception) and (what := describe_own_error(error)) is not None:
+            frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+            names = [frame.f_code.co_qualname for frame in frames if _is_own(frame.f_code.co_filename)]
+            called = next((name for name in names if name != "<module>"), "Your code")
+            return f"{called} raised {what}; fix it, and run the command again."
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def describe_own_error(error: Exception, responses: Sequence[str] = ()) -> str | None:
+    """Type, message and places of an error in a user's files, on one line.
+
+    Args:
+        error: A caught exception.
+        responses: Responses that were being scored. The one that a variable of the user's functions holds is named.
+
+    Returns:
+        `ValueError: message (my_rewards.py, line 3: code; called in my_rewards.py, line 9: code) for the response '…'`;
+        None if no file of the user's took part.
+    """
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_own(frame.filename)]
+    lines = [_place(frame.filename, frame.lineno, frame.line) for frame in reversed(frames)]
+    if isinstance(error, SyntaxError) and error.filename is not None and _is_own(error.filename):
+        lines.insert(0, _place(error.filename, error.lineno, error.text))
+    if not lines:
+        return None
+    places = list(dict.fromkeys(lines))[:_MOST_FRAMES]  # a comprehension has a frame of its own in its line
+    response = _response_of(error, responses)
+    named = "" if response is None else f" for the response {excerpt(response)}"
+    return f"{type(error).__name__}: {first_line(error)} ({'; called in '.join(places)}){named}"
+
+
+def excerpt(value: object) -> str:
+    """The `repr` of a value, on one line of at most 80 characters."""
+    text = repr(value)
+    return " ".join((text if len(text) <= 80 else text[:77] + "...").split())
+
+
+def _place(file_name: str, line: int | None, code: str | None) -> str:
+    """`my_rewards.py, line 3: code`, with the shorter of the relative and the absolute path."""
+    return f"{min(os.path.relpath(file_name), file_name, key=len)}, line {line}: {(code or '').strip()}"
+
+
+def _response_of(error: Exception, responses: Sequence[str]) -> str | None:
+    """The response in a variable of the innermost own function that has one; the only response, if there is one."""
+    known, found = set(responses), None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if _is_own(frame.f_code.co_filename):
+            texts = (value for value in frame.f_locals.values() if isinstance(value, str) and value in known)
+            found = next(texts, found)
+    return responses[0] if found is None and len(responses) == 1 else found
+
+
+def _is_own(file_name: str) -> bool:
+    """Whether a file is neither of this package nor of an installed library, nor code without a file."""
+    is_file = not file_name.startswith("<")  # such as <frozen importlib._bootstrap>
+    return is_file and not any(Path(file_name).is_relative_to(folder) for folder in _LIBRARIES)

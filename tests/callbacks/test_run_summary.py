@@ -90,6 +90,14 @@ def test_interval_of_a_mean_over_tokens_has_rows_as_its_units(world, tmp_path, c
     assert ["val/loss", "2.75", "±", f"{half:.3g}"] in [line.split() for line in capsys.readouterr().out.splitlines()]
 
 
+def test_brackets_in_names_of_metrics_are_printed(world, tmp_path, capsys):
+    module = world.Module()
+    module.validation_step = lambda batch, batch_idx: module.log("val/[bold]polite[/x]", 0.5, batch_size=1)
+    trainer = world.trainer(tmp_path, [RunSummary()])
+    trainer.validate(module, torch.utils.data.DataLoader(torch.arange(2), batch_size=1), verbose=False)
+    assert ["val/[bold]polite[/x]", "0.5"] in [line.split() for line in capsys.readouterr().out.splitlines()]
+
+
 def test_change_of_a_single_point_is_the_point():
     assert _change([(3, 0.123456, None)]) == "0.123 at step 3"
 

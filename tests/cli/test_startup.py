@@ -18,6 +18,12 @@ LIGHTNING_REPORTS = (
 )
 """Lines of Lightning that report on the run."""
 
+USED_BY_SOME_RUNS = {
+    *("transformers", "peft", "bitsandbytes", "vllm", "openai", "datasets"),
+    *("sklearn", "scipy.signal", "torchmetrics.text", "torch._inductor.compile_fx"),
+}
+"""Modules that no command needs for its options, each of which takes a quarter of a second or more to import."""
+
 
 def run(*args: str) -> tuple[str, set[str]]:
     """Output of a command in a new process, and the modules that it imports."""
@@ -47,8 +53,28 @@ def test_fit_help_imports_no_library_that_only_some_runs_use() -> None:
     text, modules = run("fit", "--help")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert "--trainer.max_steps" in text
-    assert not {"peft", "bitsandbytes", "vllm", "openai", "datasets", "torch._inductor.compile_fx"} & modules
+    assert not USED_BY_SOME_RUNS & modules
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 16
+
+
+def test_errors_of_options_are_reported_before_models_can_be_loaded() -> None:
+    """Options are checked by the signatures of the classes, in whose annotations transformers' classes occur."""
+    _, modules = run("fit", "--config", "base", "--config", "grpo", "--model.algorithm.kl_koef", "1")
+    assert "lightning" in modules and not USED_BY_SOME_RUNS & modules
+
+
+def test_deferred_torchmetrics_is_complete_once_it_is_used() -> None:
+    code = (
+        "from rlmt.cli.deferred_imports import defer_torchmetrics; defer_torchmetrics()\n"
+        "import sys, torchmetrics\n"
+        "from torchmetrics.metric import Metric\n"
+        "before = 'torchmetrics.text' in sys.modules\n"
+        "accuracy = torchmetrics.Accuracy(task='binary')\n"
+        "same = torchmetrics.Metric is Metric and isinstance(accuracy, Metric) and bool(torchmetrics.functional)\n"
+        "print(before, same, torchmetrics.__version__ != '', hasattr(torchmetrics, 'no_such_name'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False True True False\n"
 
 
 @pytest.mark.parametrize(

@@ -93,13 +93,14 @@ def test_unreliable_teacher_answers_every_prompt_once(
     }  # refused requests are not answers
 
 
-def test_both_arms_read_the_demonstrations(serve: Serve, tmp_path: Path) -> None:
+def test_both_arms_read_the_demonstrations(serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     server = serve(good)
-    out = tmp_path / "demos.jsonl"
+    out = tmp_path / "[/x]" / "demos.jsonl"
     chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
     rows = [{"messages": chat}, {"messages": chat}, {"messages": chat[1:]}]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(arguments(server, tmp_path / "prompts.jsonl", out)) == 0
+    assert str(out) in capsys.readouterr().out.splitlines()
     for thinks in (True, False):
         turns = [turn for row in load_demonstrations(str(out), thinks) for turn in row.turns]
         assert [turn.context for turn in turns] == [chat, chat[1:]]  # the duplicate is asked once

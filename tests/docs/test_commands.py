@@ -20,6 +20,7 @@ from rlmt.evaluation import command as evaluate_command
 from rlmt.evaluation.compare import command as compare_command
 from rlmt.evaluation.traits import command as traits_command
 from rlmt.export import checkpoints
+from rlmt.formats import ThinkingFormat
 from rlmt.study import command
 from rlmt.study.runner import Runner
 
@@ -35,6 +36,9 @@ COMMANDS = {
     if (arguments := rlmt_arguments(line))
 }
 """Arguments of `rlmt` → the first page that has them."""
+
+RUNS = {"tiny/run": "RLMTModule", "llama-3.1-8b-think": "RLMTModule", "sft": "SFT", "reward": "RewardModeling"}
+"""Folder of a run that commands of the pages read → module that wrote its checkpoint."""
 
 FAST_PAGES = (README, ROOT / "docs" / "tutorial.md")
 
@@ -54,7 +58,11 @@ def recorder(function: Callable[..., Any], reached: list[str], name: str) -> Cal
     [pytest.param(words, marks=() if page in FAST_PAGES else pytest.mark.slow) for words, page in COMMANDS.items()],
 )
 def test_rlmt_command_reaches_its_function(
-    arguments: str, write_files: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    arguments: str,
+    write_files: Callable[[Path], None],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     reached: list[str] = []
     for name in ("fit", "validate", "test", "predict"):
@@ -79,12 +87,21 @@ def test_rlmt_command_reaches_its_function(
     monkeypatch.setattr(command, "report", lambda *anything: None)
     monkeypatch.setattr(command, "check_executor", lambda executor: None)
     write_files(COMMANDS[arguments])
-    for run in ("tiny/run", "llama-3.1-8b-think", "sft", "reward"):
+    words = shlex.split(arguments)
+    for run, module in RUNS.items():
         checkpoint = tmp_path / "runs" / run / "version_0/checkpoints/last.ckpt"
         checkpoint.parent.mkdir(parents=True)
         (tmp_path / "runs" / run / "latest").symlink_to("version_0")
-        torch.save({}, checkpoint)
-    words = shlex.split(arguments)
+        state = {"module": module, "adapter": None, "quantization": None, "format": ThinkingFormat().to_dict()}
+        torch.save({"rlmt": state}, checkpoint)
+    if words[0] == "validate" and words[-2:] == [
+        "--ckpt_path",
+        "last",
+    ]:  # of the run of `fit` with these options
+        (root,) = {run for run in RUNS if run in words}
+        with pytest.raises(SystemExit, match="0"):
+            main(["fit", *words[1:-2], "--print_config"])
+        (tmp_path / "runs" / root / "version_0/config.yaml").write_text(capsys.readouterr().out)
     on_cpu = ["--trainer.accelerator", "cpu"] if words[0] in ("fit", "validate", "predict", "plan") else []
     if "--print_config" in words:
         with pytest.raises(SystemExit, match="0"):

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from rlmt import errors
 from rlmt.algorithms import DPO, GRPO, PPO, Algorithm, REINFORCEPlusPlus
 from rlmt.distributed import collectives
 from rlmt.distributed.fsdp2 import compute_device, full_tensor, is_sharded, shard_model
@@ -29,6 +30,7 @@ from rlmt.rewards.classifier import shardable_models
 from rlmt.types import Experience, Prompt, Split, Status
 
 CPU = torch.device("cpu")
+errors._LIBRARIES.append(Path(__file__).parent)  # errors here stand for rlmt's own
 BUDGET = 60
 LARGE: dict[str, Any] = {
     **{"vocab_size": 2000, "hidden_size": 768, "intermediate_size": 2048},

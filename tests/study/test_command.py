@@ -12,10 +12,11 @@ import pytest
 from rlmt.cli.commands import main
 
 
-def study_arguments(path: Path, out: Path, tiny: Path, **changes: Any) -> list[str]:
+def study_arguments(path: Path, out: Path, tiny: Path, reward: str = "", **changes: Any) -> list[str]:
+    reward = reward or f"--model.reward.model {tiny}/reward"
     run = (
         f"fit --config base --config grpo --config tiny --config $format --seed_everything $seed "
-        f"--model.policy {tiny}/policy --model.reward.model {tiny}/reward --data.prompts {tiny}/prompts.jsonl "
+        f"--model.policy {tiny}/policy --data.prompts {tiny}/prompts.jsonl {reward} "
         "--data.engine TransformersEngine --data.batch_size 4 --data.group_size 4 "
         "--data.max_prompt_tokens 512 --data.max_new_tokens 64 "
         "--data.val_size 4 --trainer.max_steps 2 --trainer.val_check_interval 2 --trainer.accelerator cpu"
@@ -38,9 +39,15 @@ def study_arguments(path: Path, out: Path, tiny: Path, **changes: Any) -> list[s
 
 
 @pytest.mark.slow
-def test_two_runs_are_reported_and_not_repeated(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_runs_are_reported_and_not_repeated(
+    tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reward is a function in a file of the working folder."""
+    monkeypatch.chdir(tmp_path)
+    Path("my_rewards.py").write_text("def brief(prompt, response):\n    return -float(len(response))\n")
     out = tmp_path / "out"
-    args = study_arguments(tmp_path / "study.yaml", out, tiny)
+    reward = "--model.reward CallableReward --model.reward.function my_rewards.brief"
+    args = study_arguments(tmp_path / "study.yaml", out, tiny, reward)
     assert main(args) == 0
     output = capsys.readouterr().out
     assert "RLMT − RLHF, reward: " in output and "(one seed: no interval)" in output
@@ -50,7 +57,7 @@ def test_two_runs_are_reported_and_not_repeated(tmp_path: Path, tiny: Path, caps
     report = (out / "report.md").read_text()
     assert f"rlmt study --config {tmp_path}/study.yaml" in report and "| RLHF | " in report
     log = (out / "seed-0/rl-think/log.txt").read_text()
-    assert "2/" in log and "[rank" not in log
+    assert "\nstep 2 of 2 · " in log and "[rank" not in log
 
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.csv") if "version" in str(path)}
     (out / "report.md").unlink()

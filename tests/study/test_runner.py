@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 
+from rlmt.callbacks import StepProgressBar
+from rlmt.endpoints.progress import track_requests
 from rlmt.errors import UserError
 from rlmt.study.engine import Request
 from rlmt.study.jobs import list_jobs, run_jobs, served
 from rlmt.study.processes import locked
-from rlmt.study.runner import _TQDM_POSITION, failure_reason, short_reasons
+from rlmt.study.runner import _POSITION, failure_reason, short_reasons
 from rlmt.study.stages import Plan, Stage
 
 ROWS = {"x": ["p", "q"]}
@@ -155,9 +157,24 @@ def test_failed_job_without_output_is_reported_by_the_cluster(tmp_path: Path, mo
     assert failure_reason(tmp_path / "a") == "--x: bad (a/log.txt)"
 
 
-def test_progress_bar_in_the_log_is_parsed() -> None:
-    text = b"Epoch 0:   1%| | 9/700 [00:02<03:00]\rEpoch 0:   1%| | 10/700 [00:02<03:00, 3.5it/s]"
-    assert _TQDM_POSITION.findall(text)[-1] == (b"10", b"700")
+def test_progress_lines_in_the_log_are_parsed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of a run, whether it begins or resumes, and those of requests."""
+    bar = StepProgressBar()
+    for bar._unit, bar._done, bar._total, bar._metrics in (
+        ("step", 10, 700, {"reward": 3.0}),
+        ("validation batch", 2, 4, {}),
+        ("step", 5, float("inf"), {}),
+    ):
+        bar._print_line(last=True)
+    print("step 3: 2 of 16 samples", file=sys.stderr)
+    monkeypatch.setattr("rlmt.endpoints.progress.SECONDS_BETWEEN_LINES", -1.0)
+    with track_requests("generate · [b]", 1200) as requests:
+        requests.advance(1100)
+    log = capsys.readouterr().err.encode()
+    assert _POSITION.findall(log) == [(b"10", b"700"), (b"2", b"4"), (b"1,100", b"1,200")]
+    assert b"generate \xc2\xb7 [b]" in log
 
 
 @pytest.mark.slow

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.text import Text
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlmt.annotations import PreTrainedModel, PreTrainedTokenizerBase
 from rlmt.data.messages import text_problem
 from rlmt.engines.transformers import stream
 from rlmt.errors import UserError

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from rlmt import __version__
 from rlmt.cli.quiet import silence_third_party
 from rlmt.configs import resolve_configs
-from rlmt.errors import AllRanksUserError, UserError
+from rlmt.errors import AllRanksUserError, UserError, own_error_message
 
 HELP = f"""rlmt {__version__}: train language models that think before they chat
 
@@ -92,29 +92,36 @@ def _escape_what_cannot_be_encoded() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _user_error_from(error: BaseException | None) -> UserError | None:
+def _user_error_from(error: Exception) -> UserError | None:
     """The UserError in the chain of an exception's causes; jsonargparse wraps errors of constructors in its own.
 
-    A full disk counts as a user error, whichever file it concerns, and so does an option that Lightning refuses.
+    A full disk counts as a user error, whichever file it concerns, and so do an option that Lightning refuses and an
+    exception in the user's own code.
     """
-    while error is not None and not isinstance(error, UserError):
-        refused = type(error).__name__ == "MisconfigurationException" or "Early stopping conditioned on" in str(error)
-        if isinstance(error, Exception) and refused:
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, UserError):
+        refused = type(cause).__name__ == "MisconfigurationException" or "Early stopping conditioned on" in str(cause)
+        if isinstance(cause, Exception) and refused:
             from rlmt.cli.checks import trainer_message
 
-            return UserError(trainer_message(error))
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            subject = f"{error.filename}: the" if error.filename else "The"
+            return UserError(trainer_message(cause))
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            subject = f"{cause.filename}: the" if cause.filename else "The"
             return UserError(f"{subject} disk is full; free some space, then resume the run with --ckpt_path last.")
-        error = error.__cause__ or error.__context__
-    return error
+        cause = cause.__cause__ or cause.__context__
+    if cause is None and (message := own_error_message(error)) is not None:
+        return UserError(message)
+    return cause
 
 
 @contextmanager
 def _fast_imports() -> Iterator[None]:
-    """Pauses garbage collection: imports create some million objects that stay, and scanning them takes 15 % longer."""
+    """Defers what only some runs use, and pauses garbage collection: imports create some million objects that stay."""
+    from rlmt.cli.deferred_imports import defer_torchmetrics
+
     gc.disable()
     try:
+        defer_torchmetrics()
         yield
     finally:
         gc.enable()

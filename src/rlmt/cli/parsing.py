@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rlmt.cli.config_files import file_of
 from rlmt.cli.messages import one_line
 from rlmt.configs import resolve_configs
-from rlmt.errors import UserError
+from rlmt.errors import UserError, own_error_message
 
 
 class Parser(LightningArgumentParser):
@@ -33,7 +33,8 @@ class Parser(LightningArgumentParser):
         """
         if not self.exit_on_error:
             super().error(message, ex)
-        raise UserError(one_line(message, option_names(self), file_of)) from ex
+        own = own_error_message(ex)  # a file of the user's that cannot be imported
+        raise UserError(own or one_line(message, option_names(self), file_of)) from ex
 
 
 def option_names(parser: ArgumentParser, command: str | None = None) -> list[str]:

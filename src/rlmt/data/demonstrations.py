@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
+from rlmt.annotations import PreTrainedTokenizerBase
 from rlmt.data.messages import (
     check_system,
     check_turns,

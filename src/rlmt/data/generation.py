@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Protocol
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlmt import progress
+from rlmt.annotations import PreTrainedModel, PreTrainedTokenizerBase
 from rlmt.data.sampler import sample_seed
 from rlmt.distributed import collectives
 from rlmt.engines.base import Engine

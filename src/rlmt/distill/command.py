@@ -170,5 +170,5 @@ class _Run:
         console = Console()
         console.print(terminal_table(lines_of_table))
         for path in (self.out, self._rejected, *written):
-            console.print(str(path), soft_wrap=True, highlight=False)
+            console.print(str(path), soft_wrap=True, markup=False, highlight=False)
         return rows

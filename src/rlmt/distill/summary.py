@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from rlmt.distill.rows import Row
@@ -56,7 +57,7 @@ def terminal_table(lines: Sequence[tuple[str, str]]) -> Table:
     table.add_column()
     table.add_column(justify="right")
     for name, value in lines:
-        table.add_row(name, value)
+        table.add_row(escape(name), value)
     return table
 
 

@@ -15,7 +15,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor, distributed
 
-from rlmt.errors import AllRanksUserError, UserError
+from rlmt.errors import AllRanksUserError, UserError, own_error_message
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -92,10 +92,10 @@ def run_on_all_ranks(work: Callable[[], T]) -> T:
     except (AllRanksUserError, RankFailed):
         raise  # every rank raises it already
     except Exception as error:
-        is_user_error = isinstance(error, UserError)
-        message = str(error) if is_user_error else f"{type(error).__name__}: {error}"
+        message = str(error) if isinstance(error, UserError) else own_error_message(error)
+        failure = _Failure(message or f"{type(error).__name__}: {error}", is_user_error=message is not None)
         try:
-            all_gather_object(_Failure(message, is_user_error))
+            all_gather_object(failure)
         except (AllRanksUserError, RankFailed) as shared:
             raise shared from error
     else:

@@ -33,7 +33,6 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlmt.distributed.collectives import all_gather_object, in_turn
 from rlmt.distributed.lightning_internals import (
@@ -166,6 +165,8 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, mixed: bool, offload: bool =
         mixed: Whether blocks are all-gathered and computed in bfloat16; gradients are reduced in float32.
         offload: Whether the shards are stored in host memory.
     """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     has_adapter = any(".lora_" in name for name, _ in model.named_parameters())
     unsharded = {p for p in model.parameters() if p.requires_grad} if has_adapter else set()
     blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

@@ -78,7 +78,7 @@ def track_requests(what: str, total: int, meter: Meter | None = None) -> Iterato
     Yields:
         The progress, to be advanced once per row.
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _MeterColumn(meter))
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), _MeterColumn(meter))
     times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     with Progress(*columns, *times, console=Console(stderr=True)) as progress:
         yield RequestProgress(progress, progress.add_task(what, total=total), meter)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlmt.annotations import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from rlmt.errors import UserError
 from rlmt.formats.thinking import ThinkingFormat
 from rlmt.types import AdapterWeights, SampleRequest, Samples, Sampling

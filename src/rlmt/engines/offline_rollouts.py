@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
+from rlmt.annotations import PreTrainedTokenizerBase
 from rlmt.engines.rollout_files import read_rollouts
 from rlmt.errors import UserError
 from rlmt.formats.thinking import ThinkingFormat

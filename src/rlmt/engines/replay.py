@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlmt.annotations import PreTrainedModel, PreTrainedTokenizerBase
 from rlmt.engines.base import Engine
 from rlmt.engines.offline_rollouts import OfflineRollouts
 from rlmt.errors import UserError

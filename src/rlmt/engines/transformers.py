@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlmt import progress
+from rlmt.annotations import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from rlmt.engines.base import Engine, max_completion_tokens
 from rlmt.models.cache import check_cache, shares_cache
 from rlmt.models.training_mode import eval_mode
@@ -209,6 +209,8 @@ class _Generation:
     """
 
     def __init__(self, policy: PreTrainedModel, prompts: list[list[int]]) -> None:
+        from transformers import DynamicCache
+
         self._policy = policy
         self.selects_rows = shares_cache(policy.config)
         """Whether rows can be repeated or left out."""

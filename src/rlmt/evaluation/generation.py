@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedModel
 
 from rlmt import progress
+from rlmt.annotations import PreTrainedModel
 from rlmt.checkpointing.provenance import versions
 from rlmt.data.sampler import item_seed
 from rlmt.endpoints.progress import RequestProgress, track_requests

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from jsonargparse import ArgumentError, ArgumentParser
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from rlmt.annotations import PretrainedConfig, PreTrainedTokenizerBase
 from rlmt.endpoints import Endpoint
 from rlmt.errors import UserError, first_line
 from rlmt.formats.resolve import check_format, resolve_format

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
+from rlmt.annotations import PreTrainedTokenizerBase
 from rlmt.formats.base_prompt import base_prompt
 from rlmt.formats.chat_template import THOUGHT_TAGS
 from rlmt.formats.thinking import ThinkingFormat

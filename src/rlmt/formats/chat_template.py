@@ -11,14 +11,12 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from rlmt.annotations import PreTrainedTokenizerBase
 from rlmt.errors import UserError
 from rlmt.formats.tokenizer import control_strings
 from rlmt.types import Message
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 TEMPLATE_DATE = "2024-07-26"
 """Day that chat templates print unless another one is set. Today's would make a run that is resumed tomorrow another

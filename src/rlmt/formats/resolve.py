@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
+from rlmt.annotations import PreTrainedTokenizerBase
 from rlmt.errors import UserError
 from rlmt.formats.chat_template import check_has_template
 from rlmt.formats.thinking import ThinkingFormat
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 def resolve_format(format: ThinkingFormat, tokenizer: PreTrainedTokenizerBase, source: str) -> ThinkingFormat:

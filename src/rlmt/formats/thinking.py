@@ -20,16 +20,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import date as calendar_date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
+from rlmt.annotations import PreTrainedTokenizerBase
 from rlmt.errors import UserError
 from rlmt.formats.base_prompt import base_prompt
 from rlmt.formats.chat_template import TEMPLATE_DATE, THOUGHT_TAGS, ChatTemplate
 from rlmt.formats.tokenizer import control_strings, encode, one_bos, shield
 from rlmt.types import Message, Split, Status
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 FormatName = Literal["think", "no_think", "zero_think", "zero_no_think"]
 

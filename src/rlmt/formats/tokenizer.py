@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
+from rlmt.annotations import PreTrainedTokenizerBase
 from rlmt.types import Message
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _MARK, _MARK_END = "\ue000", "\ue001"
 """Private-use characters around the number of a control string that `shield` replaced."""

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
-from transformers import PreTrainedModel
+
+from rlmt.annotations import PreTrainedModel
 
 Checkpointing = bool | Literal["selective"]
 """Whether backward recomputes the activations of each layer: all of them, or none of matrix products and attention."""

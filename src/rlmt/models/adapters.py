@@ -13,18 +13,15 @@ import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
+from rlmt.annotations import LoraConfig, PreTrainedModel
 from rlmt.errors import UserError
 from rlmt.options import FinitePositiveFloat, PositiveInt, UnitIntervalBelowOne, check_ranges
 from rlmt.types import AdapterWeights
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
 
 POLICY = "default"
 """Name of the policy's adapter."""

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import GENERATION_CONFIG_NAME
-
+from rlmt.annotations import PretrainedConfig, PreTrainedTokenizerBase
 from rlmt.errors import UserError
 from rlmt.formats.thinking import ThinkingFormat
 
@@ -41,6 +39,9 @@ def load_stop_token_ids(
 
 def _generation_eos(path: str | Path) -> list[int]:
     """End-of-sequence tokens of a model's generation config; empty without one."""
+    from transformers import GenerationConfig
+    from transformers.utils import GENERATION_CONFIG_NAME
+
     folder = Path(path).expanduser()
     if folder.is_dir() and not (folder / GENERATION_CONFIG_NAME).is_file():
         return []
@@ -70,6 +71,8 @@ def save_policy_assets(
         format: Thinking format.
         stop_token_ids: Tokens that end a sample, as end-of-sequence tokens for the generation config.
     """
+    from transformers import GenerationConfig
+
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -9,14 +9,9 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from transformers import DynamicCache, PretrainedConfig
-from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
+from rlmt.annotations import PretrainedConfig
 from rlmt.errors import UserError
 
-_PER_TOKEN = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer)
-"""Cache layers that hold keys and values per token; their subclasses hold states besides."""
 _WRONG_STATES = ("bamba", "nemotron_h", "zamba2")
 """Types whose log-probs differ between a forward and generation token by token, by 0.02 to 4 nats on random models
 (transformers 5.19, without the kernels of mamba-ssm)."""
@@ -28,6 +23,8 @@ def shares_cache(config: PretrainedConfig) -> bool:
     Args:
         config: Config of a causal language model or of its decoder.
     """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
     model: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     return bool(model is not None and _caches(model) and not model._is_stateful and _caches_per_token(config))
 
@@ -43,6 +40,8 @@ def check_cache(config: PretrainedConfig, source: str, fix: str) -> None:
     Raises:
         UserError: It keeps its state elsewhere, or its state gives other log-probs than a forward.
     """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
     model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     # A stateful model whose cache has no layer for states keeps them in its own modules.
     elsewhere = not _caches(model) or (model._is_stateful and _caches_per_token(config))
@@ -55,4 +54,7 @@ def _caches(model: Any) -> bool:
 
 
 def _caches_per_token(config: PretrainedConfig) -> bool:
-    return all(type(layer) in _PER_TOKEN for layer in DynamicCache(config=config).layers)
+    from transformers.cache_utils import DynamicCache, DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
+
+    per_token = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer)  # their subclasses hold states besides
+    return all(type(layer) in per_token for layer in DynamicCache(config=config).layers)

@@ -9,8 +9,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlmt.annotations import PreTrainedModel, PreTrainedTokenizerBase
 from rlmt.errors import UserError
 from rlmt.models import loading
 from rlmt.models.adapters import CRITIC, LoRA, use_adapter

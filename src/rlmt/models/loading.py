@@ -17,16 +17,8 @@ from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from rlmt.annotations import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from rlmt.errors import UserError, first_line
 from rlmt.models.attention import attention_options
 from rlmt.models.logits_function import logits_function
@@ -62,6 +54,8 @@ def load_config(path: str | Path) -> PretrainedConfig:
     Raises:
         UserError: The folder or hub repository does not exist, has no config.json, or needs remote code.
     """
+    from transformers import AutoConfig
+
     source = _source(path, ("config.json",), "config.json")
     with _one_line_errors(source, "config.json"):
         return cast(PretrainedConfig, AutoConfig.from_pretrained(source, trust_remote_code=False))
@@ -83,6 +77,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         UserError: The folder or hub repository does not exist, has no tokenizer, needs remote code, or the tokenizer
             has neither a pad nor an end-of-sequence token.
     """
+    from transformers import AutoTokenizer
+
     source = _source(path, _TOKENIZER_FILES, "tokenizer (tokenizer.json)")
     with _one_line_errors(source, "tokenizer"):
         tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(source, trust_remote_code=False))
@@ -117,6 +113,8 @@ def load_policy(
             or in 4 or 8 bits, it is not a causal language model, it needs remote code, or `attn_implementation` ignores
             a cap on its attention logits.
     """
+    from transformers import AutoModelForCausalLM
+
     if dtype not in _DTYPES:
         raise UserError(f"dtype {dtype!r} is not known; choose one of {', '.join(_DTYPES)}.")
     config = load_config(path)
@@ -146,15 +144,17 @@ def load_policy(
     return cast(PreTrainedModel, model.eval())
 
 
-def meta_model(config: PretrainedConfig, auto: Any = AutoModelForCausalLM) -> PreTrainedModel:
+def meta_model(config: PretrainedConfig, auto: Any = None) -> PreTrainedModel:
     """Builds a model on the meta device: its modules and names, without memory for weights.
 
     Args:
         config: Config of the model.
-        auto: transformers' class that builds it; by default a causal language model.
+        auto: transformers' class that builds it; None builds a causal language model.
     """
+    from transformers import AutoModelForCausalLM
+
     with torch.device("meta"):
-        return cast(PreTrainedModel, auto.from_config(config))
+        return cast(PreTrainedModel, (auto or AutoModelForCausalLM).from_config(config))
 
 
 def random_policy(path: str | Path, attn_implementation: str | None = None) -> PreTrainedModel:
@@ -172,6 +172,8 @@ def random_policy(path: str | Path, attn_implementation: str | None = None) -> P
     Raises:
         UserError: The config does not exist, or it is not one of a causal language model.
     """
+    from transformers import AutoModelForCausalLM
+
     config = load_config(path)
     check_causal_lm(config, str(path))
     options = attention_options(config, attn_implementation, str(path))
@@ -250,6 +252,8 @@ def check_causal_lm(config: PretrainedConfig, source: str) -> None:
         UserError: The model type has no causal language model, its tokens attend to later ones, or the weights were
             saved from another class.
     """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(
             f"{source}: {config.model_type} is not a causal language model that transformers supports; use another."

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
+from rlmt.annotations import PreTrainedModel
 from rlmt.errors import UserError, first_line
 
 _SMALL, _LARGE = 2.0**-10, 2.0**20

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
+from rlmt.annotations import PreTrainedModel
 from rlmt.distributed.fsdp2 import call_as_forward, pad_with_no_ops
 from rlmt.models.critic import Critic
 from rlmt.models.micro_batch import (

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
+from rlmt.annotations import PreTrainedModel
 from rlmt.distributed.fsdp2 import is_sharded
 from rlmt.models.cache import shares_cache
 from rlmt.models.training_mode import recomputes_activations

@@ -7,8 +7,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
+from rlmt.annotations import PreTrainedModel
 from rlmt.models.logits_function import logits_function
 from rlmt.types import PolicyOutputs
 

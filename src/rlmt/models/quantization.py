@@ -7,8 +7,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig
 
+from rlmt.annotations import PretrainedConfig
 from rlmt.errors import UserError
 
 BLOCK = 64
@@ -38,6 +38,8 @@ class NF4:
     def loading_options(self) -> dict[str, Any]:
         """Arguments of `from_pretrained` that quantize while loading, on torch's default device."""
         self.check()
+        from transformers import BitsAndBytesConfig
+
         config = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=self.double_quant
         )
@@ -69,22 +71,23 @@ def dequantize(weight: Tensor) -> Tensor:
     return dequantize_4bit(weight.data, cast(Any, weight).quant_state)
 
 
-def quantized_weights(config: PretrainedConfig, auto: Any = AutoModelForCausalLM) -> frozenset[str]:
+def quantized_weights(config: PretrainedConfig, auto: Any = None) -> frozenset[str]:
     """Names of the weights that transformers stores in 4 bits: those of linear layers, but not the head.
 
     Args:
         config: Config of the model; nothing else is read.
-        auto: transformers' class that loads the model.
+        auto: transformers' class that loads the model; None is `AutoModelForCausalLM`.
 
     Raises:
         UserError: bitsandbytes is not installed.
     """
     NF4().check()
     from bitsandbytes.nn.modules import Linear4bit
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
     with torch.device("meta"):
-        model = auto.from_config(config)
+        model = (auto or AutoModelForCausalLM).from_config(config)
     quantizer, options = cast(Any, Bnb4BitHfQuantizer), cast(Any, BitsAndBytesConfig)
     quantizer(options(load_in_4bit=True)).preprocess_model(model, device_map=None)
     return frozenset(f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, Linear4bit))

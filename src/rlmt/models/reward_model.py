@@ -18,18 +18,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import (
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.modeling_layers import GenericForSequenceClassification
-from transformers.utils import logging as transformers_logging
 
+from rlmt.annotations import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from rlmt.errors import UserError, first_line
 from rlmt.formats.chat_template import check_has_template
 from rlmt.models.attention import attention_options
@@ -81,6 +71,8 @@ def classifier_tokenizer(source: str) -> PreTrainedTokenizerBase:
     Raises:
         UserError: The tokenizer is unreadable, or has no chat template or none named default.
     """
+    from transformers import AutoTokenizer
+
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -111,6 +103,8 @@ def load_classifier(
         UserError: The weights are unreadable or lack the score head, or `attn_implementation` ignores a cap on the
             model's attention logits.
     """
+    from transformers import AutoModelForSequenceClassification
+
     options = attention_options(_read_classifier_config(source), attn_implementation, f"reward model {source!r}")
     if quantization is not None:
         options |= quantization.loading_options()
@@ -168,6 +162,8 @@ def score_states(model: PreTrainedModel, states: Tensor) -> Tensor:
 
 
 def _read_classifier_config(source: str) -> PretrainedConfig:
+    from transformers import AutoConfig
+
     if not Path(source).is_dir() and (source.startswith(("runs/", ".", "/", "~")) or source.count("/") > 1):
         fix = "make it with `rlmt tiny`" if source.startswith("runs/tiny") else "use a folder or a Hub name"
         raise UserError(f"reward model folder {source!r} does not exist; {fix}.")
@@ -237,6 +233,8 @@ def load_reward_model(
     Raises:
         UserError: As `reward_config`, or the weights are missing, unreadable, in 4 or 8 bits or incomplete.
     """
+    from transformers import AutoModelForSequenceClassification
+
     config = reward_config(path)
     auto: Any = AutoModelForSequenceClassification
     if not from_scratch and getattr(config, "quantization_config", None) is not None:
@@ -274,6 +272,8 @@ def load_reward_model(
 @contextmanager
 def _transformers_errors_only() -> Iterator[None]:
     """Silences transformers' table of missing and unused weights; the caller checks them."""
+    from transformers.utils import logging as transformers_logging
+
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)
     try:
@@ -289,5 +289,8 @@ def _is_classifier(config: PretrainedConfig) -> bool:
 
 def _has_decoder_classifier(config: PretrainedConfig) -> bool:
     """True if transformers' classifier for this type is the generic one on a decoder."""
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    from transformers.modeling_layers import GenericForSequenceClassification
+
     architecture = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
     return isinstance(architecture, type) and issubclass(architecture, GenericForSequenceClassification)

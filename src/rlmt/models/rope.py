@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PretrainedConfig
-
+from rlmt.annotations import PretrainedConfig
 from rlmt.errors import UserError
 
 

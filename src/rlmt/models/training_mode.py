@@ -14,9 +14,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from rlmt.annotations import PreTrainedModel
 from rlmt.models.activation_checkpointing import Checkpointing, enable_checkpointing
 from rlmt.models.adapters import is_adapter_layer
 
@@ -29,6 +28,8 @@ def set_training_mode(model: PreTrainedModel, gradient_checkpointing: Checkpoint
         gradient_checkpointing: Whether and which activations are recomputed in the backward pass.
         dropout: Whether the dropout of the model's config is active.
     """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     model.train(dropout)
     enable_checkpointing(model, gradient_checkpointing)
     if dropout:
@@ -47,6 +48,8 @@ def set_training_mode(model: PreTrainedModel, gradient_checkpointing: Checkpoint
 
 def recomputes_activations(model: nn.Module) -> bool:
     """True if gradient checkpointing is active in the mode that the model is in."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     return any(
         layer.gradient_checkpointing and layer.training
         for layer in model.modules()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
-
+from rlmt.annotations import PretrainedConfig, PreTrainedTokenizerBase
 from rlmt.errors import UserError
 from rlmt.formats.chat_template import ChatTemplate
 from rlmt.formats.tokenizer import control_strings

@@ -13,8 +13,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlmt.annotations import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from rlmt.checkpointing.optimizer_options import apply_optimizer_options, optimizer_options
 from rlmt.checkpointing.random_states import random_states, restore_random_states
 from rlmt.distributed.gradients import no_gradient_sync

@@ -8,9 +8,9 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from torch import nn
-from transformers import PreTrainedModel
 
 from rlmt.algorithms import Algorithm
+from rlmt.annotations import PreTrainedModel
 from rlmt.errors import UserError
 from rlmt.formats.thinking import ThinkingFormat
 from rlmt.models.adapters import CRITIC, adapter_config, check_same_adapter

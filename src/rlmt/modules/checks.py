@@ -11,9 +11,9 @@ from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
-from transformers import PretrainedConfig
 
 from rlmt.algorithms import CriticOptions
+from rlmt.annotations import PretrainedConfig
 from rlmt.distributed.fsdp2 import FSDP2
 from rlmt.engines import Engine, TransformersEngine, VLLMEngine
 from rlmt.errors import UserError

@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PretrainedConfig, PreTrainedModel
 
 from rlmt.algorithms import Algorithm
+from rlmt.annotations import PretrainedConfig, PreTrainedModel
 from rlmt.engines.offline_rollouts import OfflineRollouts
 from rlmt.errors import UserError
 from rlmt.models.logprobs import compute_logprobs

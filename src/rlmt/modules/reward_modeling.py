@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
-from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlmt.annotations import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from rlmt.data.preferences import EncodedComparison
 from rlmt.data.supervised import RowBatch
 from rlmt.distributed.collectives import all_gather_object, rank_hook
@@ -176,6 +176,8 @@ class RewardModeling(RestoredMixin, SupervisedModule):  # type: ignore[misc] # L
         """See `TrainingModule.planned_adapter_config`."""
         if self.lora is None:
             return None
+        from transformers import AutoModelForSequenceClassification
+
         return self.lora.config(loading.meta_model(self.model_config, AutoModelForSequenceClassification))
 
     @property

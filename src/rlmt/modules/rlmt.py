@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from rlmt.algorithms import Algorithm
+from rlmt.annotations import PreTrainedModel
 from rlmt.distributed import collectives
 from rlmt.distributed.collectives import all_gather_object, rank_hook
 from rlmt.distributed.fsdp2 import full_tensor, load_in_turn, shard_models

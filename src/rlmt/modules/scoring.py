@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
+from rlmt.annotations import PreTrainedTokenizerBase
 from rlmt.data import RolloutDataModule
 from rlmt.errors import UserError
 from rlmt.formats.thinking import ThinkingFormat

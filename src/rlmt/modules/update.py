@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from rlmt.algorithms import Algorithm
+from rlmt.annotations import PreTrainedModel
 from rlmt.distributed.collectives import all_gather_object, all_gather_tensor, rank
 from rlmt.distributed.fsdp2 import pad_with_no_ops
 from rlmt.distributed.gradients import clip_gradients, sum_gradients

@@ -12,9 +12,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
 
 from rlmt import progress
+from rlmt.annotations import PretrainedConfig, PreTrainedModel
 from rlmt.distributed.fsdp2 import call_as_forward, compute_device, pad_with_no_ops
 from rlmt.errors import UserError
 from rlmt.models.attention import attention_options

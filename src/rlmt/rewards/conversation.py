@@ -13,8 +13,7 @@ import os.path
 import re
 from typing import cast
 
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
-
+from rlmt.annotations import PretrainedConfig, PreTrainedTokenizerBase
 from rlmt.errors import UserError
 from rlmt.formats.chat_template import TEMPLATE_DATE, ChatTemplate
 from rlmt.types import Message

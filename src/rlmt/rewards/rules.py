@@ -13,11 +13,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from rlmt.errors import UserError, first_line
+from rlmt.errors import UserError, describe_own_error, excerpt, first_line
 from rlmt.options import NonNegativeInt, PositiveInt, check_ranges
 from rlmt.progress import track
 from rlmt.rewards.base import Reward
-from rlmt.rewards.own_code import describe_own_error, excerpt
 from rlmt.types import Message, Prompt, Status
 
 

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from rlmt import progress
 from rlmt.distributed.collectives import all_gather_object, run_on_all_ranks
-from rlmt.errors import UserError
+from rlmt.errors import UserError, describe_own_error
 from rlmt.rewards.base import Reward, all_rewards
-from rlmt.rewards.own_code import describe_own_error
 from rlmt.types import Prompt, Scores, Split, Status
 
 MalformedMode = Literal["penalty", "null", "score_all"]

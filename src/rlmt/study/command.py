@@ -226,7 +226,7 @@ def print_report(findings: Findings, written: Sequence[Path]) -> None:
     for line in [*filter(None, [unfinished(findings)]), *closing_lines(findings)]:
         console.print(line.replace("`", ""), soft_wrap=True, markup=False, highlight=False)
     for path in [*written, *([findings.figure] if findings.figure else [])]:
-        console.print(str(path), soft_wrap=True, highlight=False)
+        console.print(str(path), soft_wrap=True, markup=False, highlight=False)
 
 
 def next_commands(

@@ -31,8 +31,6 @@ STATE_FILE = "job.json"
 LOG_FILE = "log.txt"
 _RESUMABLE = ("fit", "distill", "evaluate")
 """Commands that go on in the folder of an interrupted run; others start in an empty folder."""
-_TQDM_OPTIONS = ("--trainer.callbacks+", "lightning.pytorch.callbacks.TQDMProgressBar")
-"""Unlike the rich progress bar, tqdm's also writes to a file."""
 
 
 @dataclass
@@ -127,12 +125,11 @@ def _execute(words: Sequence[str], log: Path) -> int:
     Returns:
         The exit status; 128 + its number for a signal.
     """
-    arguments = [*words, *(_TQDM_OPTIONS if words[0] in ("fit", "validate") else ())]
     with log.open("ab") as file:
         file.write(f"\n$ rlmt {shlex.join(words)}\n".encode())
         file.flush()
         process = subprocess.Popen(
-            [sys.executable, "-m", "rlmt", *arguments],
+            [sys.executable, "-m", "rlmt", *words],
             stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
             preexec_fn=partial(end_with_parent, signal.SIGTERM, os.getpid()),

@@ -26,8 +26,8 @@ from rlmt.study.job import LOG_FILE, JobState
 from rlmt.study.processes import end_with_parent, locked
 from rlmt.study.stages import job_name
 
-_TQDM_POSITION = re.compile(rb"(\d+)/(\d+) \[")
-"""Position and total of a tqdm progress bar."""
+_POSITION = re.compile(rb"^(?:step|(?:validation |test )?batch|.+:) ([\d,]+) of ([\d,]+)(?: \xc2\xb7 |$)", re.MULTILINE)
+"""Position and total in a line that a progress bar of rlmt prints to a file."""
 _ERROR_PREFIX = "rlmt: error: "
 _TAIL_BYTES = 4096
 _NOT_DONE = "not done yet"
@@ -67,7 +67,7 @@ class Runner:
     def __init__(self, request: Request, console: Console | None = None) -> None:
         self._request = request
         self._folder = Path(request.folder)
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[note]}"))
         self._progress = Progress(*columns, TimeElapsedColumn(), console=console)
         self._running: dict[Any, tuple[Path, TaskID]] = {}
         self._failed: dict[Any, str] = {}
@@ -177,8 +177,8 @@ class Runner:
     def _update_bars(self) -> None:
         """Shows the position of each job's own progress bar."""
         for folder, bar in self._running.values():
-            if positions := _TQDM_POSITION.findall(_tail(folder / LOG_FILE)):
-                done, total = map(int, positions[-1])
+            if positions := _POSITION.findall(_tail(folder / LOG_FILE)):
+                done, total = (int(number.replace(b",", b"")) for number in positions[-1])
                 self._progress.update(bar, completed=done, total=total, note=f"{done}/{total}")
 
     def _raise_errors(self, status: int) -> None:

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import PretrainedConfig
 
+from rlmt import errors
 from rlmt.distributed import collectives
 from rlmt.distributed.fsdp2 import full_tensor
 from rlmt.engines import VLLMServerEngine
@@ -19,6 +20,7 @@ from rlmt.errors import AllRanksUserError
 from rlmt.types import AdapterWeights, SampleRequest, Samples, Sampling
 
 COUNT = 6
+errors._LIBRARIES.append(Path(__file__).parent)  # errors here stand for rlmt's own
 
 
 class Rank:

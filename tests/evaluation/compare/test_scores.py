@@ -49,7 +49,9 @@ def make_pairs(count: int) -> list[Pair]:
 
 
 def test_malformed_pairs_have_no_scores(tmp_path: Path) -> None:
-    first, second = score_pairs(Counting("yes"), make_pairs(10), tmp_path / "s.parquet", "cpu")
+    reward = Counting("yes")
+    reward.name = "[/x] in brackets"  # the label of the progress bar
+    first, second = score_pairs(reward, make_pairs(10), tmp_path / "s.parquet", "cpu")
     assert [math.isnan(value) for value in first] == [n % 5 == 0 for n in range(10)]
     assert second[1:5].tolist() == [1.0, 0.0, 1.0, 0.0] and first[1:5].tolist() == [1.0] * 4
 

@@ -22,8 +22,8 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, distributed
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlmt.annotations import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from rlmt.distributed import collectives
 from rlmt.distributed.fsdp2 import compute_device
 from rlmt.engines.base import Engine, max_completion_tokens

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
+from rlmt.annotations import PreTrainedModel, PreTrainedTokenizerBase
 from rlmt.distributed import collectives
 
 _CPU_BLOCK_SIZE = 32

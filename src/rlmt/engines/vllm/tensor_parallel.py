@@ -12,8 +12,8 @@ from typing import Any
 from unittest import mock
 
 from torch import distributed
-from transformers import PretrainedConfig
 
+from rlmt.annotations import PretrainedConfig
 from rlmt.errors import UserError
 from rlmt.types import SampleRequest
 

@@ -25,9 +25,9 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlmt import progress
+from rlmt.annotations import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from rlmt.distributed import collectives
 from rlmt.endpoints.connections import require_client_libraries
 from rlmt.engines.base import Engine, max_completion_tokens

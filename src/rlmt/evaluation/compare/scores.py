@@ -15,6 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 
 from rlmt.checkpointing.files import atomic_write
@@ -68,10 +69,11 @@ def score_pairs(reward: Reward, pairs: Sequence[Pair], path: Path, device: str) 
     scores = [] if _runs_own_code(reward) else _read(path, key)
     batches = [rows[start : start + BATCH] for start in range(len(scores), len(rows), BATCH)]
     if batches:
+        what = f"score by {escape(reward.name)}"
         reward.load()
         try:
             reward.to(device)
-            for batch in track(batches, f"score by {reward.name}", console=Console(stderr=True), transient=True):
+            for batch in track(batches, what, console=Console(stderr=True), transient=True):
                 scores += _score_batch(reward, [pairs[number] for number in batch])
                 _write(path, key, scores)
         finally:
