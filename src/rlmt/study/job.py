@@ -29,7 +29,7 @@ from rlmt.study.stages import STUDY
 STATE_FILE = "job.json"
 """File in the job's folder with its `JobState`."""
 LOG_FILE = "log.txt"
-_RESUMABLE = ("fit", "distill", "evaluate")
+_RESUMABLE = ("fit", "distill", "evaluate", "compare", "traits")
 """Commands that go on in the folder of an interrupted run; others start in an empty folder."""
 _TQDM_OPTIONS = ("--trainer.callbacks+", "lightning.pytorch.callbacks.TQDMProgressBar")
 """Unlike the rich progress bar, tqdm's also writes to a file."""
@@ -127,7 +127,7 @@ def _execute(words: Sequence[str], log: Path) -> int:
     Returns:
         The exit status; 128 + its number for a signal.
     """
-    arguments = [*words, *(_TQDM_OPTIONS if words[0] in ("fit", "validate") else ())]
+    arguments = [*words, *(_TQDM_OPTIONS if words[0] in ("fit", "validate", "predict") else ())]
     with log.open("ab") as file:
         file.write(f"\n$ rlmt {shlex.join(words)}\n".encode())
         file.flush()
