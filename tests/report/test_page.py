@@ -19,11 +19,12 @@ from rlmt.engines.rollout_files import SCHEMA, write_rollouts
 from rlmt.errors import UserError
 from rlmt.report.configuration import own_settings, repeat_command
 from rlmt.report.distributions import distributions
-from rlmt.report.page import Example, Picture, Section, Table, page_title, render_page, write_page
+from rlmt.report.page import page_title, render_page, write_page
 from rlmt.report.panels import panels
 from rlmt.report.payload import payload
 from rlmt.report.rollout_sample import choose, numbers, read_chosen
 from rlmt.report.runs import find_run, read_run, read_runs
+from rlmt.report.sections import Example, Picture, Section, Table
 from rlmt.report.series import read_metrics
 
 CONFIG = {

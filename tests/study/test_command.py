@@ -109,18 +109,21 @@ def test_study_that_was_killed_twice_equals_an_uninterrupted_one(tmp_path: Path,
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_study_of_the_paper_runs_on_tiny_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """From demonstrations to benchmarks, with a teacher and a judge that answer by rule; the ten jobs of one table."""
-    args = ["study", "--config", "study/paper", "--scale", "tiny", "--only", "[grpo]", "--out", str(tmp_path)]
+    """From demonstrations to benchmarks and traits, with a teacher and a judge that answer by rule; 16 of its jobs."""
+    only = "[grpo, rlmt_zero, rlmt_dpo, traits]"
+    args = ["study", "--config", "study/paper", "--scale", "tiny", "--only", only, "--out", str(tmp_path)]
     assert main([*args, "--jobs", "2"]) == 0
     output = capsys.readouterr().out
     assert "RLMT − RLHF, chat: " in output and "95 % interval over prompts" in output
     report = (tmp_path / "tiny/report.md").read_text()
     assert "### Grpo" in report and "(35.4)" in report and "(32.1)" in report
+    assert "## Planning traits of RLMT and SFT" in report and "](curves.png)" in report
     summary = json.loads((tmp_path / "tiny/summary.json").read_text())
-    assert list(summary) == ["rlhf", "rlmt"] and summary["rlmt"]["ifbench"] is None
+    assert list(summary) == ["rlhf", "rlmt", "rlmt_zero", "rlmt_dpo"]
+    assert all(value is not None for row in summary.values() for value in row.values())
     assert summary["rlmt"]["thought_tokens"] > 0 == summary["rlhf"]["thought_tokens"]
     starts = [log.read_text().count("$ rlmt ") for log in (tmp_path / "tiny").rglob("log.txt")]
-    assert starts == [1] * 10
+    assert starts == [1] * 16
 
 
 @pytest.mark.parametrize(

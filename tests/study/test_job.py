@@ -51,7 +51,9 @@ def test_done_job_is_not_run_again(tmp_path: Path, recorder: Recorder) -> None:
     assert len(recorder.calls) == 1 and done.read_text() == before
 
 
-@pytest.mark.parametrize(("command", "kept"), [("fit x", True), ("export x", False), ("mini x", False)])
+@pytest.mark.parametrize(
+    ("command", "kept"), [("fit x", True), ("traits x", True), ("predict x", False), ("export x", False)]
+)
 def test_interrupted_training_goes_on_in_its_folder(
     command: str, kept: bool, tmp_path: Path, recorder: Recorder
 ) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from rlmt.report.estimates import Estimate
-from rlmt.report.runs import read_run
-from rlmt.study.page import sections, write_study_page
-from rlmt.study.report import Comparison, Findings
+from rlmt.study.command import write_study_page
+from rlmt.study.findings import Comparison, Findings
+from rlmt.study.report import make_sections
 
 FOUND = Findings(
     title="A <study>",
@@ -42,12 +42,8 @@ def payload(page: str) -> Any:
 
 
 def test_page_has_arms_with_seeds_and_the_contents_of_the_report(tmp_path: Path) -> None:
-    runs = [
-        read_run(write_run(tmp_path / arm / str(seed)), f"Arm {arm}, seed {seed}", f"Arm {arm}")
-        for arm in "ab"
-        for seed in (1, 2)
-    ]
-    page = write_study_page(FOUND, runs, tmp_path / "report.html").read_text(encoding="utf-8")
+    trained = {arm: [write_run(tmp_path / arm / str(seed)) for seed in (1, 2)] for arm in "ab"}
+    page = write_study_page(FOUND, make_sections(FOUND), trained, ["a", "b"], tmp_path).read_text(encoding="utf-8")
     assert "<title>A &lt;study&gt;</title>" in page and "<study>" not in page
     data = payload(page)
     assert [(run["label"], run["arm"]) for run in data["runs"]] == [
@@ -65,7 +61,7 @@ def test_page_has_arms_with_seeds_and_the_contents_of_the_report(tmp_path: Path)
         "What comes next",
     ]
     results, differences, by_seed, samples, closing = data["sections"]
-    assert results["texts"][0] == "2 seeds (1, 2); made by rlmt study --config mine"
+    assert results["texts"][0] == "2 seeds (1, 2); made by rlmt study --config mine."
     (table,) = results["tables"]
     assert table["columns"] == ["", "my rubric", "minutes"]
     assert [row[0] for row in table["rows"]] == ["Arm a", "Arm b"] and table["rows"][0][1].startswith("5.50 ± ")
@@ -86,9 +82,11 @@ def test_sections_without_contents_are_left_out() -> None:
         meanings={},
         next_commands=(),
     )
-    assert [section.title for section in sections(one_seed)] == ["Results"]
+    assert [section.title for section in make_sections(one_seed)] == ["Results"]
 
 
 def test_study_without_training_runs_has_a_page_of_its_sections(tmp_path: Path) -> None:
-    data = payload(write_study_page(FOUND, [], tmp_path / "report.html").read_text(encoding="utf-8"))
+    (tmp_path / "a").mkdir()  # of `rlmt evaluate`, without metrics.csv
+    page = write_study_page(replace(FOUND, seeds=[1]), make_sections(FOUND), {"a": [tmp_path / "a"]}, ["a"], tmp_path)
+    data = payload(page.read_text(encoding="utf-8"))
     assert data["runs"] == [] and [section["title"] for section in data["sections"]][0] == "Results"

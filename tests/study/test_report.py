@@ -2,24 +2,19 @@
 
 import csv
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from rlmt.evaluation.statistics import Interval
 from rlmt.report.estimates import Estimate
+from rlmt.report.sections import Section, Table
 from rlmt.study.command import next_commands
 from rlmt.study.figure import draw_study
-from rlmt.study.report import (
-    Comparison,
-    Findings,
-    closing_lines,
-    comparison_sentences,
-    terminal_tables,
-    write_report,
-)
+from rlmt.study.findings import Comparison, Findings, comparison_sentences
+from rlmt.study.report import make_sections, print_report, write_report
 
 HIGH, LOW, MIXED = Estimate((5.0, 6.0, 5.5)), Estimate((1.0, 2.0, 1.4)), Estimate((0.0, 9.0, 5.0))
 
@@ -71,19 +66,34 @@ def test_interval_over_prompts_is_stated() -> None:
     assert ", 95 % interval over prompts 0.12 to 0.88: above 0, as expected." in sentence
 
 
-def test_wide_tables_have_metrics_in_rows() -> None:
+def test_difference_without_a_value_is_not_stated_and_not_counted() -> None:
+    """A benchmark that was not run: its difference takes no part in the correction."""
+    nan = Estimate((math.nan,) * 3)
+    found = replace(findings(Comparison("a", "b"), a=HIGH, b=LOW, c=nan), comparisons=[])
+    for pairs in ([("a", "b")], [("a", "c"), ("a", "b"), ("c", "b")]):
+        (sentence,) = comparison_sentences(replace(found, comparisons=[Comparison(*pair) for pair in pairs]))
+        assert sentence.startswith("A − B") and "corrected" not in sentence
+
+
+def test_wide_tables_have_metrics_in_rows_in_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     wide = findings(Comparison("a", "b"), a=HIGH, b=LOW)
     metrics = [f"m_{n}" for n in range(9)]
-    (table,) = terminal_tables(replace(wide, metrics=metrics, table={a: dict.fromkeys(metrics, HIGH) for a in "ab"}))
-    assert [column.header for column in table.columns] == ["", "A", "B"]
-    assert list(table.columns[0].cells)[:2] == ["m 0", "m 1"] and list(table.columns[1].cells) == ["5.50 ± 1.24"] * 9
+    found = replace(wide, metrics=metrics, table={a: dict.fromkeys(metrics, HIGH) for a in "ab"})
+    (results, *_) = make_sections(found)
+    assert results.tables[0].columns[:3] == ["", "m 0", "m 1"]
+    print_report([results], [])
+    printed = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines()]
+    assert [cell.strip() for cell in next(line for line in printed if "m 8" in "".join(line))] == (
+        ["m 8", "5.50 ± 1.24", "5.50 ± 1.24"]
+    )
 
 
 def test_terminal_shows_brackets(capsys: pytest.CaptureFixture[str]) -> None:
-    found = replace(findings(Comparison("a", "b"), a=HIGH, b=LOW), title="A [study]", labels={"a": "A [x]", "b": "B"})
-    Console(width=200).print(*terminal_tables(found))
+    labels = {"a": "A [x]", "b": "B"}
+    found = replace(findings(Comparison("a", "b"), a=HIGH, b=LOW), labels=labels, tables={"t[1]": ["a"]})
+    print_report(make_sections(found), [])
     printed = capsys.readouterr().out
-    assert "A [study]" in printed and "A [x]" in printed
+    assert "T[1]" in printed and "A [x]" in printed and "A [x] − B, rubric" in printed
 
 
 def test_comparison_with_an_unreported_arm_is_omitted() -> None:
@@ -94,26 +104,35 @@ def test_report_files_agree(tmp_path: Path) -> None:
     rows = [{"step": float(n), "reward/mean": n / 9, "val/reward_mean": n / 8, "val/rubric": 3.0} for n in range(10)]
     figure = draw_study(tmp_path / "curves.png", "A <study>", {"A": [rows, rows], "B": [rows]})
     assert figure.read_bytes()[:4] == b"\x89PNG"
-    write_report(findings(Comparison("a", "b"), figure, a=HIGH, b=LOW), tmp_path)
+    text = report_of(findings(Comparison("a", "b"), figure, a=HIGH, b=LOW), tmp_path)
     assert json.loads((tmp_path / "summary.json").read_text()) == {"a": {"rubric": 5.5}, "b": {"rubric": 4.4 / 3}}
     table = list(csv.reader((tmp_path / "results.csv").open()))
     assert table == [
         ["arm", "seed", "rubric"],
         *([arm, str(n), str(e.values[n])] for arm, e in (("a", HIGH), ("b", LOW)) for n in range(3)),
     ]
-    text = (tmp_path / "report.md").read_text()
     assert "| A | 5.50 ± 1.24 | 1.0 ± 0.0 |" in text and "| 1 | 6.00 | 2.00 |" in text
+    assert "3 seeds (0, 1, 2); made by `rlmt study --config mine.yaml`" in text
+    assert "![Curves of A <study>](curves.png)" in text
 
 
 def test_report_ends_with_its_words_and_the_next_command(tmp_path: Path) -> None:
     meanings = {"a": "the first arm", "rubric": "points by rules", "elsewhere": "an arm that is not reported"}
     found = replace(findings(Comparison("a", "b"), a=HIGH, b=LOW), meanings=meanings, next_commands=["rlmt chat x"])
     expected = ["- A: the first arm", "- rubric: points by rules", "- next: `rlmt chat x`"]
-    assert closing_lines(found) == expected
-    write_report(found, tmp_path)
-    text = (tmp_path / "report.md").read_text()
-    assert "\n".join(expected) in text and "elsewhere" not in text
-    assert "What the words mean" not in report_of(findings(Comparison("a", "b"), a=HIGH, b=LOW), tmp_path)
+    assert make_sections(found)[-1] == Section("What comes next", expected)
+    text = report_of(found, tmp_path)
+    assert text.endswith("\n\n".join(expected) + "\n") and "elsewhere" not in text
+    assert "What comes next" not in report_of(findings(Comparison("a", "b"), a=HIGH, b=LOW), tmp_path)
+
+
+def test_analyses_are_sections_of_the_report(tmp_path: Path) -> None:
+    traits = Section("Planning traits", ["12 of 24 prompts"], [Table(["trait", "a"], [["checks | weighs", "3"]])])
+    found = replace(findings(Comparison("a", "b"), a=HIGH, b=LOW), analyses=[traits])
+    expected = "## Planning traits\n\n12 of 24 prompts\n\n| trait | a |\n|---|---|\n| checks \\| weighs | 3 |\n"
+    assert expected in report_of(found, tmp_path)
+    alone = replace(found, table={}, minutes={}, comparisons=[])
+    assert [section.title for section in make_sections(alone)] == ["Results", "Planning traits"]
 
 
 def test_comparisons_are_corrected_for_their_number() -> None:
@@ -161,15 +180,14 @@ def test_tables_have_their_arms_and_the_values_of_the_paper(tmp_path: Path) -> N
     text = report_of(found, tmp_path)
     assert "### Main table\n\n|  | rubric | minutes |" in text and "| B | 1.47 ± 1.25 (1.25) |" in text
     assert "The paper's values are in brackets." in text and "| A | 5.50 ± 1.24 |" in text
-    titles = [str(table.title) for table in terminal_tables(found)]
-    assert titles == ["A <study>, main table: 3 seeds (0, 1, 2)", "A <study>: 3 seeds (0, 1, 2)"]
+    assert [table.caption for table in make_sections(found)[0].tables] == ["Main table", ""]
     assert "brackets" not in report_of(replace(found, paper={}), tmp_path)
 
 
 def test_results_have_their_provenance(tmp_path: Path) -> None:
     origin = {"a": [{"commit": f"c{n}", "key": "k"} for n in range(3)], "b": [{"commit": "d", "key": "l"}]}
     found = replace(findings(Comparison("a", "b"), a=HIGH, b=Estimate((1.0,))), done={"b": [2]}, provenance=origin)
-    write_report(found, tmp_path)
+    write_report(found, [], tmp_path)
     assert list(csv.reader((tmp_path / "results.csv").open())) == [
         ["arm", "seed", "rubric", "commit", "key"],
         *(["a", str(n), str(HIGH.values[n]), f"c{n}", "k"] for n in range(3)),
@@ -178,7 +196,7 @@ def test_results_have_their_provenance(tmp_path: Path) -> None:
 
 
 def report_of(found: Findings, out: Path) -> str:
-    write_report(found, out)
+    write_report(found, make_sections(found), out)
     return (out / "report.md").read_text()
 
 

@@ -113,14 +113,15 @@ def test_difference_is_paired_by_prompt_and_seed(tmp_path: Path) -> None:
 
     more = [write("a1", "wildbench", True, 1.0), write("a2", "wildbench", True, 3.0)]
     than = [write("b1", "wildbench", True, 0.0), write("b2", "wildbench", True, 0.0)]
+    pairs = list(zip(more, than, strict=True))
     for logged in ("wildbench/reward", "chat_average", "average"):
-        found = interval_over_prompts(more, than, logged)
+        found = interval_over_prompts(pairs, logged)
         assert found is not None and (found.value, found.low, found.high) == pytest.approx((2, 2, 2))
     write("a1", "popqa", False, 5.0)
     assert read_resamples(more[0], "chat_average") == pytest.approx([1 + value for value in noise])
     assert read_resamples(more[0], "average") == pytest.approx([3 + value for value in noise])
-    assert interval_over_prompts(more, than, "popqa/reward") is None
-    assert interval_over_prompts([tmp_path], [tmp_path], "average") is None
+    assert interval_over_prompts(pairs, "popqa/reward") is None
+    assert interval_over_prompts([(tmp_path, tmp_path)], "average") is None
 
 
 def test_missing_metrics_are_reported(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from rlmt.errors import UserError
 from rlmt.study.engine import Request
 from rlmt.study.jobs import list_jobs, run_jobs, served
 from rlmt.study.processes import locked
-from rlmt.study.runner import _POSITION, failure_reason, short_reasons
+from rlmt.study.runner import _POSITION, Runner, failure_reason, short_reasons
 from rlmt.study.stages import Plan, Stage
 
 ROWS = {"x": ["p", "q"]}
@@ -49,10 +49,21 @@ def finished(out: Path) -> dict[str, str]:
     return {path.parent.name: path.read_text() for path in sorted(out.glob("seed-3/*/done"))}
 
 
-def test_jobs_run_once_in_order_and_again_when_changed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_jobs_run_once_in_order_and_again_when_changed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
-    run(out, "c", "d")
+    at_a_time: list[int] = []
+    start = Runner._start
+
+    def counted(self: Runner, job: Any, folder: Path) -> None:
+        start(self, job, folder)
+        at_a_time.append(len(self._running))
+
+    monkeypatch.setattr(Runner, "_start", counted)
+    run(out, "c", "d", jobs=1)
     first = finished(out)
+    assert at_a_time == [1] * 5
     assert list(first) == ["a", "b-p", "b-q", "c", "d"] and attempts(out) == dict.fromkeys(first, 1)
     assert json.loads(first["d"])["command"] == "rlmt --version --seed 3"
     lines = [line for line in capfd.readouterr().out.splitlines() if "is done" in line]  # without a terminal

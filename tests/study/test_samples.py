@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 from rlmt.engines.rollout_files import SCHEMA
 from rlmt.report.estimates import Estimate
 from rlmt.study.command import _samples
-from rlmt.study.report import Comparison, Findings, write_report
+from rlmt.study.findings import Comparison, Findings
+from rlmt.study.report import make_sections
 from rlmt.study.samples import before_and_after, sample_lines
 
 
@@ -80,5 +81,4 @@ def test_report_shows_them_for_the_first_arm_of_the_comparisons(tmp_path: Path) 
             "minutes": {"a": one, "b": one},
         }
     )
-    write_report(filled, tmp_path)
-    assert "## Thoughts and answers before and after" in (tmp_path / "report.md").read_text()
+    assert {section.title: section.texts for section in make_sections(filled)}["Before and after"] == lines

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 
 from rlmt.errors import UserError
+from rlmt.study.jobs import print_totals
 from rlmt.study.stages import Arm, Plan, Stage, digest_configs, target_files
 
 STAGES = {
@@ -51,6 +53,20 @@ def test_needs_and_folders_become_patterns_of_snakemake() -> None:
     assert target_files(plan, arms, [1, 2]) == [
         *("seed-1/rl-think/done", "seed-1/world/done", "seed-2/rl-think/done", "seed-2/world/done")
     ]
+
+
+def test_training_run_of_an_arm_is_that_of_the_job_it_scores() -> None:
+    scores = Stage(
+        run="evaluate $run/last.ckpt", each={"format": ["think", "no_think"]}, needs={"w": "world", "run": "rl-$format"}
+    )
+    plan = Plan({**STAGES, "scores": scores, "initial": Stage(run="validate $w", needs={"w": "world"})}, TEXTS)
+    assert plan.program("scores") == "evaluate"
+    for arm, folder in (
+        (Arm("scores", "RLMT", {"format": "think"}), "seed-3/rl-think"),
+        (Arm("rl", "RLHF", {"format": "no_think"}), "seed-3/rl-no_think"),
+        (Arm("initial", "Base"), "seed-3/initial"),
+    ):
+        assert plan.training_folder(arm, 3) == Path(folder)
 
 
 def test_digest_covers_the_configs_that_a_command_names(tmp_path: Path) -> None:
@@ -140,7 +156,7 @@ def test_study_of_the_paper_has_a_twin_of_every_arm(scale: str) -> None:
     stages = {name: Stage(**stage) for name, stage in shipped["stages"].items()}
     plan = Plan(stages, shipped["texts"] | shipped["scales"][scale])
     plan.check_configs(Path.cwd())
-    assert len(list(plan.jobs(1))) == 45
+    assert len(list(plan.jobs(1))) == 52
     arms = {name: Arm(**arm) for name, arm in shipped["arms"].items()}
     assert sorted(arms) == sorted(arm for members in shipped["tables"].values() for arm in members)
     assert set(shipped["scales"]["8b"]) == set(shipped["scales"]["tiny"])
@@ -150,6 +166,24 @@ def test_study_of_the_paper_has_a_twin_of_every_arm(scale: str) -> None:
             twins = [arms[name], arms[name.replace("rlmt", "rlhf")]]
             think, no_think = (plan.command(arm.stage, {"seed": "1", **arm.where}) for arm in twins)
             assert think != no_think and no_think.replace("no_think", "think") == think
+
+
+def test_totals_of_the_paper_are_those_of_its_documentation(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every job is one that some arm needs, so that a dry run lists all of them."""
+    root = Path(__file__).parents[2]
+    shipped = yaml.safe_load((root / "configs/study/paper.yaml").read_text())
+    plan = Plan(
+        {name: Stage(**it) for name, it in shipped["stages"].items()}, shipped["texts"] | shipped["scales"]["8b"]
+    )
+    folders = {str(Path(plan.output(stage).format(**values)).parent) for stage, values in plan.jobs(1)}
+    needed = {str(plan.folder(Arm(**arm), 1)) for arm in shipped["arms"].values()}
+    for stage, values in reversed(list(plan.jobs(1))):
+        if str(Path(plan.output(stage).format(**values)).parent) in needed:
+            needed |= {str(Path(path.format(**values)).parent) for path in plan.inputs(stage).values()}
+    assert needed == folders
+    print_totals([plan.stages[stage] for stage, _ in plan.jobs(1)], Console(width=200, highlight=False))
+    printed = capsys.readouterr().out.strip()
+    assert printed.startswith("52 jobs would run: ") and printed in (root / "docs/paper.md").read_text()
 
 
 def test_arms_of_the_shipped_study_differ_only_in_the_format() -> None:
@@ -164,20 +198,14 @@ def test_arms_of_the_shipped_study_differ_only_in_the_format() -> None:
         assert think != no_think and no_think.replace("no_think", "think") == think
 
 
-def test_commands_of_the_shipped_study_equal_the_documented_ones() -> None:
-    """The two policies of the first comparison are trained as in docs/mini.md, in the study's folders."""
-    plan, _ = shipped_study()
-    assert plan.command("rl", {"seed": "1", "format": "think", "objective": "grpo"}) == shlex.join(
-        [
-            *("fit", "--config", "base", "--config", "grpo", "--config", "mini/rl", "--seed_everything", "1"),
-            *("--data.val_prompts", "$study/seed-1/world/held_out.jsonl", "--model.held_out_rewards"),
-            '[{"class_path": "rlmt.rewards.CallableReward", "init_args": {"function": "rlmt.demos.mini.rubric.rubric", '
-            '"name": "rubric"}}, {"class_path": "rlmt.rewards.ClassifierReward", "init_args": {"model": '
-            '"$study/seed-1/reward_model-preferences_other/model", "name": "other_reward"}}]',
-            *("--config", "mini/grpo", "--model.reward.model", "$study/seed-1/reward_model-preferences/model"),
-            *("--data.prompts", "$study/seed-1/world/prompts.jsonl", "--config", "think"),
-            *("--model.policy", "$study/seed-1/warm_start-think-demonstrations/model"),
-            *("--trainer.default_root_dir", "$study/seed-1/rl-think-grpo", "--ckpt_path", "last"),
-        ]
-    )
-    assert len({plan.command(stage, values) for stage, values in plan.jobs(1)}) == 55
+def test_commands_of_the_shipped_study_equal_the_recorded_ones() -> None:
+    """The quickstart's jobs run what they ran before Snakemake: its runner wrote the file, in other folders for SFT."""
+    plan, arms = shipped_study()
+    recorded = (Path(__file__).parent / "quickstart_commands.txt").read_text(encoding="utf-8").splitlines()
+    jobs = {plan.folder(arms[name], 1) for name in ("sft_think", "sft_no_think", "rlhf", "rlmt")}
+    commands = []
+    for stage, values in reversed(list(plan.jobs(1))):
+        if Path(plan.output(stage).format(**values)).parent in jobs:
+            jobs |= {Path(path.format(**values)).parent for path in plan.inputs(stage).values()}
+            commands.append(plan.command(stage, values))
+    assert commands[::-1] == recorded and len(recorded) == 13

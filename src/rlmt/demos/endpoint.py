@@ -38,10 +38,17 @@ _WORDS = [
 ]
 
 
-def answer(messages: list[dict[str, str]]) -> str:
-    """Returns a demonstration if the last message asks for a thought, else a verdict of every benchmark's form.
+_TRAITS = [
+    "Gathers ideas: The thought collects ideas before it chooses among them.",
+    "Weighs options: The thought compares two ways to answer.",
+    "Checks the draft: The thought reads its answer again.",
+]
 
-    The same messages have the same answer.
+
+def answer(messages: list[dict[str, str]]) -> str:
+    """Returns a demonstration, a list of planning traits or a verdict, as the last message asks for.
+
+    A verdict has the form of every benchmark and of `rlmt traits`. The same messages have the same answer.
 
     Args:
         messages: The messages of the request.
@@ -51,12 +58,15 @@ def answer(messages: list[dict[str, str]]) -> str:
     if "</think>" in text:
         words = [_WORDS[byte % len(_WORDS)] for byte in seed]
         return f"<think>\n{' '.join(words)}\n</think>\n\n{' '.join(reversed(words[:4]))}"
+    if "End with a list" in text:
+        return "\n".join(f"- {trait}" for trait in _TRAITS)
     winner, loser = "AB" if seed[0] % 2 else "BA"
     ranks = [{"model": winner, "rank": 1}, {"model": loser, "rank": 2}]
     criteria = re.findall(r"^- (.+)$", text, re.MULTILINE)
     scores = [f"{name}: {seed[number % len(seed)] % 21}" for number, name in enumerate(criteria)]
     verdict = json.dumps({"choice": f"{winner}+", "output": ranks})
-    return "\n".join([verdict, f"[[{winner}>{loser}]]", "[Scores]", *scores])
+    more = ("A", "B", "tie")[seed[1] % 3]
+    return "\n".join([verdict, f"[[{winner}>{loser}]]", "[Scores]", *scores, f"More: {more}"])
 
 
 class _Handler(BaseHTTPRequestHandler):

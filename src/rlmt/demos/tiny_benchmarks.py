@@ -13,7 +13,7 @@ _CRITERIA = ("Clear", "Coherent", "Dull", "Overwrought")
 
 
 def write_benchmarks(out: Path) -> list[str]:
-    """Writes four items of each benchmark that needs no further data: all of the paper's table but IFBench.
+    """Writes four items of each benchmark of the paper's table; those of IFBench need no data of NLTK.
 
     Args:
         out: Folder to write to.
@@ -41,6 +41,11 @@ def write_benchmarks(out: Path) -> list[str]:
         }
         for n, topic in enumerate(_TOPICS)
     ]
+    followed = [["format:no_whitespace"], ["count:numbers"], ["words:vowel"], ["format:no_whitespace", "words:vowel"]]
+    ifbench = [
+        {"key": str(n), "prompt": prompt, "instruction_id_list": names, "kwargs": [{} for _ in names]}
+        for n, (prompt, names) in enumerate(zip(prompts, followed, strict=True))
+    ]
     hard = [{"uid": str(n), "category": "hard_prompt", "prompt": prompt} for n, prompt in enumerate(prompts)]
     answers = [
         {"uid": str(n), "messages": [*turns, {"role": "assistant", "content": {"answer": _REFERENCE}}]}
@@ -48,6 +53,7 @@ def write_benchmarks(out: Path) -> list[str]:
     ]
     _write_lines(out / "wildbench.jsonl", wildbench)
     _write_lines(out / "popqa.jsonl", popqa)
+    _write_lines(out / "ifbench.jsonl", ifbench)
     _write_lines(out / "mmlu_redux.jsonl", redux)
     _write_lines(out / "arena_hard/question.jsonl", hard)
     _write_lines(out / "arena_hard/model_answer/o3-mini-2025-01-31.jsonl", answers)
@@ -59,7 +65,7 @@ def write_benchmarks(out: Path) -> list[str]:
     _write(out / "creative_writing/creative_writing_prompts_v3.json", json.dumps({"1": story}))
     _write(out / "creative_writing/creative_writing_criteria.txt", "\n".join(_CRITERIA) + "\n")
     _write(out / "creative_writing/negative_criteria.txt", "\n".join(_CRITERIA[2:]) + "\n")
-    return ["wildbench", "alpaca_eval", "arena_hard", "creative_writing", "popqa", "mmlu_redux"]
+    return ["wildbench", "alpaca_eval", "arena_hard", "creative_writing", "popqa", "ifbench", "mmlu_redux"]
 
 
 def _write_lines(path: Path, rows: Iterable[Any]) -> None:

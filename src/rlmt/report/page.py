@@ -12,7 +12,7 @@ import gzip
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 from rlmt.checkpointing.files import atomic_write
 from rlmt.report.payload import payload
 from rlmt.report.runs import Run
+from rlmt.report.sections import Section
 
 _SCRIPTS = ("base.js", "charts.js", "rollouts.js", "distributions.js", "sections.js", "main.js")
 """Files of `assets/`, joined to one script in this order."""
@@ -41,44 +42,6 @@ _PAGE = """<!doctype html>
 </body>
 </html>
 """
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of a section."""
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    caption: str = ""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A PNG of a section."""
-
-    path: Path
-    alt: str
-    """What it shows, for readers who do not see it."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """Something to read, folded until a reader opens it."""
-
-    title: str
-    parts: Sequence[tuple[str, str]]
-    """Label, which may be empty, and text, shown as it is."""
-
-
-@dataclass(frozen=True)
-class Section:
-    """A section after the curves, such as the comparison of a study: its parts in this order."""
-
-    title: str
-    texts: Sequence[str] = ()
-    tables: Sequence[Table] = ()
-    pictures: Sequence[Picture] = ()
-    examples: Sequence[Example] = ()
 
 
 def render_page(title: str, runs: Sequence[Run], sections: Sequence[Section] = ()) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 
 from rlmt.errors import UserError
-from rlmt.report.page import Example, Picture, Section, Table
+from rlmt.report.sections import Example, Picture, Section, Table
 
 REPORTS = {"comparison.md": "comparison.png", "traits.md": "traits.png"}
 """Report of a command → the figure beside it, if it wrote one."""

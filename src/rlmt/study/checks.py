@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 
 from rlmt.errors import UserError
-from rlmt.study.report import Comparison
+from rlmt.study.findings import Comparison
 
 
 def check_options(

@@ -6,35 +6,32 @@ A study has no training loop of its own: its jobs are `rlmt` commands, and Snake
 from __future__ import annotations
 
 import os
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
-
 from rlmt.errors import UserError
 from rlmt.evaluation.statistics import Interval
 from rlmt.options import PositiveInt, check_ranges
 from rlmt.report.estimates import Estimate
+from rlmt.report.page import write_page
+from rlmt.report.results import read_sections
+from rlmt.report.runs import read_run
+from rlmt.report.sections import Section, plain
 from rlmt.study.checks import check_comparisons, check_executor, check_names, check_options, texts_of_scale
 from rlmt.study.engine import Request
+from rlmt.study.findings import Comparison, Findings
 from rlmt.study.job import JobState, is_done
 from rlmt.study.jobs import list_jobs, run_jobs, served
-from rlmt.study.report import (
-    Comparison,
-    Findings,
-    closing_lines,
-    comparison_sentences,
-    terminal_tables,
-    unfinished,
-    write_report,
-)
+from rlmt.study.report import make_sections, print_report, write_report
 from rlmt.study.results import Row, interval_over_prompts, last_values, read_rows
 from rlmt.study.samples import before_and_after, sample_lines
 from rlmt.study.stages import Arm, Plan, Stage, target_files
+
+_ANALYSES = ("compare", "traits")
+"""Commands that write a report of their own and no metrics."""
 
 
 def study(
@@ -142,7 +139,7 @@ def report(
     figure: Sequence[str],
     example: str | None = None,
 ) -> None:
-    """Reads the logged metrics of the jobs that are done, writes the report and prints its table and sentences.
+    """Reads the logged metrics of the jobs that are done, writes the report and prints its tables and sentences.
 
     Args:
         plan: The stages.
@@ -163,70 +160,72 @@ def report(
     if not arms:
         raise UserError(f"--out {out}: no arm is done yet; run the study without --report_only.")
     folders = {name: [out / plan.folder(arm, seed) for seed in done[name]] for name, arm in arms.items()}
-    states = {name: [JobState.load(folder) for folder in found] for name, found in folders.items()}
-    rows = {name: [read_rows(folder) for folder in found] for name, found in folders.items()}
-    table = {}
-    for name in arms:
-        last = [last_values(logged, metrics, folder) for logged, folder in zip(rows[name], folders[name], strict=True)]
-        table[name] = {metric: Estimate(tuple(values[metric] for values in last)) for metric in metrics}
-    curves = {arms[name].label: rows[name] for name in figure if name in arms}
+    trained = {name: [out / plan.training_folder(arm, seed) for seed in done[name]] for name, arm in arms.items()}
+    scored = [name for name, arm in arms.items() if plan.program(arm.stage) not in _ANALYSES]
+    states = {name: [JobState.load(folder) for folder in folders[name]] for name in scored}
+    curves = {arms[name].label: [read_rows(folder) for folder in trained[name]] for name in figure if name in arms}
     findings = replace(
         unfilled,
-        table=table,
+        table={name: _estimates(folders[name], metrics) for name in scored},
         minutes={
             name: Estimate(tuple(state.seconds / 60 for state in found if state)) for name, found in states.items()
         },
         done=done,
-        over_prompts=_over_prompts(unfilled.comparisons, metrics, plan, out, arms, done),
+        over_prompts=_over_prompts(
+            unfilled.comparisons,
+            metrics,
+            {name: dict(zip(done[name], folders[name], strict=True)) for name in scored},
+        ),
         provenance={name: [state.provenance() for state in found if state] for name, found in states.items()},
+        analyses=[
+            replace(section, title=f"{section.title}, seed {seed}" if len(unfilled.seeds) > 1 else section.title)
+            for name in arms
+            if name not in scored
+            for seed, folder in zip(done[name], folders[name], strict=True)
+            for section in read_sections(folder)
+        ],
         figure=_draw(out, unfilled.title, curves) if curves else None,
-        samples=_samples(unfilled, folders),
-        next_commands=next_commands(unfilled.comparisons, folders, example),
+        samples=_samples(unfilled, trained),
+        next_commands=next_commands(unfilled.comparisons, trained, example),
     )
-    page = _write_page(findings, arms, folders, figure, out / "report.html")
-    print_report(findings, [page, *write_report(findings, out)])
+    sections = make_sections(findings)
+    page = write_study_page(findings, sections, trained, [name for name in figure if name in arms] or scored, out)
+    print_report(sections, [page, *write_report(findings, sections, out)])
 
 
-def _write_page(
+def _estimates(folders: Sequence[Path], metrics: dict[str, str]) -> dict[str, Estimate]:
+    """Metric → its last value in each of the folders of an arm."""
+    last = [last_values(read_rows(folder), metrics, folder) for folder in folders]
+    return {metric: Estimate(tuple(values[metric] for values in last)) for metric in metrics}
+
+
+def write_study_page(
     findings: Findings,
-    arms: Mapping[str, Arm],
-    folders: Mapping[str, Sequence[Path]],
-    figure: Sequence[str],
-    path: Path,
+    sections: Sequence[Section],
+    trained: Mapping[str, Sequence[Path]],
+    shown: Sequence[str],
+    out: Path,
 ) -> Path:
-    """Writes the page, with the training runs of the arms in the figure, or of all arms without one."""
-    # Imported here because they import torch, which a study needs for nothing else.
-    from rlmt.report.runs import read_run
-    from rlmt.study.page import write_study_page
-
-    shown = [name for name in figure if name in arms] or list(arms)
-    runs = [
-        read_run(folder, label=f"{arms[name].label}, seed {seed}", arm=arms[name].label)
-        for name in shown
-        for folder, seed in zip(folders[name], findings.seeds_of(name), strict=True)
-        if any(folder.glob("version_*/metrics.csv"))  # none of `rlmt evaluate`
-    ]
-    return write_study_page(findings, runs, path)
-
-
-def print_report(findings: Findings, written: Sequence[Path]) -> None:
-    """Prints the tables and sentences of a report, and its files.
+    """Writes report.html: the page of `rlmt report` with the sections of the study.
 
     Args:
-        findings: Contents of the report.
-        written: The files.
+        findings: What the report shows.
+        sections: Its sections.
+        trained: Arm → folders of its training runs, one for each seed that is done.
+        shown: Arms whose runs it shows; those of an arm are one curve with a band.
+        out: Folder of the study.
+
+    Returns:
+        The path.
     """
-    console = Console()
-    for results in terminal_tables(findings):
-        console.print(results)
-    for sentence in comparison_sentences(findings):
-        console.print(sentence.replace("**", ""), soft_wrap=True, markup=False, highlight=False)
-    for line in findings.samples:
-        console.print(re.sub(r"\\(.)|[*]", r"\1", line), soft_wrap=True, markup=False, highlight=False)
-    for line in [*filter(None, [unfinished(findings)]), *closing_lines(findings)]:
-        console.print(line.replace("`", ""), soft_wrap=True, markup=False, highlight=False)
-    for path in [*written, *([findings.figure] if findings.figure else [])]:
-        console.print(str(path), soft_wrap=True, markup=False, highlight=False)
+    runs = [
+        read_run(folder, label=f"{findings.labels[name]}, seed {seed}", arm=findings.labels[name])
+        for name in shown
+        for folder, seed in zip(trained[name], findings.seeds_of(name), strict=True)
+        if any(folder.glob("version_*/metrics.csv"))  # none of `rlmt evaluate`
+    ]
+    in_plain = [replace(section, texts=[plain(text) for text in section.texts if text]) for section in sections]
+    return write_page(out / "report.html", findings.title, runs, in_plain)
 
 
 def next_commands(
@@ -236,7 +235,7 @@ def next_commands(
 
     Args:
         comparisons: Comparisons of the study.
-        folders: Reported arm → folder of its last stage, for each seed.
+        folders: Reported arm → folder of its training run, for each seed.
         example: Prompt; None chats in the terminal.
     """
     prompt = [] if example is None else ["--prompt", example]
@@ -248,19 +247,15 @@ def next_commands(
 def _over_prompts(
     comparisons: Sequence[Comparison],
     metrics: Mapping[str, str],
-    plan: Plan,
-    out: Path,
-    arms: Mapping[str, Arm],
-    done: Mapping[str, Sequence[int]],
+    folders: Mapping[str, Mapping[int, Path]],
 ) -> dict[tuple[str, str, str | None], Interval]:
     """Intervals over prompts of the differences between arms that were evaluated on the same prompts."""
     found = {}
     for comparison in comparisons:
-        pair = [arms[name] for name in (comparison.more, comparison.than) if name in arms]
-        seeds = [seed for seed in done[comparison.more] if seed in done[comparison.than]] if len(pair) == 2 else []
-        folders = [[out / plan.folder(arm, seed) for seed in seeds] for arm in pair]
+        more, than = (folders.get(name, {}) for name in (comparison.more, comparison.than))
+        pairs = [(more[seed], than[seed]) for seed in more if seed in than]
         logged = metrics[comparison.by or next(iter(metrics))]
-        if seeds and (over := interval_over_prompts(folders[0], folders[1], logged)) is not None:
+        if pairs and (over := interval_over_prompts(pairs, logged)) is not None:
             found[comparison.key] = over
     return found
 

@@ -73,12 +73,34 @@ class _EventHandler(logging.Handler):
         print(json.dumps({"event": name, **values}, default=str), file=self._stream, flush=True)
 
 
+def _count_single_jobs(scheduler: Any) -> None:
+    """Makes Snakemake's scheduler debit the cores of a job that it selects alone.
+
+    Snakemake 9.10 to 9.15 frees them when the job ends, without having debited them before, so that more and more jobs
+    run at a time (https://github.com/snakemake/snakemake/issues/3913).
+
+    Args:
+        scheduler: The class of the scheduler.
+    """
+    select = scheduler.job_selector
+
+    def select_and_debit(self: Any, jobs: Any) -> Any:
+        before = dict(self.resources)
+        selected = select(self, jobs)
+        if selected and self.resources == before:
+            self.update_available_resources(selected)
+        return selected
+
+    scheduler.job_selector = select_and_debit
+
+
 def _run(request: Request, handler: _EventHandler) -> None:
     """Runs Snakemake and passes its events to the handler."""
     from snakemake.api import SnakemakeApi
     from snakemake.logging import logger
     from snakemake.resources import DefaultResources
     from snakemake.scheduling.greedy import SchedulerSettings
+    from snakemake.scheduling.job_scheduler import JobScheduler
     from snakemake.settings.enums import RerunTrigger
     from snakemake.settings.types import (
         ConfigSettings,
@@ -91,6 +113,7 @@ def _run(request: Request, handler: _EventHandler) -> None:
     )  # fmt: skip
     from snakemake_interface_executor_plugins.registry import ExecutorPluginRegistry
 
+    _count_single_jobs(JobScheduler)
     local = request.executor in ("local", "dryrun")
     settings: Any = None
     if not local:

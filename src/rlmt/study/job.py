@@ -29,7 +29,7 @@ from rlmt.study.stages import STUDY
 STATE_FILE = "job.json"
 """File in the job's folder with its `JobState`."""
 LOG_FILE = "log.txt"
-_RESUMABLE = ("fit", "distill", "evaluate")
+_RESUMABLE = ("fit", "distill", "evaluate", "compare", "traits")
 """Commands that go on in the folder of an interrupted run; others start in an empty folder."""
 
 

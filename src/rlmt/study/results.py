@@ -107,22 +107,23 @@ def read_resamples(folder: Path, logged: str) -> Floats | None:
     return None
 
 
-def interval_over_prompts(more: Sequence[Path], than: Sequence[Path], logged: str) -> Interval | None:
+def interval_over_prompts(pairs: Sequence[tuple[Path, Path]], logged: str) -> Interval | None:
     """The difference of two arms, paired by seed and prompt, with its 95 % interval by bootstrap over prompts.
 
     Args:
-        more: Folder of the one arm, for each seed.
-        than: Folder of the other, for the same seeds.
+        pairs: Folders of the two arms for each seed.
         logged: Name of the figure.
 
     Returns:
         The interval, or None if the arms were not evaluated on the same prompts by `rlmt evaluate`.
     """
-    samples = [[read_resamples(folder, logged) for folder in folders] for folders in (more, than)]
-    known = [[column for column in columns if column is not None] for columns in samples]
-    if not known[0] or len(known[0]) < len(more) or len(known[1]) < len(than):
-        return None
-    difference = np.mean(known[0], axis=0) - np.mean(known[1], axis=0)
+    differences = []
+    for folders in pairs:
+        more, than = (read_resamples(folder, logged) for folder in folders)
+        if more is None or than is None:
+            return None
+        differences.append(more - than)
+    difference: Floats = np.mean(differences, axis=0)
     return interval(float(difference.mean()), difference, MANY_GROUPS)
 
 

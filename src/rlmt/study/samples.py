@@ -70,7 +70,7 @@ def sample_lines(pairs: Sequence[tuple[Sample, Sample]], title: str) -> Iterator
         same = before.prompt == after.prompt
         for sample, when in ((before, "before"), (after, "after")):
             if when == "before" or not same:
-                yield from ("", f"> {_clip(sample.prompt)}", "")
+                yield f"> {_clip(sample.prompt)}"
             thought = f"[{_clip(sample.thought)}] " if sample.thought else ""
             when = f"{title} {when} RL" if sample.step == 0 or when == "after" else f"{title} in step {sample.step}"
             yield f"- {when} (reward {sample.reward:.2f}): {thought}**{_clip(sample.response)}**"

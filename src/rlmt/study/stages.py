@@ -20,7 +20,7 @@ DONE = "done"
 """File in the folder of a job that is done."""
 _OPTIONS = {
     "fit": "--trainer.default_root_dir $dir --ckpt_path last",
-    "validate": "--trainer.default_root_dir $dir",
+    **dict.fromkeys(("validate", "predict"), "--trainer.default_root_dir $dir"),
 }
 """Options added to commands: the job's folder, and resuming from the last checkpoint."""
 _CONFIG_OPTIONS = ("--config", "-c")
@@ -213,6 +213,30 @@ class Plan:
             stage: The stage.
         """
         return f"seed-{{seed}}/{'-'.join([stage, *(f'{{{axis}}}' for axis in self.stages[stage].each)])}/{DONE}"
+
+    def program(self, stage: str) -> str:
+        """Returns the name of a stage's command, such as `fit`.
+
+        Args:
+            stage: The stage.
+        """
+        return shlex.split(self._lines[stage])[0]
+
+    def training_folder(self, arm: Arm, seed: int) -> Path:
+        """Returns the folder of an arm's training run: of the job that it needs if that trains and its own does not.
+
+        Args:
+            arm: The arm.
+            seed: The seed.
+
+        Returns:
+            The folder, relative to the study's.
+        """
+        if self.program(arm.stage) != "fit":
+            for job in self.stages[arm.stage].needs.values():
+                if self.program(job.partition("-")[0]) == "fit":
+                    return Path(f"seed-{seed}") / Template(job).substitute(arm.where)
+        return self.folder(arm, seed)
 
     def folder(self, arm: Arm, seed: int) -> Path:
         """Returns the folder of an arm's job, relative to the study's.

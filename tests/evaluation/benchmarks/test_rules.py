@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rlmt.errors import UserError
-from rlmt.evaluation.benchmark import Scoring
+from rlmt.evaluation.benchmark import Item, Scoring
 from rlmt.evaluation.benchmarks import BENCHMARKS
 from rlmt.evaluation.benchmarks.hendrycks import equal_text
 from rlmt.evaluation.benchmarks.math_500 import last_boxed
@@ -74,11 +74,6 @@ def test_known_answers(name: str, number: int, response: str, expected: float, s
     assert (score.value, score.parsed) == (expected, True)
 
 
-def without_download(monkeypatch: pytest.MonkeyPatch) -> None:
-    """IFBench's checkers, with data of NLTK missing, would download them when they are imported."""
-    monkeypatch.setattr("nltk.download", lambda *names, **options: False)
-
-
 @pytest.mark.parametrize(
     ("response", "authors", "ours"),
     [
@@ -90,16 +85,14 @@ def without_download(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_ifbench_is_strict_under_authors_and_loose_under_ours(
-    response: str, authors: float, ours: float, data: Data, monkeypatch: pytest.MonkeyPatch
+    response: str, authors: float, ours: float, data: Data
 ) -> None:
-    without_download(monkeypatch)
     (item,) = BENCHMARKS["ifbench"]().load(data("ifbench"))
     for scoring, expected in (("authors", authors), ("ours", ours)):
         assert BENCHMARKS["ifbench"](scoring).score(item, response, []).value == expected  # type: ignore[arg-type]
 
 
-def test_checker_that_fails_on_punctuation_is_not_followed(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
-    without_download(monkeypatch)
+def test_checker_that_fails_on_punctuation_is_not_followed(data: Data) -> None:
     benchmark = BENCHMARKS["ifbench"]()
     (item,) = benchmark.load(data("ifbench"))
     item.data["instructions"] = [["format:quote_unquote", {}]]
@@ -140,12 +133,48 @@ def test_unknown_instruction_is_an_error_of_the_check(data: Data, monkeypatch: p
 def test_missing_nltk_data_are_an_error_with_the_line_that_installs_them(monkeypatch: pytest.MonkeyPatch) -> None:
     import nltk
 
+    def items(*names: str) -> list[Item]:
+        return [Item(name, [], {"instructions": [[name, {}]]}) for name in names]
+
     monkeypatch.setattr(nltk.data, "path", [])
-    line = r"python -m nltk.downloader punkt punkt_tab averaged_perceptron_tagger_eng stopwords\.$"
+    line = r"python -m nltk.downloader stopwords averaged_perceptron_tagger_eng punkt_tab\.$"
     with pytest.raises(UserError, match=f"^ifbench needs data of NLTK that are not installed: {line}"):
-        BENCHMARKS["ifbench"]().check()
+        BENCHMARKS["ifbench"]().check(items("words:start_verb", "ratio:stop_words", "count:numbers"))
     with pytest.raises(UserError, match=r"^ifeval needs .*: python -m nltk.downloader punkt_tab\.$"):
-        BENCHMARKS["ifeval"]().check()
+        BENCHMARKS["ifeval"]().check(items("length_constraints:number_sentences"))
+    BENCHMARKS["ifbench"]().check(items("format:no_whitespace", "count:numbers"))
+
+
+@pytest.mark.parametrize("name", ["ifeval", "ifbench"])
+def test_instructions_that_need_nltk_data_are_those_whose_checkers_read_them(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the data, each checker of the package reads a text of many sentences, lines and words."""
+    import nltk
+
+    monkeypatch.setattr(nltk.data, "path", [])
+    monkeypatch.setattr(nltk, "download", lambda *names, **options: pytest.fail("a download was tried"))
+    benchmark: Any = BENCHMARKS[name]()
+    benchmark.checkers(Item("0", [], {"instructions": []}))  # imports the registry
+    read, without_options = set(), set()
+    for instruction, factory in importlib.import_module(benchmark.registry).INSTRUCTION_DICT.items():
+        checker = factory(instruction)
+        for text in ("One two three four five. " * 40, "* One two. Three four!\n\n" * 12):
+            try:
+                checker.build_description()
+                checker.check_following(text)
+            except LookupError as error:
+                assert "nltk.download" in str(error)
+                read.add(instruction)
+            except (TypeError, ValueError):  # has no default for an option
+                without_options.add(instruction)
+    assert without_options <= {
+        "combination:repeat_prompt",
+        "ratio:overlap",
+        "repeat:repeat_change",
+        "repeat:repeat_span",
+    }
+    assert read == set(benchmark.nltk_data)
 
 
 @pytest.mark.parametrize(

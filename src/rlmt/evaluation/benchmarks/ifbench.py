@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlmt.evaluation.benchmarks.ifeval import IFEval
+from rlmt.evaluation.benchmarks.ifeval import PUNKT, IFEval
 
 
 class IFBench(IFEval):
@@ -19,12 +19,12 @@ class IFBench(IFEval):
     title = "IFBench"
     source = "allenai/IFBench_test"
     registry = "if_verifiable.ifbench.instructions_registry"
-    # The registry looks for all of them when it is imported, and would download what is missing.
     nltk_data = {
-        "punkt": "tokenizers/punkt",
-        "punkt_tab": "tokenizers/punkt_tab",
-        "averaged_perceptron_tagger_eng": "taggers/averaged_perceptron_tagger_eng",
-        "stopwords": "corpora/stopwords",
+        "ratio:stop_words": ["corpora/stopwords"],
+        "words:start_verb": [PUNKT, "taggers/averaged_perceptron_tagger_eng"],
+        "words:keywords_specific_position": [PUNKT],
+        "words:words_position": [PUNKT],
+        "format:title_case": [PUNKT],
     }
 
     def follows(self, checker: Any, response: str) -> bool:

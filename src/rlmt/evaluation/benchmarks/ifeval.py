@@ -7,12 +7,15 @@ import importlib.util
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
+from unittest import mock
 
 from rlmt.data.tables import Cells
 from rlmt.errors import UserError
 from rlmt.evaluation.benchmark import Benchmark, Item, Score
 from rlmt.evaluation.benchmarks.common import json_cell, read_items, text_cell
 from rlmt.types import Message
+
+PUNKT = "tokenizers/punkt_tab"
 
 
 class IFEval(Benchmark):
@@ -29,8 +32,11 @@ class IFEval(Benchmark):
     figures = ("accuracy",)
     registry: ClassVar[str] = "if_verifiable.ifeval.instructions_registry"
     """Module with the checkers."""
-    nltk_data: ClassVar[Mapping[str, str]] = {"punkt_tab": "tokenizers/punkt_tab"}
-    """Data of NLTK that the checkers read: name and path."""
+    nltk_data: ClassVar[Mapping[str, Sequence[str]]] = {
+        "change_case:capital_word_frequency": [PUNKT],
+        "length_constraints:number_sentences": [PUNKT],
+    }
+    """Instruction → data of NLTK that its checker reads; the others read none."""
 
     def check(self, items: Sequence[Item] = ()) -> None:
         """Checks that the checkers and their data are installed, and that they know the instructions of the items.
@@ -40,9 +46,12 @@ class IFEval(Benchmark):
         """
         if importlib.util.find_spec("if_verifiable") is None:
             raise UserError(f"{self.name} needs if-verifiable, which is not installed: pip install if-verifiable.")
-        if missing := [name for name, path in self.nltk_data.items() if not _has_nltk_data(path)]:
+        names = {name for item in items for name, _ in item.data["instructions"]}
+        paths = sorted({path for name in names for path in self.nltk_data.get(name, []) if not _has_nltk_data(path)})
+        if paths:
+            missing = " ".join(path.rpartition("/")[2] for path in paths)
             raise UserError(
-                f"{self.name} needs data of NLTK that are not installed: python -m nltk.downloader {' '.join(missing)}."
+                f"{self.name} needs data of NLTK that are not installed: python -m nltk.downloader {missing}."
             )
         for item in items:
             self.checkers(item)
@@ -62,7 +71,7 @@ class IFEval(Benchmark):
         Raises:
             UserError: An instruction is unknown.
         """
-        known = importlib.import_module(self.registry).INSTRUCTION_DICT
+        known = _import_without_downloads(self.registry).INSTRUCTION_DICT
         importlib.import_module("langdetect").DetectorFactory.seed = 0  # its detection is random otherwise
         if unknown := [name for name, _ in item.data["instructions"] if name not in known]:
             raise UserError(f"{self.name}: the instruction {unknown[0]!r} of prompt {item.id!r} is unknown; remove it.")
@@ -94,6 +103,14 @@ def _checker(factory: Any, name: str, options: dict[str, Any], item: Item) -> An
     if "prompt" in (checker.get_instruction_args() or {}):
         checker.build_description(prompt=item.messages[-1]["content"])
     return checker
+
+
+def _import_without_downloads(module: str) -> Any:
+    """Imports a module that would download data of NLTK, whether or not an item needs them."""
+    import nltk
+
+    with mock.patch.object(nltk, "download"):
+        return importlib.import_module(module)
 
 
 def _has_nltk_data(path: str) -> bool:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from rlmt.checkpointing.files import atomic_write
 from rlmt.data.prompts import load_prompts
+from rlmt.data.tables import DataSource
 from rlmt.endpoints import Endpoint
 from rlmt.engines import Engine
 from rlmt.errors import UserError
@@ -52,6 +53,7 @@ def traits(
     batches: PositiveInt = 10,
     batch_prompts: PositiveInt = 20,
     max_traits: PositiveInt = 12,
+    subset: str | None = None,
     column: str | None = None,
     limit: PositiveInt | None = None,
     format: FormatName | None = None,  # noqa: A002 - the name of the option
@@ -81,6 +83,7 @@ def traits(
         batches: Number of batches of prompts whose thoughts the judge describes.
         batch_prompts: Number of prompts of a batch.
         max_traits: Maximum number of traits that the judge may find.
+        subset: Subset of a Hub dataset that has several: v2 of allenai/WildBench, which the paper takes.
         column: Column with the prompts; by default `prompt`, else `messages`.
         limit: Number of prompts to use, from the first; by default all.
         format: Thinking format of models that do not store one.
@@ -99,7 +102,7 @@ def traits(
     check_ranges(traits, locals())
     check_writable(out, "--out")
     judge.check("--judge")
-    rows = load_prompts(prompts, column, options="--")[:limit]
+    rows = load_prompts(DataSource(prompts, subset=subset), column, options="--")[:limit]
     settings = GenerationSettings(temperature, top_p, max_new_tokens, seed)
     policies = Policies.resolve(a, b, format, settings, engine)
     _check_thoughts(policies)
@@ -119,7 +122,7 @@ def traits(
     results.sort(key=lambda result: -result.difference.value)
     write_verdicts(found.traits, judged, winners, out / "traits.verdicts.parquet")
     values: dict[str, Any] = {
-        "prompts": {"source": prompts, "column": column, "limit": limit},
+        "prompts": {"source": prompts, "subset": subset, "column": column, "limit": limit},
         "used": len(judged),
         "left_out": len(pairs) - len(judged),
         "judge": analysis.to_json(),
