@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,27 @@ def test_field_that_every_request_has_wrong_stops_after_ten(serve: Serve, tmp_pa
     with pytest.raises(UserError, match="the first 10 requests were refused"):
         ask(server, [f"{i}" for i in range(200)], tmp_path / "l.jsonl")
     assert len(server.bodies) < 200
+
+
+def test_two_runs_with_one_ledger_ask_every_question_once(
+    serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    second_waits = threading.Event()
+
+    def script(path: str, body: Any) -> Reply:
+        assert second_waits.wait(60)
+        return completion("ok")
+
+    server = serve(script)
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(ask, server, ["a", "b"], tmp_path / "l.jsonl", show=False) for _ in range(2)]
+        printed = ""
+        while "waiting for another process" not in printed:
+            assert not any(run.done() for run in runs)
+            printed += capsys.readouterr().err
+        second_waits.set()
+        assert [run.result().answers for run in runs] == [[["ok", "ok"], ["ok", "ok"]]] * 2
+    assert len(server.bodies) == 4
 
 
 def refuse(*texts: str) -> Callable[[str, Any], Reply]:

@@ -166,7 +166,7 @@ def test_repeated_comparison_writes_the_same_file(setting: Make, tiny: Path) -> 
     for _ in range(2):  # the second one reads the scores and loads no reward
         assert main(command) == 0
         written.append(found.result())
-    assert written[0] == written[1] and written[0]["settings"]["rewards"][0]["source"] == str(tiny / "reward")
+    assert written[0] == written[1] and written[0]["settings"]["rewards"][0][0]["source"] == str(tiny / "reward")
 
 
 @pytest.mark.parametrize(
