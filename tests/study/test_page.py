@@ -57,7 +57,7 @@ def test_page_has_arms_with_seeds_and_the_contents_of_the_report(tmp_path: Path)
         "Results",
         "Differences",
         "My rubric by seed",
-        "Before and after",
+        "Answers to the same prompts",
         "What comes next",
     ]
     results, differences, by_seed, samples, closing = data["sections"]

@@ -27,11 +27,12 @@ from rlmt.study.job import JobState, is_done
 from rlmt.study.jobs import list_jobs, run_jobs, served
 from rlmt.study.report import make_sections, print_report, write_report
 from rlmt.study.results import Row, interval_over_prompts, last_values, read_rows
-from rlmt.study.samples import before_and_after, sample_lines
+from rlmt.study.samples import answers_to_same_prompts, sample_lines
 from rlmt.study.stages import Arm, Plan, Stage, target_files
 
 _ANALYSES = ("compare", "traits")
 """Commands that write a report of their own and no metrics."""
+_SAMPLED_ARMS = 4
 
 
 def study(
@@ -261,11 +262,13 @@ def _over_prompts(
 
 
 def _samples(unfilled: Findings, folders: Mapping[str, Sequence[Path]]) -> list[str]:
-    """Lines with samples of the first arm that is expected to gain, in the run with the first seed."""
-    arm = next((comparison.more for comparison in unfilled.comparisons if comparison.more in folders), None)
-    if arm is None:
-        return []
-    return list(sample_lines(before_and_after(folders[arm][0] / "latest"), unfilled.labels[arm]))
+    """Lines with the answers of the first arms that are compared, each in its run with the first seed."""
+    compared = [arm for comparison in unfilled.comparisons for arm in (comparison.than, comparison.more)]
+    first = [arm for arm in dict.fromkeys(compared) if folders.get(arm)][:_SAMPLED_ARMS]
+    shown = [arm for arm in folders if arm in first]  # in the order of the table
+    return list(
+        sample_lines(answers_to_same_prompts({unfilled.labels[arm]: folders[arm][0] / "latest" for arm in shown}))
+    )
 
 
 def _draw(out: Path, title: str, curves: dict[str, list[list[Row]]]) -> Path:

@@ -55,7 +55,7 @@ class Findings:
     meanings: Mapping[str, str] = field(default_factory=dict)
     """Arm or metric → what it is."""
     samples: Sequence[str] = ()
-    """Markdown lines with thoughts and answers before and after RL."""
+    """Markdown lines with thoughts and answers of several arms to the same held-out prompts."""
     analyses: Sequence[Section] = ()
     """Reports of arms that have no metrics but one of their own, such as `rlmt traits`."""
     next_commands: Sequence[str] = ()

@@ -32,7 +32,7 @@ def make_sections(findings: Findings) -> list[Section]:
         Section("Differences", [f"- {sentence}" for sentence in comparison_sentences(findings)]),
         *([_by_seed(findings)] if findings.table and len(findings.seeds) > 1 else []),
         *findings.analyses,
-        Section("Before and after", findings.samples),
+        Section("Answers to the same prompts", findings.samples),
         Section("Curves", pictures=[Picture(figure, f"Curves of {findings.title}")] if figure else []),
         Section("What comes next", _closing_lines(findings)),
     ]

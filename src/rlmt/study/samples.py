@@ -1,8 +1,8 @@
-"""Thoughts and answers of a policy before and after RL, from the rollout files of its run."""
+"""Thoughts and answers of a study's arms to the same held-out prompts, from the rollout files of validations."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,8 @@ _MOST_CHARS = 400
 
 @dataclass(frozen=True)
 class Sample:
-    """What a policy wrote in a training step."""
+    """What a policy wrote in its last validation."""
 
-    step: int
-    """Rollout step, from 0; the samples of step 0 are from before any update."""
     prompt: str
     """The last message of the prompt."""
     thought: str
@@ -28,60 +26,54 @@ class Sample:
     reward: float
 
 
-def before_and_after(folder: Path, count: int = 3) -> list[tuple[Sample, Sample]]:
-    """Pairs of an early and a late sample, for the same prompts as far as the run had them twice.
+def answers_to_same_prompts(runs: Mapping[str, Path], count: int = 3) -> list[dict[str, Sample]]:
+    """The answers of several policies to prompts that all of them had.
 
-    Of a prompt's samples in a step the one with the median reward is taken, so that none is picked for its quality.
+    The first prompts of the set are taken, and of several samples of one prompt the one with the median reward, so that
+    none is picked for its quality.
 
     Args:
-        folder: Folder of a run with `rollouts/`.
-        count: Number of pairs.
+        runs: Label → folder of a run with `val_rollouts/`; a run without it is left out.
+        count: Number of prompts.
 
     Returns:
-        At most `count` pairs; none without rollout files, or if they are all of one step.
+        For each prompt label → sample.
     """
-    files = sorted((folder / "rollouts").glob("*.parquet"))
-    if not files:
-        return []
-    rows = pa.concat_tables([pq.read_table(file, columns=_COLUMNS) for file in files]).to_pylist()
-    first, last = min(row["step"] for row in rows), max(row["step"] for row in rows)
-    if first == last:
-        return []
-    steps: dict[int, set[int]] = {}
-    for row in rows:
-        steps.setdefault(row["prompt_index"], set()).add(row["step"])
-    again = sorted(
-        (index for index in steps if len(steps[index]) > 1), key=lambda i: (min(steps[i]) - max(steps[i]), i)
-    )
-    if len(again) >= count:
-        return [(_median(rows, min(steps[i]), i), _median(rows, max(steps[i]), i)) for i in again[:count]]
-    early, late = (sorted(i for i in steps if step in steps[i])[:count] for step in (first, last))
-    return [(_median(rows, first, i), _median(rows, last, j)) for i, j in zip(early, late, strict=False)]
+    found = {label: rows for label, folder in runs.items() if (rows := _last_validation(folder))}
+    shared = sorted(set.intersection(*map(set, found.values()))) if found else []
+    return [{label: _median(rows[index]) for label, rows in found.items()} for index in shared[:count]]
 
 
-def sample_lines(pairs: Sequence[tuple[Sample, Sample]], title: str) -> Iterator[str]:
-    """Markdown lines that show pairs of `before_and_after`.
+def sample_lines(answers: list[dict[str, Sample]]) -> Iterator[str]:
+    """Markdown lines that show the answers, thoughts in brackets.
 
     Args:
-        pairs: The pairs.
-        title: Name of the policy.
+        answers: What `answers_to_same_prompts` returned.
     """
-    for before, after in pairs:
-        same = before.prompt == after.prompt
-        for sample, when in ((before, "before"), (after, "after")):
-            if when == "before" or not same:
-                yield f"> {_clip(sample.prompt)}"
+    for by_label in answers:
+        yield from ("", f"> {_clip(next(iter(by_label.values())).prompt)}", "")
+        for label, sample in by_label.items():
             thought = f"[{_clip(sample.thought)}] " if sample.thought else ""
-            when = f"{title} {when} RL" if sample.step == 0 or when == "after" else f"{title} in step {sample.step}"
-            yield f"- {when} (reward {sample.reward:.2f}): {thought}**{_clip(sample.response)}**"
+            yield f"- {label} (reward {sample.reward:.2f}): {thought}**{_clip(sample.response)}**"
 
 
-def _median(rows: Iterable[dict[str, Any]], step: int, index: int) -> Sample:
-    """The sample with the median reward for a prompt in a step."""
-    found = sorted((r for r in rows if (r["step"], r["prompt_index"]) == (step, index)), key=lambda r: r["reward"])
-    row = found[len(found) // 2]
+def _last_validation(folder: Path) -> dict[int, list[dict[str, Any]]]:
+    """Rows of a run's last validation by the row number of their prompt."""
+    tables = [pq.read_table(file, columns=_COLUMNS) for file in sorted((folder / "val_rollouts").glob("*.parquet"))]
+    rows = pa.concat_tables(tables).to_pylist() if tables else []
+    last = max((row["step"] for row in rows), default=0)
+    found: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["step"] == last:
+            found.setdefault(row["prompt_index"], []).append(row)
+    return found
+
+
+def _median(rows: list[dict[str, Any]]) -> Sample:
+    """The sample with the median reward."""
+    row = sorted(rows, key=lambda row: row["reward"])[len(rows) // 2]
     response = row["response"] if row["status"] == "ok" else f"({row['status']})"
-    return Sample(step, row["messages"][-1]["content"], row["thought"].strip(), response.strip(), row["reward"])
+    return Sample(row["messages"][-1]["content"], row["thought"].strip(), response.strip(), row["reward"])
 
 
 def _clip(text: str) -> str:
