@@ -1,6 +1,7 @@
 """Budgets of `rlmt plan` against sizes computed by hand, and its command line."""
 
 import json
+import logging
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -480,7 +481,9 @@ def test_supervised_run_has_one_phase(
     monkeypatch.chdir(tmp_path)
     model = "--model.policy" if kind == "sft" else "--model.model"
     line = f"plan --config {kind} --data.path x.jsonl --data.max_length 2048 --memory 80 {model}"
+    level = logging.getLogger("lightning.pytorch").level
     assert main([*line.split(), str(two_layers / "policy")]) == 0
+    assert logging.getLogger("lightning.pytorch").level == level, "a run in the same process logs as before"
     out = capsys.readouterr().out
     assert out.splitlines()[0].split() == ["GiB", "update"] and "in update." in out
     found = {name: cells[0] for name, cells in table(out).items()}

@@ -206,9 +206,14 @@ def plan(args: Sequence[str]) -> int:
     Raises:
         UserError: The configuration is invalid.
     """
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # they describe the CPU Trainer, not the planned one
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)  # they describe the CPU Trainer, not the planned one
     try:
         return run(["fit", *args], PlanCLI)
     except DoesNotFit:
         return 1
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
