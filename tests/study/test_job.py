@@ -91,6 +91,12 @@ def test_output_of_a_command_is_appended_to_its_log(tmp_path: Path) -> None:
     assert "'nonsense' is not a command; choose one of fit" in (tmp_path / "b/log.txt").read_text()
 
 
+def test_process_of_a_job_does_not_import_torch() -> None:
+    """It only starts the command and waits for it, once for each job of a study."""
+    code = "import sys, rlmt.study.job; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_second_process_is_refused_while_a_folder_is_locked(tmp_path: Path) -> None:
     holder = (
         "import sys, pathlib; from rlmt.study.processes import locked\n"

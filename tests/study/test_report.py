@@ -10,7 +10,7 @@ import pytest
 
 from rlmt.evaluation.statistics import Interval
 from rlmt.report.estimates import Estimate
-from rlmt.report.sections import Section, Table
+from rlmt.report.sections import Example, Section, Table
 from rlmt.study.command import next_commands
 from rlmt.study.figure import draw_study
 from rlmt.study.findings import Comparison, Findings, comparison_sentences
@@ -127,10 +127,16 @@ def test_report_ends_with_its_words_and_the_next_command(tmp_path: Path) -> None
 
 
 def test_analyses_are_sections_of_the_report(tmp_path: Path) -> None:
-    traits = Section("Planning traits", ["12 of 24 prompts"], [Table(["trait", "a"], [["checks | weighs", "3"]])])
+    table, example = (
+        Table(["trait", "a"], [["checks | weighs", "3"]]),
+        Example("Row 1", [("Prompt", "# Hi"), ("", "b")]),
+    )
+    traits = Section("Planning traits", ["12 of 24 prompts"], [table], examples=[example])
     found = replace(findings(Comparison("a", "b"), a=HIGH, b=LOW), analyses=[traits])
     expected = "## Planning traits\n\n12 of 24 prompts\n\n| trait | a |\n|---|---|\n| checks \\| weighs | 3 |\n"
-    assert expected in report_of(found, tmp_path)
+    assert expected + "\n### Row 1\n\n**Prompt**\n\n```text\n# Hi\n```\n\n```text\nb\n```\n" in report_of(
+        found, tmp_path
+    )
     alone = replace(found, table={}, minutes={}, comparisons=[])
     assert [section.title for section in make_sections(alone)] == ["Results", "Planning traits"]
 

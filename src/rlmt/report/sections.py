@@ -50,3 +50,9 @@ def plain(text: str) -> str:
     """A line of Markdown as plain text: no mark of a list or quote, no emphasis, code or picture, no backslashes."""
     text = re.sub(r"^(?:- |> )", "", text.strip())
     return re.sub(r"\\(.)|!\[[^\]]*\]\([^)]*\)|\*\*|`", lambda match: match[1] or "", text).strip()
+
+
+def fenced(text: str) -> list[str]:
+    """Lines of Markdown that show a text as it is, whatever backticks it contains."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return [f"{fence}text", text, fence]

@@ -36,12 +36,8 @@ class Request:
     """Maximum number of parallel jobs."""
     executor: str = "local"
     """local, slurm or dryrun."""
-    executor_settings: dict[str, Any] = field(default_factory=lambda: {"requeue": True})
-    """Settings of the executor plugin of a cluster."""
     resources: dict[str, int | str] = field(default_factory=dict)
     """Default resources of each job on a cluster."""
-    seconds_between_checks: int = 10
-    """Time between two looks at the jobs on a cluster."""
     folder: str = ""
     """The study's folder, where Snakemake works."""
     config: str = ""
@@ -118,7 +114,7 @@ def _run(request: Request, handler: _EventHandler) -> None:
     settings: Any = None
     if not local:
         plugin = ExecutorPluginRegistry().get_plugin(request.executor)
-        settings = plugin.settings_cls(**request.executor_settings)
+        settings = plugin.settings_cls(requeue=True)
     with SnakemakeApi(OutputSettings(dryrun=request.executor == "dryrun", enable_file_logging=False)) as api:
         for default in list(logger.handlers):
             logger.removeHandler(default)
@@ -144,9 +140,7 @@ def _run(request: Request, handler: _EventHandler) -> None:
             execution_settings=ExecutionSettings(keep_going=True, lock=False),
             scheduling_settings=SchedulingSettings(scheduler="greedy"),
             scheduler_settings=SchedulerSettings(),
-            remote_execution_settings=RemoteExecutionSettings(
-                seconds_between_status_checks=request.seconds_between_checks
-            ),
+            remote_execution_settings=RemoteExecutionSettings(seconds_between_status_checks=10),
             executor_settings=settings,
         )
 

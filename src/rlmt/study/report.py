@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from rlmt.report.sections import Picture, Section, Table, plain
+from rlmt.report.sections import Picture, Section, Table, fenced, plain
 from rlmt.study.findings import Findings, comparison_sentences, seeds_text, unfinished
 
 _MOST_COLUMNS = 9
@@ -112,6 +112,11 @@ def _markdown(title: str, sections: Sequence[Section], out: Path) -> str:
             lines += ["", f"### {table.caption}"] if table.caption else []
             lines += ["", _table_row(table.columns), f"|{'---|' * len(table.columns)}", *map(_table_row, table.rows)]
         lines += [f"\n![{picture.alt}]({os.path.relpath(picture.path, out)})" for picture in section.pictures]
+        for example in section.examples:
+            lines += ["", f"### {example.title}"]
+            for label, text in example.parts:
+                lines += ["", f"**{label}**"] if label else []
+                lines += ["", *fenced(text)]
     return "\n".join(lines) + "\n"
 
 

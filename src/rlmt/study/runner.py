@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import IO, Any
 
 from rich.console import Console
@@ -81,9 +80,9 @@ class Runner:
         Raises:
             UserError: Snakemake cannot plan the jobs.
         """
-        with self._engine() as (process, lines):
-            for line in lines:
-                self._handle(json.loads(line), show=False)
+        with self._engine() as (process, events):
+            for event in events:
+                self._handle(event, show=False)
         self._raise_errors(process.returncode)
         return self._reasons
 
@@ -93,30 +92,29 @@ class Runner:
         Raises:
             UserError: Jobs failed; the message has the reason of the first.
         """
-        with self._progress, self._engine() as (process, lines):
+        with self._progress, self._engine() as (process, events):
             study = self._progress.add_task("study", total=None, note="")
-            for line in _with_pauses(lines):
-                if line is not None:
-                    self._handle(json.loads(line), show=True)
+            for event in events:
+                self._handle(event, show=True)
                 self._update_bars()
                 note = f"{self._finished} of {self._total} jobs" if self._total else ""
                 self._progress.update(study, total=self._total or None, completed=self._finished, note=note)
         self._raise_errors(process.returncode)
 
     @contextmanager
-    def _engine(self) -> Iterator[tuple[subprocess.Popen[str], IO[str]]]:
-        """Starts Snakemake and yields its process and the lines of its events; ends its jobs on an exception."""
+    def _engine(self) -> Iterator[tuple[subprocess.Popen[bytes], Iterator[dict[str, Any]]]]:
+        """Starts Snakemake and yields its process and its events; ends its jobs on an exception."""
         with tempfile.TemporaryFile() as messages:
             process = subprocess.Popen(
                 [sys.executable, "-m", "rlmt.study.engine"],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=messages, text=True, start_new_session=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=messages, start_new_session=True,
                 preexec_fn=partial(end_with_parent, signal.SIGKILL, os.getpid()),
             )  # fmt: skip
             assert process.stdin is not None and process.stdout is not None
             try:
-                process.stdin.write(self._request.to_json())
+                process.stdin.write(self._request.to_json().encode())
                 process.stdin.close()
-                yield process, process.stdout
+                yield process, _read_events(process.stdout)
                 process.wait()
             except BaseException:
                 self._stop(process)
@@ -125,7 +123,7 @@ class Runner:
                 messages.seek(0)
                 self._errors.append(_last_line(messages.read()))
 
-    def _stop(self, process: subprocess.Popen[str]) -> None:
+    def _stop(self, process: subprocess.Popen[bytes]) -> None:
         """Ends Snakemake and with it all jobs; those on a cluster are cancelled. Waits for the end of local jobs."""
         if self._request.executor not in ("local", "dryrun"):
             process.send_signal(signal.SIGINT)
@@ -208,26 +206,17 @@ def failure_reason(folder: Path, details: dict[str, str] | None = None) -> str:
     return f"{reason} ({status}{min(os.path.relpath(log), str(log), key=len)})"
 
 
-def _with_pauses(lines: IO[str]) -> Iterator[str | None]:
-    """Yields lines as they come, and None whenever none came for half a second."""
-    queue: SimpleQueue[str | None] = SimpleQueue()
-
-    def read() -> None:
-        for line in lines:
-            queue.put(line)
-        queue.put(None)
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
+def _read_events(stream: IO[bytes]) -> Iterator[dict[str, Any]]:
+    """Yields Snakemake's events as they come, and the event `pause` whenever none came for half a second."""
+    rest = b""
     while True:
-        try:
-            line = queue.get(timeout=0.5)
-        except Empty:
-            yield None
+        if not select.select([stream], [], [], 0.5)[0]:
+            yield {"event": "pause"}
             continue
-        if line is None:
+        if not (read := os.read(stream.fileno(), 1 << 16)):
             return
-        yield line
+        *lines, rest = (rest + read).split(b"\n")
+        yield from map(json.loads, lines)
 
 
 def _tail(log: Path) -> bytes:

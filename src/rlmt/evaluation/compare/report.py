@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.table import Table
 from rlmt.checkpointing.files import atomic_write
 from rlmt.evaluation.compare.figures import Figures, Line, sentences
 from rlmt.evaluation.compare.pairs import Pair
+from rlmt.report.sections import fenced
 from rlmt.rewards.prompt_text import conversation_text
 
 SHOWN = 10
@@ -169,11 +169,5 @@ def _pair_section(comparison: Comparison, row: int) -> list[str]:
     texts = {"Prompt": conversation_text(pair.prompt.messages)}
     texts |= {comparison.names[0]: pair.first.response, comparison.names[1]: pair.second.response}
     for title, text in texts.items():
-        parts += [f"**{title}**", "", *_fenced(text), ""]
+        parts += [f"**{title}**", "", *fenced(text), ""]
     return parts
-
-
-def _fenced(text: str) -> list[str]:
-    """A text as a Markdown code block, whatever backticks it contains."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return [f"{fence}text", text, fence]
