@@ -81,7 +81,7 @@ def test_wide_tables_have_metrics_in_rows_in_the_terminal(capsys: pytest.Capture
     found = replace(wide, metrics=metrics, table={a: dict.fromkeys(metrics, HIGH) for a in "ab"})
     (results, *_) = make_sections(found)
     assert results.tables[0].columns[:3] == ["", "m 0", "m 1"]
-    print_report([results], [])
+    print_report(found.title, [results], [])
     printed = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines()]
     assert [cell.strip() for cell in next(line for line in printed if "m 8" in "".join(line))] == (
         ["m 8", "5.50 ± 1.24", "5.50 ± 1.24"]
@@ -91,9 +91,9 @@ def test_wide_tables_have_metrics_in_rows_in_the_terminal(capsys: pytest.Capture
 def test_terminal_shows_brackets(capsys: pytest.CaptureFixture[str]) -> None:
     labels = {"a": "A [x]", "b": "B"}
     found = replace(findings(Comparison("a", "b"), a=HIGH, b=LOW), labels=labels, tables={"t[1]": ["a"]})
-    print_report(make_sections(found), [])
+    print_report("A [study]", make_sections(found), [])
     printed = capsys.readouterr().out
-    assert "T[1]" in printed and "A [x]" in printed and "A [x] − B, rubric" in printed
+    assert "A [study]: T[1]" in printed and "A [x]" in printed and "A [x] − B, rubric" in printed
 
 
 def test_comparison_with_an_unreported_arm_is_omitted() -> None:

@@ -147,6 +147,8 @@ def test_shipped_study_uses_every_stage() -> None:
         used |= {job.split("-")[0] for job in plan.stages[stage].needs.values()} if stage in used else set()
     assert used == set(plan.stages)
     plan.check_configs(Path.cwd())
+    tables = yaml.safe_load((Path(__file__).parents[2] / "configs/study/mini.yaml").read_text())["tables"]
+    assert sorted(arms) == sorted(arm for members in tables.values() for arm in members)
 
 
 @pytest.mark.parametrize("scale", ["8b", "tiny"])

@@ -191,7 +191,7 @@ def report(
     )
     sections = make_sections(findings)
     page = write_study_page(findings, sections, trained, [name for name in figure if name in arms] or scored, out)
-    print_report(sections, [page, *write_report(findings, sections, out)])
+    print_report(findings.title, sections, [page, *write_report(findings, sections, out)])
 
 
 def _estimates(folders: Sequence[Path], metrics: dict[str, str]) -> dict[str, Estimate]:

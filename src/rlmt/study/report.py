@@ -72,17 +72,18 @@ def write_report(findings: Findings, sections: Sequence[Section], out: Path) -> 
     return [out / name for name in (*files, "results.csv")]
 
 
-def print_report(sections: Sequence[Section], written: Sequence[Path]) -> None:
+def print_report(title: str, sections: Sequence[Section], written: Sequence[Path]) -> None:
     """Prints the tables and texts of a report, its pictures and its files.
 
     Args:
+        title: Title of the report.
         sections: The sections.
         written: The files.
     """
     console = Console()
     for section in sections:
         for table in section.tables:
-            console.print(_terminal_table(table, section.title))
+            console.print(_terminal_table(table, f"{title}: {table.caption or section.title}"))
         for text in map(plain, section.texts):
             console.print(text, soft_wrap=True, markup=False, highlight=False)
     for path in [*written, *(picture.path for section in sections for picture in section.pictures)]:
@@ -94,7 +95,7 @@ def _terminal_table(table: Table, title: str) -> RichTable:
     head, rows = list(table.columns), [list(row) for row in table.rows]
     if len(head) > _MOST_COLUMNS:
         head, *rows = [list(column) for column in zip(head, *rows, strict=True)]
-    shown = RichTable(title=escape(table.caption or title))
+    shown = RichTable(title=escape(title))
     for number, name in enumerate(head):
         shown.add_column(escape(name), justify="right" if number else "left")
     for row in rows:
