@@ -108,7 +108,7 @@ def _markdown(title: str, sections: Sequence[Section], out: Path) -> str:
     lines = [f"# {title}"]
     for section in sections:
         lines += ["", f"## {section.title}"]
-        lines += [line for text in section.texts for line in ("", text)]
+        lines += [line for text in section.texts if text for line in ("", text)]
         for table in section.tables:
             lines += ["", f"### {table.caption}"] if table.caption else []
             lines += ["", _table_row(table.columns), f"|{'---|' * len(table.columns)}", *map(_table_row, table.rows)]
