@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
@@ -95,7 +96,7 @@ def _terminal_table(table: Table, title: str) -> RichTable:
     head, rows = list(table.columns), [list(row) for row in table.rows]
     if len(head) > _MOST_COLUMNS:
         head, *rows = [list(column) for column in zip(head, *rows, strict=True)]
-    shown = RichTable(title=escape(title))
+    shown = RichTable(title=escape(title), box=SIMPLE_HEAD, pad_edge=False)  # eight columns in 80 characters
     for number, name in enumerate(head):
         shown.add_column(escape(name), justify="right" if number else "left")
     for row in rows:

@@ -284,14 +284,15 @@ class Folder:
 def test_sleep_mode_between_rollouts() -> None:
     engine = VLLMEngine()
     engine._llm = llm = Recorder()
-    engine._names, engine._sleeps, engine._asleep, engine._max_model_len = frozenset("w"), True, False, 8
-    engine._eager, engine._on_gpu = False, True
+    engine._weights = SimpleNamespace(names={"w"}, load=lambda weights, missing: map(missing.discard, "w"))  # type: ignore[assignment]
+    engine._sleeps, engine._asleep, engine._max_model_len = True, False, 8
+    engine._eager, engine._on_gpu, engine._has_run = False, True, False
     for version in (1, 2):
         engine.sync([("w", torch.zeros(1))], version)
         assert engine.version == version
         assert engine.generate([SampleRequest([1], [])], Sampling(1.0, 1)).weight_version == version
         assert engine.version is None  # so that the trainer syncs before the next rollout
-    first = ["collective_rpc", "reset_prefix_cache", "generate", "sleep 2"]
+    first = ["collective_rpc", "generate", "reset_prefix_cache", "generate", "sleep 2"]  # a token at the first sync
     later = ["wake_up weights", "collective_rpc", "wake_up kv_cache", "reset_prefix_cache", "generate", "sleep 2"]
     assert llm.calls == first + later
     engine._folder, engine._had_process_group = Folder(), False  # type: ignore[assignment]

@@ -28,7 +28,6 @@ from rlmt.distributed import collectives
 from rlmt.distributed.fsdp2 import compute_device
 from rlmt.engines.base import Engine, max_completion_tokens
 from rlmt.engines.vllm.isolation import (
-    complete_load,
     keep_process_group,
     preserve_process_state,
     rank_environment,
@@ -37,6 +36,7 @@ from rlmt.engines.vllm.isolation import (
 )
 from rlmt.engines.vllm.launch import device_args, save_config
 from rlmt.engines.vllm.lora import LoRASlot, lora_engine_args, merge_adapters, unsupported_reason
+from rlmt.engines.vllm.reload import reload_weights
 from rlmt.engines.vllm.sampling import SamplingProgress, sampling_params
 from rlmt.engines.vllm.temporary_folders import ContentFolder, check_folders, remove_abandoned
 from rlmt.engines.vllm.tensor_parallel import check_heads, check_ranks, gather_requests, gloo_communicator
@@ -184,7 +184,7 @@ class VLLMEngine(Engine):
                 f"VLLMEngine uses the first visible GPU, but the policy is on {device}: set CUDA_VISIBLE_DEVICES to "
                 "the one GPU to use."
             )
-        self._weights, self._has_base = VLLMWeights(policy), False
+        self._weights, self._has_base, self._has_run = VLLMWeights(policy), False, False
         self._max_model_len = max_model_len
         self.chunks_prefill = not shares_cache(policy.config)
         self._on_gpu = device.type == "cuda"
@@ -268,7 +268,7 @@ class VLLMEngine(Engine):
             adapter: The policy's adapter, if it has one.
 
         Raises:
-            UserError: vLLM's model has no place for a weight.
+            UserError: vLLM cannot run the policy.
             ValueError: A name of the policy's `state_dict()` is missing; the engine would keep a stale weight.
             RuntimeError: vLLM did not load all weights, or did not reset its prefix cache.
         """
@@ -305,9 +305,8 @@ class VLLMEngine(Engine):
     def _reload_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Loads weights in place; vLLM drops its adapters."""
         missing = set(self._weights.names)
-        with preserve_process_state(), complete_load():
-            iterator = self._weights.load(weights, missing)
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iterator})
+        reload_weights(self._llm, self._weights.load(weights, missing), self._on_gpu, first=not self._has_run)
+        self._has_run = True
         if missing:
             raise ValueError(f"{len(missing)} of the policy's weights were not passed to sync, such as {min(missing)}.")
 

@@ -1,11 +1,10 @@
 """Isolation of vLLM within the trainer's process.
 
-vLLM changes process-wide state, which is restored here, and reports some failures only in its log, which is read here.
+vLLM changes process-wide state, which is restored here.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -18,7 +17,6 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import distributed
 
 from rlmt.distributed import collectives
-from rlmt.errors import UserError, first_line
 
 
 @contextmanager
@@ -94,39 +92,6 @@ def rank_environment() -> Iterator[None]:
     variables = {"RANK": rank, "LOCAL_RANK": local, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     with mock.patch.dict(os.environ, variables):
         yield
-
-
-@contextmanager
-def complete_load() -> Iterator[None]:
-    """Refuses a reload of weights that is not complete.
-
-    Raises:
-        UserError: vLLM's model has no place for a weight, as where transformers' model of a family has a part more.
-        RuntimeError: vLLM warned about weights that it did not load; it raises no exception for them.
-    """
-    warnings: list[str] = []
-
-    class Collector(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if "not loaded" in record.getMessage():
-                warnings.append(record.getMessage())
-
-    logger = logging.getLogger("vllm.model_executor.model_loader.reload.inplace")
-    handler, level = Collector(), logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.WARNING)  # of this logger only: the handler that prints keeps its own level
-    try:
-        yield
-    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"VLLMEngine cannot load the policy's weights: {type(error).__name__}: {first_line(error)}. "
-            "vLLM's model of this family differs from transformers'; use --data.engine TransformersEngine."
-        ) from error
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-    if warnings:
-        raise RuntimeError(f"vLLM did not load all weights: {warnings[0]}")
 
 
 @contextmanager

@@ -1,0 +1,91 @@
+"""Reloads of the policy's weights into a running vLLM: what it leaves undone in one, or reports in its log alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlmt.engines.vllm.isolation import preserve_process_state
+from rlmt.engines.vllm.sampling import sampling_params
+from rlmt.errors import UserError, first_line
+from rlmt.types import Sampling
+
+
+def reload_weights(llm: Any, weights: Iterable[tuple[str, Tensor]], on_gpu: bool, first: bool) -> None:
+    """Loads weights in place; vLLM drops its adapters.
+
+    The first time a token is sampled, too: not every family that vLLM builds and loads can be run.
+
+    Args:
+        llm: The `vllm.LLM`.
+        weights: Names and tensors of a checkpoint.
+        on_gpu: Whether it runs on a GPU.
+        first: Whether no reload was complete before.
+
+    Raises:
+        UserError: vLLM cannot run the policy, as where its model of a family lacks a part of transformers'.
+        RuntimeError: vLLM did not load all weights.
+    """
+    with preserve_process_state(), _complete_load(first):
+        if not on_gpu:
+            llm.apply_model(_forget_packed_experts)
+        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if first:
+            token = sampling_params(Sampling(temperature=1.0, max_new_tokens=1), seed=0, room=1)
+            llm.generate({"prompt_token_ids": [0]}, token, use_tqdm=False)
+
+
+@contextmanager
+def _complete_load(first: bool) -> Iterator[None]:
+    """Refuses a reload of weights that is not complete.
+
+    Args:
+        first: Whether no reload was complete before, so that any exception may be one about the family of the policy.
+
+    Raises:
+        UserError: vLLM cannot run the policy, as where its model of a family lacks a part of transformers'.
+        RuntimeError: vLLM warned about weights that it did not load; it raises no exception for them.
+    """
+    warnings: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "not loaded" in record.getMessage():
+                warnings.append(record.getMessage())
+
+    logger = logging.getLogger("vllm.model_executor.model_loader.reload.inplace")
+    handler, level = Collector(), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)  # of this logger only: the handler that prints keeps its own level
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # vLLM raises many types
+        if not first:
+            raise
+        raise UserError(
+            f"VLLMEngine cannot run this policy: {type(error).__name__}: {first_line(error)}; vLLM's model of its "
+            "family differs from transformers'. Use --data.engine TransformersEngine or another policy."
+        ) from error
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    if warnings:
+        raise RuntimeError(f"vLLM did not load all weights: {warnings[0]}")
+
+
+def _forget_packed_experts(model: nn.Module) -> None:
+    """Lets the next reload pack the weights of experts again, as vLLM does for CPUs at the first load only.
+
+    Without it every sync of a mixture-of-experts policy is without effect on its experts (vLLM 0.32, CPU build).
+    """
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
