@@ -77,11 +77,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "qk_rope_head_dim": 32,
             "v_head_dim": 32,
             "num_key_value_heads": 2,
+            "topk_method": "noaux_tc",  # as in the models on the Hub; vLLM reads it, transformers does not
         },
     ),
     "Qwen3-Next": ("qwen3_next", _LINEAR | _MOE | {"num_experts": 4, "shared_expert_intermediate_size": 32}),
     "Qwen3.5": ("qwen3_5_text", _LINEAR),
-    "LFM2": ("lfm2", {"layer_types": ["conv", "full_attention"]}),
+    "LFM2": ("lfm2", {"layer_types": ["conv", "full_attention"], "conv_dim": 64}),
     "Falcon-H1": ("falcon_h1", _MAMBA | {"mamba_d_ssm": 128, "lm_head_multiplier": 0.5}),
     "Mamba 2": ("mamba2", {"state_size": 16, "num_heads": 4, "head_dim": 32, "n_groups": 1}),
     "Llama 4": ("llama4_text", {"num_local_experts": 4, "intermediate_size_mlp": 96, "head_dim": 32}),
