@@ -301,7 +301,7 @@ def test_study_of_the_paper_instantiates_every_run(launched: list[Any]) -> None:
     for command in runs:
         words = shlex.split(command.replace(" --ckpt_path last", ""))
         assert main([*words, "--trainer.accelerator", "cpu"]) == 0, command
-    assert len(launched) == len(runs) == 18
+    assert len(launched) == len(runs) == 20
 
 
 STRATEGIES = [
