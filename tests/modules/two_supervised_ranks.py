@@ -33,15 +33,16 @@ class Watch(Callback):
         self.counts: list[int] = []
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        losses = pl_module.losses
+        name = "_micro_batches" if hasattr(pl_module, "_micro_batches") else "losses"  # what validation uses, too
+        parts = getattr(pl_module, name)
 
         def counted(*args: Any, **options: Any) -> Iterator[Any]:
             self.counts.append(0)
-            for loss in losses(*args, **options):
+            for part in parts(*args, **options):
                 self.counts[-1] += 1
-                yield loss
+                yield part
 
-        pl_module.losses = counted
+        setattr(pl_module, name, counted)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
         named = pl_module.named_parameters()

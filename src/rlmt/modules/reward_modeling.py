@@ -326,8 +326,9 @@ def _pairs_of_all_ranks(parts: list[PairLoss]) -> tuple[Tensor, Tensor, list[str
 
 def _values_of_rows(parts: list[PairLoss]) -> dict[str, Tensor]:
     """Loss and accuracies of this rank's rows: [r, 2] the sum over the pairs of each row, and their number."""
-    rankings = torch.cat([part.rankings.cpu() for part in parts])
-    right = (torch.cat([part.differences.cpu() for part in parts]) > 0).float()
+    none = torch.zeros(0)  # a rank may have no rows
+    rankings = torch.cat([none, *(part.rankings.cpu() for part in parts)])
+    right = (torch.cat([none, *(part.differences.cpu() for part in parts)]) > 0).float()
     owners = torch.tensor([row for part in parts for row in part.rows], dtype=torch.long)
     subsets = [subset for part in parts for subset in part.subsets]
     values = {"loss": _sums_by_row(rankings, owners), "accuracy": _sums_by_row(right, owners)}
