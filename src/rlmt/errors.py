@@ -57,10 +57,13 @@ def own_error_message(error: BaseException | None) -> str | None:
     """
     while error is not None:
         if isinstance(error, Exception) and (what := describe_own_error(error)) is not None:
-            frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-            names = [frame.f_code.co_qualname for frame in frames if _is_own(frame.f_code.co_filename)]
+            codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+            names = [code.co_qualname for code in codes if _is_own(code.co_filename)]
             called = next((name for name in names if name != "<module>"), "Your code")
-            return f"{called} raised {what}; fix it, and run the command again."
+            # A run that fails within its steps saves a checkpoint.
+            stepping = any(code.co_qualname == "_FitLoop.advance" for code in codes)
+            again = "resume with --ckpt_path last" if stepping else "run the command again"
+            return f"{called} raised {what}; fix it, and {again}."
         error = error.__cause__ or error.__context__
     return None
 

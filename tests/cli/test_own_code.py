@@ -86,6 +86,7 @@ MODULES = {
     "own_import.py": "rows = 1\nrate = 1 / (rows - 1)\n",
 }
 AGAIN = "; fix it, and run the command again."
+RESUME = "; fix it, and resume with --ckpt_path last."
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +118,8 @@ def own_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         ),
         (
             "--model.reward own_mistakes.Constant --model.algorithm own_mistakes.Prepares",
-            "Prepares.prepare raised KeyError: 'advantages' (own_mistakes.py, line 33: return {}[\"advantages\"])",
+            "Prepares.prepare raised KeyError: 'advantages' (own_mistakes.py, line 33: return {}[\"advantages\"])"
+            + RESUME,
         ),
         (
             "--model.reward own_mistakes.Constant --trainer.callbacks+ own_mistakes.Starts",
@@ -154,5 +156,6 @@ def test_error_in_own_code_is_one_line(
     assert main([*run.split(), *options.split()]) == 2
     printed = capsys.readouterr().err
     (found,) = [text for text in printed.splitlines() if text.startswith("rlmt: error: ")]
-    assert found.endswith(line.removeprefix("…") + AGAIN) and "Traceback" not in printed
-    assert line.startswith("…") or found == f"rlmt: error: {line}{AGAIN}"
+    line += "" if line.endswith(RESUME) else AGAIN
+    assert found.endswith(line.removeprefix("…")) and "Traceback" not in printed
+    assert line.startswith("…") or found == f"rlmt: error: {line}"
