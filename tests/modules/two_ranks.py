@@ -1,7 +1,7 @@
 """A rank of test_ranks.py: each objective's update on the rank's groups; rank 0 first computes it on all groups."""
 
+import ctypes
 import gc
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,12 +18,16 @@ from rlmt import errors
 from rlmt.algorithms import DPO, GRPO, PPO, Algorithm, REINFORCEPlusPlus
 from rlmt.distributed import collectives
 from rlmt.distributed.fsdp2 import compute_device, full_tensor, is_sharded, shard_model
+from rlmt.distributed.rank_0_loading import is_on_rank_0, load_on_rank_0, rank_0_loads
 from rlmt.errors import AllRanksUserError, UserError
 from rlmt.models.adapters import LoRA, trainable_parameters
 from rlmt.models.critic import build_critic
+from rlmt.models.loading import frozen_copy
 from rlmt.models.logprobs import compute_logprobs, compute_values
+from rlmt.models.reward_model import load_classifier
 from rlmt.modules import RLMTModule
 from rlmt.modules.dynamic_sampling import select
+from rlmt.modules.offline_rollouts import fingerprint
 from rlmt.modules.update import PolicyUpdate
 from rlmt.rewards import ClassifierReward
 from rlmt.rewards.classifier import shardable_models
@@ -181,31 +185,64 @@ def streamed(mesh: DeviceMesh) -> dict[str, int]:
     return {"model": sum(weights), "largest": max(weights), "peak": memory("VmHWM") - before}
 
 
-def turns(number: int, mesh: DeviceMesh) -> dict[str, Any]:
-    """When a rank held a whole policy, what stays in its memory, and what both raise if one fails in its turn."""
+def models(reward: str) -> tuple[PreTrainedModel | nn.Module, ...]:
+    """A tied policy with an adapter, its frozen copy in bfloat16, a critic with an adapter, and a reward model."""
+    policy, lora = model(0), LoRA(rank=4, alpha=8)
+    policy.config.tie_word_embeddings = True
+    policy.tie_weights()
+    reference = frozen_copy(policy, torch.bfloat16)
+    lora.add_to(policy)
+    return policy, reference, build_critic(policy, lora=lora), load_classifier(reward)
+
+
+def local_state(module: nn.Module) -> list[tuple[str, bool, Tensor]]:
+    """Names, `requires_grad` and this rank's elements of all parameters and buffers; tied ones under each name."""
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return [(n, t.requires_grad, (t.to_local() if isinstance(t, DTensor) else t).detach().clone()) for n, t in named]
+
+
+def loaded_by_rank_0(number: int, reward: str, mesh: DeviceMesh) -> dict[str, Any]:
+    """Models that rank 0 loads against the ones that every rank loads, the memory it takes, and errors."""
+    states, logprobs, digests = [], [], []
+    for only_rank_0 in (False, True):
+        torch.manual_seed(number if only_rank_0 else 0)  # of rank 1 only without effect if rank 0's weights are used
+        with rank_0_loads(only_rank_0):
+            loaded: Any = load_on_rank_0(lambda: models(reward))
+        assert any(p.is_meta for p in loaded[0].parameters()) == (only_rank_0 and number == 1)
+        if not only_rank_0:
+            digests.append(fingerprint(loaded[0]))
+        for each in loaded:
+            assert is_on_rank_0(each) == only_rank_0
+            shard_model(each, mesh, mixed=False, from_rank_0=only_rank_0)
+        assert loaded[0].lm_head.weight is loaded[0].get_input_embeddings().weight
+        states.append([("random", False, torch.rand(1)), *(row for each in loaded for row in local_state(each))])
+        logprobs.append(compute_logprobs(loaded[0], experience().rollouts, BUDGET, CPU))
+        digests.append(fingerprint(loaded[0]))
 
     @collectives.rank_hook
-    def load(failing: int | None) -> PreTrainedModel:
-        with collectives.in_turn(number, 2):
-            began = time.monotonic()
-            if number == failing:
+    def load_large(fails: bool) -> PreTrainedModel:
+        def load() -> PreTrainedModel:
+            if fails:
                 raise UserError("wrong")
-            policy = LlamaForCausalLM(LlamaConfig(**LARGE))
-            shard_model(policy, mesh, mixed=False)
-            interval.extend((began, time.monotonic()))
-        return policy
+            return LlamaForCausalLM(LlamaConfig(**LARGE))
 
-    interval: list[float] = []
-    before = tensor_bytes()
-    policy = load(None)
-    kept = tensor_bytes() - before
-    raised = []
-    for failing in (0, 1):
-        try:
-            load(failing)
-        except AllRanksUserError as error:
-            raised.append(str(error))
-    return {"interval": interval[:2], "kept": kept, "model": 4 * policy.num_parameters(), "raised": raised}
+        with rank_0_loads():
+            large = load_on_rank_0(load)
+        shard_model(large, mesh, mixed=False, from_rank_0=True)
+        return large
+
+    kept = tensor_bytes()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # memory freed before would be used again, and not be seen
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    before = memory("VmRSS")
+    large = load_large(False)
+    sizes = {"model": 4 * large.num_parameters(), "peak": memory("VmHWM") - before, "kept": tensor_bytes() - kept}
+    raised = ""
+    try:
+        load_large(True)
+    except AllRanksUserError as error:
+        raised = str(error)
+    return {"states": states, "logprobs": logprobs, "digests": digests, "raised": raised, **sizes}
 
 
 def main(number: int, folder: Path, reward: str) -> None:
@@ -225,7 +262,7 @@ def main(number: int, folder: Path, reward: str) -> None:
     }
     results = {"alone": alone, "shared": shared, "sharded": sharded, "offloaded": offloaded, "streamed": streamed(mesh)}
     results["failures"] = failures(number)
-    results["turns"] = turns(number, mesh)
+    results["loaded"] = loaded_by_rank_0(number, reward, mesh)
     results["scores"] = {"alone": scores(reward, -1), "sharded": scores(reward, number, mesh)}
     torch.save(results, folder / f"rank{number}.pt")
     distributed.destroy_process_group()

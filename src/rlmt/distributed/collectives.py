@@ -7,8 +7,7 @@ device; `rlmt.distributed.gradients` sends gradients as tensors.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
@@ -111,23 +110,6 @@ def rank_hook(method: Callable[P, T]) -> Callable[P, T]:
         return run_on_all_ranks(lambda: method(*args, **kwargs))
 
     return wrapper
-
-
-@contextmanager
-def in_turn(turn: int, turns: int) -> Iterator[None]:
-    """Runs the body of one rank of a machine after that of another. All ranks have to call it.
-
-    The body has no collective operations. In a `rank_hook` its error is raised on all ranks.
-
-    Args:
-        turn: Number of this rank on its machine, from 0.
-        turns: Number of ranks per machine.
-    """
-    for _ in range(turn):
-        all_gather_object(None)
-    yield
-    for _ in range(turn, turns):
-        all_gather_object(None)
 
 
 def user_error_on_all_ranks(message: str) -> UserError:

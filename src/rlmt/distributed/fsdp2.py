@@ -13,7 +13,7 @@ export and all checks read it like any other checkpoint.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from types import MethodType
 from typing import Any, TypeVar, cast
 
@@ -34,13 +34,14 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from rlmt.distributed.collectives import all_gather_object, in_turn
+from rlmt.distributed.collectives import all_gather_object
 from rlmt.distributed.lightning_internals import (
     disable_inference_mode,
     set_data_parallel,
     set_device,
     set_process_group_backend,
 )
+from rlmt.distributed.rank_0_loading import broadcast_weights, is_on_rank_0, rank_0_loads
 
 T = TypeVar("T")
 
@@ -128,15 +129,9 @@ class FSDP2(ModelParallelStrategy):
             optimizer.load_state_dict({**saved, "state": state})
 
 
-def load_in_turn(trainer: Trainer) -> AbstractContextManager[None]:
-    """Context in which ranks load and shard models: under `FSDP2` one rank of a machine at a time.
-
-    A rank reads a whole model into host memory before it keeps its shards. So a machine holds one whole model at a time
-    and not one per rank; the files are in the system's cache when the second rank reads them.
-    """
-    if isinstance(trainer.strategy, FSDP2):
-        return in_turn(trainer.local_rank, trainer.num_devices)
-    return nullcontext()
+def rank_0_loads_for(trainer: Trainer) -> AbstractContextManager[None]:
+    """Context in which models are loaded before `shard_models`: under `FSDP2` rank 0 alone reads them."""
+    return rank_0_loads(isinstance(trainer.strategy, FSDP2))
 
 
 def shard_models(trainer: Trainer, *models: nn.Module | None, autocast: bool = True) -> None:
@@ -151,10 +146,13 @@ def shard_models(trainer: Trainer, *models: nn.Module | None, autocast: bool = T
         mixed = autocast and trainer.precision == "bf16-mixed"
         for model in models:
             if model is not None:
-                shard_model(model, strategy.device_mesh["data_parallel"], mixed, strategy.offload)
+                mesh = strategy.device_mesh["data_parallel"]
+                shard_model(model, mesh, mixed, strategy.offload, from_rank_0=is_on_rank_0(model))
 
 
-def shard_model(model: nn.Module, mesh: DeviceMesh, mixed: bool, offload: bool = False) -> None:
+def shard_model(
+    model: nn.Module, mesh: DeviceMesh, mixed: bool, offload: bool = False, from_rank_0: bool = False
+) -> None:
     """Shards a model's weights in place, block by block; in a model with an adapter only the frozen ones.
 
     Gradients are summed over ranks. All ranks must run the same number of forward and backward passes.
@@ -164,13 +162,18 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, mixed: bool, offload: bool =
         mesh: One-dimensional mesh of all ranks.
         mixed: Whether blocks are all-gathered and computed in bfloat16; gradients are reduced in float32.
         offload: Whether the shards are stored in host memory.
+        from_rank_0: Whether only rank 0 has the weights (`load_on_rank_0`). Other ranks receive each block before it is
+            sharded, so that they never hold more than one.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     has_adapter = any(".lora_" in name for name, _ in model.named_parameters())
     unsharded = {p for p in model.parameters() if p.requires_grad} if has_adapter else set()
     blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    unreceived = {p: p for p in model.parameters()} if from_rank_0 else {}
     for module in [*blocks, model]:
+        # No reference may stay: the unsharded weights have to be freed when the block is sharded.
+        broadcast_weights([unreceived.pop(p) for p in list(module.parameters()) if p in unreceived], _device(mesh))
         dtype = torch.bfloat16 if mixed and module is not model else None
         fully_shard(
             module,
@@ -230,9 +233,12 @@ def pad_with_no_ops(parts: Iterable[T], model: nn.Module, no_op: T) -> list[T]:
 def compute_device(model: nn.Module) -> torch.device:
     """The device that a model computes on; offloaded shards are stored on another one."""
     weight = next(model.parameters())
-    return (
-        torch.empty(0, device=weight.device_mesh.device_type).device if isinstance(weight, DTensor) else weight.device
-    )
+    return _device(weight.device_mesh) if isinstance(weight, DTensor) else weight.device
+
+
+def _device(mesh: DeviceMesh) -> torch.device:
+    """This rank's device in a mesh."""
+    return torch.empty(0, device=mesh.device_type).device
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -22,9 +22,12 @@ from tqdm import tqdm
 
 from rlmt.algorithms import Algorithm
 from rlmt.annotations import PretrainedConfig, PreTrainedModel
+from rlmt.distributed.fsdp2 import full_tensor, is_sharded
 from rlmt.engines.offline_rollouts import OfflineRollouts
 from rlmt.errors import UserError
+from rlmt.models.adapters import base_tensors, use_adapter
 from rlmt.models.logprobs import compute_logprobs
+from rlmt.models.quantization import dequantize
 from rlmt.types import Prompt, RolloutBatch, Sampling
 
 _GROUPS = 32
@@ -63,7 +66,7 @@ def add_reference_logprobs(
 
     Args:
         rollouts: The samples.
-        policy: The initial policy, which is the reference, in eval mode.
+        policy: The initial policy, which without its adapter is the reference; sharded or not.
         algorithm: The objective.
         trainer: The trainer, for precision, device and progress bar.
         temperature: Sampling temperature; used unless the objective has its own.
@@ -71,11 +74,13 @@ def add_reference_logprobs(
     """
     device: torch.device = trainer.strategy.root_device
     model: Any = policy
+    if not is_sharded(model):
+        model.to(device)
     # Lightning creates new tensors on the GPU while it configures models; the reading of files belongs on the CPU.
-    with trainer.precision_plugin.forward_context(), torch.device("cpu"):
+    with trainer.precision_plugin.forward_context(), torch.device("cpu"), use_adapter(model, None):
         rollouts.ref_logprobs = reference_logprobs(
             rollouts,
-            model.to(device),
+            model,
             algorithm.logprob_temperature or temperature,
             str(trainer.precision),
             budget,
@@ -102,7 +107,7 @@ def reference_logprobs(
 
     Args:
         rollouts: The samples.
-        reference: The model, in eval mode, on `device`.
+        reference: The model, which computes on `device`. If it is sharded, all ranks call this together.
         temperature: Temperature of the log-probs.
         precision: Precision of the trainer, such as bf16-mixed.
         budget: Tokens, padding included, in one forward pass.
@@ -153,17 +158,18 @@ def _compute(
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """A digest of a model's weights, in a fraction of the time that it takes to read them from disk.
+    """A digest of a model's weights without adapters, in a fraction of the time that it takes to read them from disk.
 
     It covers name, dtype and shape of each weight, the sum of all its bits as integers, which does not depend on the
     order, and the bits of evenly spaced elements.
     """
     digest = blake2b(digest_size=16)
-    for name, weight in sorted(model.state_dict().items()):
+    for name, stored in sorted(base_tensors(model).items()):
+        weight = full_tensor(dequantize(stored))
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         width = weight.element_size()
         integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width]
-        bits = weight.detach().contiguous().view(-1).view(integer)
+        bits = weight.contiguous().view(-1).view(integer)
         sampled = bits[:: max(1, bits.numel() // _SAMPLED_ELEMENTS)]
         digest.update(str(int(bits.sum(dtype=torch.int64))).encode())
         digest.update(sampled.cpu().numpy().tobytes())

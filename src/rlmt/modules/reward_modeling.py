@@ -16,7 +16,8 @@ from rlmt.annotations import PretrainedConfig, PreTrainedModel, PreTrainedTokeni
 from rlmt.data.preferences import EncodedComparison
 from rlmt.data.supervised import RowBatch
 from rlmt.distributed.collectives import all_gather_object, rank_hook
-from rlmt.distributed.fsdp2 import call_as_forward, load_in_turn, pad_with_no_ops, shard_models
+from rlmt.distributed.fsdp2 import call_as_forward, pad_with_no_ops, rank_0_loads_for, shard_models
+from rlmt.distributed.rank_0_loading import load_on_rank_0
 from rlmt.formats.chat_template import check_has_template
 from rlmt.models import loading
 from rlmt.models.assets import REWARD_ASSETS, save_reward_assets
@@ -142,12 +143,12 @@ class RewardModeling(RestoredMixin, SupervisedModule):  # type: ignore[misc] # L
         """Loads the model or initializes it, adds a head for ratings if the data has them, and shards under FSDP2."""
         self.check_restored()
         if self.model is None:
-            with load_in_turn(self.trainer):
-                self._load_model()
+            self._load_model()
 
     def _load_model(self) -> None:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        self._add_model(getattr(torch, weights_dtype(self.trainer, self.lora)), data.attributes)
+        with rank_0_loads_for(self.trainer):
+            self._add_model(getattr(torch, weights_dtype(self.trainer, self.lora)), data.attributes)
         self.model = self.set_training_mode(self.trained_model)
         cast(Any, self.model).score.requires_grad_(True)  # LoRA freezes the head, which is often a new one
         # Beside an adapter, heads are unsharded like the adapter.
@@ -155,17 +156,21 @@ class RewardModeling(RestoredMixin, SupervisedModule):  # type: ignore[misc] # L
 
     def _add_model(self, dtype: torch.dtype, attributes: int) -> None:
         """Loads the model or initializes it, with its adapter, and a head for `attributes` ratings if there are any."""
-        self.model = load_reward_model(
-            self.model_path, self.from_scratch, self.attn_implementation, dtype, self.quantization
-        )
-        set_pad_token(self.reader, self.model.config)
-        if self.lora is not None:
-            self.lora.add_to(self.model)
+        self.model = load_on_rank_0(lambda: self._read_model(dtype))
         if attributes:
             # The bias soon learns the mean rating; a zero init leaves torch's random state alone.
             self.attribute_head = nn.Linear(self.model_config.get_text_config().hidden_size, attributes)
             nn.init.zeros_(self.attribute_head.weight)
             nn.init.zeros_(self.attribute_head.bias)
+
+    def _read_model(self, dtype: torch.dtype) -> PreTrainedModel:
+        model = load_reward_model(
+            self.model_path, self.from_scratch, self.attn_implementation, dtype, self.quantization
+        )
+        set_pad_token(self.reader, model.config)
+        if self.lora is not None:
+            self.lora.add_to(model)
+        return model
 
     def load_initial(self, state_dict: Mapping[str, Tensor]) -> None:
         """See `RestoredMixin.load_initial`."""

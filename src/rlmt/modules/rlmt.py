@@ -13,7 +13,8 @@ from rlmt.algorithms import Algorithm
 from rlmt.annotations import PreTrainedModel
 from rlmt.distributed import collectives
 from rlmt.distributed.collectives import all_gather_object, rank_hook
-from rlmt.distributed.fsdp2 import full_tensor, load_in_turn, shard_models
+from rlmt.distributed.fsdp2 import full_tensor, rank_0_loads_for, shard_models
+from rlmt.distributed.rank_0_loading import load_on_rank_0
 from rlmt.formats.thinking import FormatName, ThinkingFormat
 from rlmt.models import loading
 from rlmt.models.adapters import adapter_weights, base_tensors, trainable_parameters, use_adapter
@@ -237,37 +238,36 @@ class RLMTModule(ScoringMixin, PolicyMixin, TrainingModule):  # type: ignore[mis
         """Loads policy, reference, critic and reward models, and shards them under FSDP2.
 
         With LoRA the policy without its adapter is the reference. For offline rollouts the reference log-probs are
-        computed here, and no reference model stays in memory. Lightning restores a checkpoint after this hook, so a
-        resumed run computes them with the initial policy, too.
+        computed here, and there is no reference model. Lightning restores a checkpoint after this hook, so a resumed
+        run computes them with the initial policy, too.
         """
         self.check_restored()
-        if self.policy is not None:
-            self._load_rewards()
-        elif self.data.offline_rollouts is not None:
-            self._load_models()  # all ranks compute the reference's log-probs together
-        else:
-            with load_in_turn(self.trainer):
+        with rank_0_loads_for(self.trainer):
+            if self.policy is None:
                 self._load_models()
+            self._load_rewards()
 
     def _load_models(self) -> None:
-        dtype = checks.weights_dtype(self.trainer, self.lora)
-        policy = loading.load_policy(self.policy_path, dtype, self.attn_implementation, self.quantization)
-        if self.fitting and self.algorithm.needs_reference:
-            if (rollouts := self.data.offline_rollouts) is not None:
-                budget = self.tokens_per_micro_batch
-                add_reference_logprobs(rollouts, policy, self.algorithm, self.trainer, self.data.temperature, budget)
-            elif self.lora is None:
-                self.reference = loading.frozen_copy(policy, self.compute_dtype)
-        if self.lora is not None:
-            self.lora.add_to(policy)
-        if self.fitting and self.algorithm.critic is not None:
-            critic = self.algorithm.critic
-            self.critic = build_critic(policy, critic.init, critic.shared, self.lora, self.attn_implementation)
-        self.policy = self.set_training_mode(policy)
+        self.policy, self.reference, self.critic = load_on_rank_0(self._read_models)
+        self.set_training_mode(self.policy)
         if self.critic is not None:
             self.set_training_mode(self.critic.backbone)
         shard_models(self.trainer, self.policy, self.reference, self.critic)
-        self._load_rewards()
+        if self.fitting and self.algorithm.needs_reference and self.data.offline_rollouts is not None:
+            budget, rollouts = self.tokens_per_micro_batch, self.data.offline_rollouts
+            add_reference_logprobs(rollouts, self.policy, self.algorithm, self.trainer, self.data.temperature, budget)
+
+    def _read_models(self) -> tuple[PreTrainedModel, PreTrainedModel | None, Critic | None]:
+        """Loads the policy, the reference and the critic."""
+        dtype, reference, critic = checks.weights_dtype(self.trainer, self.lora), None, None
+        policy = loading.load_policy(self.policy_path, dtype, self.attn_implementation, self.quantization)
+        if self.lora is not None:
+            self.lora.add_to(policy)
+        elif self.fitting and self.algorithm.needs_reference and self.data.offline_rollouts is None:
+            reference = loading.frozen_copy(policy, self.compute_dtype)
+        if self.fitting and (options := self.algorithm.critic) is not None:
+            critic = build_critic(policy, options.init, options.shared, self.lora, self.attn_implementation)
+        return policy, reference, critic
 
     def _load_rewards(self) -> None:
         """Loads and shards the rewards that are not loaded yet; prediction needs no held-out ones."""

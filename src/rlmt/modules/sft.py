@@ -12,7 +12,8 @@ from rlmt.annotations import PreTrainedModel
 from rlmt.data.demonstrations import EncodedDemonstration
 from rlmt.data.supervised import RowBatch
 from rlmt.distributed.collectives import all_gather_object, rank_hook
-from rlmt.distributed.fsdp2 import load_in_turn, pad_with_no_ops, shard_models
+from rlmt.distributed.fsdp2 import pad_with_no_ops, rank_0_loads_for, shard_models
+from rlmt.distributed.rank_0_loading import load_on_rank_0
 from rlmt.formats.thinking import FormatName, ThinkingFormat
 from rlmt.models import loading
 from rlmt.models.logprobs import token_logprobs
@@ -71,10 +72,12 @@ class SFT(PolicyMixin, SupervisedModule):  # type: ignore[misc] # Lightning's lo
         """Loads the policy or initializes it, and shards it under FSDP2."""
         self.check_restored()
         if self.policy is None:
-            with load_in_turn(self.trainer):
-                self._load_policy()
+            with rank_0_loads_for(self.trainer):
+                policy = load_on_rank_0(self._load_policy)
+            self.policy = self.set_training_mode(policy)
+            shard_models(self.trainer, self.policy)
 
-    def _load_policy(self) -> None:
+    def _load_policy(self) -> PreTrainedModel:
         if self.from_scratch:
             policy = loading.random_policy(self.policy_path, self.attn_implementation)
         else:
@@ -82,8 +85,7 @@ class SFT(PolicyMixin, SupervisedModule):  # type: ignore[misc] # Lightning's lo
             policy = loading.load_policy(self.policy_path, dtype, self.attn_implementation, self.quantization)
         if self.lora is not None:
             self.lora.add_to(policy)
-        self.policy = self.set_training_mode(policy)
-        shard_models(self.trainer, self.policy)
+        return policy
 
     # One step ---------------------------------------------------------------------------------------------------------
 

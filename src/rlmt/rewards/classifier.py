@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rlmt import progress
 from rlmt.annotations import PretrainedConfig, PreTrainedModel
 from rlmt.distributed.fsdp2 import call_as_forward, compute_device, pad_with_no_ops
+from rlmt.distributed.rank_0_loading import load_on_rank_0
 from rlmt.errors import UserError
 from rlmt.models.attention import attention_options
 from rlmt.models.micro_batch import batches_by_length
@@ -125,8 +126,12 @@ class ClassifierReward(Reward):
             UserError: As in `check`, or the weights cannot be read or lack the score head.
         """
         self.check()
-        self.model = load_classifier(self.source, self.dtype, self.quantization, self.attn_implementation)
-        self.model.requires_grad_(False)
+        # FSDP2 cannot shard weights in 4 bits, so every rank needs them.
+        self.model = load_on_rank_0(self._read_model) if self.quantization is None else self._read_model()
+
+    def _read_model(self) -> PreTrainedModel:
+        model = load_classifier(self.source, self.dtype, self.quantization, self.attn_implementation)
+        return model.requires_grad_(False)
 
     def train(self, mode: bool = True) -> ClassifierReward:
         """Stays in evaluation mode, whatever the mode of the parent module."""
