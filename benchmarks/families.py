@@ -33,6 +33,13 @@ _LINEAR: dict[str, Any] = {
 }
 _MAMBA: dict[str, Any] = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1}
 _GPT: dict[str, Any] = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 256, "n_inner": 96}
+_HUB_LFM2: dict[str, Any] = {  # as in the models on the Hub; vLLM reads it, transformers does not
+    "conv_dim": 64,
+    "block_dim": 64,
+    "block_multiple_of": 8,
+    "block_auto_adjust_ff_dim": False,
+    "block_ffn_dim_multiplier": 1.0,
+}
 _BART: dict[str, Any] = {
     "d_model": 32,
     "encoder_layers": 1,
@@ -71,10 +78,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "n_group": 1,
             "topk_group": 1,
             "first_k_dense_replace": 1,
-            "kv_lora_rank": 32,
+            "kv_lora_rank": 512,  # vLLM's kernels have this size alone
             "q_lora_rank": 32,
             "qk_nope_head_dim": 32,
-            "qk_rope_head_dim": 32,
+            "qk_rope_head_dim": 64,
             "v_head_dim": 32,
             "num_key_value_heads": 2,
             "topk_method": "noaux_tc",  # as in the models on the Hub; vLLM reads it, transformers does not
@@ -82,7 +89,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "Qwen3-Next": ("qwen3_next", _LINEAR | _MOE | {"num_experts": 4, "shared_expert_intermediate_size": 32}),
     "Qwen3.5": ("qwen3_5_text", _LINEAR),
-    "LFM2": ("lfm2", {"layer_types": ["conv", "full_attention"], "conv_dim": 64}),
+    "LFM2": ("lfm2", {"layer_types": ["conv", "full_attention"]} | _HUB_LFM2),
     "Falcon-H1": ("falcon_h1", _MAMBA | {"mamba_d_ssm": 128, "lm_head_multiplier": 0.5}),
     "Mamba 2": ("mamba2", {"state_size": 16, "num_heads": 4, "head_dim": 32, "n_groups": 1}),
     "Llama 4": ("llama4_text", {"num_local_experts": 4, "intermediate_size_mlp": 96, "head_dim": 32}),

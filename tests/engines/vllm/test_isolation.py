@@ -1,6 +1,7 @@
 """vLLM starts in a process that has a process group. In a file of its own, since no other engine may live meanwhile."""
 
 import importlib.util
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,9 +25,15 @@ def test_process_group_has_no_bound_device_while_vllm_starts(helpers: Any) -> No
         assert group.bound_device_id == torch.device("cuda", 0)
         engine = VLLMEngine()
         seen = []
-        engine._launch = lambda *_: seen.append(group.bound_device_id)  # type: ignore[method-assign, assignment]
+
+        def launch(*_: Any) -> Any:
+            seen.append(group.bound_device_id)
+            return SimpleNamespace(apply_model=lambda function: [True])
+
+        engine._launch = launch  # type: ignore[method-assign]
         engine.start(helpers.policy("llama-tied"), helpers.tokenizer(), 8, torch.float32)
         assert seen == [None]
+        engine._llm = None
         engine.close()
     finally:
         distributed.destroy_process_group()

@@ -269,8 +269,8 @@ def test_base_is_reloaded_after_sleep_mode(helpers: Any, monkeypatch: pytest.Mon
             calls.append(f"generate with {lora_request and lora_request.lora_int_id}")
             return []
 
-        def apply_model(self, change: Any) -> None:
-            pass
+        def apply_model(self, function: Any) -> list[bool]:
+            return [True]
 
     policy = helpers.policy("llama-tied")
     LoRA(rank=2).add_to(policy)

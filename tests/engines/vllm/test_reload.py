@@ -2,22 +2,43 @@
 
 import logging
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from rlmt.engines.vllm.reload import _complete_load, _forget_packed_experts
+from rlmt.engines.vllm.reload import _complete_load, _forget_packed_experts, check_model
 from rlmt.errors import UserError
 
 
 def test_policy_that_vllm_cannot_run_is_one_line() -> None:
     """Phi's head has a bias in transformers, and vLLM builds the family without one."""
     with (
-        pytest.raises(UserError, match="cannot run this policy: AttributeError: no 'bias'; vLLM's model"),
+        pytest.raises(UserError, match="cannot run this policy: AttributeError: no 'bias'; use --data.engine"),
         _complete_load(first=True),
     ):
         raise AttributeError("no 'bias'")
+
+
+def test_model_that_vllm_implements_otherwise_is_refused() -> None:
+    def policy(bias: bool) -> Any:
+        head = nn.Linear(1, 1, bias=bias)
+        return SimpleNamespace(config=SimpleNamespace(model_type="phi"), get_output_embeddings=lambda: head)
+
+    model = nn.Module()
+    model.lm_head = nn.Linear(1, 1, bias=False)
+    llm: Any = SimpleNamespace(apply_model=lambda function: [function(model)])
+    check_model(llm, policy(bias=False))
+    with pytest.raises(UserError, match="vLLM's phi has no bias in its output head"):
+        check_model(llm, policy(bias=True))
+    model.lm_head = nn.Linear(1, 1)
+    check_model(llm, policy(bias=True))
+
+    backend = type("TransformersForCausalLM", (nn.Module,), {"__module__": "vllm.model_executor.models.transformers"})
+    llm.apply_model = lambda function: [function(backend())]
+    with pytest.raises(UserError, match="vLLM runs phi through transformers' classes"):
+        check_model(llm, policy(bias=False))
 
 
 @pytest.mark.parametrize(("first", "error"), [(False, ValueError), (True, torch.OutOfMemoryError)])

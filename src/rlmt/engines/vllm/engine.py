@@ -36,7 +36,7 @@ from rlmt.engines.vllm.isolation import (
 )
 from rlmt.engines.vllm.launch import device_args, save_config
 from rlmt.engines.vllm.lora import LoRASlot, lora_engine_args, merge_adapters, unsupported_reason
-from rlmt.engines.vllm.reload import reload_weights
+from rlmt.engines.vllm.reload import check_model, reload_weights
 from rlmt.engines.vllm.sampling import SamplingProgress, sampling_params
 from rlmt.engines.vllm.temporary_folders import ContentFolder, check_folders, remove_abandoned
 from rlmt.engines.vllm.tensor_parallel import check_heads, check_ranks, gather_requests, gloo_communicator
@@ -208,8 +208,11 @@ class VLLMEngine(Engine):
                 gloo_communicator(over_gloo),
             ):
                 self._llm = self._launch(self._folder.path, device.type, engine_dtype, adapter_options)
+                check_model(self._llm, policy)
         except Exception as error:  # vLLM raises many types; the user needs its reason and a fix in one line
             self.close()
+            if isinstance(error, UserError):
+                raise
             reason = _one_line(error) or type(error).__name__
             raise UserError(
                 f"VLLMEngine cannot start: {reason}; change its options (memory: gpu_memory_utilization, on CPU "

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlmt.annotations import PreTrainedModel
 from rlmt.engines.vllm.isolation import preserve_process_state
 from rlmt.engines.vllm.sampling import sampling_params
 from rlmt.errors import UserError, first_line
@@ -38,6 +39,38 @@ def reload_weights(llm: Any, weights: Iterable[tuple[str, Tensor]], on_gpu: bool
         if first:
             token = sampling_params(Sampling(temperature=1.0, max_new_tokens=1), seed=0, room=1)
             llm.generate({"prompt_token_ids": [0]}, token, use_tqdm=False)
+
+
+def check_model(llm: Any, policy: PreTrainedModel) -> None:
+    """Checks how vLLM implements the policy's family.
+
+    Args:
+        llm: The `vllm.LLM`.
+        policy: The trainer's policy.
+
+    Raises:
+        UserError: vLLM's model is made of transformers' classes, or has no bias in its output head as the policy has;
+            it would ignore that weight.
+    """
+    if not all(llm.apply_model(_is_of_vllm)):
+        raise UserError(
+            f"vLLM runs {policy.config.model_type} through transformers' classes, which it changes in this process, so "
+            "the trainer could not use them. Use --data.engine TransformersEngine or VLLMServerEngine."
+        )
+    has_bias = policy.get_output_embeddings().bias is not None  # type: ignore[no-untyped-call]
+    if has_bias and not all(llm.apply_model(_has_head_bias)):
+        raise UserError(
+            f"vLLM's {policy.config.model_type} has no bias in its output head, and the policy has one. Use "
+            "--data.engine TransformersEngine or another policy."
+        )
+
+
+def _is_of_vllm(model: nn.Module) -> bool:
+    return ".models.transformers." not in f"{type(model).__module__}."
+
+
+def _has_head_bias(model: nn.Module) -> bool:
+    return getattr(getattr(model, "lm_head", None), "bias", None) is not None
 
 
 @contextmanager
@@ -70,8 +103,8 @@ def _complete_load(first: bool) -> Iterator[None]:
         if not first:
             raise
         raise UserError(
-            f"VLLMEngine cannot run this policy: {type(error).__name__}: {first_line(error)}; vLLM's model of its "
-            "family differs from transformers'. Use --data.engine TransformersEngine or another policy."
+            f"VLLMEngine cannot run this policy: {type(error).__name__}: {first_line(error)}; use --data.engine "
+            "TransformersEngine or another policy."
         ) from error
     finally:
         logger.removeHandler(handler)
