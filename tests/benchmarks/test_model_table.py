@@ -15,7 +15,7 @@ REFERENCE = ROOT / "docs" / "reference"
 RESULTS: dict[str, Any] = json.loads((REFERENCE / "models.json").read_text())
 
 LIMITS = {"Plan": 0.02, "vLLM, CPU": 1e-3}
-"""Largest figure of a column; 1e-4 by default, which is rounding in float32. vLLM rounds capped attention logits more."""
+"""Largest figure of a column; 1e-4 by default, which is rounding in float32. vLLM rounds capped attention more."""
 FAST = {
     "Llama": ["RL, own prompts", "SFT"],
     "Gemma 2": ["RL, own prompts", "RL, shared prompts"],  # a soft cap
