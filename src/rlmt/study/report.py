@@ -96,9 +96,10 @@ def _terminal_table(table: Table, title: str) -> RichTable:
     head, rows = list(table.columns), [list(row) for row in table.rows]
     if len(head) > _MOST_COLUMNS:
         head, *rows = [list(column) for column in zip(head, *rows, strict=True)]
-    shown = RichTable(title=escape(title), box=SIMPLE_HEAD, pad_edge=False)  # eight columns in 80 characters
+    shown = RichTable(title=escape(title), box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for number, name in enumerate(head):
-        shown.add_column(escape(name), justify="right" if number else "left")
+        words = max(map(len, name.split()), default=0)
+        shown.add_column(escape(name), justify="right" if number else "left", min_width=words)
     for row in rows:
         shown.add_row(*map(escape, row))
     return shown
