@@ -82,10 +82,22 @@ def test_wide_tables_have_metrics_in_rows_in_the_terminal(capsys: pytest.Capture
     (results, *_) = make_sections(found)
     assert results.tables[0].columns[:3] == ["", "m 0", "m 1"]
     print_report(found.title, [results], [])
-    printed = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines()]
-    assert [cell.strip() for cell in next(line for line in printed if "m 8" in "".join(line))] == (
-        ["m 8", "5.50 ± 1.24", "5.50 ± 1.24"]
-    )
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in printed if "m 8" in line] == [["m", "8", "5.50", "±", "1.24", "5.50", "±", "1.24"]]
+
+
+def test_table_of_the_miniature_study_fits_80_columns_without_cutting_a_word(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    metrics = ["rubric", "reward", "other_reward", "thought_tokens", "response_tokens", "malformed"]
+    wide = findings(Comparison("a", "b"), a=Estimate((1.5,)), b=Estimate((1.5,)))
+    found = replace(wide, metrics=metrics, table={a: dict.fromkeys(metrics, Estimate((1.5,))) for a in "ab"})
+    (results, *_) = make_sections(found)
+    print_report(found.title, [results], [])
+    printed = capsys.readouterr().out
+    words = {word for name in [*metrics, "minutes"] for word in name.split("_")}
+    assert all(word in printed.split() for word in words) and "…" not in printed
 
 
 def test_terminal_shows_brackets(capsys: pytest.CaptureFixture[str]) -> None:
