@@ -14,7 +14,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     LlamaConfig,
     PreTrainedModel,
-    Qwen2Config,
 )
 
 from rlmt.algorithms import GRPO
@@ -37,7 +36,7 @@ from rlmt.memory.budget import (
 )
 from rlmt.memory.bytes import Parallelism
 from rlmt.memory.cures import CARDS, fitting_cards
-from rlmt.memory.exact_engine import choose_quantization
+from rlmt.memory.engine_options import choose_engine_options
 from rlmt.memory.known_models import model_config
 from rlmt.memory.meta_models import meta_from_config
 from rlmt.models import LoRA, loading
@@ -54,16 +53,6 @@ LLAMA_8B: dict[str, Any] = {
     "vocab_size": 128256,
     "tie_word_embeddings": False,
     "max_position_embeddings": 131072,
-    "dtype": "bfloat16",
-}
-QWEN_1_5B: dict[str, Any] = {
-    "hidden_size": 1536,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 2,
-    "intermediate_size": 8960,
-    "vocab_size": 151936,
-    "tie_word_embeddings": True,
     "dtype": "bfloat16",
 }
 LINEAR = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
@@ -136,10 +125,10 @@ def test_automatic_quantization_rounds_where_exact_weights_leave_no_room(
     )
     assert data.engine.quantization == "fp8_per_channel" and data.engine.rounds_weights  # without the command
     memory = None if gib is None else int(gib * GIB)
-    choose_quantization(module, data, torch.bfloat16, memory, Parallelism())
+    choose_engine_options(module, data, torch.bfloat16, memory, Parallelism())
     assert data.engine.quantization == method and data.engine.rounds_weights == (method is not None)
     data.engine = VLLMEngine(quantization="fp8_per_tensor")
-    choose_quantization(module, data, torch.bfloat16, memory, Parallelism())
+    choose_engine_options(module, data, torch.bfloat16, memory, Parallelism())
     assert data.engine.quantization == "fp8_per_tensor"
 
 
@@ -514,43 +503,6 @@ def test_plan_of_unfitting_data_is_a_one_line_error(
     assert "--data is PreferenceDataModule, but --model SFT trains on SFTDataModule" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", [pytest.param("single-gpu", marks=pytest.mark.slow), "scaling"])
-def test_docs_show_the_printed_plan(
-    name: str, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text = (Path(__file__).parents[2] / "docs" / f"{name}.md").read_text(encoding="utf-8")
-    ((line, printed),) = re.findall(r"```sh\n(rlmt plan .*?)```\n\n```\n(.*?)```", text, re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    folders = ["--model.policy", str(shapes / "policy"), "--model.reward.model", str(shapes / "reward")]
-    assert main([*line.split()[1:], *folders]) == 0
-    assert [row.rstrip() for row in capsys.readouterr().out.splitlines()] == printed.splitlines()
-
-
-@pytest.mark.slow
-def test_docs_table_shows_the_printed_peaks(
-    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Every row of the table of cards and the configs for them."""
-    text = (Path(__file__).parents[2] / "docs" / "single-gpu.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (\d+) GB \| .*? \| `(--.*?)` \| ([\d.]+) GiB \|$", text, re.MULTILINE)
-    assert {int(card) for card, _, _ in rows} == {12, 24, 48, 80}
-    exact = {options: float(peak) for _, options, peak in rows}
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    shown = re.findall(r"^\| one GPU of \d+ GB.*? \| `(.*?)` \| ([\d.]+) GiB \|$", readme, re.MULTILINE)
-    assert len(shown) == 3 and all(float(peak) == round(exact[options], 1) for options, peak in shown)
-    monkeypatch.chdir(tmp_path)
-    Qwen2Config(**QWEN_1_5B, architectures=["Qwen2ForCausalLM"]).save_pretrained("Qwen/Qwen2.5-1.5B-Instruct")
-    (tmp_path / "meta-llama").mkdir()
-    (tmp_path / "meta-llama" / "Llama-3.1-8B-Instruct").symlink_to(shapes / "policy")
-    for card, options, peak in rows:
-        if options == "--config qlora":  # the docs show its whole plan, which the test above checks
-            assert f"\nPeak: {peak} GiB" in text
-            continue
-        words = f"plan --config base --config grpo --config llama-3.1-8b {options} --memory {card}"
-        assert main([*words.split(), "--model.reward.model", str(shapes / "reward")]) == 0
-        assert f"Peak: {peak} GiB" in capsys.readouterr().out, words
-
-
 def test_help_describes_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["plan", "--help"])
@@ -559,32 +511,3 @@ def test_help_describes_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         " ".join(rest.split()).startswith("Prints the memory of a run") and "optimization" not in rest.split("\n\n")[0]
     )
-
-
-def test_readme_shows_the_peak_of_a_first_run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(loading, "load_config", lambda path: pytest.fail("the hub was asked"))
-    assert main(["plan", "--config", "base", "--config", "qwen2.5-0.5b", "--memory", "24"]) == 0
-    (peak,) = re.findall(r"Peak: ([\d.]+) GiB", capsys.readouterr().out)
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    (shown,) = re.findall(r"^\| a card of 24 GB, .*qwen2\.5-0\.5b.* \| ([\d.]+) GiB \|$", readme, re.MULTILINE)
-    assert float(shown) == round(float(peak), 1)
-
-
-@pytest.mark.slow
-def test_docs_table_shows_the_peaks_of_supervised_runs(
-    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text = (Path(__file__).parents[2] / "docs" / "single-gpu.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (\d+) GB \| `rlmt plan (.*?)` \| ([\d.]+) GiB \|$", text, re.MULTILINE)
-    assert {re.findall(r"--config (sft|reward)", options)[0] for _, options, _ in rows} == {"sft", "reward"}
-    monkeypatch.chdir(tmp_path)
-    small = QWEN_1_5B | {"max_position_embeddings": 131072}
-    Qwen2Config(**small, architectures=["Qwen2ForCausalLM"]).save_pretrained("Qwen/Qwen2.5-1.5B")
-    (tmp_path / "meta-llama").mkdir()
-    (tmp_path / "meta-llama" / "Llama-3.1-8B").symlink_to(shapes / "policy")
-    for card, options, peak in rows:
-        words = f"plan {options} --data.path x.jsonl --memory {card}"
-        assert main(words.split()) == 0
-        assert f"Peak: {peak} GiB" in capsys.readouterr().out, words

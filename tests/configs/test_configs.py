@@ -247,7 +247,7 @@ def test_adapters_compose_with_every_objective(adapter: str, objective: str, lau
     ((_, module, data),) = launched
     assert isinstance(module.lora, LoRA) and module.lora.rank == 16
     assert (module.quantization is not None) == (adapter == "qlora") == (module.reward.quantization is not None)
-    assert data.engine.auto_quantization == (adapter == "qlora")
+    assert ("quantization" in data.engine.left_to_plan) == (adapter == "qlora")
     assert data.engine.quantization is None and not data.engine.rounds_weights  # exact on a CPU
 
 

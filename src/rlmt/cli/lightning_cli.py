@@ -198,8 +198,9 @@ class RLMTCLI(LightningCLI):
         """
         self.check_checkpoint()
         engines = (getattr(self.datamodule, name, None) for name in ("engine", "val_engine"))
-        if any(getattr(engine, "auto_quantization", False) for engine in engines):
-            from rlmt.memory.exact_engine import choose_for_trainer  # imports the plan, and few runs need it
+        left = {option for engine in engines for option in getattr(engine, "left_to_plan", ())}
+        if "quantization" in left or (left and self.trainer.strategy.root_device.type == "cuda"):
+            from rlmt.memory.engine_options import choose_for_trainer  # imports the plan, which takes time
 
             choose_for_trainer(self.model, self.datamodule, self.trainer)
 

@@ -23,7 +23,7 @@ from rlmt.errors import UserError
 from rlmt.memory.budget import format_gib, make_budget
 from rlmt.memory.bytes import Parallelism
 from rlmt.memory.cures import CARDS, Cure, find_cures, fitting_cards
-from rlmt.memory.exact_engine import choose_quantization
+from rlmt.memory.engine_options import choose_engine_options
 from rlmt.memory.records import GIB, Budget
 from rlmt.memory.supervised import make_supervised_budget
 from rlmt.modules import SFT, RewardModeling, RLMTModule
@@ -144,7 +144,7 @@ class PlanCLI(RLMTCLI):
         """
         model, data, devices = self.model, self.datamodule, self._parallelism()
         if isinstance(model, RLMTModule) and isinstance(data, RolloutDataModule):
-            choose_quantization(model, data, compute, memory, devices)
+            choose_engine_options(model, data, compute, memory, devices)
             return make_budget(model, data, compute, memory, devices)
         if isinstance(model, SFT) and isinstance(data, SFTDataModule):
             return make_supervised_budget(model, data, compute, memory, devices)

@@ -323,8 +323,8 @@ def _check_vllm(budget: Budget, length: int) -> None:
     else:
         trainer = max(budget.trainer(phase) for phase in budget.vllm.phases)
         budget.notes.append(
-            f"The trainer takes {format_gib(trainer)} GiB: data.engine.gpu_memory_utilization can be at most "
-            f"{most:.2f}."
+            f"The trainer takes {format_gib(trainer)} GiB: data.engine.gpu_memory_utilization is "
+            f"{budget.vllm.granted:.2f} and can be at most {most:.2f}."
         )
 
 

@@ -15,6 +15,7 @@ from rlmt.data import RolloutDataModule
 from rlmt.engines import VLLMEngine
 from rlmt.memory.budget import make_budget
 from rlmt.memory.bytes import Parallelism
+from rlmt.memory.engine_options import choose_engine_options
 from rlmt.memory.records import GIB, Budget
 from rlmt.models import NF4, LoRA
 from rlmt.modules import RLMTModule
@@ -73,9 +74,11 @@ def find_cures(
     cures = []
     for options, changes, parallel in _candidates(module, data, devices):
         precision = torch.bfloat16 if options.startswith("--config qlora") else compute
-        with _changed(changes):
+        with _changed([*_chosen(data), *changes]):
             if not make_budget(module, data, precision, memory, parallel, activations=False).fits_on(memory):
                 continue
+            if options:
+                choose_engine_options(module, data, precision, memory, parallel)
             tried = make_budget(module, data, precision, memory, parallel) if options else budget
         if not tried.fits_on(memory):
             continue
@@ -116,7 +119,8 @@ def _candidates(
     if module.quantization is None and isinstance(data.engine, VLLMEngine) and own_reward and not devices.sharded:
         qlora = [*lora, *reward_4_bit, (module, "quantization", NF4()), (module, "gradient_checkpointing", True)]
         qlora += [(module, "tokens_per_micro_batch", 8192), (module.reward, "tokens_per_batch", 8192)]
-        qlora += [(data.engine, "quantization", "fp8_per_channel"), (data.engine, "gpu_memory_utilization", 0.52)]
+        qlora += [(data.engine, "quantization", "fp8_per_channel"), (data.engine, "max_num_batched_tokens", 2048)]
+        qlora.append((data.engine, "left_to_plan", data.engine.left_to_plan | {"quantization"}))
         if find_spec("bitsandbytes") is not None:
             optim: Any = importlib.import_module("bitsandbytes.optim")
             qlora.append((module, "optimizer_factory", optim.PagedAdamW8bit))
@@ -124,6 +128,13 @@ def _candidates(
     if devices.ranks == 1 and module.quantization is None:
         yield "--config fsdp --trainer.devices 8", [], Parallelism(8, True)
         yield "--config fsdp --trainer.devices 8 --trainer.strategy.offload true", [], Parallelism(8, True, True)
+
+
+def _chosen(data: RolloutDataModule) -> list[Change]:
+    """The engine's options that the plan may have set: changes that change nothing, to restore them."""
+    names = ("gpu_memory_utilization", "max_num_seqs", "quantization", "rounds_weights")
+    engine = data.engine
+    return [(engine, name, getattr(engine, name)) for name in names] if isinstance(engine, VLLMEngine) else []
 
 
 @contextmanager

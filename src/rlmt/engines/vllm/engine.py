@@ -34,8 +34,8 @@ from rlmt.engines.vllm.isolation import (
     single_thread,
     unbound_process_group,
 )
-from rlmt.engines.vllm.launch import device_args, save_config
-from rlmt.engines.vllm.lora import LoRASlot, lora_engine_args, merge_adapters, unsupported_reason
+from rlmt.engines.vllm.launch import device_args, one_line, save_config
+from rlmt.engines.vllm.lora import LoRASlot, adapter_error, lora_engine_args, merge_adapters, unsupported_reason
 from rlmt.engines.vllm.reload import check_model, reload_weights
 from rlmt.engines.vllm.sampling import SamplingProgress, sampling_params
 from rlmt.engines.vllm.temporary_folders import ContentFolder, check_folders, remove_abandoned
@@ -51,6 +51,8 @@ from rlmt.types import AdapterWeights, FinishReason, SampleRequest, Samples, Sam
 Quantization = Literal["fp8_per_tensor", "fp8_per_channel", "mxfp4"]
 """Methods that vLLM applies while it loads unquantized weights, so that they work at every sync. vLLM no longer
 supports bitsandbytes."""
+DEFAULT_SHARE, DEFAULT_SEQUENCES = 0.45, 256
+"""`gpu_memory_utilization` and `max_num_seqs` without a plan of the run."""
 
 
 class VLLMEngine(Engine):
@@ -58,9 +60,11 @@ class VLLMEngine(Engine):
 
     Args:
         gpu_memory_utilization: Fraction of the GPU's memory for vLLM's weights and KV cache; the trainer has the rest.
+            None is what the trainer leaves by the plan of the run, and 0.45 where `rlmt` makes no plan: in Python, and
+            beside a reward of your own.
         cpu_kv_cache_gib: Size of the KV cache on CPU, in GiB.
         dtype: Dtype of the engine's weights and KV cache, such as `float32`; None uses the trainer's.
-        max_num_seqs: Maximum number of samples decoded at once.
+        max_num_seqs: Maximum number of samples decoded at once; None is 256, or more of them if the cache holds them.
         max_num_batched_tokens: Maximum number of tokens in one forward pass of vLLM on a GPU; a longer prompt takes
             several. vLLM reserves the memory of their activations, so fewer leave more for its cache.
         enforce_eager: Whether to skip compilation and CUDA graphs; None compiles on GPU and not on CPU, where compiling
@@ -79,10 +83,10 @@ class VLLMEngine(Engine):
 
     def __init__(
         self,
-        gpu_memory_utilization: UnitIntervalAboveZero = 0.45,
+        gpu_memory_utilization: UnitIntervalAboveZero | None = None,
         cpu_kv_cache_gib: FinitePositiveFloat = 1.0,
         dtype: str | None = None,
-        max_num_seqs: PositiveInt = 256,
+        max_num_seqs: PositiveInt | None = None,
         max_num_batched_tokens: PositiveInt = 8192,
         enforce_eager: bool | None = None,
         sleep: bool = True,
@@ -91,15 +95,18 @@ class VLLMEngine(Engine):
         tensor_parallel_size: PositiveInt = 1,
     ) -> None:
         check_ranges(VLLMEngine, locals())
-        self.gpu_memory_utilization = gpu_memory_utilization
+        unset = {"gpu_memory_utilization": gpu_memory_utilization is None, "max_num_seqs": max_num_seqs is None}
+        unset["quantization"] = quantization == "auto"
+        self.left_to_plan = {name for name, is_unset in unset.items() if is_unset}
+        """Options that the plan of a run sets before the start."""
+        self.gpu_memory_utilization = gpu_memory_utilization or DEFAULT_SHARE
         self.cpu_kv_cache_gib = cpu_kv_cache_gib
         self.dtype = dtype
-        self.max_num_seqs = max_num_seqs
+        self.max_num_seqs = max_num_seqs or DEFAULT_SEQUENCES
         self.max_num_batched_tokens = max_num_batched_tokens
         self.enforce_eager = enforce_eager
         self.sleep = sleep
         self.serve = serve
-        self.auto_quantization = quantization == "auto"
         self.quantize("fp8_per_channel" if quantization == "auto" else quantization)
         self.tensor_parallel_size = tensor_parallel_size
         self._llm: Any = None
@@ -153,7 +160,7 @@ class VLLMEngine(Engine):
         """
         reason = unsupported_reason(config) if self.serve == "adapter" else None
         if reason is not None:
-            raise _adapter_error(reason)
+            raise adapter_error(reason)
 
     def start(
         self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_model_len: int, dtype: torch.dtype
@@ -213,7 +220,7 @@ class VLLMEngine(Engine):
             self.close()
             if isinstance(error, UserError):
                 raise
-            reason = _one_line(error) or type(error).__name__
+            reason = one_line(error) or type(error).__name__
             raise UserError(
                 f"VLLMEngine cannot start: {reason}; change its options (memory: gpu_memory_utilization, on CPU "
                 "cpu_kv_cache_gib) or use --data.engine TransformersEngine."
@@ -229,7 +236,7 @@ class VLLMEngine(Engine):
                 self._lora.load(adapter)
         except ValueError as error:
             self.close()
-            raise _adapter_error(_one_line(error)) from error
+            raise adapter_error(one_line(error)) from error
 
     def _launch(self, folder: str, device: str, dtype: Any, adapter_options: dict[str, Any]) -> Any:
         """Builds the `vllm.LLM` for the config and tokenizer in `folder`."""
@@ -388,13 +395,3 @@ class VLLMEngine(Engine):
                     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
                     cleanup_dist_env_and_memory()
-
-
-def _adapter_error(reason: str) -> UserError:
-    """The error for an adapter that vLLM cannot serve."""
-    return UserError(f"VLLMEngine cannot serve this adapter: {reason}; use --data.engine.serve merged.")
-
-
-def _one_line(error: Exception) -> str:
-    """The error's message as one line of at most 400 characters."""
-    return " ".join(str(error).split())[:400].rstrip(".")

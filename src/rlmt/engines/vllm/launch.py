@@ -60,3 +60,8 @@ def save_config(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
     config.architectures = config.architectures or [type(policy).__name__.removeprefix("FSDP")]
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error of vLLM as one line of at most 400 characters."""
+    return " ".join(str(error).split())[:400].rstrip(".")

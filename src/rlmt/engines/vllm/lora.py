@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlmt.engines.vllm.temporary_folders import TemporaryFolder
+from rlmt.errors import UserError
 from rlmt.models.adapters import merge_adapter
 from rlmt.types import AdapterWeights
 
@@ -92,3 +93,8 @@ def unsupported_reason(config: dict[str, Any]) -> str | None:
     if config["bias"] != "none" or config["modules_to_save"]:
         return "it trains more than low-rank matrices"
     return None
+
+
+def adapter_error(reason: str) -> UserError:
+    """The error for an adapter that vLLM cannot serve."""
+    return UserError(f"VLLMEngine cannot serve this adapter: {reason}; use --data.engine.serve merged.")
