@@ -291,7 +291,7 @@ What is computed on each family, against transformers' own forward of each sampl
 float32, at temperature 0.7, with dropout 0.1 in the configs of Granite, GPT-2, OPT, Phi, Phi-3 and Seed-OSS. A number
 is the largest difference, of a log-prob in nats or of a gradient relative to its largest entry; in the column of
 `rlmt plan` it is the difference of the planned activation memory from the measured one. A family that is refused is
-refused in one line before any weights are loaded.
+refused in one line before any weights are loaded, by vLLM at its start or at the first sync.
 
 Where samples cannot share the state of a prompt, each sample carries its own prompt in every pass; that is slower and
 gives the same numbers. The table is measured by `python benchmarks/model_table.py`, with the versions of transformers
