@@ -6,10 +6,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 
+from rlmt.annotations import PreTrainedModel
 from rlmt.models.adapters import base_tensors
 from rlmt.models.loading import meta_model
 
@@ -25,6 +23,9 @@ class VLLMWeights:
     """
 
     def __init__(self, policy: PreTrainedModel) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import PrefixChange
+
         names = frozenset(base_tensors(policy))
         # vLLM's Gemma 2 and Gemma 3n read the head from the embeddings, and refuse a weight of that name.
         without_head = policy.config.model_type in ("gemma2", "gemma3n_text") and policy.config.tie_word_embeddings
@@ -42,6 +43,8 @@ class VLLMWeights:
             weights: Names and tensors of the policy's `state_dict()`; others are left out.
             missing: Receives no value; each name that was read is removed from it.
         """
+        from transformers.core_model_loading import revert_weight_conversion
+
         for name, tensor in weights:
             missing.discard(name)
             if name not in self.names:
