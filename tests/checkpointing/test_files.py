@@ -95,14 +95,13 @@ def test_environment_secrets_are_in_no_file_and_no_output(
     last = tmp_path / "run" / "latest" / "checkpoints" / "last.ckpt"
     assert main(["export", str(last), str(tmp_path / "out")]) == 0
     assert main(command("fit", "--data.prompts", "nowhere.jsonl")) == 2
-    with pytest.raises(RuntimeError, match="broke"), monkeypatch.context() as patch:
-        patch.setattr("rlmt.engines.TransformersEngine.generate", lambda *args: (_ for _ in ()).throw(OSError("broke")))
+    with monkeypatch.context() as patch:  # this file is the user's own code, so the error is one line
         patch.setattr(
             "rlmt.data.rollout_datamodule.generate", lambda *args: (_ for _ in ()).throw(RuntimeError("broke"))
         )
-        main(command("fit"))
+        assert main(command("fit")) == 2
     told = capfd.readouterr()
-    assert SECRET not in told.out + told.err and "nowhere.jsonl" in told.err
+    assert SECRET not in told.out + told.err and "nowhere.jsonl" in told.err and "broke" in told.err
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} >= {".ckpt", ".csv", ".yaml", ".parquet", ".json", ".safetensors"}
     for path in files:

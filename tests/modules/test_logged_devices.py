@@ -84,11 +84,11 @@ def scored() -> Experience:
 def test_validation_of_a_reward_with_several_parts(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     held_out = [CallableReward("x.held_out")]
     module = on_meta(RLMTModule("unread", CallableReward("x.rule"), GRPO(), held_out_rewards=held_out), monkeypatch)
-    monkeypatch.setattr(RLMTModule, "data", SimpleNamespace(generate=lambda prompts: None))
+    monkeypatch.setattr(RLMTModule, "data", SimpleNamespace(generate=lambda prompts, held_out=None: None))
     monkeypatch.setattr(module, "split", lambda rollouts: scored())
     monkeypatch.setattr(module, "ask", lambda experience, held_out: None)
     monkeypatch.setattr(module, "score", lambda experience: experience)
-    monkeypatch.setattr(module.held_out, "scores", lambda *_: {"held_out": torch.ones(2)})
+    monkeypatch.setattr(module.held_out, "scores", lambda *_: {"held_out": Scores(torch.ones(2), {}, ["a", None])})
     getattr(module, stage)(None, 0)
 
 
