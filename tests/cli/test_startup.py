@@ -63,6 +63,7 @@ def test_errors_of_options_are_reported_before_models_can_be_loaded() -> None:
     assert "lightning" in modules and not USED_BY_SOME_RUNS & modules
 
 
+@pytest.mark.slow
 def test_deferred_torchmetrics_is_complete_once_it_is_used() -> None:
     code = (
         "from rlmt.cli.deferred_imports import defer_torchmetrics; defer_torchmetrics()\n"

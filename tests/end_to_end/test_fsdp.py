@@ -87,7 +87,7 @@ def test_vllm_per_rank_and_over_two_ranks_trains_the_same_policy(crash: Any, wor
     run = train(crash, world, tmp_path / "run", 2, *VLLM, sharded=True)
     assert_same_metrics_and_samples(run, alone, 2)
 
-    shutil.copytree(run, tmp_path / "resumed")
+    shutil.copytree(run, tmp_path / "resumed", symlinks=True)
     resumed_alone = train(crash, world, tmp_path / "resumed", 4, *VLLM, sharded=False, resume=True)
     train(crash, world, run, 4, *TENSOR_PARALLEL, "--trainer.strategy.offload", "true", sharded=True, resume=True)
     for resumed in (run, resumed_alone):
