@@ -60,6 +60,7 @@ def recorder(function: Callable[..., Any], reached: list[str], name: str) -> Cal
 def test_rlmt_command_reaches_its_function(
     arguments: str,
     write_files: Callable[[Path], None],
+    tiny: Path,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -94,10 +95,10 @@ def test_rlmt_command_reaches_its_function(
         (tmp_path / "runs" / run / "latest").symlink_to("version_0")
         state = {"module": module, "adapter": None, "quantization": None, "format": ThinkingFormat().to_dict()}
         torch.save({"rlmt": state}, checkpoint)
-    if words[0] == "validate" and words[-2:] == [
-        "--ckpt_path",
-        "last",
-    ]:  # of the run of `fit` with these options
+    if words[0] in ("validate", "predict"):  # they read the models of the run
+        for made in tiny.iterdir():
+            (tmp_path / "runs/tiny" / made.name).symlink_to(made)
+    if words[0] == "validate" and words[-2:] == ["--ckpt_path", "last"]:  # of the run of `fit` with these options
         (root,) = {run for run in RUNS if run in words}
         with pytest.raises(SystemExit, match="0"):
             main(["fit", *words[1:-2], "--print_config"])
