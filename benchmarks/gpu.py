@@ -9,7 +9,7 @@ and appended to OUT/gpu.jsonl and to the table OUT/gpu.md. A part whose packages
 that takes more memory than there is says so. The exit status is 1 if an equality does not hold, or a part failed or was
 stopped.
 
-Parts 3, 4, 5, 6 and 9 run the `rlmt` command. In 4, 5, 6 and 9 it replays synthetic tokens from a rollout file, and the
+Parts 3, 4, 5, 6, 9 and 12 run the `rlmt` command. In 4, 5, 6 and 9 it replays synthetic tokens from a rollout file. The
 weights are made on the device in place of being read.
 """
 
@@ -46,17 +46,18 @@ class Part:
 RUN = ("jsonargparse", "torchdata", "datasets")
 """Packages that the `rlmt` command needs besides torch, transformers and lightning."""
 PARTS: dict[int, Part] = {
-    1: Part("versions and ceilings", "gpu_ceilings:ceilings", 20),
-    2: Part("loss and gradient against the CPU and float64", "gpu_numerics:against_cpu", 30, ("jsonargparse",)),
-    3: Part("kill and resume `rlmt fit`", "gpu_runs:kill_and_resume", 55, RUN),
-    4: Part("LoRA update", "gpu_runs:lora_update", 50, (*RUN, "peft")),
-    5: Part("QLoRA update", "gpu_runs:qlora_update", 50, (*RUN, "peft", "bitsandbytes")),
-    6: Part("log-probs and rewards", "gpu_runs:forwards", 40, (*RUN, "peft")),
-    7: Part("chunks of the output head", "gpu_numerics:head_chunks", 20, ("jsonargparse",)),
-    8: Part("options of the update, one at a time", "gpu_options:options", 35, ("jsonargparse", "peft")),
-    9: Part("FSDP2, offload and DDP", "gpu_runs:sharded", 55, RUN),
-    10: Part("TransformersEngine", "gpu_engines:transformers_engine", 25, RUN),
-    11: Part("vLLM", "gpu_engines:vllm_engine", 100, (*RUN, "vllm", "peft")),
+    1: Part("versions and ceilings", "gpu_ceilings:ceilings", 25),
+    2: Part("loss and gradient against the CPU and float64", "gpu_numerics:against_cpu", 60, ("jsonargparse",)),
+    3: Part("kill and resume `rlmt fit`", "gpu_runs:kill_and_resume", 60, RUN),
+    4: Part("LoRA update", "gpu_runs:lora_update", 80, (*RUN, "peft")),
+    5: Part("QLoRA update", "gpu_runs:qlora_update", 80, (*RUN, "peft", "bitsandbytes")),
+    6: Part("log-probs and rewards", "gpu_runs:forwards", 60, (*RUN, "peft")),
+    7: Part("chunks of the output head", "gpu_numerics:head_chunks", 25, ("jsonargparse",)),
+    8: Part("options of the update, one at a time", "gpu_options:options", 80, ("jsonargparse", "peft")),
+    9: Part("FSDP2, offload and DDP", "gpu_runs:sharded", 80, RUN),
+    10: Part("TransformersEngine", "gpu_engines:transformers_engine", 50, RUN),
+    11: Part("vLLM", "gpu_engines:vllm_engine", 110, (*RUN, "vllm", "peft")),
+    12: Part("steps of GRPO with vLLM", "gpu_runs:vllm_steps", 150, (*RUN, "vllm", "peft")),
 }
 
 

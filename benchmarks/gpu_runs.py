@@ -1,4 +1,4 @@
-"""Parts 3, 4, 5, 6 and 9 of benchmarks/gpu.py: training runs of the `rlmt` command."""
+"""Parts 3, 4, 5, 6, 9 and 12 of benchmarks/gpu.py: training runs of the `rlmt` command."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import json
 import math
 import multiprocessing
 import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from gpu_cli import AFTER_STEP, fit, model_folders, tiny_folder, write_replay
 from gpu_forwards import compare_forwards
-from gpu_models import GIB, Setup, update_flops
+from gpu_models import GIB, MEAN_GAP, Setup, update_flops
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -104,7 +106,7 @@ def qlora_update(setup: Setup) -> None:
 def measure_update(
     setup: Setup, name: str, configs: tuple[str, ...], tokens: int, options: dict[str, object], card: str | None = None
 ) -> None:
-    """Trains for three steps on replayed samples, and reports speed, memory and kernels of the last.
+    """Trains for four steps on replayed samples: the first loads kernels, two are timed, and the last is profiled.
 
     Args:
         setup: Device and report.
@@ -115,8 +117,8 @@ def measure_update(
         card: Card whose memory the run has to fit.
     """
     policy, _ = model_folders(setup)
-    replay = write_replay(setup, policy, 3, 8, setup.scale(96, 4), tokens // 8)
-    figures: dict[str, Any] = {"step": 0}
+    replay = write_replay(setup, policy, 4, 8, setup.scale(96, 4), tokens // 8)
+    figures: dict[str, Any] = {"step": 0, "seconds": math.inf}
 
     def after_step(trainer: Any, module: RLMTModule, outputs: dict[str, Any]) -> None:
         figures["step"] += 1
@@ -125,23 +127,24 @@ def measure_update(
                 torch.cuda.reset_peak_memory_stats()
             figures["allocated"] = torch.cuda.max_memory_allocated()
             figures["reserved"] = torch.cuda.max_memory_reserved()
-        if figures["step"] == 2:
-            figures["seconds"] = outputs["metrics"]["time/update_s"]
+        if figures["step"] in (2, 3):
+            figures["seconds"] = min(figures["seconds"], outputs["metrics"]["time/update_s"])
+        if figures["step"] == 3:
             batch = outputs["experience"].rollouts
             figures["shape"] = (len(batch), len(batch.prompt_ids[0]), replay.completion)
             figures["trained"] = sum(p.numel() for p in module.trained_model.parameters() if p.requires_grad)
             memory = torch.cuda.get_device_properties(0).total_memory if setup.on_gpu else 80 * GIB
             figures["plan"] = make_budget(module, trainer.datamodule, torch.bfloat16, memory).total("update")
-            figures["profile"] = profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * setup.on_gpu])
+            figures["profile"] = profile(activities=[ProfilerActivity.CUDA if setup.on_gpu else ProfilerActivity.CPU])
             figures["profile"].start()
-        elif figures["step"] == 3:
+        elif figures["step"] == 4:
             figures["profile"].stop()
 
     AFTER_STEP[:] = [after_step]
     shared = {
         "--model.algorithm.kl_coef": 0,  # the reference's log-probs are no part of the update
         "--model.tokens_per_micro_batch": tokens,
-        "--trainer.max_steps": 3,
+        "--trainer.max_steps": 4,
     }
     try:
         fit(setup, "update", configs, replay.options | shared | options)
@@ -278,3 +281,66 @@ def validate_reward_parts(setup: Setup) -> None:
     }
     fit(setup, "validation", ("base", "grpo"), options, command="validate")
     setup.report.row("DDP validation with two reward parts", time.perf_counter() - began, "s")
+
+
+# Part 12 --------------------------------------------------------------------------------------------------------------
+
+
+def vllm_steps(setup: Setup) -> None:
+    """Part 12: steps of GRPO whose samples vLLM generates in the trainer's process; times, memory and mismatch."""
+    policy, _ = model_folders(setup)
+    samples, tokens = setup.scale(64, 8), setup.scale(384, 16)
+    options: dict[str, object] = {
+        **LENGTH_REWARD,
+        "--model.policy": policy,
+        "--model.gradient_checkpointing": "true",
+        "--data.prompts": tiny_folder(setup) / "prompts.jsonl",
+        "--data.batch_size": samples // 8,
+        "--data.group_size": 8,
+        "--data.max_prompt_tokens": 256,
+        "--data.max_new_tokens": tokens,
+        "--data.engine": "VLLMEngine",
+        "--trainer.max_steps": 3,
+        "--trainer.precision": "bf16-mixed" if setup.on_gpu else "32-true",
+    }
+    steps: list[dict[str, float]] = []
+
+    def after_step(trainer: Any, module: RLMTModule, outputs: dict[str, Any]) -> None:
+        steps.append({name: float(value) for name, value in outputs["metrics"].items()})
+        steps[-1]["tokens"] = float(outputs["experience"].lengths.sum())
+
+    AFTER_STEP[:] = [after_step]
+    began = time.perf_counter()
+    with card_memory(setup) as most:
+        fit(setup, "vllm", ("base", "grpo", "lora"), options)
+    name, last = f"GRPO with vLLM, LoRA, {samples} samples", steps[-1]
+    setup.report.row(f"{name}, start and three steps", time.perf_counter() - began, "s")
+    for part in ("sync", "rollout", "update", "step"):
+        setup.report.row(f"{name}, {part}", last[f"time/{part}_s"], "s")
+    setup.report.row(f"{name}, rollout", last["tokens"] / last["time/rollout_s"], "tokens/s")
+    worst = max(row["engine/mismatch_kl"] for row in steps)
+    limit = MEAN_GAP**2 / 2 if setup.on_gpu else 1e-6
+    setup.report.equal(f"{name}, engine/mismatch_kl, worst of three", worst, limit, "nats")
+    if setup.on_gpu:
+        setup.report.row(f"{name}, most memory in use", max(most) / GIB, "GiB")
+
+
+@contextmanager
+def card_memory(setup: Setup) -> Iterator[list[int]]:
+    """Samples the bytes in use on the whole card, 20 times a second, into the list that it yields; none on a CPU."""
+    used, done = [0], threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.05):
+            free, total = torch.cuda.mem_get_info()
+            used[0] = max(used[0], total - free)
+
+    thread = threading.Thread(target=sample)
+    if setup.on_gpu:
+        thread.start()
+    try:
+        yield used
+    finally:
+        done.set()
+        if setup.on_gpu:
+            thread.join()

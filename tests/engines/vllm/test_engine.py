@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -69,8 +70,13 @@ class World:
 def world(request: pytest.FixtureRequest, helpers: Any) -> Iterator[World]:
     shared = World(request.param, helpers)
     yield shared
+    (layer,) = shared.engine._llm.apply_model(
+        lambda model: weakref.ref(next(m for m in model.modules() if m._parameters))
+    )
+    assert layer() is not None
     for _ in range(2):
         shared.engine.close()
+    assert layer() is None  # or its memory would never be released
     assert not distributed.is_initialized()
 
 
@@ -297,7 +303,7 @@ def test_sleep_mode_between_rollouts() -> None:
     assert llm.calls == first + later
     engine._folder, engine._had_process_group = Folder(), False  # type: ignore[assignment]
     engine.close()
-    assert llm.calls[len(first + later) :] == ["wake_up weights kv_cache", "shutdown"]
+    assert llm.calls[len(first + later) :] == ["wake_up weights kv_cache", "apply_model", "shutdown"]
 
 
 @needs_vllm

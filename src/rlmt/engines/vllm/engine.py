@@ -36,7 +36,7 @@ from rlmt.engines.vllm.isolation import (
 )
 from rlmt.engines.vllm.launch import device_args, one_line, save_config
 from rlmt.engines.vllm.lora import LoRASlot, adapter_error, lora_engine_args, merge_adapters, unsupported_reason
-from rlmt.engines.vllm.reload import check_model, reload_weights
+from rlmt.engines.vllm.reload import check_model, forget_layers, reload_weights
 from rlmt.engines.vllm.sampling import SamplingProgress, sampling_params
 from rlmt.engines.vllm.temporary_folders import ContentFolder, check_folders, remove_abandoned
 from rlmt.engines.vllm.tensor_parallel import check_heads, check_ranks, gather_requests, gloo_communicator
@@ -204,6 +204,8 @@ class VLLMEngine(Engine):
         # no user can act on: nine at each start on CPU, one at each sync.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        # FlashInfer's sampler is for top-k and top-p, which rollouts do not use, and needs nvcc at its first use.
+        os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
         engine_dtype = self.dtype or str(dtype).removeprefix("torch.")
         adapter_options = {} if adapter is None else lora_engine_args(adapter.config)
         over_gloo = self.tensor_parallel_size > 1 and device.type == "cpu"
@@ -390,6 +392,7 @@ class VLLMEngine(Engine):
             self._folder = None
             with keep_process_group() if self._had_process_group else nullcontext():
                 if llm is not None:
+                    forget_layers(llm)
                     llm.llm_engine.engine_core.shutdown()
                 elif "vllm" in sys.modules:  # its start failed half-way
                     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
