@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import importlib.util
 import json
 import math
+import struct
 import subprocess
 import sys
-import zipfile
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,26 +95,42 @@ def test_gradients_that_differ_or_lack_are_found(gpu: Any) -> None:
     assert math.isnan(gpu_models.relative(ours, {"b": theirs["a"]}))
 
 
-def test_bitsandbytes_is_cut_to_one_library(tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("gpu_wheels", ROOT / "scripts" / "gpu_wheels.py")
+@pytest.fixture(scope="module")
+def packages() -> Any:
+    spec = importlib.util.spec_from_file_location("gpu_packages", ROOT / "scripts" / "gpu_packages.py")
     assert spec is not None and spec.loader is not None
-    wheels: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(wheels)
-    wheel, files = tmp_path / "bitsandbytes-1.0-py3-none-any.whl", {"bitsandbytes/__init__.py": b"x = 1\n"}
-    files |= {f"bitsandbytes/libbitsandbytes_{name}.so": name.encode() for name in ("cpu", "cuda128", "cuda130")}
-    digests = {n: base64.urlsafe_b64encode(hashlib.sha256(d).digest()).rstrip(b"=").decode() for n, d in files.items()}
-    record = "bitsandbytes-1.0.dist-info/RECORD"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        for name, data in files.items():
-            archive.writestr(name, data)
-        archive.writestr(record, "".join(f"{n},sha256={digests[n]},{len(d)}\n" for n, d in files.items()))
-    wheels.cut_bitsandbytes(wheel, "130")
-    with zipfile.ZipFile(wheel) as archive:
-        kept = ["bitsandbytes/__init__.py", "bitsandbytes/libbitsandbytes_cuda130.so"]
-        assert archive.namelist() == [*kept, record]
-        assert [line.split(",")[0] for line in archive.read(record).decode().splitlines()] == kept
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_bitsandbytes_is_cut_to_one_library(packages: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "bitsandbytes"
+    folder.mkdir()
+    for name in ("__init__.py", *(f"libbitsandbytes_{kind}.so" for kind in ("cpu", "cuda128", "cuda130"))):
+        (folder / name).touch()
+    packages.cut_bitsandbytes(tmp_path, "130")
+    assert sorted(path.name for path in folder.iterdir()) == ["__init__.py", "libbitsandbytes_cuda130.so"]
     with pytest.raises(SystemExit, match="cuda129"):
-        wheels.cut_bitsandbytes(wheel, "129")
+        packages.cut_bitsandbytes(tmp_path, "129")
+
+
+def test_gpu_code_of_one_capability_stays(packages: Any) -> None:
+    """Two containers between other bytes; their entries are PTX or machine code, of 4 or 8 bytes."""
+
+    def entry(kind: int, capability: int, code: bytes) -> bytes:
+        return struct.pack("<HHIQIIHHI", kind, 257, 32, len(code), 0, 0, 0, 1, capability) + code
+
+    def container(*entries: bytes) -> bytes:
+        return struct.pack("<IHHQ", 0xBA55ED50, 1, 16, len(b"".join(entries))) + b"".join(entries)
+
+    def library(*codes: bytes) -> bytes:
+        first = container(entry(2, 80, codes[0]), entry(2, 90, codes[1]), entry(1, 90, codes[2]))
+        return b"ELF" + first + b"text" + container(entry(2, 120, codes[3])) + b"end"
+
+    original = library(b"sm80", b"sm90code", b"ptx9", b"sm120cod")
+    assert packages.cut_gpu_code(original, 90) == library(bytes(4), b"sm90code", bytes(4), bytes(8))
+    assert packages.cut_gpu_code(b"no container", 90) == b"no container"
 
 
 @pytest.mark.slow
