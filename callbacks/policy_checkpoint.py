@@ -164,9 +164,11 @@ class PolicyCheckpoint(ModelCheckpoint):
         if self._saved is not None and trainer.is_global_zero:
             error = "stopped" if isinstance(exception, UserError) else type(exception).__name__
             name = exception.signal.name if isinstance(exception, StoppedBySignal) else error
+            count = self._saved.step + 1  # as the progress bar counts; steps in metrics.csv begin at 0
+            steps = "the first step" if count == 1 else f"the first {count} steps"
             print(
-                f"rlmt: {name}: {self.best_model_path} has all steps up to {self._saved.step}; the same command with "
-                "--ckpt_path last resumes from there.",
+                f"rlmt: {name}: {self.best_model_path} has {steps}; the same command with --ckpt_path last resumes "
+                "from there.",
                 file=sys.stderr,
             )
 

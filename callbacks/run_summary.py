@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from time import monotonic
@@ -137,7 +140,9 @@ class RunSummary(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Prints the lines, after the progress bar is gone and the last checkpoint is written."""
         if stage == "fit" and trainer.is_global_zero and not trainer.interrupted:
-            say("\n".join(self.lines(trainer, pl_module)))
+            lines = self.lines(trainer, pl_module)
+            # In a log file a line stays a line, which can be searched.
+            say("\n".join(wrapped(lines, shutil.get_terminal_size().columns) if sys.stdout.isatty() else lines))
 
     def lines(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
         """Steps; reward or loss; lengths; files; the next command."""
@@ -158,6 +163,13 @@ class RunSummary(Callback):
         if checkpoint:
             lines.append(f"next      rlmt {_next_command(pl_module, checkpoint)}")
         return lines
+
+
+def wrapped(lines: list[str], width: int) -> list[str]:
+    """Lines of at most `width` columns, indented below the name; the next command stays on its line, to be copied."""
+    indent = " " * len("response  ")
+    wrapper = textwrap.TextWrapper(width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return [row for line in lines for row in ([line] if line.startswith("next") else wrapper.wrap(line))]
 
 
 def _change(points: list[Point]) -> str:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import sysconfig
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 _LIBRARIES = [Path(__file__).parent, *(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib"))]
 """Folders whose files are not the user's."""
 _MOST_FRAMES = 3
 """Calls in a user's files that an error names, the innermost ones."""
+_TRACEBACK = re.compile(r"(?:^|(?<=Original ))Traceback \(most recent call last\):\n", re.MULTILINE)
+_FRAME = re.compile(r'^ +File "(.+)", line (\d+), in (\S+)(?:\n +(\S.*))?', re.MULTILINE)
+_RAISED = re.compile(r"^(?:[\w.]*\.)?(\w+)(?:: (.*))?$", re.MULTILINE)
 
 
 class UserError(Exception):
@@ -55,17 +60,28 @@ def own_error_message(error: BaseException | None) -> str | None:
         `MyReward.load raised ValueError: message (my_rewards.py, line 3: code); fix it, and run the command again.`;
         None if no file of the user's took part.
     """
-    while error is not None:
-        if isinstance(error, Exception) and (what := describe_own_error(error)) is not None:
-            codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
-            names = [code.co_qualname for code in codes if _is_own(code.co_filename)]
-            called = next((name for name in names if name != "<module>"), "Your code")
-            # A run that fails within its steps saves a checkpoint.
-            stepping = any(code.co_qualname == "_FitLoop.advance" for code in codes)
-            again = "resume with --ckpt_path last" if stepping else "run the command again"
+    chain = list(_chain(error))
+    # A run that fails within its steps saves a checkpoint.
+    codes = {link: [frame.f_code for frame, _ in traceback.walk_tb(link.__traceback__)] for link in chain}
+    stepping = any(code.co_qualname == "_FitLoop.advance" for of_link in codes.values() for code in of_link)
+    again = "resume with --ckpt_path last" if stepping else "run the command again"
+    for link in chain:
+        if (sent := _sent_error(link)) is not None and (own := [frame for frame in sent.frames if _is_own(frame[0])]):
+            called = next((name for _, _, name, _ in own if not name.startswith("<")), "Your code")
+            places = [_place(file, int(line), code) for file, line, _, code in reversed(own)]
+            what = f"{sent.description} ({_listed(places)}) {sent.where}"
             return f"{called} raised {what}; fix it, and {again}."
-        error = error.__cause__ or error.__context__
+        if isinstance(link, Exception) and (what := describe_own_error(link)) is not None:
+            names = [code.co_qualname for code in codes[link] if _is_own(code.co_filename)]
+            called = next((name for name in names if name != "<module>"), "Your code")
+            return f"{called} raised {what}; fix it, and {again}."
     return None
+
+
+def user_error_text(error: UserError) -> str:
+    """The message of a `UserError`; without the traceback if another process raised it, such as a loader's worker."""
+    sent = _sent_error(error)
+    return str(error) if sent is None else sent.message
 
 
 def describe_own_error(error: Exception, responses: Sequence[str] = ()) -> str | None:
@@ -85,10 +101,9 @@ def describe_own_error(error: Exception, responses: Sequence[str] = ()) -> str |
         lines.insert(0, _place(error.filename, error.lineno, error.text))
     if not lines:
         return None
-    places = list(dict.fromkeys(lines))[:_MOST_FRAMES]  # a comprehension has a frame of its own in its line
     response = _response_of(error, responses)
     named = "" if response is None else f" for the response {excerpt(response)}"
-    return f"{type(error).__name__}: {first_line(error)} ({'; called in '.join(places)}){named}"
+    return f"{type(error).__name__}: {first_line(error)} ({_listed(lines)}){named}"
 
 
 def excerpt(value: object) -> str:
@@ -100,6 +115,52 @@ def excerpt(value: object) -> str:
 def _place(file_name: str, line: int | None, code: str | None) -> str:
     """`my_rewards.py, line 3: code`, with the shorter of the relative and the absolute path."""
     return f"{min(os.path.relpath(file_name), file_name, key=len)}, line {line}: {(code or '').strip()}"
+
+
+def _listed(places: Sequence[str]) -> str:
+    """The innermost places of a call, innermost first; a comprehension has a frame of its own in its line."""
+    return "; called in ".join(list(dict.fromkeys(places))[:_MOST_FRAMES])
+
+
+class _SentError(NamedTuple):
+    """An error of another process, which arrives as the text of its traceback."""
+
+    kind: str
+    message: str
+    frames: list[tuple[str, str, str, str]]
+    """File, line, function and code, outermost first."""
+    where: str
+    """Such as `in DataLoader worker process 0`."""
+
+    @property
+    def description(self) -> str:
+        """`ValueError: message`, on one line."""
+        lines = self.message.strip().splitlines()
+        return f"{self.kind}: {lines[0].rstrip('.')}" if lines else self.kind
+
+
+def _sent_error(error: BaseException) -> _SentError | None:
+    """The error of another process that an exception's message holds; None if it holds no traceback.
+
+    torch's data loaders raise an error of their worker's type with the traceback as its message, and multiprocessing
+    and concurrent.futures put the traceback into a cause.
+    """
+    before, *tracebacks = _TRACEBACK.split(str(error))
+    if not tracebacks:
+        return None
+    last = tracebacks[-1]  # of a chain the one that reached the other process's top
+    frames = _FRAME.findall(last)
+    raised = _RAISED.search(last)
+    where = re.search(r"Caught \w+ (in .+?)\.\n", before)
+    kind, message = (raised[1], raised[2] or "") if raised else (type(error).__name__, "")
+    return _SentError(kind, message, frames, where[1] if where else "in another process")
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and its causes."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _response_of(error: Exception, responses: Sequence[str]) -> str | None:

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from rlmt.callbacks import RewardCurves, RunSummary
-from rlmt.callbacks.run_summary import _change
+from rlmt.callbacks.run_summary import _change, wrapped
 
 
 @pytest.fixture
@@ -43,6 +43,17 @@ def test_last_lines_state_change_files_and_next_command(world, module, tmp_path,
     assert response == "response  2.5 at step 1 → 2.5 at step 4 tokens (training)"
     assert files == f"files     {tmp_path}: metrics.csv, curves.png"
     assert following.startswith(f"next      rlmt chat {tmp_path}/checkpoints/last") and following.endswith(".ckpt")
+
+
+def test_lines_wrap_below_their_text_but_the_next_command_stays_on_its_line():
+    files = "files     runs/tiny/run/version_0: metrics.csv, curves.png, cot_length.png, report.html, rollouts"
+    following = f"next      rlmt chat {'a-long-folder/' * 9}last.ckpt"
+    assert wrapped(["steps     4 of 4, in 9.1 s", files, following], 80) == [
+        "steps     4 of 4, in 9.1 s",
+        "files     runs/tiny/run/version_0: metrics.csv, curves.png, cot_length.png,",
+        "          report.html, rollouts",
+        following,
+    ]
 
 
 def test_resumed_run_reports_the_change_since_its_first_step(world, module, tmp_path, capsys):

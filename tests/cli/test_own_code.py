@@ -1,14 +1,17 @@
 """Code of the user's own in the working folder, without PYTHONPATH."""
 
 import csv
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch._utils import ExceptionWrapper
 
-from rlmt.cli import main
+from rlmt.cli import commands, main
+from rlmt.errors import own_error_message
 
 REWARD = """
 def brief(prompt, response):
@@ -39,6 +42,7 @@ def test_reward_in_the_working_folder_is_found_by_every_rank(tiny: Path, prompts
 MISTAKES = """
 import torch
 from lightning.pytorch import Callback
+from torch.utils.data import DataLoader
 
 from rlmt.algorithms import GRPO
 from rlmt.data import RolloutDataModule
@@ -79,6 +83,15 @@ class Starts(Callback):
 class Data(RolloutDataModule):
     def setup(self, stage):
         raise ValueError("no rows")
+
+
+def collate(rows):
+    return {}["prompt"]
+
+
+class Workers(RolloutDataModule):
+    def train_dataloader(self):
+        return DataLoader(range(8), batch_size=2, collate_fn=collate, num_workers=2)
 """
 MODULES = {
     "own_mistakes.py": MISTAKES,
@@ -108,27 +121,32 @@ def own_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (
             "--model.reward own_mistakes.Opens --model.reward.path words.txt",
             "Opens.__init__ raised FileNotFoundError: [Errno 2] No such file or directory: 'words.txt' "
-            "(own_mistakes.py, line 22: with open(path) as file:; "
-            "called in own_mistakes.py, line 18: self.words = read(path))",
+            "(own_mistakes.py, line 23: with open(path) as file:; "
+            "called in own_mistakes.py, line 19: self.words = read(path))",
         ),
         (
             "--model.reward own_mistakes.Loads",
-            "Loads.load raised RuntimeError: no weights (own_mistakes.py, line 28: "
+            "Loads.load raised RuntimeError: no weights (own_mistakes.py, line 29: "
             'raise RuntimeError("no weights.\\nand more"))',
         ),
         (
             "--model.reward own_mistakes.Constant --model.algorithm own_mistakes.Prepares",
-            "Prepares.prepare raised KeyError: 'advantages' (own_mistakes.py, line 33: return {}[\"advantages\"])"
+            "Prepares.prepare raised KeyError: 'advantages' (own_mistakes.py, line 34: return {}[\"advantages\"])"
             + RESUME,
         ),
         (
             "--model.reward own_mistakes.Constant --trainer.callbacks+ own_mistakes.Starts",
             "Starts.on_train_start raised AttributeError: 'Trainer' object has no attribute 'no_such_attribute' "
-            "(own_mistakes.py, line 38: trainer.no_such_attribute)",
+            "(own_mistakes.py, line 39: trainer.no_such_attribute)",
         ),
         (
             "--model.reward own_mistakes.Constant --data own_mistakes.Data",
-            'Data.setup raised ValueError: no rows (own_mistakes.py, line 43: raise ValueError("no rows"))',
+            'Data.setup raised ValueError: no rows (own_mistakes.py, line 44: raise ValueError("no rows"))',
+        ),
+        (
+            "--model.reward own_mistakes.Constant --data own_mistakes.Workers",
+            "collate raised KeyError: 'prompt' (own_mistakes.py, line 49: return {}[\"prompt\"]) "
+            "in DataLoader worker process 0" + RESUME,
         ),
         ("--model.reward own_syntax.Broken", "…(own_syntax.py, line 3: class Broken(:)"),
         (
@@ -136,7 +154,7 @@ def own_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             "Your code raised ZeroDivisionError: division by zero (own_import.py, line 2: rate = 1 / (rows - 1))",
         ),
     ],
-    ids=["init", "load", "algorithm", "callback", "data", "syntax", "import"],
+    ids=["init", "load", "algorithm", "callback", "data", "collate", "syntax", "import"],
 )
 def test_error_in_own_code_is_one_line(
     options: str,
@@ -159,3 +177,76 @@ def test_error_in_own_code_is_one_line(
     line += "" if line.endswith(RESUME) else AGAIN
     assert found.endswith(line.removeprefix("…")) and "Traceback" not in printed
     assert line.startswith("…") or found == f"rlmt: error: {line}"
+
+
+ROWS = """
+from rlmt.errors import UserError
+
+
+class Rows:
+    def __getitem__(self, index):
+        return self.read(index)
+
+    def read(self, index):
+        if index == 0:
+            raise ValueError("no text.\\nand more")
+        try:
+            [][index]
+        except IndexError as error:
+            raise UserError("rows.jsonl: row 1 is empty; fill it.") from error
+"""
+
+
+def raised_by_a_worker(index: int) -> Exception:
+    """The exception that a data loader raises for an error of a dataset in its worker 0."""
+    try:
+        importlib.import_module("own_rows").Rows()[index]
+    except Exception as error:
+        assert error.__traceback__ is not None  # its first frame is of this file, which no worker runs
+        sent = ExceptionWrapper((type(error), error, error.__traceback__.tb_next), "in DataLoader worker process 0")
+    with pytest.raises(Exception) as raised:
+        sent.reraise()
+    return raised.value
+
+
+@pytest.fixture
+def own_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    (tmp_path / "own_rows.py").write_text(ROWS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    sys.modules.pop("own_rows", None)
+
+
+@pytest.mark.usefixtures("own_rows")
+def test_error_of_a_dataset_in_a_worker_names_its_lines_and_the_first_line_of_its_message() -> None:
+    error = raised_by_a_worker(0)
+    assert "Traceback" in str(error)
+    assert own_error_message(error) == (
+        "__getitem__ raised ValueError: no text (own_rows.py, line 11: "
+        'raise ValueError("no text.\\nand more"); called in own_rows.py, line 7: return self.read(index)) '
+        "in DataLoader worker process 0" + AGAIN
+    )
+
+
+@pytest.mark.usefixtures("own_rows")
+def test_user_error_of_a_worker_is_its_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(command: str, args: list[str]) -> int:
+        raise raised_by_a_worker(1)
+
+    monkeypatch.setitem(commands._COMMANDS, "doctor", fail)
+    assert main(["doctor"]) == 2
+    assert capsys.readouterr().err == "rlmt: error: rows.jsonl: row 1 is empty; fill it.\n"
+
+
+@pytest.mark.usefixtures("own_rows")
+def test_error_in_another_process_of_a_pool_is_one_line(tmp_path: Path) -> None:
+    error = raised_by_a_worker(0)
+    text = str(error).partition("Original ")[2]
+    remote = RuntimeError("no text")
+    remote.__cause__ = Exception(f'\n"""\n{text}"""')  # as multiprocessing and concurrent.futures attach it
+    message = own_error_message(remote)
+    assert message is not None and message.startswith("__getitem__ raised ValueError: no text (own_rows.py, line 11: ")
+    assert message.endswith(") in another process" + AGAIN)

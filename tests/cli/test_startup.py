@@ -116,7 +116,17 @@ def test_commands_print_no_third_party_lines(tiny: Path, prompts_file: Path, tmp
         f"chat {tiny}/policy {chat_options}",
         f"plan {models} --memory 24",
     ]
-    code = f"from rlmt.cli.commands import main\nprint([main(line.split()) for line in {json.dumps(commands)}])"
+    # At last a warning that C++ code prints past Python's filters, as vLLM's CPU build does, and tips of Lightning.
+    third_party = (
+        "import torch; torch.ops.aten.std.correction(torch.ones(1), [0], correction=1)\n"
+        "from lightning.pytorch.utilities import rank_zero_info\n"
+        "rank_zero_info('💡 Tip: For seamless cloud uploads, try installing [litmodels]')\n"
+        "rank_zero_info('You are using a CUDA device (x) that has Tensor Cores. To properly utilize them, …')\n"
+    )
+    code = (
+        f"from rlmt.cli.commands import main\nstatuses = [main(line.split()) for line in {json.dumps(commands)}]\n"
+        f"{third_party}print(statuses)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
     *_, statuses = done.stdout.splitlines()
     assert statuses in ("[0, 0, 0, 0, 0]", "[0, 0, 0, 2, 0]"), done.stderr

@@ -138,8 +138,9 @@ def test_built_in_prompts_are_distinct(tiny):
     assert len({prompt.messages[0]["content"] for prompt in prompts}) == len(prompts) == 384
 
 
-def test_corpus_replaces_built_in_prompts(tmp_path, prompts_file):
+def test_corpus_replaces_built_in_prompts(tmp_path, prompts_file, capfd):
     write_tiny(tmp_path / "out", corpus=str(prompts_file), sizes=SMALL)
+    assert capfd.readouterr() == ("", "")  # no bars of saving on a terminal, where the next prompt is
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["policy", "reward", "tiny.json"]
 
 

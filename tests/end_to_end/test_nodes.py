@@ -68,7 +68,7 @@ def test_two_nodes_train_one_policy_and_stop_on_a_signal_to_one(
     finally:
         for node in nodes:
             node.kill()
-    assert b"SIGTERM" in printed and b"has all steps up to" in printed, printed.decode()
+    assert b"SIGTERM" in printed and b" has the first " in printed, printed.decode()
 
     rollouts = {
         rank: [row for file in run.rglob(f"rollouts/*rank{rank}.parquet") for row in pq.read_table(file).to_pylist()]

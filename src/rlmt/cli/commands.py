@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from rlmt import __version__
 from rlmt.cli.quiet import silence_third_party
 from rlmt.configs import resolve_configs
-from rlmt.errors import AllRanksUserError, UserError, own_error_message
+from rlmt.errors import AllRanksUserError, UserError, own_error_message, user_error_text
 
 HELP = f"""rlmt {__version__}: train language models that think before they chat
 
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if user_error is None:
             raise
         if not (isinstance(user_error, AllRanksUserError) and user_error.reported_elsewhere):
-            print(f"rlmt: error: {user_error}", file=sys.stderr)
+            print(f"rlmt: error: {user_error_text(user_error)}", file=sys.stderr)
         return 2
 
 

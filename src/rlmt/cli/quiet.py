@@ -28,8 +28,9 @@ _ERRORS_ONLY = (
 """Loggers whose warnings are silenced."""
 
 _LIGHTNING_INFO = (
-    "litlogger",  # advertises a logger
+    "💡 Tip: ",  # advertises packages: litlogger, litmodels
     "TPU available",  # rlmt does not run on TPUs
+    "that has Tensor Cores",  # advises a call in Python; --trainer.precision sets how a run multiplies
 )
 """Parts of Lightning's info messages that are silenced; its other ones report on the run."""
 
@@ -37,13 +38,17 @@ _LIGHTNING_INFO = (
 def silence_third_party() -> None:
     """Filters logs and warnings of libraries; to be called before the libraries are imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warns after a fork otherwise
+    # Warnings that C++ code prints on stderr, past Python's filters and through the progress bar, such as vLLM's on
+    # the NUMA nodes to which it binds memory. Set before torch is imported; errors are still printed.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not sys.stderr.isatty():  # progress bars of loading and saving, which garble log files
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     for name in _ERRORS_ONLY:
         logging.getLogger(name).setLevel(logging.ERROR)
-    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
+    # Lightning's and Fabric's rank_zero_info share a logger: that of the module which is imported last.
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(_reports_on_the_run)
 
 

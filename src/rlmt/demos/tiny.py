@@ -29,6 +29,7 @@ from typing import Literal
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from rlmt.demos.tiny_benchmarks import write_benchmarks
 from rlmt.demos.tiny_models import Sizes, averaging_reward_model, warm_started_policy
@@ -255,6 +256,12 @@ def _reward_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerBase:
 
 def _save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     """Saves a model and its tokenizer, and returns a description of their size."""
-    model.save_pretrained(folder)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # a file of some MB is no shard whose progress is worth a line
+    try:
+        model.save_pretrained(folder)
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     tokenizer.save_pretrained(folder)
     return f"{type(model).__name__}, {model.num_parameters():,} parameters, {len(tokenizer)} tokens"

@@ -14,7 +14,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor, distributed
 
-from rlmt.errors import AllRanksUserError, UserError, own_error_message
+from rlmt.errors import AllRanksUserError, UserError, own_error_message, user_error_text
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -91,7 +91,7 @@ def run_on_all_ranks(work: Callable[[], T]) -> T:
     except (AllRanksUserError, RankFailed):
         raise  # every rank raises it already
     except Exception as error:
-        message = str(error) if isinstance(error, UserError) else own_error_message(error)
+        message = user_error_text(error) if isinstance(error, UserError) else own_error_message(error)
         failure = _Failure(message or f"{type(error).__name__}: {error}", is_user_error=message is not None)
         try:
             all_gather_object(failure)
