@@ -71,10 +71,10 @@ def own_error_message(error: BaseException | None) -> str | None:
             places = [_place(file, int(line), code) for file, line, _, code in reversed(own)]
             what = f"{sent.description} ({_listed(places)}) {sent.where}"
             return f"{called} raised {what}; fix it, and {again}."
-        if isinstance(link, Exception) and (what := describe_own_error(link)) is not None:
+        if isinstance(link, Exception) and (raised := describe_own_error(link)) is not None:
             names = [code.co_qualname for code in codes[link] if _is_own(code.co_filename)]
             called = next((name for name in names if name != "<module>"), "Your code")
-            return f"{called} raised {what}; fix it, and {again}."
+            return f"{called} raised {raised}; fix it, and {again}."
     return None
 
 
