@@ -62,17 +62,17 @@ def own_error_message(error: BaseException | None) -> str | None:
     """
     chain = list(_chain(error))
     # A run that fails within its steps saves a checkpoint.
-    codes = {link: [frame.f_code for frame, _ in traceback.walk_tb(link.__traceback__)] for link in chain}
-    stepping = any(code.co_qualname == "_FitLoop.advance" for of_link in codes.values() for code in of_link)
+    codes = [[frame.f_code for frame, _ in traceback.walk_tb(link.__traceback__)] for link in chain]
+    stepping = any(code.co_qualname == "_FitLoop.advance" for of_link in codes for code in of_link)
     again = "resume with --ckpt_path last" if stepping else "run the command again"
-    for link in chain:
+    for link, of_link in zip(chain, codes, strict=True):
         if (sent := _sent_error(link)) is not None and (own := [frame for frame in sent.frames if _is_own(frame[0])]):
             called = next((name for _, _, name, _ in own if not name.startswith("<")), "Your code")
             places = [_place(file, int(line), code) for file, line, _, code in reversed(own)]
             what = f"{sent.description} ({_listed(places)}) {sent.where}"
             return f"{called} raised {what}; fix it, and {again}."
         if isinstance(link, Exception) and (raised := describe_own_error(link)) is not None:
-            names = [code.co_qualname for code in codes[link] if _is_own(code.co_filename)]
+            names = [code.co_qualname for code in of_link if _is_own(code.co_filename)]
             called = next((name for name in names if name != "<module>"), "Your code")
             return f"{called} raised {raised}; fix it, and {again}."
     return None

@@ -6,6 +6,8 @@ import csv
 import errno
 import json
 import math
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 import torch
 
 from rlmt.checkpointing import files
+from rlmt.checkpointing.signals import SignalHandler, StoppedBySignal
 from rlmt.cli.commands import main
 from rlmt.engines import TransformersEngine
 from rlmt.engines.rollout_files import read_rollouts
@@ -70,6 +73,53 @@ def saved_step(run: Path) -> int:
 def error_of(capsys: pytest.CaptureFixture[str]) -> str:
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rlmt: error: ")]
     return line
+
+
+# Signals --------------------------------------------------------------------------------------------------------------
+
+
+def test_second_ctrl_c_does_not_interrupt_the_checkpoint(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The first comes in the third rollout, the second while the checkpoint of the first two steps is written."""
+    generate, save, calls = TransformersEngine.generate, torch.save, []
+
+    def interrupted(engine: TransformersEngine, *args: Any) -> Samples:
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return generate(engine, *args)
+
+    def interrupted_save(checkpoint: Any, file: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        save(checkpoint, file)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersEngine, "generate", interrupted)
+        patch.setattr(files.torch, "save", interrupted_save)
+        try:
+            status = fit(
+                "--trainer.callbacks",
+                "[{class_path: rlmt.callbacks.PolicyCheckpoint, init_args: {every_n_steps: 100}}]",
+            )
+        finally:
+            signal.signal(signal.SIGINT, handler)  # Lightning ignores it from the first Ctrl+C on
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("rlmt: SIGINT: ")]
+    assert status == 130
+    assert "is stopping and writes its checkpoint; sent again, it stops without." in lines[0]
+    assert "last.ckpt has the first 2 steps; the same command with --ckpt_path last resumes from there." in lines[1]
+    assert saved_step(tmp_path / "run") == 1
+
+
+def test_third_ctrl_c_stops_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    signals = SignalHandler(savable=lambda: True)
+    with pytest.raises(StoppedBySignal):
+        signals._on_signal(signal.SIGINT, None)
+    signals._on_signal(signal.SIGINT, None)
+    assert "sent again, it stops without." in capfd.readouterr().err
+    with pytest.raises(StoppedBySignal):
+        signals._on_signal(signal.SIGINT, None)
 
 
 # The disk ------------------------------------------------------------------------------------------------------------

@@ -36,7 +36,8 @@ class SignalHandler:
     """Turns signals into `StoppedBySignal`: at once if a checkpoint can be written, else at the end of the step.
 
     The signals are Ctrl-C, SIGTERM and, in a SLURM job that Lightning would requeue, its preemption signal. A second
-    signal raises at once.
+    signal in a step raises at once. One that follows the exception is announced only, since the run then writes its
+    checkpoint; another one raises.
 
     Args:
         savable: Returns True if a checkpoint can be written after an exception at this point.
@@ -48,6 +49,7 @@ class SignalHandler:
         self._requeue_signal: int | None = None
         self.received: int | None = None
         """Number of the signal that was received; None if there was none."""
+        self._stopping = self._announced = False
 
     def install(self, trainer: Trainer) -> None:
         """Installs the handlers in place of Lightning's, which end or save within a step or exit with status 0.
@@ -55,6 +57,7 @@ class SignalHandler:
         This works only in the main thread; in another thread it does nothing.
         """
         self.received = None
+        self._stopping = self._announced = False
         if threading.current_thread() is not threading.main_thread():
             return
         numbers = [signal.SIGINT, signal.SIGTERM]
@@ -79,6 +82,7 @@ class SignalHandler:
             shared: Whether all ranks raise here.
         """
         if self.received is not None:
+            self._stopping = True
             raise StoppedBySignal(self.received, shared)
 
     def requeue(self) -> None:
@@ -92,10 +96,18 @@ class SignalHandler:
                 print(f"rlmt: SLURM job {job}: {how}", file=sys.stderr, flush=True)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if self._stopping and not self._announced:
+            self._announced = True
+            _say(f"{name}: the run is stopping and writes its checkpoint; sent again, it stops without.")
+            return
         again = self.received is not None
         self.received = number
         if again or self._savable():
+            self._stopping = True
             raise StoppedBySignal(number)
-        name = signal.Signals(number).name
-        # os.write, because the signal can interrupt a print.
-        os.write(2, f"rlmt: {name}: stopping at the end of this step, or at once if sent again.\n".encode())
+        _say(f"{name}: stopping at the end of this step, or at once if sent again.")
+
+
+def _say(line: str) -> None:
+    os.write(2, f"rlmt: {line}\n".encode())  # print could be what the signal interrupts
