@@ -29,6 +29,7 @@ def bash_script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return script("bash", tmp_path_factory.mktemp("completion"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
