@@ -14,6 +14,7 @@ from torch import Tensor
 from rlmt.models import LoRA
 from rlmt.models.activation_checkpointing import Checkpointing
 from rlmt.models.adapters import is_adapter_layer
+from rlmt.models.liger import bind_kernels
 from rlmt.models.logprobs import token_logprobs
 from rlmt.models.micro_batch import MicroBatch, micro_batches
 from rlmt.models.training_mode import set_training_mode
@@ -25,8 +26,8 @@ class Variant:
 
     name: str
     checkpointing: Checkpointing = True
-    change: Callable[[Any], None] = lambda model: None
-    """Changes the model before its first forward."""
+    change: Callable[[Any], object] = lambda model: None
+    """Changes the model before its first forward; what it returns is not used."""
     needs: str | None = None
     """Package without which it is skipped."""
     on_cpu: bool = True
@@ -46,13 +47,6 @@ def compile_layers(model: Any) -> None:
         layer.compile()
 
 
-def use_liger(model: Any) -> None:
-    """Replaces norms, products of gates, and the rotary embeddings of this process, by Liger's kernels."""
-    from liger_kernel.transformers import apply_liger_kernel_to_llama
-
-    apply_liger_kernel_to_llama(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
-
-
 VARIANTS = (
     Variant("gradient_checkpointing true"),
     Variant("compiled layers", change=compile_layers, needs="triton", on_cpu=False),
@@ -65,7 +59,7 @@ VARIANTS = (
         needs="flash_attn",
         on_cpu=False,
     ),
-    Variant("Liger's kernels", change=use_liger, needs="liger_kernel", on_cpu=False),  # last: some change the process
+    Variant("Liger's kernels", change=bind_kernels, needs="liger_kernel", on_cpu=False),
 )
 """The first one is what the others are compared with."""
 

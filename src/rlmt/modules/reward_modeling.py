@@ -133,7 +133,7 @@ class RewardModeling(RestoredMixin, SupervisedModule):  # type: ignore[misc] # L
     def setup(self, stage: str) -> None:
         """Checks the configuration before any weights are loaded, and creates a metric for each subset."""
         check_trainer(self.trainer)
-        self.check_adapter()
+        self.check_model_options()
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         self._subsets = data.subsets
         self._by_subset = nn.ModuleList(MeanMetric(sync_on_compute=False) for _ in self._subsets)
@@ -150,6 +150,7 @@ class RewardModeling(RestoredMixin, SupervisedModule):  # type: ignore[misc] # L
         with rank_0_loads_for(self.trainer):
             self._add_model(getattr(torch, weights_dtype(self.trainer, self.lora)), data.attributes)
         self.model = self.set_training_mode(self.trained_model)
+        self.add_kernels(self.model)
         cast(Any, self.model).score.requires_grad_(True)  # LoRA freezes the head, which is often a new one
         # Beside an adapter, heads are unsharded like the adapter.
         shard_models(self.trainer, self.model, self.attribute_head if self.lora is None else None)
@@ -177,13 +178,11 @@ class RewardModeling(RestoredMixin, SupervisedModule):  # type: ignore[misc] # L
         self._add_model(torch.float32, len(state_dict.get("attribute_head.bias", ())))
         cast(Any, self.model).score.requires_grad_(True)  # as in the run, so that the checkpoint holds it
 
-    def planned_adapter_config(self) -> dict[str, Any] | None:
-        """See `TrainingModule.planned_adapter_config`."""
-        if self.lora is None:
-            return None
+    def planned_model(self) -> PreTrainedModel:
+        """See `TrainingModule.planned_model`."""
         from transformers import AutoModelForSequenceClassification
 
-        return self.lora.config(loading.meta_model(self.model_config, AutoModelForSequenceClassification))
+        return loading.meta_model(self.model_config, AutoModelForSequenceClassification)
 
     @property
     def trained_model(self) -> PreTrainedModel:

@@ -221,7 +221,7 @@ class RLMTModule(ScoringMixin, PolicyMixin, TrainingModule):  # type: ignore[mis
         self.reward.check()
         self.held_out.check(self.reward)
         check_inputs(nn.ModuleList([self.reward, self.held_out]), self.malformed, data.extra_columns)
-        self.check_adapter()
+        self.check_model_options()
         checks.check_engines(engines, self.policy_config, self.planned_adapter_config())
         if stage != "fit":
             return
@@ -252,6 +252,7 @@ class RLMTModule(ScoringMixin, PolicyMixin, TrainingModule):  # type: ignore[mis
         self.set_training_mode(self.policy)
         if self.critic is not None:
             self.set_training_mode(self.critic.backbone)
+        self.add_kernels(self.policy, self.reference, self.critic)
         shard_models(self.trainer, self.policy, self.reference, self.critic)
         if self.fitting and self.algorithm.needs_reference and self.data.offline_rollouts is not None:
             budget, rollouts = self.tokens_per_micro_batch, self.data.offline_rollouts
@@ -276,6 +277,7 @@ class RLMTModule(ScoringMixin, PolicyMixin, TrainingModule):  # type: ignore[mis
         unloaded = [rewards for rewards in wanted if rewards not in self._loaded]
         for rewards in unloaded:
             rewards.load()
+            self.add_kernels(rewards)
             shard_models(self.trainer, *shardable_models(rewards), autocast=False)
         self._loaded += unloaded
 

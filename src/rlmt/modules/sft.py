@@ -65,7 +65,7 @@ class SFT(PolicyMixin, SupervisedModule):  # type: ignore[misc] # Lightning's lo
         """Checks the configuration before any weights are loaded."""
         check_trainer(self.trainer)
         loading.check_policy(self.policy_config, self.policy_path)
-        self.check_adapter()
+        self.check_model_options()
 
     @rank_hook
     def configure_model(self) -> None:
@@ -75,6 +75,7 @@ class SFT(PolicyMixin, SupervisedModule):  # type: ignore[misc] # Lightning's lo
             with rank_0_loads_for(self.trainer):
                 policy = load_on_rank_0(self._load_policy)
             self.policy = self.set_training_mode(policy)
+            self.add_kernels(self.policy)
             shard_models(self.trainer, self.policy)
 
     def _load_policy(self) -> PreTrainedModel:
