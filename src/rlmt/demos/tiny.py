@@ -256,8 +256,8 @@ def _reward_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerBase:
 
 def _save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     """Saves a model and its tokenizer, and returns a description of their size."""
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # a file of some MB is no shard whose progress is worth a line
+    bars = logging.is_progress_bar_enabled()  # a file of some MB is no shard whose progress is worth a line
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         model.save_pretrained(folder)
     finally:
