@@ -145,7 +145,7 @@ def own_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         ),
         (
             "--model.reward own_mistakes.Constant --data own_mistakes.Workers",
-            "collate raised KeyError: 'prompt' (own_mistakes.py, line 49: return {}[\"prompt\"]) "
+            "collate raised KeyError: 'prompt' (own_mistakes.py, line 48: return {}[\"prompt\"]) "
             "in DataLoader worker process 0" + RESUME,
         ),
         ("--model.reward own_syntax.Broken", "…(own_syntax.py, line 3: class Broken(:)"),
