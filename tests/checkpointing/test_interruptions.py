@@ -205,6 +205,7 @@ def test_rollouts_wait_for_disk_space_and_are_written_after_a_resume(
     assert steps == [step for step in range(4) for _ in range(16)]
 
 
+@pytest.mark.slow
 def test_unfinished_checkpoint_of_a_killed_run_is_removed_when_it_is_resumed(fit: Fit, tmp_path: Path) -> None:
     assert fit("--trainer.max_steps", 1) == 0
     folder = tmp_path / "run" / "version_0" / "checkpoints"
@@ -362,6 +363,7 @@ def test_batches_without_a_learning_signal_are_skipped_and_counted(
         assert (row["policy/skipped"], row["engine/weight_version"]) == ("1.0", "0.0")
 
 
+@pytest.mark.slow
 def test_batch_whose_samples_are_all_masked_is_skipped(
     fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -395,7 +397,7 @@ class UnusualCompletions(TransformersEngine):
         ("GRPO", "no_think"),
         pytest.param("PPO", "no_think", marks=pytest.mark.slow),
         pytest.param("DPO", "no_think", marks=pytest.mark.slow),
-        ("PPO", "think"),  # all are malformed, which GRPO and DPO skip
+        pytest.param("PPO", "think", marks=pytest.mark.slow),  # all are malformed, which GRPO and DPO skip
     ],
 )
 def test_empty_special_and_incomplete_responses_are_trained_on(
@@ -439,6 +441,7 @@ def test_last_prompt_ends_the_run_or_starts_the_next_epoch(fit: Fit, tmp_path: P
     assert [float(row["epoch"]) for row in rows(tmp_path / "two")] == [0.0] * 6 + [1.0] * 2
 
 
+@pytest.mark.slow
 def test_nuls_are_preserved_and_lone_surrogates_rejected_with_their_row(
     fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -110,7 +110,7 @@ def qlora(shapes: Path, **engine: Any) -> tuple[RLMTModule, RolloutDataModule]:
     ("gib", "method"),
     [
         (None, None),
-        (22.0, "fp8_per_channel"),
+        pytest.param(22.0, "fp8_per_channel", marks=pytest.mark.slow),
         pytest.param(39.3, "fp8_per_channel", marks=pytest.mark.slow),
         pytest.param(44.3, None, marks=pytest.mark.slow),
     ],

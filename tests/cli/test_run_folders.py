@@ -55,6 +55,7 @@ def steps(run: Path) -> list[str]:
         return [row["step"] for row in csv.DictReader(file) if row.get("reward/mean")]
 
 
+@pytest.mark.slow
 def test_readmes_pair_of_runs_leaves_two_checkpoints_of_two_formats(
     tiny: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_plots: None
 ) -> None:

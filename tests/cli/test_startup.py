@@ -98,7 +98,8 @@ def test_errors_of_config_files_are_reported_before_torch_is_imported(options: s
     assert done.stderr.startswith(f"rlmt: error: {line}")
 
 
-def test_commands_print_no_third_party_lines(tiny: Path, prompts_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_commands_print_no_third_party_lines(count: int, tiny: Path, prompts_file: Path, tmp_path: Path) -> None:
     """Fit, resume, export, chat and plan, in one process; the random policy may chat in a malformed way."""
     models = (
         f"--config base --config grpo --config tiny --model.policy {tiny}/policy --model.reward.model {tiny}/reward"
@@ -115,7 +116,7 @@ def test_commands_print_no_third_party_lines(tiny: Path, prompts_file: Path, tmp
         f"export {tmp_path}/run/latest/checkpoints/last.ckpt {tmp_path}/out",
         f"chat {tiny}/policy {chat_options}",
         f"plan {models} --memory 24",
-    ]
+    ][:count]
     # At last a warning that C++ code prints past Python's filters, as vLLM's CPU build does, and tips of Lightning.
     third_party = (
         "import torch; torch.ops.aten.std.correction(torch.ones(1), [0], correction=1)\n"
@@ -129,7 +130,7 @@ def test_commands_print_no_third_party_lines(tiny: Path, prompts_file: Path, tmp
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
     *_, statuses = done.stdout.splitlines()
-    assert statuses in ("[0, 0, 0, 0, 0]", "[0, 0, 0, 2, 0]"), done.stderr
+    assert json.loads(statuses) in ([0, 0, 0, 0, 0][:count], [0, 0, 0, 2, 0][:count]), done.stderr
     ours = re.compile(
         r"[\d,]+ .*prompts|rlmt: error: The completion is malformed|" + "|".join(map(re.escape, LIGHTNING_REPORTS))
     )

@@ -127,6 +127,7 @@ def test_adapter_is_trained_and_both_exports_equal_the_model(
         assert (scores(exported) - scores(trained)).abs().max() < 1e-3
 
 
+@pytest.mark.slow
 def test_high_rank_adapter_and_all_parameters_both_learn(fit: Callable[..., Any], tmp_path: Path) -> None:
     """A rank of the model's width does not restrict the layers' update; embeddings and head are frozen."""
     ends = []
