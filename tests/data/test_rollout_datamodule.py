@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DistributedSampler
 from transformers import PreTrainedTokenizerFast
 
-from rlmt.data import sample_seed
+from rlmt.data import generation, rollout_datamodule, sample_seed
 from rlmt.errors import UserError
 from rlmt.types import FinishReason, PromptBatch, Samples
 
@@ -164,6 +164,31 @@ def test_prompt_that_the_template_refuses_is_named(tokenizer, prompts):
 
 
 # With a real Trainer ----------------------------------------------------------------------------------------------
+
+
+def test_start_of_the_engine_is_part_of_the_first_rollout(tokenizer, prompts, tmp_path, monkeypatch):
+    """By a clock that advances while the engine starts, by 7, and while it generates, by 3."""
+    now, seen = [0.0], []
+
+    class Timed(FakeEngine):
+        def start(self, *args):
+            super().start(*args)
+            now[0] += 7
+
+        def generate(self, *args):
+            now[0] += 3
+            return super().generate(*args)
+
+    class Recording(FakeModule):
+        def note(self, stage, batch):
+            super().note(stage, batch)
+            seen.append(batch.seconds)
+
+    for module in (rollout_datamodule, generation):
+        monkeypatch.setattr(module, "perf_counter", lambda: now[0])
+    module = Recording(tokenizer)
+    trainer(tmp_path, max_steps=2).fit(module, datamodule=make(prompts, val_size=0, engine=Timed()))
+    assert seen == [{"rollout": 10.0, "sync": 0.0}, {"rollout": 3.0, "sync": 0.0}]
 
 
 def test_rollouts_are_generated_with_the_current_weights_and_settings(tokenizer, prompts, tmp_path):

@@ -8,6 +8,7 @@ on-policy. Nothing is prefetched: a row of text costs nothing to load, and a rol
 from __future__ import annotations
 
 from dataclasses import replace
+from time import perf_counter
 from typing import Any, cast
 
 import torch
@@ -250,7 +251,7 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
                 does where the trainer neither trains nor predicts.
 
         Returns:
-            The rollouts, tensors on the module's device.
+            The rollouts, tensors on the module's device. The seconds of the first ones include the engine's start.
 
         Raises:
             RuntimeError: The engine violated its contract, e.g. sampled with other weights than the policy's.
@@ -263,6 +264,7 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
         engine, group_size = (self._held_out_engine, 1) if held_out else (self.engine, self.group_size)
         settings = (source, engine, self._sampling(source), group_size, self.seed)
         time_limited = time_limit(self.engine_timeout, type(engine).__name__, "--data.engine_timeout")
+        began = started = perf_counter()
         # Engines choose their dtype themselves: a step's autocast is the trainer's.
         with time_limited, torch.autocast(device.type, enabled=False):
             if engine not in self._started:
@@ -270,6 +272,7 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
                 progress.report(f"starting {type(engine).__name__}")
                 self._started.append(engine)
                 engine.start(source.policy, source.tokenizer, self._max_model_len, source.compute_dtype)
+                started = perf_counter()
             if self.rollout_lag and self.trainer.training and not held_out:
                 assert self._sampler is not None
                 following = self._load_rows(*self._sampler.peek(len(prompts.prompts)))
@@ -278,7 +281,9 @@ class RolloutDataModule(ResumableOrder, LightningDataModule):
                 if engine is self.engine:
                     self._one_step_off.wait()
                 rollouts = generate(prompts, *settings)
-        return replace(rollouts, engine_logprobs=rollouts.engine_logprobs.to(device), rounded=engine.rounds_weights)
+        seconds = rollouts.seconds | {"rollout": rollouts.seconds["rollout"] + started - began}
+        logprobs = rollouts.engine_logprobs.to(device)
+        return replace(rollouts, engine_logprobs=logprobs, rounded=engine.rounds_weights, seconds=seconds)
 
     def next_prompts(self) -> PromptBatch:
         """Takes the next training batch of prompts out of turn; the loader continues after it.
