@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,6 +139,27 @@ def report_gaps(setup: Setup, name: str, gaps: Tensor) -> None:
     gaps = gaps.abs()
     setup.report.equal(f"{name}, mean", float(gaps.mean()), MEAN_GAP if setup.on_gpu else 1e-3, "nats")
     setup.report.equal(f"{name}, largest", float(gaps.max()), LARGEST_GAP if setup.on_gpu else 1e-3, "nats")
+
+
+@contextmanager
+def card_memory() -> Iterator[list[int]]:
+    """Samples the bytes in use on the whole GPU, 20 times a second; yields a list with the most, 0 without a GPU."""
+    most, done = [0], threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.05):
+            free, total = torch.cuda.mem_get_info()
+            most[0] = max(most[0], total - free)
+
+    thread = threading.Thread(target=sample)
+    if torch.cuda.is_available():
+        thread.start()
+    try:
+        yield most
+    finally:
+        done.set()
+        if torch.cuda.is_available():
+            thread.join()
 
 
 def data_sheet_flops(setup: Setup) -> float | None:

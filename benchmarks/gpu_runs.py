@@ -7,17 +7,15 @@ import json
 import math
 import multiprocessing
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from gpu_cli import AFTER_STEP, fit, model_folders, tiny_folder, write_replay
 from gpu_forwards import compare_forwards
-from gpu_models import GIB, MEAN_GAP, Setup, update_flops
+from gpu_models import GIB, MEAN_GAP, Setup, card_memory, update_flops
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -311,7 +309,7 @@ def vllm_steps(setup: Setup) -> None:
 
     AFTER_STEP[:] = [after_step]
     began = time.perf_counter()
-    with card_memory(setup) as most:
+    with card_memory() as most:
         fit(setup, "vllm", ("base", "grpo", "lora"), options)
     name, last = f"GRPO with vLLM, LoRA, {samples} samples", steps[-1]
     setup.report.row(f"{name}, start and three steps", time.perf_counter() - began, "s")
@@ -322,25 +320,4 @@ def vllm_steps(setup: Setup) -> None:
     limit = MEAN_GAP**2 / 2 if setup.on_gpu else 1e-6
     setup.report.equal(f"{name}, engine/mismatch_kl, worst of three", worst, limit, "nats")
     if setup.on_gpu:
-        setup.report.row(f"{name}, most memory in use", max(most) / GIB, "GiB")
-
-
-@contextmanager
-def card_memory(setup: Setup) -> Iterator[list[int]]:
-    """Samples the bytes in use on the whole card, 20 times a second, into the list that it yields; none on a CPU."""
-    used, done = [0], threading.Event()
-
-    def sample() -> None:
-        while not done.wait(0.05):
-            free, total = torch.cuda.mem_get_info()
-            used[0] = max(used[0], total - free)
-
-    thread = threading.Thread(target=sample)
-    if setup.on_gpu:
-        thread.start()
-    try:
-        yield used
-    finally:
-        done.set()
-        if setup.on_gpu:
-            thread.join()
+        setup.report.row(f"{name}, most memory in use", most[0] / GIB, "GiB")

@@ -20,7 +20,6 @@ import site
 import statistics
 import subprocess
 import sys
-import threading
 import time
 import venv
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_models import card_memory
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
@@ -149,20 +149,10 @@ PEERS: dict[str, Callable[[Path, Path, int], None]] = {"rlmt": run_rlmt, "TRL": 
 
 def run_peer(name: str, folder: Path, prompts: Path, steps: int) -> None:
     """Runs a peer in this process and writes its figures."""
-    used, done = [0], threading.Event()
-
-    def sample() -> None:
-        while not done.wait(0.05):
-            free, total = torch.cuda.mem_get_info()
-            used[0] = max(used[0], total - free)
-
-    thread = threading.Thread(target=sample, daemon=True)
-    if torch.cuda.is_available():
-        thread.start()
-    PEERS[name](folder, prompts, steps)
-    done.set()
+    with card_memory() as most:
+        PEERS[name](folder, prompts, steps)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    figures = {"steps": STEPS, "memory": used[0] if torch.cuda.is_available() else resident}
+    figures = {"steps": STEPS, "memory": most[0] or resident}
     (folder / f"{name}.json").write_text(json.dumps(figures))
 
 
@@ -186,7 +176,9 @@ def python_of(name: str, folder: Path) -> str:
     if not (home / "installed").exists():
         venv.create(home, with_pip=True)
         version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-        (home / f"lib/{version}/site-packages/shared.pth").write_text("\n".join(site.getsitepackages()))
+        # addsitedir reads the .pth files of the folder, too, such as that of an editable rlmt.
+        lines = [f"import site; site.addsitedir({packages!r})" for packages in site.getsitepackages()]
+        (home / f"lib/{version}/site-packages/shared.pth").write_text("\n".join(lines))
         subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", "trl"], check=True)
         (home / "installed").touch()
     return str(python)
