@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from rlmt.checkpointing.files import atomic_write
 from rlmt.checkpointing.signals import StoppedBySignal
+from rlmt.errors import UserError, first_line, own_error_message, user_error_text
 from rlmt.report.run_states import STATE_FILE, State, StateRecord, lock_run
 
 from ._common import is_dry_run, report_write_errors, run_folder
@@ -61,8 +62,7 @@ class RunState(Callback):
         if isinstance(exception, KeyboardInterrupt | StoppedBySignal | SIGTERMException):
             self._write_end(trainer, "interrupted")
         else:
-            text = str(getattr(exception, "message", exception))
-            self._write_end(trainer, "failed", next(iter(text.splitlines()), type(exception).__name__))
+            self._write_end(trainer, "failed", _reason(exception))
 
     def _write_end(self, trainer: Trainer, state: State, error: str | None = None) -> None:
         """Writes the end of a run and releases its lock; a start without a step leaves no file."""
@@ -84,3 +84,10 @@ class RunState(Callback):
             if self._lock is None:
                 self._lock = lock_run(self._folder)
         self._written = monotonic()
+
+
+def _reason(error: BaseException) -> str:
+    """One line: why a run failed, as the command says it, or else the exception's first line."""
+    if isinstance(error, UserError):
+        return user_error_text(error)
+    return own_error_message(error) or first_line(error)

@@ -40,7 +40,7 @@ class AllRanksUserError(UserError):
         self.reported_elsewhere = reported_elsewhere
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an exception's message without its full stop; the exception's type if there is no message."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
