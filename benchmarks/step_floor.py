@@ -122,7 +122,7 @@ def reward_forward(module: RLMTModule, experience: Experience) -> Callable[[], N
         if text is not None
     ]
     rows = reward._loaded_reader.encode(texts)
-    plan = batches_by_length([len(row) for row in rows], reward.tokens_per_batch)
+    plan = batches_by_length([len(row) for row in rows], reward.tokens_per_batch, module.device)
     return lambda: [reward._forward([rows[i] for i in part]) for part in plan] and None
 
 

@@ -37,7 +37,7 @@ def test_running_run_is_running_and_ended_run_is_finished(world, tmp_path):
 @pytest.mark.parametrize(
     ("error", "state", "reason"),
     [
-        (RuntimeError("no\nroom"), "failed", r".* raised RuntimeError: no \(.*test_run_state.py, line \d+: raise error.*"),
+        (RuntimeError("no\nroom"), "failed", r".* raised RuntimeError: no \(.*test_run_state.py, line \d+: .*"),
         (UserError("p.jsonl is empty."), "failed", "p.jsonl is empty."),
         (UserError(FROM_A_WORKER), "failed", "p.jsonl is empty."),
         (KeyboardInterrupt(), "interrupted", None),

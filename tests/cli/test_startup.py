@@ -1,6 +1,8 @@
 """Start of the `rlmt` command: what it imports, how long help takes, and what it prints on stderr."""
 
 import json
+import os
+import pty
 import re
 import resource
 import subprocess
@@ -61,6 +63,16 @@ def test_errors_of_options_are_reported_before_models_can_be_loaded() -> None:
     """Options are checked by the signatures of the classes, in whose annotations transformers' classes occur."""
     _, modules = run("fit", "--config", "base", "--config", "grpo", "--model.algorithm.kl_koef", "1")
     assert "lightning" in modules and not USED_BY_SOME_RUNS & modules
+
+
+@pytest.mark.slow
+def test_terminal_shows_that_a_command_starts() -> None:
+    terminal, end = pty.openpty()
+    command = [sys.executable, "-m", "rlmt", "tiny", "--help"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=end, env={**os.environ, "TERM": "xterm"}, check=True)
+    os.close(end)
+    assert b"starting" in os.read(terminal, 10_000) and b"starting" not in done.stdout
+    os.close(terminal)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from rlmt import __version__
+from rlmt import __version__, progress
 from rlmt.cli.quiet import silence_third_party
 from rlmt.configs import resolve_configs
 from rlmt.errors import AllRanksUserError, UserError, own_error_message, user_error_text
@@ -115,14 +115,18 @@ def _user_error_from(error: Exception) -> UserError | None:
 
 
 @contextmanager
-def _fast_imports() -> Iterator[None]:
-    """Defers what only some runs use, and pauses garbage collection: imports create some million objects that stay."""
+def _starting() -> Iterator[None]:
+    """Shows on a terminal that a command starts while it imports its libraries, which takes seconds.
+
+    What only some runs use is deferred, and garbage collection paused: imports create some million objects that stay.
+    """
     from rlmt.cli.deferred_imports import defer_torchmetrics
 
     gc.disable()
     try:
-        defer_torchmetrics()
-        yield
+        with progress.busy("starting …"):
+            defer_torchmetrics()
+            yield
     finally:
         gc.enable()
 
@@ -143,7 +147,7 @@ def _checked(args: list[str]) -> list[str]:
 
 def _lightning(command: str, args: list[str]) -> int:
     args = _checked(args)
-    with _fast_imports():
+    with _starting():
         from rlmt.cli.lightning_cli import run
 
     return run([command, *args])
@@ -151,66 +155,75 @@ def _lightning(command: str, args: list[str]) -> int:
 
 def _plan(command: str, args: list[str]) -> int:
     args = _checked(args)
-    with _fast_imports():
+    with _starting():
         from rlmt.cli.plan import plan
 
     return plan(args)
 
 
 def _export(command: str, args: list[str]) -> int:
-    from rlmt.cli.parsing import run_function
-    from rlmt.export.checkpoints import export
+    with _starting():
+        from rlmt.cli.parsing import run_function
+        from rlmt.export.checkpoints import export
 
     return run_function(command, export, args)
 
 
 def _chat(command: str, args: list[str]) -> int:
-    from rlmt.cli.chat import chat
-    from rlmt.cli.parsing import run_function
+    with _starting():
+        from rlmt.cli.chat import chat
+        from rlmt.cli.parsing import run_function
 
     return run_function(command, chat, args)
 
 
 def _tiny(command: str, args: list[str]) -> int:
-    from rlmt.cli.parsing import run_function
-    from rlmt.demos.tiny import make_tiny
+    with _starting():
+        from rlmt.cli.parsing import run_function
+        from rlmt.demos.tiny import make_tiny
 
     return run_function(command, make_tiny, args, optional_positional="out")
 
 
 def _mini(command: str, args: list[str]) -> int:
-    from rlmt.cli.parsing import run_function
-    from rlmt.demos.mini.files import make_mini
+    with _starting():
+        from rlmt.cli.parsing import run_function
+        from rlmt.demos.mini.files import make_mini
 
     return run_function(command, make_mini, args, optional_positional="out")
 
 
 def _compare(command: str, args: list[str]) -> int:
-    from rlmt.cli.compare import run
+    with _starting():
+        from rlmt.cli.compare import run
 
     return run(args)
 
 
 def _traits(command: str, args: list[str]) -> int:
-    from rlmt.cli.traits import run
+    with _starting():
+        from rlmt.cli.traits import run
 
     return run(args)
 
 
 def _distill(command: str, args: list[str]) -> int:
-    from rlmt.cli.distill import run
+    with _starting():
+        from rlmt.cli.distill import run
 
     return run(args)
 
 
 def _evaluate(command: str, args: list[str]) -> int:
-    from rlmt.cli.evaluate import run
+    with _starting():
+        from rlmt.cli.evaluate import run
 
     return run(args)
 
 
 def _study(command: str, args: list[str]) -> int:
-    from rlmt.cli.study import run
+    with _starting():
+        from rlmt.cli.study import run
 
     return run(args)
 
@@ -234,7 +247,7 @@ def _runs(command: str, args: list[str]) -> int:
 
 
 def _completion(command: str, args: list[str]) -> int:
-    with _fast_imports():
+    with _starting():
         from rlmt.cli.completion import completion
 
     return completion(args)

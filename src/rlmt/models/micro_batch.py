@@ -21,6 +21,9 @@ from rlmt.models.cache import shares_cache
 from rlmt.models.training_mode import recomputes_activations
 from rlmt.types import RolloutBatch
 
+_PASS_TOKENS = {"cpu": 128, "cuda": 1024}
+"""Number of tokens that a model processes in about the fixed time of a forward and backward pass."""
+
 
 @dataclass
 class MicroBatch:
@@ -74,7 +77,7 @@ def micro_batches(
         lengths = [
             len(_prompt(rollouts, unit[0])) + max(len(rollouts.completion_ids[i]) for i in unit) - 1 for unit in units
         ]
-        for plan in batches_by_length(lengths, budget, unit_size):
+        for plan in batches_by_length(lengths, budget, device, unit_size):
             yield _with_own_prompts(rollouts, [i for k in plan for i in units[k]], device)
         return
     groups: dict[int, list[Sequence[int]]] = {}
@@ -83,7 +86,7 @@ def micro_batches(
     for group in groups.values():
         prompt = _prompt(rollouts, group[0][0])
         lengths = [max(len(rollouts.completion_ids[i]) for i in unit) for unit in group]
-        for part in batches_by_length(lengths, max(1, budget - len(prompt)), unit_size):
+        for part in batches_by_length(lengths, max(1, budget - len(prompt)), device, unit_size, len(prompt)):
             yield _with_shared_prompt(rollouts, [i for k in part for i in group[k]], prompt, device)
 
 
@@ -172,25 +175,39 @@ def _padded(
     )
 
 
-def batches_by_length(lengths: Sequence[int], budget: int, rows: int = 1) -> list[list[int]]:
-    """Groups rows of similar length so that each group, padded to its longest row, has at most `budget` tokens.
+def batches_by_length(
+    lengths: Sequence[int], budget: int, device: torch.device, rows: int = 1, pass_tokens: int = 0
+) -> list[list[int]]:
+    """Groups rows of similar length so that the passes of a model over the padded groups take the least time.
 
-    The longest rows come first, so that a budget that exceeds the memory fails at once. A row longer than the budget
-    forms a group of its own.
+    A pass takes as long as its tokens, padding included, and some tokens more, for its kernel launches and, under FSDP,
+    its all-gathers. So a short row joins a long one only where its padding costs less than a pass of its own. Among
+    sorted rows the best groups are runs, and dynamic programming finds them.
 
     Args:
         lengths: Length of each row in tokens.
-        budget: Maximum number of tokens in a group, padding included.
+        budget: Maximum number of tokens in a group, padding included; a row longer than it forms a group of its own.
+        device: Device of the model, which decides how much a pass costs.
         rows: Number of rows that each length stands for; they stay together, padded to that length.
+        pass_tokens: Tokens that each pass processes besides the rows, such as a shared prompt.
 
     Returns:
-        Groups of row indices; each row is in exactly one group.
+        Groups of row indices; each row is in exactly one group. The groups with the most tokens come first, so that a
+        budget that exceeds the memory fails at once.
     """
+    overhead = pass_tokens + _PASS_TOKENS.get(device.type, _PASS_TOKENS["cuda"])
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    batches: list[list[int]] = []
-    for i in order:
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) * rows <= budget:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
+    count = len(order)
+    least = [0] * (count + 1)  # cost of the rows from the i-th longest one on
+    end = [0] * count  # where the group that starts with it ends
+    for start in reversed(range(count)):
+        longest = lengths[order[start]] * rows
+        most = min(count, start + max(1, budget // max(1, longest)))
+        costs = [longest * (stop - start) + least[stop] for stop in range(start + 1, most + 1)]
+        least[start] = min(costs) + overhead
+        end[start] = start + 1 + costs.index(min(costs))
+    groups, start = [], 0
+    while start < count:
+        groups.append(order[start : end[start]])
+        start = end[start]
+    return sorted(groups, key=lambda group: -lengths[group[0]] * len(group))

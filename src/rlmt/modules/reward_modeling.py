@@ -224,7 +224,7 @@ class RewardModeling(RestoredMixin, SupervisedModule):  # type: ignore[misc] # L
         pair_count = sum(all_gather_object(sum(len(row.pairs) for row in rows)))
         rating_count = sum(all_gather_object(sum(len(ratings) for row in rows for ratings in row.attributes)))
         most = max((len(row.sequences) for row in rows), default=1)
-        parts = batches_by_length([row.longest for row in rows], self.tokens_per_micro_batch, most)
+        parts = batches_by_length([row.longest for row in rows], self.tokens_per_micro_batch, self.device, most)
         assert self.model is not None
         for part in track("micro-batch", pad_with_no_ops(parts, self.model, [])):
             owners = [i for i in part for _ in rows[i].pairs]

@@ -112,7 +112,7 @@ class SFT(PolicyMixin, SupervisedModule):  # type: ignore[misc] # Lightning's lo
         total_weight = sum(targets + prompt_weight * prompt for targets, prompt in counts)
         # A sequence's first token is never predicted; the others of its prompt only if they have a weight.
         first = [1 if prompt_weight else count for count in prompts]
-        plan = batches_by_length([len(sequence) - 1 for sequence in sequences], self.tokens_per_micro_batch)
+        plan = batches_by_length([len(s) - 1 for s in sequences], self.tokens_per_micro_batch, self.device)
         parts = (micro_batch_of_sequences(part, sequences, first, self.device) for part in plan)
         padded = pad_with_no_ops(parts, self.trained_model, no_op_micro_batch(self.device))
         for batch in track("micro-batch", padded):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
@@ -46,6 +47,9 @@ def track(phase: str, units: _Batches[T_co]) -> Iterator[T_co]:
 @contextmanager
 def busy(text: str) -> Iterator[None]:
     """Shows a spinner and a text on stderr, if that is a terminal, while the code inside runs; leaves stdout alone."""
+    if not sys.stderr.isatty():
+        yield
+        return
     from rich.console import Console
     from rich.live import Live
     from rich.spinner import Spinner

@@ -151,7 +151,8 @@ class ClassifierReward(Reward):
         """See `Reward.score`; the status is ignored."""
         rows = self.encode(prompts, responses)
         scores = torch.empty(len(rows), dtype=torch.float32)
-        batches = batches_by_length([len(row) for row in rows], self.tokens_per_batch)
+        device = compute_device(self._loaded_model)
+        batches = batches_by_length([len(row) for row in rows], self.tokens_per_batch, device)
         scored = 0
         for indices in pad_with_no_ops(batches, self._loaded_model, []):
             progress.report("scoring", scored, len(rows))
