@@ -238,7 +238,10 @@ class FailsAtThirdBatch(Reward):
 """
 
 
-@pytest.mark.parametrize(("kind", "reason"), [("nan", "that are not finite"), ("shape", "scores of shape")])
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("nan", "that are not finite"), pytest.param("shape", "scores of shape", marks=pytest.mark.slow)],
+)
 def test_invalid_rewards_end_the_run_with_one_line_and_lose_no_step(
     kind: str,
     reason: str,

@@ -172,6 +172,7 @@ def two_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_held_out_reward_models_take_memory_in_all_phases(two_layers: Path) -> None:
     module, data = qlora(two_layers)
     before = make_budget(module, data, torch.bfloat16, 24 * GIB)

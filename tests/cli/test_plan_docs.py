@@ -64,6 +64,7 @@ def test_readme_shows_the_peaks_of_the_docs() -> None:
     assert float(sharded) == round(float(peak), 1)
 
 
+@pytest.mark.slow
 def test_readme_shows_the_peak_of_a_first_run(capsys: pytest.CaptureFixture[str]) -> None:
     (shown,) = re.findall(
         r"^\| a card of 24 GB, .*qwen2\.5-0\.5b.* \| ([\d.]+) GiB \|$", text_of("README.md"), re.MULTILINE

@@ -347,6 +347,7 @@ def test_server_config_replaces_the_engine(
     assert not capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_documented_commands_use_the_documented_servers(launched: list[Any]) -> None:
     text = (CONFIGS.parent / "docs/rollout-servers.md").read_text(encoding="utf-8").replace("\\\n", "")
     lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]

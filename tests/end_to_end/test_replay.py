@@ -183,6 +183,7 @@ def test_predict_rescores_recorded_samples_with_another_reward(run: Run, predict
     assert {row["reward"] for row in new} >= {0.0, 1.0}
 
 
+@pytest.mark.slow
 def test_validation_prompts_are_sampled_by_the_validation_engine(run: Run, recorded: Path) -> None:
     held_out = ("--data.val_size", 8, "--data.val_engine", "TransformersEngine", "--trainer.val_check_interval", 1)
     run("fit", "run", *replay(recorded, *held_out, "--trainer.max_steps", 2))

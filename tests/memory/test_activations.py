@@ -82,12 +82,15 @@ CASES = {
 }
 
 
-SLOW = ("lora, dropout, mixed", "dora, checkpointed")
+SLOW = ("all parameters, mixed, tied", "lora, dropout, mixed", "dora, checkpointed")
 
 
 @pytest.mark.parametrize(
     ("case", "layers"),
-    [*(pytest.param(case, 5, marks=pytest.mark.slow if case in SLOW else ()) for case in CASES), ("lora", 2)],
+    [
+        *(pytest.param(case, 5, marks=pytest.mark.slow if case in SLOW else ()) for case in CASES),
+        pytest.param("lora", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_update_footprint_matches_real_tensors(case: str, layers: int, allocated_peak: Any) -> None:
     options, shape, autocast = CASES[case]
