@@ -68,7 +68,7 @@ class Critic(nn.Module):
             hidden = hidden_states(self.backbone, batch)
         with torch.autocast(hidden.device.type, enabled=False):
             values: Tensor = self.head(hidden.float())
-        return values.squeeze(1)
+        return values.squeeze(1).clone()  # FSDP2 warns of an output that is a view: an in-place change would break it
 
 
 def check_critic(init: str, policy: str, tokenizer: PreTrainedTokenizerBase) -> None:
