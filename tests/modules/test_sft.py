@@ -245,5 +245,5 @@ def test_real_prompts_of_several_turns_and_long_texts(
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
         trained = fit(tiny, path, tmp_path, 3, form)
-    assert "demonstrations of more than 1,000 tokens" in caplog.text
+    assert "demonstrations over 1,000 tokens" in caplog.text
     assert trained.global_step == 3
