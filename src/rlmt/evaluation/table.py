@@ -65,7 +65,8 @@ def build_tables(out: Path, results: Sequence[dict[str, Any]], difference: Seque
     for name in names:
         _check_column([result for result in results if result["benchmark"] == name])
     cells = {place: _cell(out, result) for place, result in by_place.items()}
-    averages = _averages(names, {result["benchmark"]: result["chat"] for result in results})
+    members = averaged(names, {result["benchmark"]: result["chat"] for result in results})
+    averages = {title: of for title, of in members.items() if len(of) > 1}
     for model in models:
         for title, members in averages.items():
             if all((name, model) in cells for name in members):
@@ -80,6 +81,19 @@ def build_tables(out: Path, results: Sequence[dict[str, Any]], difference: Seque
         f"Scores with 95 % intervals, scoring {scoring}", ["model", *(titles.get(c, c) for c in columns)], rows
     )
     return [figures, _counts(results, names, models, by_place)]
+
+
+def averaged(names: Sequence[str], chat: Mapping[str, bool]) -> dict[str, list[str]]:
+    """The benchmarks whose main figures make each average.
+
+    Args:
+        names: Names of benchmarks with results.
+        chat: Name → whether it is a chat benchmark.
+
+    Returns:
+        `CHAT` and `OVERALL` → names.
+    """
+    return {CHAT: [name for name in names if chat[name]], OVERALL: [name for name in names if name in PAPER_TABLE]}
 
 
 def _ordered(names: set[str]) -> list[str]:
@@ -103,12 +117,6 @@ def _check_column(results: Sequence[dict[str, Any]]) -> None:
 def _cell(out: Path, result: Mapping[str, Any]) -> _Cell:
     figure = next(iter(result["figures"].values()))
     return _Cell(Interval.from_json(figure), read_resamples(out, result), result.get("groups", result["n"]))
-
-
-def _averages(names: Sequence[str], chat: Mapping[str, bool]) -> dict[str, list[str]]:
-    """The benchmarks of each average that has more than one."""
-    found = {CHAT: [name for name in names if chat[name]], OVERALL: [name for name in names if name in PAPER_TABLE]}
-    return {title: members for title, members in found.items() if len(members) > 1}
 
 
 def _mean_cell(cells: Sequence[_Cell]) -> _Cell:

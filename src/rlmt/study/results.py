@@ -15,10 +15,13 @@ import pyarrow.parquet as pq
 from rlmt.errors import UserError
 from rlmt.evaluation.benchmarks import BENCHMARKS
 from rlmt.evaluation.statistics import Floats, Interval, interval
-from rlmt.evaluation.table import MANY_GROUPS, PAPER_TABLE
+from rlmt.evaluation.table import CHAT, MANY_GROUPS, OVERALL, PAPER_TABLE, averaged
 
 Row = dict[str, float]
 """Metric → value of one line of metrics.csv, without empty cells."""
+
+AVERAGES = {"chat_average": CHAT, "average": OVERALL}
+"""Metric → average of `rlmt evaluate`."""
 
 
 def read_rows(folder: Path) -> list[Row]:
@@ -58,8 +61,8 @@ def read_scores(folder: Path) -> Row:
         folder: Its output folder.
 
     Returns:
-        `<benchmark>/<figure>` → value for each figure; `chat_average` and `average`, the means of the first figures of
-        the chat benchmarks and of all; `thought_tokens`, `response_tokens`, `malformed` and `unparsed` as means or
+        `<benchmark>/<figure>` → value for each figure; `chat_average` and `average`, the averages of `rlmt evaluate`;
+        `thought_tokens`, `response_tokens`, `malformed` and `unparsed` as means or
         shares over all items. A benchmark of the paper's table that was not run has nan, and so have token counts
         that are not known of every benchmark. Empty without results.
     """
@@ -72,7 +75,7 @@ def read_scores(folder: Path) -> Row:
         values = {name: math.nan if it["value"] is None else it["value"] for name, it in result["figures"].items()}
         row |= {f"{result['benchmark']}/{figure}": value for figure, value in values.items()}
         first[result["benchmark"]] = next(iter(values.values()))
-    chat = [first[result["benchmark"]] for result in results if result["chat"]]
+    members = averaged(list(first), {result["benchmark"]: result["chat"] for result in results})
     items = sum(result["n"] for result in results)
     for name in ("malformed", "unparsed"):
         row[name] = sum(result[name] for result in results) / items
@@ -80,8 +83,11 @@ def read_scores(folder: Path) -> Row:
         row[name] = (
             sum((math.nan if result[name] is None else result[name]) * result["n"] for result in results) / items
         )
-    averages = {"average": list(first.values()), "chat_average": chat}
-    return row | {name: statistics.fmean(values) for name, values in averages.items() if values}
+    return row | {
+        name: statistics.fmean(first[benchmark] for benchmark in members[title])
+        for name, title in AVERAGES.items()
+        if members[title]
+    }
 
 
 def read_resamples(folder: Path, logged: str) -> Floats | None:
@@ -94,17 +100,18 @@ def read_resamples(folder: Path, logged: str) -> Floats | None:
     Returns:
         [resamples] figures, or None if the figure has none.
     """
-    files = sorted(folder.glob("*/*/ours.json"))
-    if logged in ("average", "chat_average"):
-        chosen = [path for path in files if logged == "average" or json.loads(path.read_text(encoding="utf-8"))["chat"]]
-        columns = [pq.read_table(path.with_suffix(".resamples.parquet")).column(0).to_numpy() for path in chosen]
+    files = {path.parents[1].name: path for path in sorted(folder.glob("*/*/ours.json"))}
+    tables = {name: path.with_suffix(".resamples.parquet") for name, path in files.items()}
+    if logged in AVERAGES:
+        chat = {name: json.loads(path.read_text(encoding="utf-8"))["chat"] for name, path in files.items()}
+        chosen = averaged(list(files), chat)[AVERAGES[logged]]
+        columns = [pq.read_table(tables[name]).column(0).to_numpy() for name in chosen]
         return np.mean(columns, axis=0) if columns else None
     benchmark, _, figure = logged.partition("/")
-    for path in files:
-        if path.parents[1].name == benchmark:
-            table = pq.read_table(path.with_suffix(".resamples.parquet"))
-            return table.column(figure).to_numpy() if figure in table.column_names else None
-    return None
+    if benchmark not in tables:
+        return None
+    table = pq.read_table(tables[benchmark])
+    return table.column(figure).to_numpy() if figure in table.column_names else None
 
 
 def interval_over_prompts(pairs: Sequence[tuple[Path, Path]], logged: str) -> Interval | None:
