@@ -99,7 +99,7 @@ def test_checkpoint_with_a_critic_validates_predicts_exports_and_names_conflicts
     assert "critic is another one" in (message := error_line(capsys)) and "critic_shared" in message
     other = ("--trainer.default_root_dir", tmp_path / "grpo")
     assert main(command("fit", *other, "--trainer.max_steps", 1, algorithm="GRPO")) == 0
-    assert main(command("fit", *other, "--ckpt_path", "last")) == 2
+    assert main(command("fit", *other, "--ckpt_path", tmp_path / "grpo/latest/checkpoints/last.ckpt")) == 2
     assert "holds no critic" in (message := error_line(capsys)) and "PPO trains one" in message
 
 
