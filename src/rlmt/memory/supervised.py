@@ -25,7 +25,7 @@ from rlmt.models import loading
 from rlmt.models.micro_batch import MicroBatch
 from rlmt.models.output_head import output_head
 from rlmt.models.quantization import quantized_weights
-from rlmt.models.reward_model import score_states
+from rlmt.models.reward_model import as_reward_config, score_states
 from rlmt.modules import SFT, RewardModeling
 
 
@@ -57,7 +57,7 @@ def make_supervised_budget(
         loading.check_causal_lm(config, module.policy_path)
         auto = AutoModelForCausalLM
     else:
-        config = module.model_config
+        config = as_reward_config(model_config(module.model_path), module.model_path)
     model, base = meta_trained(module, auto, config, dtype), meta_from_config(auto, config, dtype)
     if isinstance(module, RewardModeling):
         cast(Any, model).score.requires_grad_(True)
@@ -69,7 +69,7 @@ def make_supervised_budget(
     if lora is not None:
         budget.lines.append(BudgetLine(f"LoRA adapter (rank {lora.rank})", update=tensor_bytes(trained)))
     autocast = compute if compute is not torch.float32 else None
-    length = min(data.max_length, module.max_positions)
+    length = min(data.max_length, loading.max_positions(config))
     shape = _largest_micro_batch(module, length, -(-data.batch_size // devices.ranks))
     gathered = all_gather_bytes(model, compute)
     logits = 0

@@ -193,7 +193,11 @@ def reward_config(path: str | Path) -> PretrainedConfig:
         UserError: The config is unreadable, is one of a classifier with several outputs, or transformers has no
             decoder classifier of this type.
     """
-    config = load_config(path)
+    return as_reward_config(load_config(path), path)
+
+
+def as_reward_config(config: PretrainedConfig, path: str | Path) -> PretrainedConfig:
+    """As `reward_config`, for a config that was read before; it is changed."""
     if not _has_decoder_classifier(config):
         raise UserError(
             f"{path}: {config.model_type} has no decoder classifier in transformers; start from a Llama, Qwen, Gemma 2 "
