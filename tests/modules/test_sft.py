@@ -182,7 +182,7 @@ def test_random_weights_depend_on_the_seed_alone(tiny: Path) -> None:
 
 @pytest.mark.slow
 def test_from_scratch_a_policy_learns_the_format(tiny: Path, made_up: Path, tmp_path: Path) -> None:
-    """More than 99 % of 512 samples at temperature 1 are well formed."""
+    """More than 98 % of 512 samples at temperature 1 are well formed."""
     trained = fit(
         *(tiny, made_up, tmp_path, 280),
         from_scratch=True,
@@ -200,7 +200,7 @@ def test_from_scratch_a_policy_learns_the_format(tiny: Path, made_up: Path, tmp_
     stops = form.stop_token_ids(tokenizer)
     samples = engine.generate(requests, Sampling(temperature=1.0, max_new_tokens=64, stop_token_ids=stops))
     splits = [form.split(form.decode(ids, tokenizer)) for ids in samples.completion_ids]
-    assert sum(split.ok for split in splits) > 0.99 * len(splits)
+    assert sum(split.ok for split in splits) > 0.98 * len(splits)
     assert len({split.thought for split in splits if split.ok}) > 10  # samples, not one learnt by heart
 
 
