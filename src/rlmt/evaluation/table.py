@@ -65,8 +65,8 @@ def build_tables(out: Path, results: Sequence[dict[str, Any]], difference: Seque
     for name in names:
         _check_column([result for result in results if result["benchmark"] == name])
     cells = {place: _cell(out, result) for place, result in by_place.items()}
-    members = averaged(names, {result["benchmark"]: result["chat"] for result in results})
-    averages = {title: of for title, of in members.items() if len(of) > 1}
+    all_averages = averaged(names, {result["benchmark"]: result["chat"] for result in results})
+    averages = {title: of for title, of in all_averages.items() if len(of) > 1}
     for model in models:
         for title, members in averages.items():
             if all((name, model) in cells for name in members):
