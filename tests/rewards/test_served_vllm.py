@@ -32,12 +32,11 @@ def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
         port = unused.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny / "reward")]
     command += ["--runner", "pooling", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
-    command += ["--max-model-len", "512", "--served-model-name", "rm"]
+    command += ["--max-model-len", "512", "--served-model-name", "rm", "--enforce-eager"]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             command,
-            env=os.environ
-            | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1"},
+            env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
             cwd=folder,
             stdout=log,
             stderr=log,
