@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from rlmt.cli import main
+from rlmt.cli import main, messages
 from rlmt.models import loading
 
 MISTAKES: list[dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("mistakes.yaml").read_text(encoding="utf-8"))
@@ -43,7 +43,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def load(*args: Any, **options: Any) -> None:
         raise AssertionError("a model was loaded")
 
+    def subclass_paths(base: type) -> list[str]:
+        return [path for path in paths_of(base) if path.startswith(("rlmt.", "torch.", "lightning."))]
+
+    paths_of = messages.get_all_subclass_paths
+
     monkeypatch.setattr(loading, "load_policy", load)
+    # Other tests of this process have classes of their own, which no command of a user's would list.
+    monkeypatch.setattr(messages, "get_all_subclass_paths", subclass_paths)
     return tmp_path
 
 
