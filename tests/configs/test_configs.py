@@ -351,14 +351,15 @@ def test_server_config_replaces_the_engine(
 def test_documented_commands_use_the_documented_servers(launched: list[Any]) -> None:
     text = (CONFIGS.parent / "docs/rollout-servers.md").read_text(encoding="utf-8").replace("\\\n", "")
     lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
-    ports = [words[words.index("--port") + 1] for words in map(shlex.split, lines) if "--port" in words]
+    ports = [words[words.index("--port") + 1] for words in map(shlex.split, lines) if "runs/tiny/policy" in words]
     trained = [line for line in lines if line.startswith("rlmt fit") and "--config server" in line]
-    assert len(trained) == 4
+    assert len(trained) == 5
     for line in trained:
         assert main([*shlex.split(line)[1:], "--trainer.accelerator", "cpu"]) == 0
-    assert [data.rollout_lag for _, _, data in launched] == [0, 1, 1, 0]
+    assert [data.rollout_lag for _, _, data in launched] == [0, 1, 1, 0, 0]
+    assert [data.engine.weight_transfer for _, _, data in launched] == [*4 * ["folder"], "nccl"]
     for _, _, data in launched:
-        assert [url.rpartition(":")[2] for url in data.engine.urls] == ports[-2:]
+        assert [url.rpartition(":")[2] for url in data.engine.urls] == ports
 
 
 @pytest.mark.parametrize("adapter", [("lora",), ("lora", "nf4")], ids=["lora", "qlora"])

@@ -210,6 +210,17 @@ def test_rollouts_are_generated_with_the_current_weights_and_settings(tokenizer,
     assert batch.completion_ids[3] == [alike.randrange(200) for _ in range(alike.randint(1, 5))]
 
 
+def test_engine_that_cannot_reload_lost_weights_is_synced_again(tokenizer):
+    class Forgetful(FakeEngine):
+        def reload_lost_weights(self):
+            self.version = None
+
+    for engine, syncs in ((FakeEngine(), 1), (Forgetful(), 2)):
+        for _ in range(2):
+            generation.sync_weights(engine, FakeModule(tokenizer))
+        assert engine.calls == syncs * [("sync", 0)] and engine.version == 0
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed", "64-true"])
 def test_every_precision_keeps_engine_logprobs_in_fp32(tokenizer, prompts, tmp_path, precision):
     module = FakeModule(tokenizer, more=(1,))  # another batch within the step, as dynamic sampling generates

@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rlmt.engines.vllm_weights import VLLMWeights
+from rlmt.models import LoRA
+from rlmt.models.adapters import base_tensors
 
 SIZES: dict[str, Any] = {
     "vocab_size": 40,
@@ -51,6 +53,15 @@ def test_weights_are_those_of_a_saved_checkpoint(family: str, tmp_path: Path) ->
     assert not missing
     experts = sum(".experts.1." in name for name in saved)
     assert experts == (0 if family == "llama" else 3)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "llama"])
+def test_shapes_are_those_of_the_weights_as_loaded(family: str) -> None:
+    policy = policy_of(family, **(EXPERTS if family != "llama" else {}))
+    LoRA(rank=2, target_modules=["q_proj"]).add_to(policy)
+    weights = VLLMWeights(policy)
+    loaded = [(name, tuple(tensor.shape)) for name, tensor in weights.load_all(base_tensors(policy).items())]
+    assert weights.shapes(policy) == loaded and len(loaded) > 10
 
 
 def test_only_known_weights_are_loaded() -> None:

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rlmt.errors import UserError
 from rlmt.models import NF4, LoRA, loading
 from rlmt.models.adapters import adapter_weights, base_tensors, merge_adapter
-from rlmt.models.quantization import dequantize
+from rlmt.models.quantization import dequantize, unquantized_shape
 from rlmt.models.training_mode import eval_mode
 
 pytest.importorskip("bitsandbytes")
@@ -115,6 +115,8 @@ def test_quantized_bfloat16_layers_compute_in_bfloat16(folder: Path) -> None:
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     full = dequantize(layer.base_layer.weight)
     assert full.dtype == torch.bfloat16
+    assert unquantized_shape(layer.base_layer.weight) == full.shape != layer.base_layer.weight.shape
+    assert unquantized_shape(full) == full.shape
     assert torch.equal(layer.base_layer(x), F.linear(x, full))
     assert {p.dtype for p in policy.parameters() if p.requires_grad} == {torch.float32}
 

@@ -20,6 +20,7 @@ IGNORED = (
     "data.engine.shared_folder",
     "data.engine.timeout",
     "data.engine.urls",
+    "data.engine.weight_transfer",
     "data.engine_timeout",
     "report",
     "trainer.callbacks",

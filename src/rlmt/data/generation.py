@@ -150,8 +150,8 @@ def sample_requests(prompts: PromptBatch, source: PolicySource, group_size: int,
 def sync_weights(engine: Engine, source: PolicySource) -> None:
     """Gives the engine the current weights of the policy if it has others. All ranks have to call it."""
     if engine.version == source.policy_version:
-        engine.reload_lost_weights()
-    else:
+        engine.reload_lost_weights()  # an engine that cannot has no version any more
+    if engine.version != source.policy_version:
         engine.sync(source.policy_weights(), source.policy_version, source.policy_adapter())
 
 

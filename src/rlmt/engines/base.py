@@ -111,7 +111,7 @@ class Engine(ABC):
     def reload_lost_weights(self) -> None:
         """Reloads the current weights where a part of the engine has lost them; collective over ranks.
 
-        Called before `generate`.
+        Called before `generate`. An engine that cannot do so without the policy sets `version` to None.
         """
 
     @abstractmethod

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rlmt.annotations import PreTrainedModel
 from rlmt.models.adapters import base_tensors
 from rlmt.models.loading import meta_model
+from rlmt.models.quantization import unquantized_shape
 
 
 class VLLMWeights:
@@ -53,3 +55,26 @@ class VLLMWeights:
                 yield name, tensor
             else:
                 yield from revert_weight_conversion(self._model, {name: tensor.detach()}).items()
+
+    def load_all(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """As `load`, and raises ValueError at the end if a weight was missing; the engine would keep a stale one."""
+        missing = set(self.names)
+        yield from self.load(weights, missing)
+        check_complete(missing)
+
+    def shapes(self, policy: PreTrainedModel) -> list[tuple[str, tuple[int, ...]]]:
+        """Names and unsharded shapes of what `load` yields for the policy's weights, in their order; reads none.
+
+        Args:
+            policy: The policy, which may be sharded, quantized, with an adapter, or on the meta device.
+        """
+        empty = {
+            name: torch.empty(unquantized_shape(tensor), device="meta") for name, tensor in base_tensors(policy).items()
+        }
+        return [(name, tuple(tensor.shape)) for name, tensor in self.load(empty.items(), set())]
+
+
+def check_complete(missing: set[str]) -> None:
+    """Raises ValueError if `missing`, from `VLLMWeights.load`, still has a name."""
+    if missing:
+        raise ValueError(f"{len(missing)} of the policy's weights were not passed to sync, such as {min(missing)}.")

@@ -257,6 +257,8 @@ class _RunningEngine:
             return None
         if self._policy is None:
             self._policy = self._start()
+        if self.engine.version is not None:
+            self.engine.reload_lost_weights()
         if self.engine.version is None:  # also after an engine that sleeps dropped its weights
             self.engine.sync(base_tensors(self._policy).items(), 0)
         return self.engine.generate(requests, sampling)

@@ -71,6 +71,12 @@ def dequantize(weight: Tensor) -> Tensor:
     return dequantize_4bit(weight.data, cast(Any, weight).quant_state)
 
 
+def unquantized_shape(weight: Tensor) -> torch.Size:
+    """The shape of `dequantize(weight)`, without computing it."""
+    shape: torch.Size = weight.shape if type(weight).__name__ != "Params4bit" else cast(Any, weight).quant_state.shape
+    return shape
+
+
 def quantized_weights(config: PretrainedConfig, auto: Any = None) -> frozenset[str]:
     """Names of the weights that transformers stores in 4 bits: those of linear layers, but not the head.
 

@@ -28,6 +28,6 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeServer]]:
 def messages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The warnings and infos that the engine logs."""
     lines: list[str] = []
-    monkeypatch.setattr("rlmt.engines.vllm_server.engine.rank_zero_warn", lines.append)
-    monkeypatch.setattr("rlmt.engines.vllm_server.engine.rank_zero_info", lines.append)
+    for name in ("engine.rank_zero_warn", "servers.rank_zero_warn", "servers.rank_zero_info"):
+        monkeypatch.setattr(f"rlmt.engines.vllm_server.{name}", lines.append)
     return lines

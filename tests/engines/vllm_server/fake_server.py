@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import torch
+from nccl_stand_ins import ThreadCommunicator
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from rlmt.engines import VLLMServerEngine
@@ -28,6 +32,8 @@ class FakeServer:
     `script(path, number)` may replace the answer to the request of that number to a path: a status code, a JSON object,
     or ConnectionResetError.
     """
+
+    communicator: Any = ThreadCommunicator
 
     def __init__(self) -> None:
         self.weight: float | None = None
@@ -49,6 +55,10 @@ class FakeServer:
             "lora_config": {"max_lora_rank": 8},
         }
         self.max_model_len = 64
+        self.workers = 1
+        self.group: list[Any] = []
+        self.received: dict[str, Tensor] = {}
+        self.updating = self.paused = False
         self.lock = threading.Lock()
         fake = self
 
@@ -79,6 +89,7 @@ class FakeServer:
     def restart(self) -> None:
         """Restarts as under a supervisor: same address, initial weights."""
         self.down, self.label, self.weight, self.adapters = False, "default", -1.0, []
+        self.group, self.updating, self.paused = [], False, False
 
     def serve(self, handler: Any, body: dict[str, Any]) -> None:
         path = handler.path.partition("?")[0]
@@ -116,7 +127,20 @@ class FakeServer:
         elif path == "/v1/unload_lora_adapter":
             self.adapters.remove(body["lora_name"])
         elif path == "/v1/completions":
+            assert not self.paused and not self.updating
             return self.complete(body)
+        elif path in ("/pause", "/resume"):
+            self.paused = path == "/pause"
+        elif path == "/init_weight_transfer_engine":
+            self.join(**body["init_info"])
+        elif path == "/shutdown_weight_transfer_engine":
+            self.group = []
+        elif path in ("/start_weight_update", "/finish_weight_update"):
+            assert self.paused and self.updating == (path == "/finish_weight_update")
+            self.updating = not self.updating
+        elif path == "/update_weights":
+            assert self.updating
+            self.receive(**body["update_info"])
         answers = {
             "/health": {},
             "/v1/models": {
@@ -129,8 +153,42 @@ class FakeServer:
             "/weight_info": {"weight_version": self.label},
             "/tokenize": {"tokens": list(body.get("prompt", "").encode())},
             "/reset_prefix_cache": {"success": True},
+            "/get_world_size": {"world_size": self.workers},
         }
         return answers.get(path, {"results": [None]})
+
+    def join(self, nccl_unique_id_b64: str, world_size: int, rank_offset: int, **packing: Any) -> None:
+        """Joins with all workers."""
+        assert not self.group
+        ranks = range(rank_offset, rank_offset + self.workers)
+        unique_id = base64.b64decode(nccl_unique_id_b64)
+        with ThreadPoolExecutor() as pool:
+            self.group = list(pool.map(lambda rank: self.communicator(unique_id, rank, world_size), ranks))
+        assert packing.pop("packed")
+        self.packing = {name.removeprefix("packed_"): value for name, value in packing.items()}
+
+    def receive(self, names: list[str], dtype_names: list[str], shapes: list[list[int]]) -> None:
+        """Receives weights with all workers, by vLLM's own consumer; the first one's are used."""
+        from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_consumer
+
+        def consume(communicator: Any) -> dict[str, Tensor]:
+            received: dict[str, Tensor] = {}
+            meta = zip(names, zip(shapes, (getattr(torch, name) for name in dtype_names), strict=True), strict=True)
+            packed_nccl_broadcast_consumer(
+                iterator=meta,
+                group=communicator,
+                src=0,
+                post_unpack_func=received.update,
+                device="cpu",
+                **self.packing,
+            )
+            return received
+
+        with ThreadPoolExecutor() as pool:
+            self.received, *others = pool.map(consume, self.group)
+        for other in others:
+            assert all(torch.equal(other[name], tensor) for name, tensor in self.received.items())
+        self.weight = self.received["weight"].flatten()[0].item()
 
     def complete(self, body: dict[str, Any]) -> Any:
         with self.lock:
@@ -172,7 +230,7 @@ def start(fakes: list[FakeServer], folder: Path, **options: Any) -> VLLMServerEn
 
 def sync(engine: VLLMServerEngine, version: int) -> None:
     """Loads weights whose value is their version."""
-    engine.sync([("weight", torch.tensor([float(version)]))], version)
+    engine.sync([("weight", torch.tensor([[float(version)]]))], version)
 
 
 def requests(count: int, samples: int = 2) -> list[SampleRequest]:

@@ -55,16 +55,21 @@ class RealServer:
     def __init__(self, command: list[str], folder: Path) -> None:
         first = command.index("python")
         env = dict(word.split("=", 1) for word in command[:first])
-        arguments = [sys.executable, *command[first + 1 :]]
+        self.arguments = [sys.executable, *command[first + 1 :]]
         port = free_port()
-        arguments[arguments.index("--port") + 1] = str(port)
+        self.arguments[self.arguments.index("--port") + 1] = str(port)
         self.url = f"http://127.0.0.1:{port}"
         self.log = folder / f"{port}.log"
-        with self.log.open("w") as log:
+        self.environment = os.environ | env | {"VLLM_API_KEY": KEY}
+        self.start()
+
+    def start(self) -> None:
+        """Starts the server, again after `kill`."""
+        with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                arguments,
-                env=os.environ | env | {"VLLM_API_KEY": KEY},
-                cwd=folder,
+                self.arguments,
+                env=self.environment,
+                cwd=self.log.parent,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # so that `kill` can end all of its processes

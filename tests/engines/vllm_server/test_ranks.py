@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nccl_stand_ins
 import pytest
 from fake_server import KEY, FakeServer, answer_with, set_model_config
 
@@ -112,3 +114,30 @@ def test_internal_error_names_its_rank_on_all_ranks(results: Any) -> None:
     one, other = (rank["error_on_one_rank"] for rank in results[1])
     for rank in (one, other):
         assert rank["error"] == "RankFailed" and rank["message"].startswith("rank 1 failed: ZeroDivisionError: ")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_rank_0_sends_all_gathered_weights_by_nccl(
+    run_ranks: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nccl_stand_ins.install(monkeypatch.setattr)
+    monkeypatch.setattr(FakeServer, "communicator", nccl_stand_ins.GlooCommunicator)
+    cases = {name: [FakeServer(), FakeServer()] for name in ("nccl", "nccl_lost")}
+    for fake in (fake for two in cases.values() for fake in two):
+        fake.config["weight_transfer_config"] = {"backend": "nccl"}
+    restarted, lost = cases["nccl"][1], cases["nccl_lost"][1]
+    restarted.script = lambda path, number: restarted.restart() if path == "/restart" else None
+    lost.script = answer_with("/start_weight_update", 500)
+    (tmp_path / "cases.json").write_text(json.dumps({case: [fake.url for fake in two] for case, two in cases.items()}))
+    run_ranks(Path(__file__).with_name("two_ranks.py"), tmp_path, environment={"VLLM_API_KEY": KEY})
+    outcomes = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    for rank in range(2):
+        check(outcomes[rank]["nccl"], rank, 2)
+    for fake in cases["nccl"]:
+        assert fake.calls.count("/init_weight_transfer_engine") == fake.calls.count("/update_weights") == 2
+        assert {prompt // 100 for prompt in fake.prompts} == {0, 1}
+    check_error((cases, outcomes), "nccl_lost", f"weight_transfer nccl: vLLM server {lost.url} could not prepare")
+    for two in cases.values():
+        for fake in two:
+            fake.http.shutdown()

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
+import nccl_stand_ins
 import torch
 from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -15,7 +17,7 @@ from rlmt import errors
 from rlmt.distributed import collectives
 from rlmt.distributed.fsdp2 import full_tensor
 from rlmt.engines import VLLMServerEngine
-from rlmt.engines.vllm_server import weight_transfer
+from rlmt.engines.vllm_server import nccl, shared_folder
 from rlmt.errors import AllRanksUserError
 from rlmt.types import AdapterWeights, SampleRequest, Samples, Sampling
 
@@ -42,8 +44,8 @@ class Rank:
 
     def weights(self, version: int) -> Iterator[tuple[str, torch.Tensor]]:
         """Sharded tensors, which both ranks all-gather."""
-        for name, size in (("weight", 1), ("a", 5), ("b", 8)):
-            tensor = distribute_tensor(torch.full((size,), float(version)), self.mesh, [Shard(0)])
+        for name, shape in (("weight", (1, 1)), ("a", (5,)), ("b", (8,))):
+            tensor = distribute_tensor(torch.full(shape, float(version)), self.mesh, [Shard(0)])
             yield name, full_tensor(tensor)
 
     def samples(self, engine: VLLMServerEngine, count: int = COUNT) -> Samples:
@@ -71,12 +73,12 @@ class Rank:
             raise OSError(28, "No space left on device")
 
         engine = self.engine(urls)
-        saved, weight_transfer.save_file = weight_transfer.save_file, save_file
-        bucket, weight_transfer.BUCKET_BYTES = weight_transfer.BUCKET_BYTES, 1  # each tensor is written at once
+        saved, shared_folder.save_file = shared_folder.save_file, save_file
+        bucket, shared_folder.BUCKET_BYTES = shared_folder.BUCKET_BYTES, 1  # each tensor is written at once
         try:
             self.sync(engine, 1)
         finally:
-            weight_transfer.save_file, weight_transfer.BUCKET_BYTES = saved, bucket
+            shared_folder.save_file, shared_folder.BUCKET_BYTES = saved, bucket
 
     def server_restored(self, urls: list[str]) -> Any:
         engine = self.engine(urls)
@@ -93,6 +95,20 @@ class Rank:
             engine.sync(self.weights(5), version, adapter)
         return self.samples(engine)
 
+    def nccl(self, urls: list[str]) -> Any:
+        engine = self.engine(urls, weight_transfer="nccl")
+        self.sync(engine, 1)
+        self.samples(engine)
+        if collectives.rank() == 0:
+            httpx.post(f"{urls[1]}/restart")
+        collectives.all_gather_object(None)
+        engine.reload_lost_weights()
+        assert engine.version is None
+        self.sync(engine, 2)
+        return self.samples(engine)
+
+    nccl_lost = nccl
+
     def error_on_one_rank(self, urls: list[str]) -> Any:
         collectives.run_on_all_ranks(lambda: 1 // (1 - collectives.rank()))
 
@@ -106,6 +122,9 @@ class Rank:
 
 
 def main(number: int, folder: Path) -> None:
+    if any(case.startswith("nccl") for case in json.loads((folder / "cases.json").read_text())):
+        nccl_stand_ins.install()
+        nccl.check_installation = lambda: None
     distributed.init_process_group("gloo", f"file://{folder / 'store'}", world_size=2, rank=number)
     rank = Rank(folder / "weights", init_device_mesh("cpu", (2,)))
     cases: dict[str, list[str]] = json.loads((folder / "cases.json").read_text())

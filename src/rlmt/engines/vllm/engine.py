@@ -40,7 +40,7 @@ from rlmt.engines.vllm.reload import check_model, forget_layers, reload_weights
 from rlmt.engines.vllm.sampling import SamplingProgress, sampling_params
 from rlmt.engines.vllm.temporary_folders import ContentFolder, check_folders, remove_abandoned
 from rlmt.engines.vllm.tensor_parallel import check_heads, check_ranks, gather_requests, gloo_communicator
-from rlmt.engines.vllm_weights import VLLMWeights
+from rlmt.engines.vllm_weights import VLLMWeights, check_complete
 from rlmt.errors import UserError
 from rlmt.models.adapters import adapter_weights
 from rlmt.models.cache import shares_cache
@@ -319,8 +319,7 @@ class VLLMEngine(Engine):
         missing = set(self._weights.names)
         reload_weights(self._llm, self._weights.load(weights, missing), self._on_gpu, first=not self._has_run)
         self._has_run = True
-        if missing:
-            raise ValueError(f"{len(missing)} of the policy's weights were not passed to sync, such as {min(missing)}.")
+        check_complete(missing)
 
     def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Samples:
         """Samples every request once per seed, in one batch; samples of a prompt share its prefix.

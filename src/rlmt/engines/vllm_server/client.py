@@ -1,4 +1,4 @@
-"""HTTP client of one vLLM server: checks, weights sync and completions.
+"""Client of one vLLM server: checks, weights sync and completions.
 
 The server itself reports which weights it holds: after each load the client sets a new label there (vLLM's
 `weight_version`), which a restart resets. So the client does not have to track what happened to the server.
@@ -7,32 +7,24 @@ The server itself reports which weights it holds: after each load the client set
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import uuid4
 
-from rlmt.endpoints.connections import CONNECT_TIMEOUT, describe, one_line, open_client, ssl_context
+from rlmt.endpoints.connections import describe, one_line
 from rlmt.engines.vllm.sampling import completion_options
+from rlmt.engines.vllm_server.connection import ServerConnection, ServerLost
 from rlmt.engines.vllm_server.weight_transfer import PublishedWeights
 from rlmt.errors import UserError
 from rlmt.types import FinishReason, Sampling
 
-if TYPE_CHECKING:
-    import httpx
-
-TIMEOUT = 10.0
-"""Seconds to wait for short answers."""
 SLOW_TIMEOUT = 60.0
-"""Seconds to wait for the server's configuration, which it collects at the first call, and for its prefix cache."""
+"""Seconds to wait for the server's configuration, which it collects at the first call, for its prefix cache, and until
+it has left a group."""
 
 _DEV_MODE = "start it with VLLM_SERVER_DEV_MODE=1 in its environment (vLLM 0.32 or later), which weights sync requires"
-
-
-class ServerLost(Exception):
-    """The server is not usable; the message continues "vLLM server URL …" with the reason and, if known, the fix."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +36,7 @@ class Completion:
     finish: FinishReason
 
 
-class ServerClient:
+class ServerClient(ServerConnection):
     """A vLLM server at a URL; its methods require an open connection (`connect`).
 
     Args:
@@ -56,27 +48,14 @@ class ServerClient:
     """
 
     def __init__(self, url: str, key: str | None, key_variable: str, model: str | None, timeout: float) -> None:
-        self.url = url
+        super().__init__(url, key, key_variable, timeout)
         self.max_model_len = 0
         """Longest prompt + completion in tokens; set by `check_health`."""
         self.dtype = ""
         """Dtype that the server computes in, as torch names it; set by `check_config`."""
-        self._key, self._key_variable = key, key_variable
         self._required_model, self._model = model, ""
-        self._timeout = timeout
         self._adapter: str | None = None
         self._label: str | None = None
-
-    @asynccontextmanager
-    async def connect(self) -> AsyncIterator[None]:
-        """Opens connections to the server for one event loop."""
-        import httpx
-
-        headers = {} if self._key is None else {"Authorization": f"Bearer {self._key}"}
-        client = open_client(f"{self.url}/v1", self._key, self._timeout)  # a lost request goes to another server
-        http = httpx.AsyncClient(base_url=self.url, headers=headers, verify=ssl_context())
-        async with http as self._http, client as self._openai:
-            yield
 
     # Checks -----------------------------------------------------------------------------------------------------------
 
@@ -150,6 +129,24 @@ class ServerClient:
                 "environment"
             )
 
+    async def check_weight_transfer(self, backend: str) -> None:
+        """Checks that the server receives weights through vLLM's weight transfer.
+
+        Args:
+            backend: The backend that it must have.
+
+        Raises:
+            ServerLost: It has none, or another one.
+        """
+        transfer = (await self.check_config()).get("weight_transfer_config") or {"backend": "off"}
+        if transfer["backend"] != backend:
+            option = f'--weight-transfer-config \'{{"backend": "{backend}"}}\''
+            raise ServerLost(
+                f"has weight transfer {transfer['backend']}, not {backend}; start it with {option}, or use "
+                "--data.engine.weight_transfer folder"
+            )
+        await self.worker_count()
+
     async def check_tokenizer(self, text: str, ids: list[int]) -> None:
         """Checks that the server tokenizes like the policy's tokenizer, since the server finds the stop strings.
 
@@ -179,13 +176,11 @@ class ServerClient:
             UserError: Another run has loaded its weights there meanwhile.
         """
         await self.check_health()
-        label = await self._weight_label()
-        if self._label is not None and label.startswith("rlmt-") and not label.startswith(published.prefix):
-            raise UserError(
-                f"vLLM server {self.url}: another run loads its weights there; give each run servers of its own."
-            )
+        label = await self._own_label(published.prefix)
         self._adapter = None if published.adapter is None else published.label
         if not label.startswith(f"{published.label}."):
+            if published.weights is None:
+                raise ServerLost("does not hold the policy's weights, which it receives at the next sync")
             if not load:
                 raise ServerLost("does not hold the policy's weights")
             if published.adapter is None or not label.startswith(published.prefix):
@@ -193,13 +188,32 @@ class ServerClient:
             if published.adapter is not None:
                 await self._load_adapter(published.label, published.adapter)
             await self._reset_prefix_cache()
-            label = f"{published.label}.{uuid4().hex[:8]}"
-            await self._post("/update_weight_version", {"new_version": label}, "could not set its weight version")
+            label = await self._set_label(published)
         self._label = label
 
     async def has_same_weights(self) -> bool:
         """Whether the server was neither restarted nor loaded again since `ensure_weights`."""
         return await self._weight_label() == self._label
+
+    async def lacks_weights(self, published: PublishedWeights) -> bool:
+        """Whether the server is healthy, and does not hold the published weights."""
+        await self.check_health()
+        return not (await self._own_label(published.prefix)).startswith(f"{published.label}.")
+
+    async def _own_label(self, prefix: str) -> str:
+        """The label of the server's weights; UserError if another run has set it since `ensure_weights`."""
+        label = await self._weight_label()
+        if self._label is not None and label.startswith("rlmt-") and not label.startswith(prefix):
+            raise UserError(
+                f"vLLM server {self.url}: another run loads its weights there; give each run servers of its own."
+            )
+        return label
+
+    async def _set_label(self, published: PublishedWeights) -> str:
+        """Sets and returns a new label for the server's weights."""
+        label = f"{published.label}.{uuid4().hex[:8]}"
+        await self._post("/update_weight_version", {"new_version": label}, "could not set its weight version")
+        return label
 
     async def _weight_label(self) -> str:
         """The label of the weights that the server holds."""
@@ -232,6 +246,55 @@ class ServerClient:
             if monotonic() - start > SLOW_TIMEOUT:
                 raise ServerLost("did not reset its prefix cache, since it is still busy with other requests")
             await asyncio.sleep(0.2)
+
+    # vLLM's weight transfer -------------------------------------------------------------------------------------------
+
+    async def worker_count(self) -> int:
+        """Number of the server's workers, each of which is a rank of a group that transfers weights."""
+        fix = "start a vLLM server of version 0.32 or later there"
+        return int((await self._request_json("GET", "/get_world_size", fix))["world_size"])
+
+    async def check_member(self, prefix: str) -> bool:
+        """Checks the server before a transfer.
+
+        Args:
+            prefix: Prefix of the labels of this run.
+
+        Returns:
+            Whether it still is what it was at the last transfer: it was not restarted, and is still in that group.
+
+        Raises:
+            ServerLost: The server is not usable.
+            UserError: Another run has loaded its weights there meanwhile.
+        """
+        await self.check_health()
+        return await self._own_label(prefix) == self._label
+
+    async def leave_group(self) -> None:
+        """Lets the server leave the group of its last transfer, if it is in one."""
+        failure = "could not leave its last group; restart it"
+        await self._post("/shutdown_weight_transfer_engine", {}, failure, SLOW_TIMEOUT)
+
+    async def join_group(self, init_info: dict[str, Any]) -> None:
+        """Lets the server join a group; returns when all ranks have joined it."""
+        await self._post("/init_weight_transfer_engine", {"init_info": init_info}, "could not join the group")
+
+    async def start_update(self) -> None:
+        """Aborts the server's requests, of which none is awaited, and prepares its model for new weights."""
+        await self._post("/pause", {}, "could not pause")
+        await self._post("/start_weight_update", {}, "could not prepare for new weights")
+
+    async def receive_weights(self, update_info: dict[str, Any]) -> None:
+        """Lets the server receive and load weights, while rank 0 broadcasts them."""
+        failure = "could not load the policy's weights (it must serve the policy's architecture)"
+        await self._post("/update_weights", {"update_info": update_info}, failure)
+
+    async def finish_update(self, published: PublishedWeights) -> None:
+        """Lets the server sample with the weights that it has received; their label comes last."""
+        await self._post("/finish_weight_update", {}, "could not use the policy's weights")
+        await self._reset_prefix_cache()
+        await self._post("/resume", {}, "could not resume")
+        await self._set_label(published)
 
     # Completions ------------------------------------------------------------------------------------------------------
 
@@ -269,45 +332,3 @@ class ServerClient:
         return Completion(
             list(choice.token_ids), list(choice.logprobs.token_logprobs), FinishReason(choice.finish_reason)
         )
-
-    # HTTP -------------------------------------------------------------------------------------------------------------
-
-    async def _request(self, method: str, path: str, timeout: float = TIMEOUT, **options: Any) -> httpx.Response:
-        """Sends a request; ServerLost if the server does not answer or rejects the API key."""
-        import httpx
-
-        try:
-            response = await self._http.request(
-                method, path, timeout=httpx.Timeout(timeout, connect=CONNECT_TIMEOUT), **options
-            )
-        except httpx.TransportError as error:
-            failure = "does not answer" if isinstance(error, httpx.ReadTimeout) else "cannot be reached"
-            raise ServerLost(f"{failure} ({describe(error)})") from error
-        if response.status_code in (401, 403):
-            failure = "rejects the API key of" if self._key else "requires an API key, but none is set in"
-            raise ServerLost(
-                f"{failure} the environment variable {self._key_variable}; set it to the server's --api-key"
-            )
-        return response
-
-    async def _request_json(
-        self, method: str, path: str, fix: str, timeout: float = TIMEOUT, **options: Any
-    ) -> dict[str, Any]:
-        """Sends a request that must return a JSON object."""
-        response = await self._request(method, path, timeout, **options)
-        try:
-            if response.status_code == 200 and isinstance(body := response.json(), dict):
-                return body
-        except ValueError:
-            pass
-        raise ServerLost(f"has no {path.partition('?')[0]} (status {response.status_code}); {fix}")
-
-    async def _post(self, path: str, body: dict[str, Any], failure: str) -> None:
-        """Sends a request that must succeed; `failure` begins the message of the ServerLost error."""
-        response = await self._request("POST", path, self._timeout, json=body)
-        if response.status_code != 200:
-            try:
-                reason = str(response.json()["error"]["message"])
-            except (ValueError, KeyError, TypeError):
-                reason = response.text
-            raise ServerLost(f"{failure}: {one_line(reason)}")

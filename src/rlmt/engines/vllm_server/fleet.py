@@ -8,7 +8,8 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import AsyncExitStack
 from typing import Any, TypeVar
 
-from rlmt.engines.vllm_server.client import ServerClient, ServerLost
+from rlmt.engines.vllm_server.client import ServerClient
+from rlmt.engines.vllm_server.connection import ServerLost
 
 T = TypeVar("T")
 

@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rlmt.engines.vllm_server import weight_transfer
-from rlmt.engines.vllm_server.weight_transfer import SharedFolder
+from rlmt.engines.vllm_server import shared_folder
+from rlmt.engines.vllm_server.shared_folder import SharedFolder
 from rlmt.errors import UserError
 from rlmt.types import AdapterWeights
 
 
 def test_weights_round_trip_through_bucket_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight_transfer, "BUCKET_BYTES", 100)
+    monkeypatch.setattr(shared_folder, "BUCKET_BYTES", 100)
     tied = torch.randn(6, 4)
     weights = {"a": tied, "b": torch.randn(3).to(torch.float16), "c": torch.randn(4, 6).T, "head": tied}
     folder = SharedFolder(str(tmp_path / "new" / "folder"), torch.bfloat16)
@@ -36,7 +36,7 @@ def test_weights_round_trip_through_bucket_files(tmp_path: Path, monkeypatch: py
     adapters = [Path(folder.write_adapter(adapter, version)) for version in (8, 9)]
     assert [path.exists() for path in adapters] == [False, True] and second.exists()
     assert {file.name for file in adapters[1].iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
-    folder.remove()
+    folder.close()
     assert not list((tmp_path / "new/folder").iterdir())
 
 
@@ -57,7 +57,7 @@ def test_memory_of_writing_is_one_bucket(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allocated_peak: Callable[[Callable[[], None]], int]
 ) -> None:
     """Twenty tensors of 1 MiB, buckets of 2 MiB: one more tensor is being made when a bucket is full."""
-    monkeypatch.setattr(weight_transfer, "BUCKET_BYTES", 2 * 2**20)
+    monkeypatch.setattr(shared_folder, "BUCKET_BYTES", 2 * 2**20)
     folder = SharedFolder(str(tmp_path), torch.float32)
     weights = {str(i): torch.ones(2**18) for i in range(20)}
     peak = allocated_peak(lambda: folder.write_weights(weights.items(), 1) and None)
