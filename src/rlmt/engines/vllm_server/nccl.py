@@ -17,7 +17,7 @@ import importlib.util
 import os
 import threading
 import warnings
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -234,17 +234,12 @@ class _Group:
         # In a thread that may wait forever: NCCL cannot be interrupted while a server that failed does not join.
         join = partial(nccl_common.uid_init_process_group, unique_id, 0, world_size, device)
         communicator = _in_daemon_thread(join)
-        offsets = accumulate(self._workers.values(), initial=1)
-        payloads = [nccl_common.worker_init_payload(info(rank_offset=offset)) for offset in offsets]
-        await gather_or_cancel(
-            [
-                _wait(communicator),
-                *(
-                    self._call(server.join_group(each), server)
-                    for server, each in zip(self.members, payloads, strict=False)
-                ),
-            ]
-        )
+        offset_of = dict(zip(self.members, accumulate(self._workers.values(), initial=1), strict=False))
+
+        async def join_as_server(server: ServerClient) -> None:
+            await server.join_group(nccl_common.worker_init_payload(info(rank_offset=offset_of[server])))
+
+        await gather_or_cancel([_wait(communicator), self._gather(join_as_server)])
         return communicator.result()
 
     def send(self, published: PublishedWeights) -> None:
@@ -301,7 +296,7 @@ class _Group:
         assert published is not None
         self._call_all(lambda server: server.finish_update(published))
 
-    def _call_all(self, call: Callable[[ServerClient], Coroutine[Any, Any, None]]) -> None:
+    def _call_all(self, call: Callable[[ServerClient], Awaitable[None]]) -> None:
         """Calls all members concurrently."""
 
         async def work() -> None:
@@ -309,16 +304,20 @@ class _Group:
             assert task is not None
             self._cancel = partial(asyncio.get_running_loop().call_soon_threadsafe, task.cancel)
             if not self._aborted:
-                await gather_or_cancel([self._call(call(server), server) for server in self.members])
+                await self._gather(call)
 
         self._servers.run(work)
 
-    async def _call(self, request: Coroutine[Any, Any, None], server: ServerClient) -> None:
-        """Awaits a request to a member."""
-        try:
-            await request
-        except ServerLost as error:
-            raise _TransferFailed(f"vLLM server {server.url} {error}") from error
+    async def _gather(self, call: Callable[[ServerClient], Awaitable[None]]) -> None:
+        """Awaits a call of each member."""
+
+        async def call_one(server: ServerClient) -> None:
+            try:
+                await call(server)
+            except ServerLost as error:
+                raise _TransferFailed(f"vLLM server {server.url} {error}") from error
+
+        await gather_or_cancel(map(call_one, self.members))
 
     def abort(self) -> None:
         """Aborts a transfer in any thread, and leaves the group; harmless when called twice."""
