@@ -62,9 +62,9 @@ def read_scores(folder: Path) -> Row:
 
     Returns:
         `<benchmark>/<figure>` → value for each figure; `chat_average` and `average`, the averages of `rlmt evaluate`;
-        `thought_tokens`, `response_tokens`, `malformed` and `unparsed` as means or
-        shares over all items. A benchmark of the paper's table that was not run has nan, and so have token counts
-        that are not known of every benchmark. Empty without results.
+        `thought_tokens`, `response_tokens`, `malformed` and `unparsed` as means or shares over all items. A benchmark
+        of the paper's table that was not run has nan, and so have token counts that are not known of every benchmark.
+        Empty without results.
     """
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/*/ours.json"))]
     if not results:

@@ -12,8 +12,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,29 @@ class RealServer:
     def kill(self) -> None:
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+
+@contextmanager
+def two_servers(
+    tiny: Path, folder: Path, environment: Sequence[str] = (), options: Sequence[str] = ()
+) -> Iterator[list[RealServer]]:
+    """The two documented servers for a CPU, in a folder of their own, with more variables and options."""
+    (folder / "runs").mkdir()
+    (folder / "runs/tiny").symlink_to(tiny)
+    started = [
+        RealServer([*environment, *words, *options], folder)
+        for words in documented_commands("VLLM_SERVER_DEV_MODE")
+        if "runs/tiny/policy" in words
+    ]
+    try:
+        assert len(started) == 2
+        for server in started:
+            server.wait()
+        yield started
+    finally:
+        for server in started:
+            if server.process.poll() is None:
+                server.kill()
 
 
 class Proxy:

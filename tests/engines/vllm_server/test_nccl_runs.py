@@ -22,6 +22,7 @@ from real_server import (
     start,
     sync,
     train,
+    two_servers,
 )
 
 from rlmt.engines.vllm_server import nccl
@@ -40,26 +41,11 @@ SAMPLING = Sampling(0.7, 40)
 @pytest.fixture(scope="module")
 def servers(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[RealServer]]:
     """The documented servers for a CPU, with the documented option for NCCL."""
-    folder = tmp_path_factory.mktemp("servers")
-    (folder / "runs").mkdir()
-    (folder / "runs/tiny").symlink_to(tiny)
-    plugin = nccl_stand_ins.plugin_folder(folder / "plugin")
+    plugin = nccl_stand_ins.plugin_folder(tmp_path_factory.mktemp("plugin") / "plugin")
     commands = documented_commands("VLLM_SERVER_DEV_MODE")
     (option,) = [words[-2:] for words in commands if "--weight-transfer-config" in words]
-    started = [
-        RealServer([f"PYTHONPATH={plugin}", *words, *option], folder)
-        for words in commands
-        if "runs/tiny/policy" in words
-    ]
-    try:
-        assert len(started) == 2
-        for server in started:
-            server.wait()
+    with two_servers(tiny, tmp_path_factory.mktemp("servers"), [f"PYTHONPATH={plugin}"], option) as started:
         yield started
-    finally:
-        for server in started:
-            if server.process.poll() is None:
-                server.kill()
 
 
 @pytest.fixture(autouse=True)

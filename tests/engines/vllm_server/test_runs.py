@@ -19,7 +19,6 @@ from real_server import (
     SGD,
     Proxy,
     RealServer,
-    documented_commands,
     fit,
     fit_arguments,
     free_port,
@@ -31,6 +30,7 @@ from real_server import (
     start,
     sync,
     train,
+    two_servers,
 )
 
 from rlmt.cli.commands import main
@@ -49,23 +49,8 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def servers(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[RealServer]]:
-    folder = tmp_path_factory.mktemp("servers")
-    (folder / "runs").mkdir()
-    (folder / "runs/tiny").symlink_to(tiny)
-    started = [
-        RealServer(words, folder)
-        for words in documented_commands("VLLM_SERVER_DEV_MODE")
-        if "runs/tiny/policy" in words
-    ]
-    try:
-        assert len(started) == 2
-        for server in started:
-            server.wait()
+    with two_servers(tiny, tmp_path_factory.mktemp("servers")) as started:
         yield started
-    finally:
-        for server in started:
-            if server.process.poll() is None:
-                server.kill()
 
 
 @pytest.fixture(autouse=True)
