@@ -30,10 +30,10 @@ from rlmt.models import LoRA
 from rlmt.models.cache import shares_cache
 from rlmt.models.loading import check_policy, meta_model
 from rlmt.models.logprobs import compute_logprobs, token_logprobs
-from rlmt.models.micro_batch import micro_batches, shares_prompts
+from rlmt.models.micro_batch import micro_batch_of_sequences, micro_batches, shares_prompts
 from rlmt.models.reward_model import classifier_config, last_token_states, score_states
 from rlmt.models.training_mode import set_training_mode
-from rlmt.modules.sft import micro_batch_of_sequences
+from rlmt.models.varlen import VARLEN, register_varlen, supports_varlen
 from rlmt.types import FinishReason, RolloutBatch, SampleRequest, Samples, Sampling
 
 DOCS = Path(__file__).parents[1] / "docs" / "reference"
@@ -97,7 +97,7 @@ def difference(ours: dict[int, Tensor], theirs: dict[int, Tensor], own: Any, the
     return max(*(float((ours[i] - theirs[i]).detach().abs().max()) for i in theirs), grads / scale)
 
 
-def policy_cell(model: PreTrainedModel, share: bool) -> Cell:
+def policy_cell(model: PreTrainedModel, share: bool, packed: bool = False) -> Cell:
     """RL: log-probs and gradients in training mode, and the first ratio, which is 1."""
     batch, theirs, ours = rollouts(), {}, {}
     model.eval()
@@ -106,9 +106,14 @@ def policy_cell(model: PreTrainedModel, share: bool) -> Cell:
         (theirs[i] * weights(i, len(completion))).sum().backward()
     expected = gradients(model)
     set_training_mode(model, gradient_checkpointing=False, dropout=False)
+    if packed and not supports_varlen(model.config):
+        return {"refused": "layers that are not plain causal attention, or are not told where packed rows begin"}
+    if packed:
+        register_varlen()
+        model.set_attn_implementation(VARLEN)
     if share and not shares_prompts(model):
         return {"own prompts": "its state cannot be shared"}
-    for part in micro_batches(batch, range(6), 60, share, CPU):
+    for part in micro_batches(batch, range(6), 60, share, CPU, packed=packed):
         logprobs = token_logprobs(model, part, TEMPERATURE).logprobs.split([batch.lengths[i] for i in part.samples])
         sum((lp * weights(i, len(lp))).sum() for i, lp in zip(part.samples, logprobs, strict=True)).backward()
         ours |= dict(zip(part.samples, logprobs, strict=True))
@@ -131,7 +136,7 @@ def sft_cell(model: PreTrainedModel) -> Cell:
         loss.backward()
         theirs += loss.detach()
     expected = gradients(model)
-    part = micro_batch_of_sequences(list(range(6)), [torch.tensor(row) for row in rows], prompts, CPU)
+    part = micro_batch_of_sequences(list(range(6)), [torch.tensor(row) for row in rows], prompts, False, CPU)
     ours = -token_logprobs(model, part, 1.0).logprobs.sum()
     ours.backward()
     total = sum(batch.lengths)
@@ -214,6 +219,7 @@ def plan_cell(name: str) -> Cell:
 COLUMNS: dict[str, Callable[[str], Cell]] = {
     "RL, own prompts": lambda name: policy_cell(family_model(name), share=False),
     "RL, shared prompts": lambda name: policy_cell(family_model(name), share=True),
+    "RL, packed rows": lambda name: policy_cell(family_model(name), share=False, packed=True),
     "SFT": lambda name: sft_cell(family_model(name)),
     "Reward": reward_cell,
     "TransformersEngine": lambda name: engine_cell(TransformersEngine(), family_model(name), None),

@@ -29,7 +29,8 @@ from rlmt.algorithms import GRPO
 from rlmt.callbacks import CoTLength, PolicyHealth, RewardCurves, SampleTable
 from rlmt.data import RolloutDataModule
 from rlmt.engines import VLLMEngine
-from rlmt.models.micro_batch import batches_by_length, hidden_states, micro_batches
+from rlmt.models.micro_batch import hidden_states, micro_batches
+from rlmt.models.rows import batches_by_length
 from rlmt.modules import RLMTModule
 from rlmt.rewards import ClassifierReward
 from rlmt.types import Experience, RolloutBatch

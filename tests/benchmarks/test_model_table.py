@@ -17,13 +17,13 @@ RESULTS: dict[str, Any] = json.loads((REFERENCE / "models.json").read_text())
 LIMITS = {"Plan": 0.02, "vLLM, CPU": 1e-3}
 """Largest figure of a column; 1e-4 by default, which is rounding in float32. vLLM rounds capped attention more."""
 FAST = {
-    "Llama": ["RL, own prompts", "SFT"],
-    "Gemma 2": ["RL, own prompts", "RL, shared prompts"],  # a soft cap
+    "Llama": ["RL, own prompts", "RL, packed rows", "SFT"],
+    "Gemma 2": ["RL, own prompts", "RL, shared prompts", "RL, packed rows"],  # a soft cap
     "Phi": ["RL, shared prompts"],  # a bias
     "Granite": ["SFT"],  # a scale
     "Qwen3-MoE": ["RL, shared prompts", "Plan"],
     "Qwen3.5": ["RL, own prompts", "RL, shared prompts", "TransformersEngine"],  # linear attention
-    "GPT-2": ["RL, own prompts", "LoRA"],  # dropout, no linear layers
+    "GPT-2": ["RL, own prompts", "RL, packed rows", "LoRA"],  # dropout, no linear layers
     "BERT": ["SFT"],
     "Inkling": ["Plan"],
 }

@@ -182,8 +182,16 @@ def test_micro_batches_cover_every_sample_once_within_the_budget() -> None:
         sampling=Sampling(1.0, 30),
         weight_version=0,
     )
-    for share, budget in ((True, 20), (False, 20), (True, 1), (False, 1)):
-        batches = list(micro_batches(rollouts, range(6), budget, share, torch.device("cpu")))
+    ways = [
+        (True, False, 20),
+        (False, False, 20),
+        (True, False, 1),
+        (False, False, 1),
+        (False, True, 20),
+        (False, True, 1),
+    ]
+    for share, packed, budget in ways:
+        batches = list(micro_batches(rollouts, range(6), budget, share, torch.device("cpu"), packed=packed))
         assert sorted(i for batch in batches for i in batch.samples) == list(range(6))
         for batch in batches:
             tokens = batch.input_ids.numel() + (0 if batch.shared_prompt is None else batch.shared_prompt.numel())

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from rlmt.models.micro_batch import batches_by_length
+from rlmt.models.rows import batches_by_length
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

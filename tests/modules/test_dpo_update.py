@@ -18,6 +18,8 @@ from rlmt.modules import RLMTModule
 from rlmt.modules.update import PolicyUpdate
 from rlmt.types import Experience, FinishReason, Prompt, RolloutBatch, Sampling, Scores, Split, Status
 
+from .test_update import WAYS, set_way
+
 CPU = torch.device("cpu")
 
 
@@ -101,8 +103,8 @@ def update(
 
 @pytest.mark.parametrize("kind", ["sigmoid", "ipo", "ipo_sum", "length_normalized"])
 @pytest.mark.parametrize("budget", [1, 60, 100_000])  # with the smallest each pair goes alone
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["shared prompts", "checkpointed layers"])
-def test_gradient_is_that_of_one_big_padded_batch(kind: Any, budget: int, checkpointing: bool) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_gradient_is_that_of_one_big_padded_batch(kind: Any, budget: int, way: str) -> None:
     policy, reference, beta = model(0), model(1), 0.2
     algorithm = DPO(beta=beta, loss=kind, min_valid=2)
     data = prepared(algorithm, reference, budget)
@@ -121,9 +123,7 @@ def test_gradient_is_that_of_one_big_padded_batch(kind: Any, budget: int, checkp
     expected = gradients(policy)
     policy.zero_grad()
 
-    if checkpointing:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
-        policy.train()
+    set_way(policy, way)
     (step,), metrics = update(algorithm, policy, data, budget)
     scale = max(float(g.abs().max()) for g in expected.values())
     for name, gradient in expected.items():

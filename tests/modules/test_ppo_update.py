@@ -15,6 +15,8 @@ from rlmt.models.logprobs import compute_values
 from rlmt.modules.update import PolicyUpdate
 from rlmt.types import Experience, FinishReason, Prompt, RolloutBatch, Sampling, Scores
 
+from .test_update import WAYS, set_way
+
 TEMPERATURE, GAMMA, LAM = 0.7, 0.95, 0.9
 LENGTHS = [1, 9, 4, 25, 2, 5]
 CPU = torch.device("cpu")
@@ -139,8 +141,8 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mask_truncated", [False, True])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["shared prompts", "checkpointed layers"])
-def test_both_gradients_are_those_of_one_big_padded_batch(kind: str, mask_truncated: bool, checkpointing: bool) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_both_gradients_are_those_of_one_big_padded_batch(kind: str, mask_truncated: bool, way: str) -> None:
     data, (policy, critic) = experience(), pair(kind)
     counted = torch.tensor([not mask_truncated or i != 3 for i in range(6)])
     policy_loss, value_loss, clipped = textbook(policy, critic, data, counted)
@@ -148,10 +150,8 @@ def test_both_gradients_are_those_of_one_big_padded_batch(kind: str, mask_trunca
     (policy_loss + value_loss).backward()
     expected_policy, expected_critic = gradients(policy), gradients(critic)
 
-    if checkpointing:
-        for part in (policy, critic.backbone):
-            part.gradient_checkpointing_enable({"use_reentrant": False})
-            part.train()
+    for part in (policy, critic.backbone):
+        set_way(part, way)
     algorithm = PPO(GAMMA, LAM, kl_coef=0.0, entropy_coef=0.0, mask_truncated=mask_truncated)
     for budget in (1, 60, 100_000):
         policy.zero_grad(), critic.zero_grad()

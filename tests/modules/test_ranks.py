@@ -9,7 +9,7 @@ import torch
 
 CASES = [
     *("token_mean", "sequence_mean", "constant", "one rank has no group", "whitening over ranks", "critic", "pairs"),
-    *("adapter", "critic with an adapter", "tied", "checkpointed", "minibatches"),
+    *("adapter", "critic with an adapter", "tied", "checkpointed", "packed", "minibatches"),
 ]
 
 CASES_AND_STRATEGIES = [(case, strategy) for strategy in ("shared", "sharded") for case in CASES]

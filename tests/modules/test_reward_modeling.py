@@ -16,6 +16,7 @@ from rlmt.data.preferences import EncodedComparison
 from rlmt.data.supervised import RowBatch
 from rlmt.errors import UserError
 from rlmt.models.reward_model import load_reward_model
+from rlmt.models.varlen import VARLEN, register_varlen
 from rlmt.modules import RewardModeling
 
 Make = Callable[..., RewardModeling]
@@ -75,10 +76,17 @@ def scores_of(model: LlamaForSequenceClassification, sequences: list[Tensor]) ->
     )
 
 
-@pytest.mark.parametrize("budget", [1, 140, 10**6])
+@pytest.mark.parametrize(
+    ("budget", "packed", "passes"), [(1, False, 3), (140, False, 2), (10**6, False, 1), (66, True, 2)]
+)
 @pytest.mark.parametrize("options", [{}, {"centering": 0.3}, {"attributes": 3, "attribute_weight": 0.7}])
-def test_loss_and_gradient_are_the_formulas(budget: int, options: dict[str, Any], module: Make) -> None:
+def test_loss_and_gradient_are_the_formulas(
+    budget: int, packed: bool, passes: int, options: dict[str, Any], module: Make
+) -> None:
     trained, reference = module(budget, **options), module(**options)
+    if packed:
+        register_varlen()
+        trained.trained_model.set_attn_implementation(VARLEN)
     rows = comparisons(options.get("attributes", 0))
     terms, ratings_seen = [], []
     for row in rows:
@@ -96,7 +104,7 @@ def test_loss_and_gradient_are_the_formulas(budget: int, options: dict[str, Any]
     expected.backward()
 
     parts = list(trained.losses(rows))
-    assert len(parts) == {1: 3, 140: 2, 10**6: 1}[budget]
+    assert len(parts) == passes
     total = sum((part.loss for part in parts), torch.zeros(()))
     total.backward()
     assert total.item() == pytest.approx(expected.item(), rel=1e-5)

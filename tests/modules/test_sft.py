@@ -20,6 +20,7 @@ from rlmt.data.supervised import RowBatch
 from rlmt.engines.transformers import TransformersEngine
 from rlmt.formats.thinking import ThinkingFormat
 from rlmt.models import loading
+from rlmt.models.varlen import VARLEN, register_varlen
 from rlmt.modules import SFT, CosineWithWarmup
 from rlmt.modules.optimizers import MuonAdamW
 from rlmt.types import SampleRequest, Sampling
@@ -88,12 +89,18 @@ def test_validation_returns_loss_and_tokens_of_each_row(
 
 @pytest.mark.parametrize("prompt_weight", [0.0, 0.2, 1.0])
 @pytest.mark.parametrize("budget", [1, 50, 10**6])
-def test_gradient_is_that_of_one_padded_batch(policy: LlamaForCausalLM, budget: int, prompt_weight: float) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradient_is_that_of_one_padded_batch(
+    policy: LlamaForCausalLM, budget: int, prompt_weight: float, packed: bool
+) -> None:
+    if packed:
+        register_varlen()
+        policy.set_attn_implementation(VARLEN)
     rows, reference, trained = demonstrations(), copy.deepcopy(policy), module(policy, budget, prompt_weight)
     expected = oracle(reference, rows, prompt_weight)
     expected.backward()
     parts = list(trained.losses(rows, prompt_weight))
-    assert len(parts) == {1: 6, 50: 4, 10**6: 1}[budget]
+    assert len(parts) == {1: 6, 50: 3 if packed else 4, 10**6: 1}[budget]
     total = sum(parts, torch.zeros(()))
     total.backward()
     assert total.item() == pytest.approx(expected.item(), rel=1e-5)

@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from rlmt.algorithms import GRPO
 from rlmt.models.logprobs import compute_logprobs
 from rlmt.models.micro_batch import shares_prompts
+from rlmt.models.rows import packs_rows
+from rlmt.models.varlen import VARLEN, register_varlen
 from rlmt.modules.update import PolicyUpdate
 from rlmt.types import Experience, FinishReason, Prompt, RolloutBatch, Sampling, Scores
 
@@ -62,6 +64,20 @@ def experience(seed: int = 0) -> Experience:
     )
 
 
+WAYS = ["shared prompts", "checkpointed layers", "packed rows", "packed rows, checkpointed layers"]
+"""Ways in which samples go through the policy."""
+
+
+def set_way(policy: PreTrainedModel, way: str) -> None:
+    """Prepares a model to compute in one of the ways."""
+    if "packed" in way:
+        register_varlen()
+        policy.set_attn_implementation(VARLEN)
+    if "checkpointed" in way:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.train()
+
+
 def padded_logprobs(policy: LlamaForCausalLM, rollouts: RolloutBatch) -> tuple[Tensor, Tensor]:
     """All samples in one batch padded on the left with an attention mask: [B, L] log-probs and completion mask."""
     rows = [rollouts.prompt_ids[i // rollouts.group_size] + c for i, c in enumerate(rollouts.completion_ids)]
@@ -81,8 +97,8 @@ def gradients(policy: LlamaForCausalLM) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant"])
 @pytest.mark.parametrize("budget", [1, 60, 100_000])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["shared prompts", "checkpointed layers"])
-def test_gradient_is_that_of_one_big_padded_batch(aggregation: Any, budget: int, checkpointing: bool) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_gradient_is_that_of_one_big_padded_batch(aggregation: Any, budget: int, way: str) -> None:
     data = experience()
     algorithm = GRPO(loss_aggregation=aggregation, kl_coef=0.1, entropy_coef=0.0)
     policy, reference = model(0), model(1)
@@ -103,10 +119,9 @@ def test_gradient_is_that_of_one_big_padded_batch(aggregation: Any, budget: int,
     expected = gradients(policy)
     policy.zero_grad()
 
-    if checkpointing:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
-        policy.train()
-    assert shares_prompts(policy) != checkpointing
+    set_way(policy, way)
+    set_way(reference, way)
+    assert shares_prompts(policy) == (way == "shared prompts") and packs_rows(policy) == ("packed" in way)
     data.ref_logprobs = compute_logprobs(reference, data.rollouts, budget, torch.device("cpu"))
     algorithm.prepare(data)
     update = PolicyUpdate(algorithm, budget, max_grad_norm=1e9)

@@ -25,6 +25,7 @@ from rlmt.models.critic import build_critic
 from rlmt.models.loading import frozen_copy
 from rlmt.models.logprobs import compute_logprobs, compute_values
 from rlmt.models.reward_model import load_classifier
+from rlmt.models.varlen import VARLEN, register_varlen
 from rlmt.modules import RLMTModule
 from rlmt.modules.dynamic_sampling import select
 from rlmt.modules.offline_rollouts import fingerprint
@@ -53,6 +54,7 @@ CASES: dict[str, tuple[Any, list[list[int]]]] = {  # objective, and groups of ea
     "critic with an adapter": (lambda: PPO(), [[0, 1], [2]]),
     "tied": (lambda: GRPO(kl_coef=0.1), [[0], [1, 2]]),
     "checkpointed": (lambda: GRPO(kl_coef=0.1), [[0], [1, 2]]),
+    "packed": (lambda: GRPO(kl_coef=0.1), [[0], [1, 2]]),
     "minibatches": (lambda: GRPO(kl_coef=0.1, minibatches=2), [[0, 1], [2]]),
 }
 
@@ -89,6 +91,10 @@ def update(
     if critic is not None:
         torch.manual_seed(0)
         torch.nn.init.normal_(critic.head.weight, std=0.3)
+    if case == "packed":
+        register_varlen()
+        for each in (policy, reference):
+            each.set_attn_implementation(VARLEN)
     if case == "checkpointed":
         policy.gradient_checkpointing_enable({"use_reentrant": False})
         policy.train()

@@ -42,4 +42,6 @@ def enable_checkpointing(model: PreTrainedModel, mode: Checkpointing) -> None:
 
 
 def _save_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in _SAVED_OPERATORS else CheckpointPolicy.PREFER_RECOMPUTE
+    # torch_attn has the variable-length kernel alone, and is imported where a model uses it.
+    saved = operator in _SAVED_OPERATORS or getattr(operator, "namespace", None) == "torch_attn"
+    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE

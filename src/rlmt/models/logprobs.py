@@ -22,6 +22,7 @@ from rlmt.models.micro_batch import (
     token_positions,
 )
 from rlmt.models.output_head import device_memory, linear_logprobs, output_head, rows_per_chunk
+from rlmt.models.rows import packs_rows
 from rlmt.models.training_mode import eval_mode
 from rlmt.progress import track
 from rlmt.types import PolicyOutputs, RolloutBatch
@@ -106,7 +107,8 @@ def _per_token(
     out = torch.full((sum(rollouts.lengths),), math.nan, dtype=torch.float32, device=device)
     selected = range(len(rollouts)) if samples is None else samples
     with eval_mode(model):  # disables dropout, and gradient checkpointing, which is useless without a backward
-        batches = micro_batches(rollouts, selected, budget, shares_prompts(model), device)
+        share, packed = shares_prompts(model), packs_rows(model)
+        batches = micro_batches(rollouts, selected, budget, share, device, packed=packed)
         for batch in track("computing log-probs", pad_with_no_ops(batches, model, no_op_micro_batch(device))):
             values = function(batch)
             if batch.samples:

@@ -25,6 +25,7 @@ from rlmt.formats.chat_template import check_has_template
 from rlmt.models.attention import attention_options
 from rlmt.models.loading import load_config, safetensors_source, seeded_init
 from rlmt.models.quantization import NF4
+from rlmt.models.rows import packs_rows, row_states, stack_rows
 
 # A trained reward model -----------------------------------------------------------------------------------------------
 
@@ -130,20 +131,15 @@ def last_token_states(backbone: Any, rows: Sequence[Tensor], device: torch.devic
 
     Args:
         backbone: The decoder without its head.
-        rows: b rows of token ids, each [n] int64; n differs between rows.
+        rows: b rows of token ids, each [n] of integers; n differs between rows.
         device: Device that the decoder computes on.
 
     Returns:
         [b, H] in the decoder's dtype.
     """
-    lengths = torch.tensor([len(row) for row in rows])
-    # Padding on the right needs no mask: causal attention does not look right. A mask would exclude the fused kernels.
-    ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = row
-    ids, last = ids.to(device), (lengths - 1).to(device)
-    hidden: Tensor = backbone(input_ids=ids, use_cache=False).last_hidden_state
-    return hidden[torch.arange(len(rows), device=device), last]
+    ids, packing = stack_rows(rows, packs_rows(backbone), device)
+    last = torch.tensor([len(row) - 1 for row in rows], device=device)
+    return row_states(backbone, ids, packing, torch.arange(len(rows), device=device), last)
 
 
 def score_states(model: PreTrainedModel, states: Tensor) -> Tensor:

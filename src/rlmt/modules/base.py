@@ -57,7 +57,8 @@ class TrainingModule(LightningModule):
             the results of matrix products and attention: little more time than false, less memory if all parameters are
             trained.
         attn_implementation: Attention implementation of transformers, such as flash_attention_2; null takes its
-            default, or eager for a model that caps attention logits (Gemma 2), which the default ignores.
+            default, or eager for a model that caps attention logits (Gemma 2), which the default ignores. `varlen` is
+            torch's kernel for packed rows: micro-batches then have no padding.
         liger_kernels: Compute norms and gated MLPs of all models by Liger's kernels: faster, in less memory. null does
             so on a GPU with liger-kernel installed, true requires both.
         lora: Trains an adapter on the frozen model; null trains all parameters. The frozen weights are stored in the

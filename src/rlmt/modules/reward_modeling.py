@@ -21,8 +21,8 @@ from rlmt.distributed.rank_0_loading import load_on_rank_0
 from rlmt.formats.chat_template import check_has_template
 from rlmt.models import loading
 from rlmt.models.assets import REWARD_ASSETS, save_reward_assets
-from rlmt.models.micro_batch import batches_by_length
 from rlmt.models.reward_model import last_token_states, load_reward_model, reward_config, score_states
+from rlmt.models.rows import group_rows, packs_rows
 from rlmt.models.vocabulary import check_vocabulary
 from rlmt.modules.base import RestoredMixin
 from rlmt.modules.checkpoints import checkpoint_folders
@@ -223,9 +223,9 @@ class RewardModeling(RestoredMixin, SupervisedModule):  # type: ignore[misc] # L
         """
         pair_count = sum(all_gather_object(sum(len(row.pairs) for row in rows)))
         rating_count = sum(all_gather_object(sum(len(ratings) for row in rows for ratings in row.attributes)))
-        most = max((len(row.sequences) for row in rows), default=1)
-        parts = batches_by_length([row.longest for row in rows], self.tokens_per_micro_batch, self.device, most)
         assert self.model is not None
+        lengths = [[len(sequence) for sequence in row.sequences] for row in rows]
+        parts = group_rows(lengths, self.tokens_per_micro_batch, packs_rows(self.model), self.device)
         for part in track("micro-batch", pad_with_no_ops(parts, self.model, [])):
             owners = [i for i in part for _ in rows[i].pairs]
             yield self._loss_of([rows[i] for i in part], owners, pair_count, rating_count if regress else 0)

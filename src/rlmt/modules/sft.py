@@ -17,7 +17,8 @@ from rlmt.distributed.rank_0_loading import load_on_rank_0
 from rlmt.formats.thinking import FormatName, ThinkingFormat
 from rlmt.models import loading
 from rlmt.models.logprobs import token_logprobs
-from rlmt.models.micro_batch import MicroBatch, batches_by_length, no_op_micro_batch
+from rlmt.models.micro_batch import MicroBatch, micro_batch_of_sequences, no_op_micro_batch
+from rlmt.models.rows import group_rows, packs_rows
 from rlmt.modules.base import PolicyMixin
 from rlmt.modules.checks import check_trainer, weights_dtype
 from rlmt.modules.supervised import SupervisedModule
@@ -106,14 +107,18 @@ class SFT(PolicyMixin, SupervisedModule):  # type: ignore[misc] # Lightning's lo
         self, rows: list[EncodedDemonstration], prompt_weight: float
     ) -> Iterator[tuple[MicroBatch, Tensor, Tensor]]:
         """Each micro-batch of sequences with the weighted log-probs of its tokens, and its share in the loss."""
-        sequences = [sequence.long() for row in rows for sequence in row.sequences]
+        sequences = [sequence for row in rows for sequence in row.sequences]
         prompts = [count for row in rows for count in row.prompts]
         counts = all_gather_object((target_tokens(rows), sum(count - 1 for count in prompts)))
         total_weight = sum(targets + prompt_weight * prompt for targets, prompt in counts)
         # A sequence's first token is never predicted; the others of its prompt only if they have a weight.
         first = [1 if prompt_weight else count for count in prompts]
-        plan = batches_by_length([len(s) - 1 for s in sequences], self.tokens_per_micro_batch, self.device)
-        parts = (micro_batch_of_sequences(part, sequences, first, self.device) for part in plan)
+        packed = packs_rows(self.trained_model)
+        plan = group_rows([[len(s) - 1] for s in sequences], self.tokens_per_micro_batch, packed, self.device)
+        parts = (
+            micro_batch_of_sequences(part, [sequences[i] for i in part], [first[i] for i in part], packed, self.device)
+            for part in plan
+        )
         padded = pad_with_no_ops(parts, self.trained_model, no_op_micro_batch(self.device))
         for batch in track("micro-batch", padded):
             weights = torch.ones(len(batch.targets), device=self.device)
@@ -191,25 +196,3 @@ def target_tokens(rows: list[EncodedDemonstration]) -> int:
 def _target_tokens_of_all_ranks(rows: list[EncodedDemonstration]) -> int:
     """As `target_tokens`, over the rows of all ranks."""
     return sum(all_gather_object(target_tokens(rows)))
-
-
-def micro_batch_of_sequences(
-    part: list[int], sequences: list[Tensor], first: list[int], device: torch.device
-) -> MicroBatch:
-    """Pads some of the sequences on the right; the token at position `first` of each and all later ones are targets."""
-    sequences, first = [sequences[i] for i in part], [first[i] for i in part]
-    width = max(map(len, sequences)) - 1
-    ids = torch.zeros(len(sequences), width, dtype=torch.long)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence) - 1] = sequence[:-1]
-    counts = torch.tensor([len(sequence) - start for sequence, start in zip(sequences, first, strict=True)])
-    columns = [torch.arange(start - 1, len(sequence) - 1) for sequence, start in zip(sequences, first, strict=True)]
-    targets = [sequence[start:] for sequence, start in zip(sequences, first, strict=True)]
-    return MicroBatch(
-        samples=part,
-        shared_prompt=None,
-        input_ids=ids.to(device),
-        rows=torch.arange(len(sequences)).repeat_interleave(counts).to(device),
-        columns=torch.cat(columns).to(device),
-        targets=torch.cat(targets).to(device),
-    )

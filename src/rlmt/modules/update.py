@@ -28,6 +28,7 @@ from rlmt.models.micro_batch import (
     token_offsets,
     token_positions,
 )
+from rlmt.models.rows import packs_rows
 from rlmt.modules.metrics import UpdateMetrics, with_effective_sample_size
 from rlmt.progress import track
 from rlmt.types import Experience, TokenBatch
@@ -122,7 +123,8 @@ class PolicyUpdate:
         losses = torch.zeros(2, dtype=torch.float32, device=device)
         temperature = self.algorithm.logprob_temperature or rollouts.sampling.temperature
         compare_engine &= not rollouts.off_policy and temperature == rollouts.sampling.temperature
-        batches = micro_batches(rollouts, samples, self.tokens_per_micro_batch, shares_prompts(policy), device, unit)
+        share, packed = shares_prompts(policy), packs_rows(policy)
+        batches = micro_batches(rollouts, samples, self.tokens_per_micro_batch, share, device, unit, packed)
         for batch in track("update", pad_with_no_ops(batches, policy, no_op_micro_batch(device))):
             if not batch.samples:
                 self._run_no_op(trained, critic, batch, temperature, backward)

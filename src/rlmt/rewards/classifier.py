@@ -19,7 +19,6 @@ from rlmt.distributed.fsdp2 import call_as_forward, compute_device, pad_with_no_
 from rlmt.distributed.rank_0_loading import load_on_rank_0
 from rlmt.errors import UserError
 from rlmt.models.attention import attention_options
-from rlmt.models.micro_batch import batches_by_length
 from rlmt.models.quantization import NF4
 from rlmt.models.reward_model import (
     classifier_config,
@@ -28,6 +27,7 @@ from rlmt.models.reward_model import (
     load_classifier,
     score_states,
 )
+from rlmt.models.rows import group_rows, packs_rows
 from rlmt.models.vocabulary import check_vocabulary
 from rlmt.options import PositiveInt, check_ranges
 from rlmt.rewards.base import Reward
@@ -54,8 +54,9 @@ class ClassifierReward(Reward):
         tokens_per_batch: Tokens in one forward pass, padding included.
         name: Name under which the scores are logged.
         quantization: Quantizes the linear layers, except the score head, to 4 bits.
-        attn_implementation: Attention implementation of transformers, such as flash_attention_2; None takes its
-            default, or eager for a model that caps attention logits (Gemma 2), which the default ignores.
+        attn_implementation: Attention implementation of transformers, such as flash_attention_2, or `varlen`
+            as in `TrainingModule`; None takes its default, or eager for a model that caps attention logits (Gemma 2),
+            which the default ignores.
 
     Raises:
         UserError: An argument is out of range.
@@ -96,8 +97,8 @@ class ClassifierReward(Reward):
 
         Raises:
             UserError: The model is missing, is not a classifier with one output, has no chat template, or has tokens
-                without an embedding; `max_length` exceeds its context or `tokens_per_batch`; or `attn_implementation`
-                ignores its cap on attention logits.
+                without an embedding; `max_length` exceeds its context or `tokens_per_batch`; or the model
+                cannot have `attn_implementation`.
         """
         config = classifier_config(self.source)
         attention_options(config, self.attn_implementation, f"reward model {self.source!r}")
@@ -152,7 +153,8 @@ class ClassifierReward(Reward):
         rows = self.encode(prompts, responses)
         scores = torch.empty(len(rows), dtype=torch.float32)
         device = compute_device(self._loaded_model)
-        batches = batches_by_length([len(row) for row in rows], self.tokens_per_batch, device)
+        packed = packs_rows(self._loaded_model)
+        batches = group_rows([[len(row)] for row in rows], self.tokens_per_batch, packed, device)
         scored = 0
         for indices in pad_with_no_ops(batches, self._loaded_model, []):
             progress.report("scoring", scored, len(rows))

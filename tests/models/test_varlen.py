@@ -1,0 +1,198 @@
+"""Attention within packed rows against attention of each row, number by number."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import varlen as torch_varlen
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GptOssConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    Qwen3NextConfig,
+)
+
+from rlmt.engines import TransformersEngine
+from rlmt.errors import UserError
+from rlmt.models import varlen
+from rlmt.models.activation_checkpointing import _save_products
+from rlmt.models.attention import attention_options
+from rlmt.models.loading import load_policy
+from rlmt.models.varlen import VARLEN, register_varlen, supports_varlen, varlen_attention
+from rlmt.rewards import ClassifierReward
+from rlmt.types import Prompt, SampleRequest, Sampling, Status
+
+LENGTHS = [3, 1, 6, 2]
+
+
+class Layer(nn.Module):
+    """What transformers' attention reads of a layer."""
+
+    is_causal = True
+    num_key_value_groups = 2
+
+
+def slow(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
+    """[T, heads, V] from [heads, T, D]: each token attends to those of its row, itself included, up to the window."""
+    out = torch.zeros(query.shape[1], query.shape[0], value.shape[-1], dtype=query.dtype)
+    start = 0
+    for length in LENGTHS:
+        for i in range(start, start + length):
+            first = start if window is None else max(start, i - window + 1)
+            for head in range(query.shape[0]):
+                logits = (
+                    torch.tensor([float(query[head, i] @ key[head // 2, j]) for j in range(first, i + 1)]) * scaling
+                )
+                weights = logits.softmax(0).to(value.dtype)
+                out[i, head] = weights @ value[head // 2, first : i + 1]
+        start += length
+    return out
+
+
+def states(width: int = 8, value_width: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    """Query of four heads, key and value of two."""
+    torch.manual_seed(0)
+    total = sum(LENGTHS)
+    return torch.randn(1, 4, total, width), torch.randn(1, 2, total, width), torch.randn(1, 2, total, value_width)
+
+
+BOUNDARIES = torch.tensor([0, *LENGTHS]).cumsum(0, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 4, 100])
+def test_attention_is_that_of_each_row(window: int | None) -> None:
+    query, key, value = states(value_width=5)
+    out, weights = varlen_attention(
+        Layer(), query, key, value, None, 0.0, 0.3, window, cu_seq_lens_q=BOUNDARIES, max_length_q=6
+    )
+    assert weights is None
+    torch.testing.assert_close(out[0], slow(query[0], key[0], value[0], 0.3, window))
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_kernel_gets_what_it_documents(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's kernel runs on GPUs only; a slow one in its place checks and follows its documentation."""
+    query, key, value = states(width=16, value_width=8)
+
+    def kernel(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        starts_q: Tensor,
+        starts_k: Tensor | None,
+        max_q: int,
+        max_k: int,
+        **options: Any,
+    ) -> Tensor:
+        assert q.shape == (12, 4, 16) and k.shape == v.shape == (12, 2, 16)  # values as wide as queries
+        assert all(tensor.stride(-1) == 1 for tensor in (q, k, v))
+        assert starts_q.dtype == torch.int32 and torch.equal(starts_q, BOUNDARIES) and starts_k is starts_q
+        assert max_q == max_k == 6 and options.pop("enable_gqa") is True
+        left, right = options.pop("window_size")  # tokens before and after; -1 is all
+        assert right == 0 and (left == -1) == (window is None)
+        scale = options.pop("scale")
+        assert not options
+        return slow(*(x.transpose(0, 1) for x in (q, k, v)), scale, None if left == -1 else left + 1)
+
+    monkeypatch.setattr(torch_varlen, "varlen_attn", kernel)
+    out = varlen._kernel(query, key, value, BOUNDARIES, 6, 0.3, window)
+    expected, _ = varlen_attention(
+        Layer(), query, key, value, None, 0.0, 0.3, window, cu_seq_lens_q=BOUNDARIES, max_length_q=6
+    )
+    torch.testing.assert_close(out, expected)
+
+
+def test_selective_checkpointing_keeps_the_kernels_result() -> None:
+    operator = torch.ops.torch_attn._varlen_attn.default
+    assert _save_products(None, operator) == torch.utils.checkpoint.CheckpointPolicy.MUST_SAVE
+
+
+def test_a_sliding_window_holds_in_packed_rows_and_in_rows_that_are_not() -> None:
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = MistralConfig(vocab_size=31, num_key_value_heads=1, sliding_window=4, initializer_range=0.5, **shape)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-untyped-call]
+    rows = [torch.randint(0, 31, (n,)) for n in (13, 2, 9)]
+    with torch.no_grad():
+        expected = [model(input_ids=row[None], use_cache=False).logits[0] for row in rows]
+        model.config.sliding_window = None
+        unlimited = model(input_ids=rows[0][None], use_cache=False).logits[0]
+        model.config.sliding_window = 4
+        assert (unlimited - expected[0]).abs().max() > 1e-2  # the case can fail
+        model.set_attn_implementation(attention_options(config, VARLEN, "m")["attn_implementation"])
+        alone = [model(input_ids=row[None], use_cache=False).logits[0] for row in rows]
+        lengths = torch.tensor([0, 13, 2, 9])
+        packed = model(
+            input_ids=torch.cat(rows)[None],
+            position_ids=torch.cat([torch.arange(n) for n in (13, 2, 9)])[None],
+            use_cache=False,
+            cu_seq_lens_q=lengths.cumsum(0, dtype=torch.int32),
+            max_length_q=13,
+        ).logits[0]
+    torch.testing.assert_close(torch.cat(alone), torch.cat(expected))
+    torch.testing.assert_close(packed, torch.cat(expected))
+
+
+def test_padding_cache_and_engine_work_as_before(tiny: Path) -> None:
+    samples = []
+    for implementation in (None, VARLEN):
+        policy = load_policy(tiny / "policy", "float32", implementation)
+        engine: Any = TransformersEngine()
+        engine.start(policy, None, 64, torch.float32)
+        engine.sync(iter(policy.state_dict().items()), 1)
+        requests = [SampleRequest([5, 6, 7, 8, 9], [0, 1]), SampleRequest([7], [2, 3])]
+        samples.append(engine.generate(requests, Sampling(0.7, 16)))
+        engine.close()
+    assert samples[0].completion_ids == samples[1].completion_ids
+    for one, other in zip(samples[0].logprobs, samples[1].logprobs, strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_scores_of_packed_conversations_are_those_of_padded_ones(tiny: Path) -> None:
+    prompts = [Prompt(i, [{"role": "user", "content": "word " * n}]) for i, n in enumerate((1, 9, 3, 20))]
+    scores = []
+    for implementation, budget in ((None, 4096), (VARLEN, 4096), (VARLEN, 64)):
+        reward = ClassifierReward(
+            str(tiny / "reward"), max_length=64, tokens_per_batch=budget, attn_implementation=implementation
+        )
+        reward.load()
+        scores.append(reward.score(prompts, ["yes", "no " * 7, "", "so"], [Status.OK] * 4))
+    torch.testing.assert_close(scores[1], scores[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(scores[2], scores[0], rtol=0, atol=1e-5)
+
+
+REFUSED = {
+    "a cap": Gemma2Config(),
+    "sinks": GptOssConfig(),
+    "linear attention": Qwen3NextConfig(),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_models_that_cannot_have_it_are_refused(name: str) -> None:
+    config = REFUSED[name]
+    assert not supports_varlen(config)
+    with pytest.raises(
+        UserError, match=rf"attn_implementation is varlen, but m \({config.model_type}\) .*leave the option out"
+    ):
+        attention_options(config, VARLEN, "m")
+    assert supports_varlen(LlamaConfig())
+
+
+def test_an_exported_model_is_a_plain_one(tmp_path: Path) -> None:
+    """The implementation is the trainer's, and no part of a saved model."""
+    register_varlen()
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM._from_config(LlamaConfig(vocab_size=31, **shape), attn_implementation=VARLEN).save_pretrained(
+        tmp_path
+    )
+    assert VARLEN not in (tmp_path / "config.json").read_text()
+    assert math.isfinite(load_policy(tmp_path, "float32")(input_ids=torch.tensor([[1]])).logits.sum())
