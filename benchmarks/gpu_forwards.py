@@ -10,10 +10,11 @@ from gpu_models import Setup, report_gaps
 from torch import Tensor
 
 from rlmt.models.logprobs import token_logprobs
-from rlmt.models.micro_batch import MicroBatch, micro_batches, token_offsets, token_positions
-from rlmt.models.output_head import linear_logprobs, output_head
+from rlmt.models.micro_batch import micro_batches, token_offsets, token_positions
 from rlmt.models.reward_model import last_token_states, score_states
+from rlmt.models.rows import packs_rows
 from rlmt.models.training_mode import eval_mode
+from rlmt.models.varlen import VARLEN, register_varlen
 from rlmt.modules import RLMTModule
 from rlmt.types import Experience, RolloutBatch
 
@@ -23,48 +24,29 @@ def compare_forwards(setup: Setup, module: RLMTModule, experience: Experience) -
     """Times log-probs and scores in several ways, and compares their values."""
     rollouts, policy = experience.rollouts, module.trained_model
     budget, total = module.tokens_per_micro_batch, sum(rollouts.lengths)
+    compare_scores(setup, module.reward, experience)
     ways: dict[str, Callable[[], Tensor]] = {
         "own prompts": lambda: all_logprobs(policy, rollouts, budget, False, setup.device),
         "shared prompts": lambda: all_logprobs(policy, rollouts, budget, True, setup.device),
-        "packed in one row": lambda: packed_logprobs(policy, rollouts, budget, setup.device),
+        "packed rows": lambda: all_logprobs(policy, rollouts, budget, False, setup.device),
     }
+    register_varlen()
     with eval_mode(policy), torch.autocast(setup.device_type, torch.bfloat16, enabled=setup.on_gpu):
         expected = ways["own prompts"]()
         for name, way in ways.items():
+            policy.set_attn_implementation(VARLEN if name == "packed rows" else "sdpa")
             setup.speed_and_peak(f"log-probs, {name}", total, way, 1)
             report_gaps(setup, f"log-probs, {name}, against own prompts", way() - expected)
-    compare_scores(setup, module.reward, experience)
+    policy.set_attn_implementation("sdpa")
 
 
 def all_logprobs(policy: Any, rollouts: RolloutBatch, budget: int, share: bool, device: torch.device) -> Tensor:
     """[T] log-probs of all samples."""
     out, offsets = torch.empty(sum(rollouts.lengths), device=device), token_offsets(torch.tensor(rollouts.lengths))
-    for batch in micro_batches(rollouts, range(len(rollouts)), budget, share, device):
+    for batch in micro_batches(rollouts, range(len(rollouts)), budget, share, device, packed=packs_rows(policy)):
         positions = token_positions(batch.samples, offsets, rollouts.lengths).to(device)
         out[positions] = token_logprobs(policy, batch, rollouts.sampling.temperature).logprobs
     return out
-
-
-def packed_logprobs(policy: Any, rollouts: RolloutBatch, budget: int, device: torch.device) -> Tensor:
-    """[T] log-probs with several samples in a row: transformers separates them where position ids start again."""
-    out, offsets = torch.empty(sum(rollouts.lengths), device=device), token_offsets(torch.tensor(rollouts.lengths))
-    head = output_head(policy)
-    for batch in micro_batches(rollouts, range(len(rollouts)), budget, False, device):
-        hidden = policy.get_decoder()(**packed_row(rollouts, batch, device), use_cache=False).last_hidden_state[0]
-        lengths = [len(rollouts.prompt_ids[i // rollouts.group_size]) + rollouts.lengths[i] - 1 for i in batch.samples]
-        starts = torch.tensor([0, *lengths[:-1]], device=device).cumsum(0)
-        states = hidden[starts[batch.rows] + batch.columns]
-        outputs = linear_logprobs(states, head, batch.targets, rollouts.sampling.temperature, 2048)
-        out[token_positions(batch.samples, offsets, rollouts.lengths).to(device)] = outputs.logprobs
-    return out
-
-
-def packed_row(rollouts: RolloutBatch, batch: MicroBatch, device: torch.device) -> dict[str, Tensor]:
-    """Input ids and position ids [1, n] of a micro-batch's samples, end to end."""
-    rows = [rollouts.prompt_ids[i // rollouts.group_size] + rollouts.completion_ids[i][:-1] for i in batch.samples]
-    positions = torch.cat([torch.arange(len(row)) for row in rows])
-    ids = torch.tensor([token for row in rows for token in row])
-    return {"input_ids": ids[None].to(device), "position_ids": positions[None].to(device)}
 
 
 def compare_scores(setup: Setup, reward: Any, experience: Experience) -> None:

@@ -16,8 +16,11 @@ from rlmt.models.activation_checkpointing import Checkpointing
 from rlmt.models.adapters import is_adapter_layer
 from rlmt.models.liger import bind_kernels
 from rlmt.models.logprobs import token_logprobs
-from rlmt.models.micro_batch import MicroBatch, micro_batches
+from rlmt.models.micro_batch import micro_batches
+from rlmt.models.rows import packs_rows
 from rlmt.models.training_mode import set_training_mode
+from rlmt.models.varlen import VARLEN, register_varlen
+from rlmt.types import RolloutBatch
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,12 @@ def compile_layers(model: Any) -> None:
         layer.compile()
 
 
+def pack_rows(model: Any) -> None:
+    """Attends by torch's variable-length kernel."""
+    register_varlen()
+    model.set_attn_implementation(VARLEN)
+
+
 VARIANTS = (
     Variant("gradient_checkpointing true"),
     Variant("compiled layers", change=compile_layers, needs="triton", on_cpu=False),
@@ -60,6 +69,7 @@ VARIANTS = (
         on_cpu=False,
     ),
     Variant("Liger's kernels", change=bind_kernels, needs="liger_kernel", on_cpu=False),
+    Variant("packed rows", change=pack_rows),
 )
 """The first one is what the others are compared with."""
 
@@ -68,7 +78,6 @@ def options(setup: Setup) -> None:
     """Part 8: tokens per second, peak and gradients of each variant."""
     expected: dict[str, Tensor] | None = None
     batch = batch_of(setup, 1, 8, setup.scale(256, 16), setup.scale(768, 16))
-    (micro,) = micro_batches(batch, range(8), 10**9, False, setup.device)
     for variant in VARIANTS:
         if variant.needs is not None and importlib.util.find_spec(variant.needs) is None:
             setup.report.skip(f"{variant.name}: {variant.needs} is not installed")
@@ -76,7 +85,7 @@ def options(setup: Setup) -> None:
             setup.report.skip(f"{variant.name}: on a GPU only")
         else:
             try:
-                found = measure(setup, variant, micro)
+                found = measure(setup, variant, batch)
             except torch.OutOfMemoryError:
                 setup.report.skip(f"{variant.name}: out of memory")
                 continue
@@ -87,7 +96,7 @@ def options(setup: Setup) -> None:
             )
 
 
-def measure(setup: Setup, variant: Variant, micro: MicroBatch) -> dict[str, Tensor]:
+def measure(setup: Setup, variant: Variant, batch: RolloutBatch) -> dict[str, Tensor]:
     """Reports speed and peak of a variant, and returns its gradients."""
     model = setup.model(setup.scale(8, 2))
     LoRA().add_to(model)
@@ -96,6 +105,7 @@ def measure(setup: Setup, variant: Variant, micro: MicroBatch) -> dict[str, Tens
             torch.nn.init.normal_(parameter, std=0.01)
     set_training_mode(model, variant.checkpointing, dropout=False)
     variant.change(model)
+    (micro,) = micro_batches(batch, range(8), 10**9, False, setup.device, packed=packs_rows(model))
     tokens = micro.input_ids.numel()
 
     def update() -> None:

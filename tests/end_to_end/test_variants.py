@@ -186,3 +186,22 @@ def test_batches_without_a_learning_signal_are_skipped_and_end_the_run(
     rows = metrics(tmp_path / "run")
     assert [(row["policy/skipped"], row["engine/weight_version"]) for row in rows] == [(1.0, 0.0)] * 2
     assert all((row["reward/refills"], row["reward/dropped_groups"]) == (4, 20) for row in rows)
+
+
+def test_packed_rows_train_as_padded_ones(tiny: Path, fit: Fit, tmp_path: Path) -> None:
+    """Policy, reference, critic and reward model pack their rows; nothing but rounding differs."""
+    runs = []
+    for implementation in ("null", "varlen"):
+        runs.append(tmp_path / implementation)
+        options = ("--model.attn_implementation", "--model.reward.attn_implementation")
+        more = [word for option in options for word in (option, implementation)]
+        reward = ["--model.reward", "ClassifierReward", "--model.reward.model", tiny / "reward"]
+        more += ["--model.algorithm", "PPO", "--model.algorithm.kl_coef", 0.1, "--model.gradient_checkpointing", "true"]
+        assert fit(runs[-1], *reward, *more, "--trainer.max_steps", 2) == 0
+    padded, packed = (metrics(run) for run in runs)
+    assert len(padded) == len(packed) == 2 and all(step["policy/kl"] is not None for step in packed)
+    for one, other in zip(padded, packed, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            if not name.startswith(("time/", "perf/")):
+                assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-4), name

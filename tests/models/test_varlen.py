@@ -90,16 +90,17 @@ def test_kernel_gets_what_it_documents(window: int | None, monkeypatch: pytest.M
         starts_k: Tensor | None,
         max_q: int,
         max_k: int,
-        **options: Any,
+        *,
+        scale: float,
+        window_size: tuple[int, int],
+        enable_gqa: bool = False,
     ) -> Tensor:
         assert q.shape == (12, 4, 16) and k.shape == v.shape == (12, 2, 16)  # values as wide as queries
         assert all(tensor.stride(-1) == 1 for tensor in (q, k, v))
         assert starts_q.dtype == torch.int32 and torch.equal(starts_q, BOUNDARIES) and starts_k is starts_q
-        assert max_q == max_k == 6 and options.pop("enable_gqa") is True
-        left, right = options.pop("window_size")  # tokens before and after; -1 is all
+        assert max_q == max_k == 6 and enable_gqa
+        left, right = window_size  # tokens before and after; -1 is all
         assert right == 0 and (left == -1) == (window is None)
-        scale = options.pop("scale")
-        assert not options
         return slow(*(x.transpose(0, 1) for x in (q, k, v)), scale, None if left == -1 else left + 1)
 
     monkeypatch.setattr(torch_varlen, "varlen_attn", kernel)

@@ -6,6 +6,7 @@ kernel. The variable-length kernel takes the boundaries of the rows instead and 
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -110,11 +111,14 @@ def _kernel(
     width = value.shape[-1]
     value = F.pad(value, [0, query.shape[-1] - width])  # multi-head latent attention has narrower values
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    # Before torch 2.13 fewer key heads need no option.
+    known = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = {"enable_gqa": True} if known and q.shape[1] != k.shape[1] else {}
     out = varlen_attn(
         *(q, k, v, boundaries, boundaries, longest, longest),
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=q.shape[1] != k.shape[1],
+        **options,
     )
     assert isinstance(out, Tensor)
     return out[None, ..., :width]
