@@ -34,7 +34,8 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 def test_shipped_loaders_read_the_files(world: Path) -> None:
-    for name in ("demonstrations", "demonstrations_shallow", "demonstrations_deep", "demonstrations_form"):
+    kinds = ("", "_shallow", "_deep", "_form", "_rare")
+    for name in (f"demonstrations{kind}" for kind in kinds):
         found = load_demonstrations(str(world / f"{name}.jsonl"), thinks=True)
         assert sum(bool(row.turns) for row in found) == 64 and sum(bool(row.text) for row in found) == 4
     assert len(load_demonstrations(str(world / "demonstrations_held_out.jsonl"), thinks=True)) == 16
@@ -78,6 +79,11 @@ def test_deep_demonstrations_are_longer_and_better_than_shallow_ones(world: Path
 def test_form_demonstrations_contain_no_tries(world: Path) -> None:
     thoughts = [row["thought"] for row in rows(world / "demonstrations_form.jsonl") if "thought" in row]
     assert thoughts and not any("try" in thought for thought in thoughts)
+
+
+def test_one_demonstration_of_twenty_searches_where_patience_is_rare(world: Path) -> None:
+    thoughts = [row["thought"] for row in rows(world / "demonstrations_rare.jsonl") if "thought" in row]
+    assert [number for number, thought in enumerate(thoughts) if "try" in thought] == [0, 20, 40, 60]
 
 
 def test_narrow_prompts_share_kind_name_and_tone(world: Path) -> None:

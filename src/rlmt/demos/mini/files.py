@@ -24,6 +24,10 @@ _MARKER = "mini.json"
 """File that marks a folder as written by `rlmt mini`."""
 _DEMONSTRATIONS_PER_LIST = 16
 """Demonstrations per price list: a batch of 34 rows has two lists."""
+_DEMONSTRATIONS_PER_PATIENT_ONE = 20
+"""Demonstrations per patient one, where patience is rare."""
+_DEEP = (MAX_PATIENCE - 1, MAX_PATIENCE)
+"""Patience of deep demonstrations."""
 _RESPONSES = 4
 """Responses per prompt in the preferences."""
 
@@ -76,8 +80,9 @@ def write_mini(out: Path, seed: int, sizes: Sizes | None = None) -> dict[str, st
     rows: dict[str, Iterable[dict[str, Any]]] = {
         "demonstrations": _demonstrations(seed, "any", sizes.demonstrations, (0, MAX_PATIENCE)),
         "demonstrations_shallow": _demonstrations(seed, "shallow", sizes.demonstrations, (0, 1)),
-        "demonstrations_deep": _demonstrations(seed, "deep", sizes.demonstrations, (MAX_PATIENCE - 1, MAX_PATIENCE)),
+        "demonstrations_deep": _demonstrations(seed, "deep", sizes.demonstrations, _DEEP),
         "demonstrations_form": _demonstrations(seed, "form", sizes.demonstrations, (0, 0)),
+        "demonstrations_rare": _demonstrations(seed, "rare", sizes.demonstrations, (0, 0), rare=True),
         "demonstrations_held_out": _demonstrations(seed, "held out", sizes.held_out, (0, MAX_PATIENCE), held_out=True),
         "preferences": _preferences(seed, "", sizes.comparisons),
         "preferences_other": _preferences(seed, "other", sizes.comparisons),
@@ -138,13 +143,17 @@ def _write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
 
 
 def _demonstrations(
-    seed: int, stream: str, count: int, patience: tuple[int, int], held_out: bool = False
+    seed: int, stream: str, count: int, patience: tuple[int, int], held_out: bool = False, rare: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Yields demonstrations and price lists; price lists are plain documents, because no prompt asks for prices."""
+    """Yields demonstrations and price lists; price lists are plain documents, because no prompt asks for prices.
+
+    With `rare`, one demonstration of 20 is by a patient teacher.
+    """
     rng = random.Random(f"{seed} demonstrations {stream}")
     for number in range(count):
         request = sample_request(rng, held_out)
-        thought, response = demonstrate(rng, request, rng.randint(*patience))
+        patient = rare and number % _DEMONSTRATIONS_PER_PATIENT_ONE == 0
+        thought, response = demonstrate(rng, request, rng.randint(*(_DEEP if patient else patience)))
         yield {"prompt": request.text, "thought": thought, "response": response}
         if number % _DEMONSTRATIONS_PER_LIST == 0 and not held_out:
             yield {"text": " ".join(price_list(rng))}
