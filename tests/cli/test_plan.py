@@ -405,6 +405,9 @@ def test_devices_and_sharding_divide_the_memory(
     assert offloaded["policy weights"] == offloaded["gradients"] == offloaded["reward weights"] == []
     assert offloaded["all-gathered blocks"] == eight["all-gathered blocks"]
 
+    rounded = planned("--config fsdp --trainer.devices 8 --trainer.strategy.bf16_residual true")
+    assert rounded["activations"][-1] < 0.75 * eight["activations"][-1]
+
     lora, replicated = planned("--config lora"), planned("--config lora --config ddp --trainer.devices 8")
     assert replicated["policy weights"] == lora["policy weights"] and replicated["gradients"] == lora["gradients"]
     assert replicated["DDP gradient buckets"] == pytest.approx([4 * ADAPTER / GIB] * 3, abs=0.006)

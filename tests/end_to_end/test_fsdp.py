@@ -106,3 +106,19 @@ def test_policy_and_critic_with_adapters_on_two_ranks(crash: Any, world: Any, tm
     run = train(crash, world, tmp_path / "two", 2, *more, *TENSOR_PARALLEL, sharded=True)
     assert_same_checkpoint(run, alone)
     assert_same_metrics_and_samples(run, alone, 2)
+
+
+@pytest.mark.slow
+@needs_vllm
+def test_rounded_hidden_states_change_no_more_than_rounding(crash: Any, world: Any, tmp_path: Path) -> None:
+    mixed = (*VLLM, "--trainer.precision", "bf16-mixed")
+    runs = [
+        train(crash, world, tmp_path / value, 2, *mixed, "--trainer.strategy.bf16_residual", value, sharded=True)
+        for value in ("false", "true")
+    ]
+    assert samples(runs[0], 1) == samples(runs[1], 1)
+    plain, rounded = (metrics(run)[0] for run in runs)
+    assert plain["policy/grad_norm"] != rounded["policy/grad_norm"]
+    for name in ("policy/grad_norm", "policy/entropy"):
+        assert rounded[name] == pytest.approx(plain[name], rel=0.05), name
+    assert all(run["engine/mismatch_kl"] < 1e-3 for run in (plain, rounded))

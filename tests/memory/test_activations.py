@@ -16,6 +16,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from rlmt.distributed.fsdp2 import round_residual_stream
 from rlmt.memory.activations import BatchShape, forward_footprint, micro_batch_of, update_footprint
 from rlmt.models.logprobs import token_logprobs
 
@@ -72,6 +73,11 @@ CASES = {
     "all parameters, shared prompt": ({"lora": None}, BatchShape(3, 80, 60, True), None),
     "all parameters, mixed, tied": ({"lora": None, "qwen": True}, BatchShape(3, 40, 60, False), torch.bfloat16),
     "checkpointed": ({"lora": None, "checkpointing": True}, BatchShape(3, 40, 60, False), None),
+    "rounded residual stream, checkpointed": (
+        {"lora": None, "checkpointing": True, "rounded": True},
+        BatchShape(3, 40, 60, False),
+        torch.bfloat16,
+    ),
     "lora": ({"lora": {}}, BatchShape(3, 40, 60, False), None),
     "lora, dropout, mixed": (
         {"lora": {"lora_dropout": 0.1}, "bf16_weights": True},
@@ -98,8 +104,11 @@ def test_update_footprint_matches_real_tensors(case: str, layers: int, allocated
     build_options = (options["lora"], dtype, options.get("checkpointing", False), options.get("qwen", False))
     with torch.device("meta"):
         meta = build(layers, *build_options)
-    estimate = update_footprint(meta, shape, autocast)
     model = build(layers, *build_options)
+    if options.get("rounded"):
+        round_residual_stream(meta)
+        round_residual_stream(model)
+    estimate = update_footprint(meta, shape, autocast)
     assert estimate.saved == pytest.approx(saved_bytes(model, shape, autocast), rel=0.02)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None

@@ -58,6 +58,10 @@ def servers() -> VLLMServerEngine:
     [
         (trainer(ModelParallelStrategy()), r"--trainer\.strategy is ModelParallelStrategy, .*--config ddp"),
         (trainer(FSDP2(), module=plain(quantization=NF4())), r"--model\.quantization: .*--config ddp"),
+        (
+            trainer(FSDP2(bf16_residual=True), module=plain()),
+            r"bf16_residual is true, but --trainer\.precision is 32-true",
+        ),
         (trainer(FSDP2(), module=plain(PPO(critic_shared=True))), r"critic_shared: .*Leave the option out"),
         (trainer(FSDP2(), module=plain(optimizer=AdamW8bit)), r"optimizer is AdamW8bit: .*torch\.optim\.AdamW"),
         (trainer(FSDP2(), module=plain()), r"TransformersEngine, which generates with the policy itself.*VLLMEngine"),

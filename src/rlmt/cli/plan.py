@@ -162,8 +162,7 @@ class PlanCLI(RLMTCLI):
             UserError: The number of devices is not passed and there is no GPU to count.
         """
         strategy = self._get(self.config_init, "trainer.strategy")
-        sharded = isinstance(strategy, FSDP2)
-        if not (sharded or isinstance(strategy, DDPStrategy) or str(strategy).startswith("ddp")):
+        if not (isinstance(strategy, (FSDP2, DDPStrategy)) or str(strategy).startswith("ddp")):
             return Parallelism()
         option = self._get(self.config_init, "trainer.devices")
         listed = option.strip("[], ").split(",") if isinstance(option, str) and "," in option else option
@@ -172,7 +171,7 @@ class PlanCLI(RLMTCLI):
         if count == 0:
             raise UserError("--trainer.devices is required without a GPU; pass the number of devices a machine has.")
         ranks = count * int(self._get(self.config_init, "trainer.num_nodes") or 1)
-        return Parallelism(ranks, sharded, sharded and strategy.offload)
+        return Parallelism.of(ranks, strategy)
 
 
 def device_memory(option: float | str | None) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from rlmt.data import RolloutDataModule
+from rlmt.distributed.fsdp2 import round_residual_stream
 from rlmt.engines import TransformersEngine, VLLMEngine
 from rlmt.engines.vllm.tensor_parallel import check_ranks
 from rlmt.errors import UserError
@@ -137,8 +138,10 @@ def _add_policy(
     )
     autocast = compute if compute is not torch.float32 else None
     gathered = all_gather_bytes(policy, compute)
+    if devices.bf16_residual:
+        round_residual_stream(policy)
     footprint = update_footprint(policy, shape, autocast, memory=budget.memory) if activations else Footprint(0, 0)
-    critic, critic_footprint = meta_critic(module, dtype, shape, autocast, activations)
+    critic, critic_footprint = meta_critic(module, dtype, shape, autocast, activations, devices.bf16_residual)
     if critic_options := module.algorithm.critic:
         # A copy of a 4-bit policy is in 4 bits, too; a critic from another model is not.
         is_copy = critic_options.init == "policy" and not critic_options.shared

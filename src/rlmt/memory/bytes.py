@@ -16,6 +16,7 @@ from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from rlmt.distributed.fsdp2 import FSDP2
 from rlmt.memory.activations import BatchShape
 from rlmt.models.adapters import is_adapter
 from rlmt.models.output_head import OutputHead, rows_per_chunk
@@ -34,6 +35,15 @@ class Parallelism:
     """Whether models are sharded over the ranks (FSDP2); otherwise each rank holds them in full."""
     offload: bool = False
     """Whether the shards are in host memory."""
+    bf16_residual: bool = False
+    """Whether hidden states between blocks are in bfloat16 under `bf16-mixed`."""
+
+    @classmethod
+    def of(cls, ranks: int, strategy: Any) -> Parallelism:
+        """That of a number of ranks and a strategy of Lightning."""
+        if not isinstance(strategy, FSDP2):
+            return cls(ranks)
+        return cls(ranks, True, strategy.offload, strategy.bf16_residual)
 
     def shard_bytes(self, size: int) -> int:
         """Bytes per device of something of `size` bytes that is sharded if the run is."""

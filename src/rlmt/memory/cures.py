@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -72,7 +72,7 @@ def find_cures(
         The cures that fit, from the one that changes the run least to the one that changes it most.
     """
     cures = []
-    for options, changes, parallel in _candidates(module, data, devices):
+    for options, changes, parallel in _candidates(module, data, compute, devices):
         precision = torch.bfloat16 if options.startswith("--config qlora") else compute
         with _changed([*_chosen(data), *changes]):
             if not make_budget(module, data, precision, memory, parallel, activations=False).fits_on(memory):
@@ -98,7 +98,7 @@ def fitting_cards(budget: Budget) -> dict[str, bool]:
 
 
 def _candidates(
-    module: RLMTModule, data: RolloutDataModule, devices: Parallelism
+    module: RLMTModule, data: RolloutDataModule, compute: torch.dtype, devices: Parallelism
 ) -> Iterator[tuple[str, list[Change], Parallelism]]:
     """Options of each cure, what they change, and the devices; "" is a smaller cache alone."""
     yield "", [], devices
@@ -114,8 +114,10 @@ def _candidates(
     own_reward = isinstance(module.reward, ClassifierReward) and module.reward.quantization is None
     if own_reward:
         yield "--config lora --model.reward.quantization rlmt.models.NF4", lora + reward_4_bit, devices
+    if devices.sharded and not devices.bf16_residual and module.lora is None and compute is torch.bfloat16:
+        yield "--trainer.strategy.bf16_residual true", [], replace(devices, bf16_residual=True)
     if devices.sharded and not devices.offload:
-        yield "--trainer.strategy.offload true", [], Parallelism(devices.ranks, True, True)
+        yield "--trainer.strategy.offload true", [], replace(devices, offload=True)
     if module.quantization is None and isinstance(data.engine, VLLMEngine) and own_reward and not devices.sharded:
         qlora = [*lora, *reward_4_bit, (module, "quantization", NF4()), (module, "gradient_checkpointing", True)]
         qlora += [(module, "tokens_per_micro_batch", 8192), (module.reward, "tokens_per_batch", 8192)]

@@ -9,7 +9,6 @@ import torch
 from lightning.pytorch import Trainer
 
 from rlmt.data import RolloutDataModule
-from rlmt.distributed.fsdp2 import FSDP2
 from rlmt.engines import VLLMEngine
 from rlmt.engines.vllm.engine import DEFAULT_SEQUENCES, DEFAULT_SHARE
 from rlmt.memory.budget import make_budget
@@ -39,11 +38,8 @@ def choose_for_trainer(module: RLMTModule, data: RolloutDataModule, trainer: Tra
         UserError: As in `choose_engine_options`.
     """
     compute = torch.bfloat16 if trainer.precision == "bf16-mixed" else torch.float32
-    strategy = trainer.strategy
-    devices = Parallelism(
-        trainer.world_size, isinstance(strategy, FSDP2), isinstance(strategy, FSDP2) and strategy.offload
-    )
-    device = strategy.root_device
+    devices = Parallelism.of(trainer.world_size, trainer.strategy)
+    device = trainer.strategy.root_device
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     choose_engine_options(module, data, compute, memory, devices)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from rlmt.distributed.fsdp2 import round_residual_stream
 from rlmt.memory.activations import BatchShape, Footprint, forward_footprint, update_footprint
 from rlmt.memory.known_models import model_config
 from rlmt.models.adapters import is_adapter_layer
@@ -89,7 +90,12 @@ def meta_trained(module: TrainingModule, auto: Any, config: PretrainedConfig, dt
 
 
 def meta_critic(
-    module: RLMTModule, dtype: torch.dtype, shape: BatchShape, autocast: torch.dtype | None, activations: bool
+    module: RLMTModule,
+    dtype: torch.dtype,
+    shape: BatchShape,
+    autocast: torch.dtype | None,
+    activations: bool,
+    bf16_residual: bool = False,
 ) -> tuple[list[Tensor], Footprint]:
     """Parameters of the critic on the meta device and the footprint of its update; empty without a critic.
 
@@ -99,6 +105,7 @@ def meta_critic(
         shape: Size of the largest micro-batch.
         autocast: dtype of the forward where it is not that of the weights.
         activations: Whether to measure the footprint; it is 0 otherwise.
+        bf16_residual: As in `Parallelism`.
     """
     options = module.algorithm.critic
     if options is None:
@@ -114,6 +121,8 @@ def meta_critic(
     head = torch.empty(cast(Any, model.config).get_text_config().hidden_size + 1, device="meta", requires_grad=True)
     if not activations:
         return [*own, head], Footprint(0, 0)
+    if bf16_residual:
+        round_residual_stream(model)
     footprint = update_footprint(
         model, shape, autocast, lambda model, batch: hidden_states(model.get_decoder(), batch).float().sum(1)
     )

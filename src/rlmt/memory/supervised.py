@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from rlmt.data import PreferenceDataModule, SFTDataModule
+from rlmt.distributed.fsdp2 import round_residual_stream
 from rlmt.memory.activations import BatchShape, update_footprint
 from rlmt.memory.budget import CUDA_CONTEXT, Update, add_update, describe
 from rlmt.memory.bytes import (
@@ -73,6 +74,8 @@ def make_supervised_budget(
     shape = _largest_micro_batch(module, length, -(-data.batch_size // devices.ranks))
     gathered = all_gather_bytes(model, compute)
     logits = 0
+    if devices.bf16_residual:
+        round_residual_stream(model)
     if isinstance(module, SFT):
         footprint = update_footprint(model, shape, autocast, memory=memory)
         logits = logits_bytes(shape.rows * shape.completion, output_head(base), compute, memory)

@@ -89,9 +89,9 @@ def varlen_attention(
     if query.is_cuda and half and size <= 256 and size % 8 == 0 and not dropout:
         return _kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
     lengths = cu_seq_lens_q.diff().tolist()
+    rows = zip(*(torch.split(states, lengths, dim=2) for states in (query, key, value)), strict=True)
     parts = [
-        sdpa(module, q, k, v, _window(q.shape[2], sliding_window, q.device), dropout, scaling)[0]
-        for q, k, v in zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
+        sdpa(module, q, k, v, _window(q.shape[2], sliding_window, q.device), dropout, scaling)[0] for q, k, v in rows
     ]
     return torch.cat(parts, dim=1), None
 

@@ -45,6 +45,11 @@ def check_trainer(trainer: Trainer) -> None:
         )
     if isinstance(trainer.strategy, FSDP2):
         module: Any = trainer.lightning_module
+        if trainer.strategy.bf16_residual and trainer.precision != "bf16-mixed":
+            raise UserError(
+                f"--trainer.strategy.bf16_residual is true, but --trainer.precision is {trainer.precision}: use "
+                "bf16-mixed, or leave the option out."
+            )
         if module.quantization is not None:
             raise UserError(
                 "--model.quantization: FSDP2 cannot shard weights in 4 bits (--config fsdp). Use --config ddp, or "
