@@ -4,9 +4,10 @@
 
 The parts: vLLM generating as many tokens for the same prompts, without log-probs; one plain forward and backward of the
 policy over the same tokens, each sample with its prompt as in a plain trainer (and once more with the shared-prefix
-forward that rlmt uses); one forward of the reward model over the same texts. A step additionally has: weight sync,
-log-probs from the engine, decoding and splitting, the reference's forward for the KL penalty, entropies, clipping, the
-optimizer, logging and writing all rollouts.
+forward that rlmt uses); one forward of the reward model over the same texts; and one of the reference, which the KL
+penalty needs. The ratios leave the reference out, as a trainer without a KL penalty would, except the last one. A step
+additionally has: weight sync, log-probs from the engine, decoding and splitting, entropies, clipping, the optimizer,
+logging and writing all rollouts.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class StepFloor(Callback):
                 "generate": self._timed(lambda: generate(trainer, rollouts)),
                 "forward + backward": self._timed(lambda: forward_backward(pl_module, rollouts, False)),
                 "forward + backward, shared prefix": self._timed(lambda: forward_backward(pl_module, rollouts, True)),
+                "reference forward, shared prefix": self._timed(lambda: reference_forward(pl_module, rollouts)),
                 "reward forward": self._timed(reward_forward(pl_module, experience)),
                 "step": step,
                 "tokens": float(sum(rollouts.lengths)),
@@ -111,6 +113,16 @@ def forward_backward(module: RLMTModule, batch: RolloutBatch, share_prompts: boo
         logits = policy.lm_head(hidden_states(policy.model, micro))
         torch.nn.functional.cross_entropy(logits.float(), micro.targets).backward()
     policy.zero_grad()
+
+
+@torch.no_grad()
+def reference_forward(module: RLMTModule, batch: RolloutBatch) -> None:
+    """Runs a forward of the reference over the same tokens, up to the cross-entropy; nothing without a KL penalty."""
+    reference: Any = module.reference
+    if reference is not None:
+        for micro in micro_batches(batch, range(len(batch)), module.tokens_per_micro_batch, True, module.device):
+            logits = reference.lm_head(hidden_states(reference.model, micro))
+            torch.nn.functional.cross_entropy(logits.float(), micro.targets)
 
 
 def reward_forward(module: RLMTModule, experience: Experience) -> Callable[[], None]:
@@ -167,8 +179,13 @@ def main() -> None:
     table.add_column("seconds", justify="right")
     for name in (*parts, *(name for name in rows[0] if name.startswith("time/")), "step"):
         table.add_row(name, f"{statistics.median(row[name] for row in rows):.3f}")
-    for excluded, name in ((parts[2], "step / its parts"), (parts[1], "step / its parts, shared prefix")):
-        ratios = [row["step"] / sum(row[part] for part in parts if part != excluded) for row in rows]
+    generation, own, shared, reference, reward = parts
+    for name, summed in {
+        "step / its parts": (generation, own, reward),
+        "step / its parts, shared prefix": (generation, shared, reward),
+        "step / its parts, shared prefix, with the reference": (generation, shared, reference, reward),
+    }.items():
+        ratios = [row["step"] / sum(row[part] for part in summed) for row in rows]
         table.add_row(name, f"{statistics.median(ratios):.2f}")
     Console().print(table)
 
