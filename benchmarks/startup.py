@@ -22,7 +22,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 
-STAGES = ("imports", "options", "prompts and checks", "models loaded", "vLLM imported and started", "first token")
+STAGES = ("imports", "options", "prompts", "checks and models", "vLLM imported and started", "first token")
 """Stages of a start, in their order."""
 TIMES: list[float] = []
 """When each stage of this process was over, in seconds since the epoch."""

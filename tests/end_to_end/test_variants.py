@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from rlmt.cli.commands import main
+from rlmt.models import varlen
 
 CONFIGS = [word for name in ("base", "grpo", "tiny") for word in ("--config", f"configs/{name}.yaml")]
 REWARD = """
@@ -188,9 +189,18 @@ def test_batches_without_a_learning_signal_are_skipped_and_end_the_run(
     assert all((row["reward/refills"], row["reward/dropped_groups"]) == (4, 20) for row in rows)
 
 
-def test_packed_rows_train_as_padded_ones(tiny: Path, fit: Fit, tmp_path: Path) -> None:
+def test_packed_rows_train_as_padded_ones(
+    tiny: Path, fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Policy, reference, critic and reward model pack their rows; nothing but rounding differs."""
-    runs = []
+    runs, packs = [], []
+    attend = varlen.varlen_attention
+
+    def watch(module: Any, query: Any, key: Any, value: Any, mask: Any, *args: Any, **options: Any) -> Any:
+        packs.append(isinstance(mask, varlen.PackedMask))
+        return attend(module, query, key, value, mask, *args, **options)
+
+    monkeypatch.setattr(varlen, "varlen_attention", watch)
     for implementation in ("null", "varlen"):
         runs.append(tmp_path / implementation)
         options = ("--model.attn_implementation", "--model.reward.attn_implementation")
@@ -198,6 +208,7 @@ def test_packed_rows_train_as_padded_ones(tiny: Path, fit: Fit, tmp_path: Path) 
         reward = ["--model.reward", "ClassifierReward", "--model.reward.model", tiny / "reward"]
         more += ["--model.algorithm", "PPO", "--model.algorithm.kl_coef", 0.1, "--model.gradient_checkpointing", "true"]
         assert fit(runs[-1], *reward, *more, "--trainer.max_steps", 2) == 0
+        assert any(packs) == (implementation == "varlen")
     padded, packed = (metrics(run) for run in runs)
     assert len(padded) == len(packed) == 2 and all(step["policy/kl"] is not None for step in packed)
     for one, other in zip(padded, packed, strict=True):

@@ -18,7 +18,7 @@ def test_rows_are_padded_or_follow_each_other() -> None:
     assert ids.tolist() == [[5, 6, 7, 0], [8, 0, 0, 0], [9, 10, 11, 12]] and packing is None
     ids, packing = stack_rows(ROWS, packed=True, device=CPU)
     assert packing is not None and ids.dtype == torch.long and packing.boundaries.dtype == torch.int32
-    assert ids.tolist() == [[5, 6, 7, 8, 9, 10, 11, 12]] and packing.longest == 4
+    assert ids.tolist() == [[5, 6, 7, 8, 9, 10, 11, 12]] and packing.lengths == [3, 1, 4]
     assert packing.position_ids.tolist() == [[0, 1, 2, 0, 0, 1, 2, 3]] and packing.boundaries.tolist() == [0, 3, 4, 8]
 
 

@@ -11,22 +11,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import varlen as torch_varlen
 from transformers import (
+    AttentionInterface,
+    AutoConfig,
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3TextConfig,
     GptOssConfig,
     LlamaConfig,
     LlamaForCausalLM,
-    MistralConfig,
+    NemotronConfig,
     Qwen3NextConfig,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from rlmt.algorithms import GRPO
 from rlmt.engines import TransformersEngine
 from rlmt.errors import UserError
 from rlmt.models import varlen
 from rlmt.models.activation_checkpointing import _save_products
 from rlmt.models.attention import attention_options
 from rlmt.models.loading import load_policy
-from rlmt.models.varlen import VARLEN, register_varlen, supports_varlen, varlen_attention
+from rlmt.models.rows import row_states, stack_rows
+from rlmt.models.varlen import VARLEN, PackedMask, register_varlen, supports_varlen, varlen_attention
+from rlmt.modules import SFT, RewardModeling, RLMTModule
 from rlmt.rewards import ClassifierReward
 from rlmt.types import Prompt, SampleRequest, Sampling, Status
 
@@ -67,12 +74,15 @@ def states(width: int = 8, value_width: int = 8) -> tuple[Tensor, Tensor, Tensor
 BOUNDARIES = torch.tensor([0, *LENGTHS]).cumsum(0, dtype=torch.int32)
 
 
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> tuple[Tensor, None]:
+    mask = PackedMask(window)
+    return varlen_attention(Layer(), query, key, value, mask, 0.0, 0.3, row_boundaries=BOUNDARIES, row_lengths=LENGTHS)
+
+
 @pytest.mark.parametrize("window", [None, 1, 2, 4, 100])
 def test_attention_is_that_of_each_row(window: int | None) -> None:
     query, key, value = states(value_width=5)
-    out, weights = varlen_attention(
-        Layer(), query, key, value, None, 0.0, 0.3, window, cu_seq_lens_q=BOUNDARIES, max_length_q=6
-    )
+    out, weights = packed_attention(query, key, value, window)
     assert weights is None
     torch.testing.assert_close(out[0], slow(query[0], key[0], value[0], 0.3, window))
 
@@ -105,9 +115,7 @@ def test_kernel_gets_what_it_documents(window: int | None, monkeypatch: pytest.M
 
     monkeypatch.setattr(torch_varlen, "varlen_attn", kernel)
     out = varlen._kernel(query, key, value, BOUNDARIES, 6, 0.3, window)
-    expected, _ = varlen_attention(
-        Layer(), query, key, value, None, 0.0, 0.3, window, cu_seq_lens_q=BOUNDARIES, max_length_q=6
-    )
+    expected, _ = packed_attention(query, key, value, window)
     torch.testing.assert_close(out, expected)
 
 
@@ -116,30 +124,68 @@ def test_selective_checkpointing_keeps_the_kernels_result() -> None:
     assert _save_products(None, operator) == torch.utils.checkpoint.CheckpointPolicy.MUST_SAVE
 
 
-def test_a_sliding_window_holds_in_packed_rows_and_in_rows_that_are_not() -> None:
-    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
-    config = MistralConfig(vocab_size=31, num_key_value_heads=1, sliding_window=4, initializer_range=0.5, **shape)
+SIZES: dict[str, Any] = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+WINDOWED: dict[str, Any] = {  # PhiMoE and Qwen2-MoE have their window in the mask alone
+    "mistral": {},
+    "phimoe": {"num_local_experts": 2},
+    "qwen2_moe": {
+        "use_sliding_window": True,
+        "layer_types": ["sliding_attention"] * 3,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+    },
+    "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8},
+}
+
+
+@pytest.mark.parametrize("family", WINDOWED)
+def test_a_sliding_window_holds_in_packed_rows_and_in_rows_that_are_not(family: str) -> None:
+    options = {"num_key_value_heads": 1, "num_hidden_layers": 3, "sliding_window": 4, "initializer_range": 0.5}
+    config = AutoConfig.for_model(family, **SIZES | options | WINDOWED[family])
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-untyped-call]
     rows = [torch.randint(0, 31, (n,)) for n in (13, 2, 9)]
+
+    def states(packed: bool, rows: list[Tensor]) -> Tensor:
+        ids, packing = stack_rows(rows, packed, torch.device("cpu"))
+        at = [(i, k) for i, row in enumerate(rows) for k in range(len(row))]
+        return row_states(model.get_decoder(), ids, packing, *torch.tensor(at).T)
+
     with torch.no_grad():
-        expected = [model(input_ids=row[None], use_cache=False).logits[0] for row in rows]
-        model.config.sliding_window = None
-        unlimited = model(input_ids=rows[0][None], use_cache=False).logits[0]
-        model.config.sliding_window = 4
-        assert (unlimited - expected[0]).abs().max() > 1e-2  # the case can fail
+        expected = torch.cat([states(False, [row]) for row in rows])
+        changed = rows[0].clone()
+        changed[0] += 1  # 12 tokens before the last one, which three layers of windows of 4 see no more
+        assert torch.equal(states(False, [changed])[-1], expected[12])
         model.set_attn_implementation(attention_options(config, VARLEN, "m")["attn_implementation"])
-        alone = [model(input_ids=row[None], use_cache=False).logits[0] for row in rows]
-        lengths = torch.tensor([0, 13, 2, 9])
-        packed = model(
-            input_ids=torch.cat(rows)[None],
-            position_ids=torch.cat([torch.arange(n) for n in (13, 2, 9)])[None],
-            use_cache=False,
-            cu_seq_lens_q=lengths.cumsum(0, dtype=torch.int32),
-            max_length_q=13,
-        ).logits[0]
-    torch.testing.assert_close(torch.cat(alone), torch.cat(expected))
-    torch.testing.assert_close(packed, torch.cat(expected))
+        for packed in (False, True):
+            torch.testing.assert_close(torch.cat([states(packed, [row]) for row in rows]), expected)
+        torch.testing.assert_close(states(True, rows), expected)
+
+
+def test_layers_that_drop_the_boundaries_are_an_error() -> None:
+    query, key, value = states()
+    with pytest.raises(UserError, match="varlen, but Layer is not told where packed rows begin; leave the option out"):
+        varlen_attention(Layer(), query, key, value, PackedMask(None))
+
+
+@pytest.mark.parametrize("kind", ["sft", "rl", "reward"])
+def test_every_rank_knows_it_after_the_checks(kind: str, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under FSDP2 rank 0 alone loads a model, and the others receive it."""
+    known = {name: kernel for name, kernel in AttentionInterface._global_mapping.items() if name != VARLEN}
+    monkeypatch.setattr(AttentionInterface, "_global_mapping", known)
+    assert VARLEN not in ALL_ATTENTION_FUNCTIONS.valid_keys()
+    policy = str(tiny / "policy")
+    module: Any
+    if kind == "reward":
+        module = RewardModeling(policy, attn_implementation=VARLEN)
+        module.check_model_options(module.model_config, policy)
+    else:
+        reward = ClassifierReward(str(tiny / "reward"))
+        module = SFT(policy, attn_implementation=VARLEN)
+        if kind == "rl":
+            module = RLMTModule(policy, reward, GRPO(), attn_implementation=VARLEN)
+        module.check_model_options(module.policy_config, policy)
+    assert VARLEN in ALL_ATTENTION_FUNCTIONS.valid_keys()
 
 
 def test_padding_cache_and_engine_work_as_before(tiny: Path) -> None:
@@ -174,6 +220,8 @@ REFUSED = {
     "a cap": Gemma2Config(),
     "sinks": GptOssConfig(),
     "linear attention": Qwen3NextConfig(),
+    "layers that drop the boundaries": NemotronConfig(),
+    "attention in both directions": Gemma3TextConfig(use_bidirectional_attention=True),
 }
 
 

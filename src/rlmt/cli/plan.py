@@ -27,6 +27,7 @@ from rlmt.memory.engine_options import choose_engine_options
 from rlmt.memory.records import GIB, Budget
 from rlmt.memory.supervised import make_supervised_budget
 from rlmt.modules import SFT, RewardModeling, RLMTModule
+from rlmt.modules.checks import check_residual
 from rlmt.options import PositiveFloat
 from rlmt.progress import busy
 
@@ -73,7 +74,7 @@ def print_cures(cures: list[Cure], memory: int, console: Console | None = None) 
     """
     console = console or Console(highlight=False)
     if not cures:
-        tried = "LoRA, QLoRA, smaller micro-batches, a smaller cache, 8 sharded GPUs"
+        tried = "LoRA, QLoRA, smaller micro-batches, a smaller cache, rounded hidden states, 8 sharded GPUs"
         console.print(f"None of {tried} makes it fit in {memory / GIB:.4g} GiB: take a smaller model.", soft_wrap=True)
         return
     console.print("It would fit with")
@@ -164,6 +165,8 @@ class PlanCLI(RLMTCLI):
         strategy = self._get(self.config_init, "trainer.strategy")
         if not (isinstance(strategy, (FSDP2, DDPStrategy)) or str(strategy).startswith("ddp")):
             return Parallelism()
+        if isinstance(strategy, FSDP2):
+            check_residual(strategy, self._get(self.config_init, "trainer.precision"))
         option = self._get(self.config_init, "trainer.devices")
         listed = option.strip("[], ").split(",") if isinstance(option, str) and "," in option else option
         devices = torch.cuda.device_count() if str(option) in ("auto", "-1") else listed

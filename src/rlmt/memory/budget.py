@@ -48,6 +48,7 @@ from rlmt.models.cache import shares_cache
 from rlmt.models.loading import cast_linear_weights
 from rlmt.models.output_head import output_head
 from rlmt.models.quantization import quantized_weights
+from rlmt.models.varlen import VARLEN
 from rlmt.modules import RLMTModule
 from rlmt.modules.base import TrainingModule
 from rlmt.rewards import ClassifierReward
@@ -133,7 +134,7 @@ def _add_policy(
         data.batch_size * data.group_size // (module.algorithm.minibatches * devices.ranks),
         data.group_size,
         shared_prefix=shares_cache(config)
-        and not (module.gradient_checkpointing or devices.sharded)
+        and not (module.gradient_checkpointing or devices.sharded or module.attn_implementation == VARLEN)
         and data.group_size > 1,
     )
     autocast = compute if compute is not torch.float32 else None

@@ -106,6 +106,8 @@ def _candidates(
     smaller.append((module, "gradient_checkpointing", True))
     small = "--model.tokens_per_micro_batch 4096 --model.gradient_checkpointing true"
     yield small, smaller, devices
+    if devices.sharded and not devices.bf16_residual and module.lora is None and compute is torch.bfloat16:
+        yield "--trainer.strategy.bf16_residual true", [], replace(devices, bf16_residual=True)
     lora: list[Change] = [(module, "lora", _LORA)]
     rewards = [reward for reward in module.reward.modules() if isinstance(reward, ClassifierReward)]
     reward_4_bit: list[Change] = [(reward, "quantization", NF4()) for reward in rewards]
@@ -114,8 +116,6 @@ def _candidates(
     own_reward = isinstance(module.reward, ClassifierReward) and module.reward.quantization is None
     if own_reward:
         yield "--config lora --model.reward.quantization rlmt.models.NF4", lora + reward_4_bit, devices
-    if devices.sharded and not devices.bf16_residual and module.lora is None and compute is torch.bfloat16:
-        yield "--trainer.strategy.bf16_residual true", [], replace(devices, bf16_residual=True)
     if devices.sharded and not devices.offload:
         yield "--trainer.strategy.offload true", [], replace(devices, offload=True)
     if module.quantization is None and isinstance(data.engine, VLLMEngine) and own_reward and not devices.sharded:

@@ -14,6 +14,7 @@ from rlmt.annotations import PreTrainedModel, PreTrainedTokenizerBase
 from rlmt.errors import UserError
 from rlmt.models import loading
 from rlmt.models.adapters import CRITIC, LoRA, use_adapter
+from rlmt.models.attention import attention_options
 from rlmt.models.micro_batch import MicroBatch, hidden_states
 from rlmt.models.reward_model import classifier_config, classifier_tokenizer, load_classifier
 
@@ -71,21 +72,24 @@ class Critic(nn.Module):
         return values.squeeze(1).clone()  # FSDP2 warns of an output that is a view: an in-place change would break it
 
 
-def check_critic(init: str, policy: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_critic(
+    init: str, policy: str, tokenizer: PreTrainedTokenizerBase, attn_implementation: str | None = None
+) -> None:
     """Checks `critic_init` before any weights are read.
 
     Args:
         init: Initial weights of the critic: "policy", or the folder or hub name of a reward model.
         policy: Folder or hub name of the policy.
         tokenizer: Tokenizer of the policy.
+        attn_implementation: As for `load_policy`.
 
     Raises:
-        UserError: `init` is not a reward model with the policy's tokens.
+        UserError: `init` is not a reward model with the policy's tokens, or cannot have `attn_implementation`.
     """
     if init == "policy":
         return
     with _option_in_errors():
-        classifier_config(init)
+        attention_options(classifier_config(init), attn_implementation, init)
         classifier_tokenizer(init)
     critic_vocab, policy_vocab = loading.load_tokenizer(init).get_vocab(), tokenizer.get_vocab()
     if different := sorted(token for token, number in policy_vocab.items() if critic_vocab.get(token) != number):

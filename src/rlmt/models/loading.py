@@ -100,8 +100,8 @@ def load_policy(
     Args:
         path: A local folder or a hub name.
         dtype: Dtype of the weights.
-        attn_implementation: transformers' attention kernel (`sdpa`, `eager`, `flash_attention_2`, ...); None is its
-            default, or `eager` for a model that caps attention logits.
+        attn_implementation: transformers' attention kernel (`sdpa`, `eager`, `flash_attention_2`, ...), or `varlen`;
+            None is its default, or `eager` for a model that caps attention logits.
         quantization: Stores the linear layers of a frozen model in 4 bits; `dtype` is then their compute dtype. None
             does not quantize.
 
@@ -110,8 +110,8 @@ def load_policy(
 
     Raises:
         UserError: The folder or hub repository does not exist, its weights are not safetensors, are damaged, incomplete
-            or in 4 or 8 bits, it is not a causal language model, it needs remote code, or `attn_implementation` ignores
-            a cap on its attention logits.
+            or in 4 or 8 bits, it is not a causal language model, it needs remote code, or it cannot have
+            `attn_implementation`.
     """
     from transformers import AutoModelForCausalLM
 

@@ -2,8 +2,8 @@
 
 Samples of one prompt share its forward and backward pass: the prompt goes through the policy once, and all its samples
 use its keys and values. With 8 samples per prompt this leaves an eighth of the work on prompts, and the gradient is the
-same. Every sample carries its own prompt where keys and values cannot be shared: with gradient checkpointing, and in
-models with linear attention or other states in place of keys and values.
+same. Every sample carries its own prompt where keys and values cannot be shared: with gradient checkpointing, in packed
+rows, and in models with linear attention or other states in place of keys and values.
 """
 
 from __future__ import annotations

@@ -101,8 +101,8 @@ def load_classifier(
         The classifier, on the CPU; in 4 bits on torch's default device.
 
     Raises:
-        UserError: The weights are unreadable or lack the score head, or `attn_implementation` ignores a cap on the
-            model's attention logits.
+        UserError: The weights are unreadable or lack the score head, or the model cannot have
+            `attn_implementation`.
     """
     from transformers import AutoModelForSequenceClassification
 

@@ -24,8 +24,8 @@ class Packing:
     """[1, T] int64, from 0 in each row."""
     boundaries: Tensor
     """[b + 1] int32: the first token of each row, and T."""
-    longest: int
-    """Tokens of the longest row."""
+    lengths: list[int]
+    """Tokens of each row."""
 
 
 def packs_rows(model: PreTrainedModel) -> bool:
@@ -52,7 +52,7 @@ def stack_rows(rows: Sequence[Tensor], packed: bool, device: torch.device) -> tu
         return ids.to(device), None
     positions = torch.cat([torch.arange(n) for n in lengths])[None].to(device)
     boundaries = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)
-    return torch.cat([row.long() for row in rows])[None].to(device), Packing(positions, boundaries, max(lengths))
+    return torch.cat([row.long() for row in rows])[None].to(device), Packing(positions, boundaries, lengths)
 
 
 def row_states(decoder: Any, ids: Tensor, packing: Packing | None, rows: Tensor, columns: Tensor) -> Tensor:
@@ -75,10 +75,8 @@ def row_states(decoder: Any, ids: Tensor, packing: Packing | None, rows: Tensor,
         input_ids=ids,
         position_ids=packing.position_ids,
         use_cache=False,
-        cu_seq_lens_q=packing.boundaries,
-        cu_seq_lens_k=packing.boundaries,
-        max_length_q=packing.longest,
-        max_length_k=packing.longest,
+        row_boundaries=packing.boundaries,
+        row_lengths=packing.lengths,
     ).last_hidden_state
     return hidden[0, packing.boundaries[rows] + columns]
 

@@ -6,7 +6,9 @@ kernel. The variable-length kernel takes the boundaries of the rows instead and 
 
 from __future__ import annotations
 
+import functools
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,10 +16,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rlmt.annotations import PretrainedConfig
+from rlmt.errors import UserError
 from rlmt.models.cache import shares_cache
 
 VARLEN = "varlen"
 """Name of the attention implementation, beside transformers' own such as `sdpa`."""
+_DROPS_BOUNDARIES = ("nemotron",)
+"""Types whose layers do not pass the boundaries on (transformers 5.19)."""
+
+
+@dataclass(frozen=True)
+class PackedMask:
+    """What layers get in place of a mask of packed rows."""
+
+    window: int | None
+    """Number of tokens that a token sees, itself included; None is all before it."""
 
 
 def register_varlen() -> None:
@@ -37,7 +50,10 @@ def supports_varlen(config: PretrainedConfig) -> bool:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     model: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if model is None or getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:
+    text: Any = config.get_text_config()
+    if model is None or text.model_type in _DROPS_BOUNDARIES:
+        return False
+    if any(getattr(text, name, None) for name in ("attn_logit_softcapping", "use_bidirectional_attention")):
         return False
     known = model._supports_attention_backend and model._supports_flash_attn and model._supports_sdpa
     return bool(known) and shares_cache(config)
@@ -48,52 +64,61 @@ def varlen_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | PackedMask | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    sliding_window: int | None = None,
-    cu_seq_lens_q: Tensor | None = None,
-    max_length_q: int = 0,
+    row_boundaries: Tensor | None = None,
+    row_lengths: list[int] | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each row of a packed row; without boundaries as `sdpa`.
+    """Causal attention within each row of a packed row; `sdpa` where there is only one, or rows are padded.
 
-    The kernel takes 16-bit floats on a GPU, heads of up to 256 in multiples of 8, and no dropout. Other packed rows are
-    computed one after the other, which gives the same.
+    The kernel takes 16-bit floats on a GPU of compute capability 8 or newer, heads of up to 256 in multiples of 8, and
+    no dropout. Other packed rows are computed one after the other, which gives the same.
 
     Args:
         module: The attention layer.
         query: [1, heads, T, D].
         key: [1, key heads, T, D].
         value: [1, key heads, T, V].
-        attention_mask: Mask of rows that are not packed.
+        attention_mask: Mask of rows that are not packed, or the window of packed ones.
         dropout: Probability of dropping an attention weight.
         scaling: Factor of the logits.
-        sliding_window: Number of tokens that a token sees, itself included; None is all before it.
-        cu_seq_lens_q: [b + 1] int32 boundaries of the rows; None if they are not packed.
-        max_length_q: Tokens of the longest row.
+        row_boundaries: [b + 1] int32: the first token of each row, and T.
+        row_lengths: Tokens of each row.
         **options: Other options of `sdpa`.
 
     Returns:
         [1, T, heads, V], and None in place of attention weights.
+
+    Raises:
+        UserError: The model's layers did not pass the boundaries on.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa
 
-    if cu_seq_lens_q is None:
+    if not isinstance(attention_mask, PackedMask):
         return sdpa(module, query, key, value, attention_mask, dropout, scaling, **options)
-    kind = query.device.type
-    if query.is_cuda and torch.is_autocast_enabled(kind):
+    if row_boundaries is None or row_lengths is None:
+        raise UserError(
+            f"attn_implementation is {VARLEN}, but {type(module).__name__} is not told where packed rows begin; leave "
+            "the option out."
+        )
+    window, kind = attention_mask.window, query.device.type
+    if kind == "cuda" and torch.is_autocast_enabled(kind):
         query, key, value = (part.to(torch.get_autocast_dtype(kind)) for part in (query, key, value))
-    size = query.shape[-1]
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    if query.is_cuda and half and size <= 256 and size % 8 == 0 and not dropout:
-        return _kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
-    lengths = cu_seq_lens_q.diff().tolist()
-    rows = zip(*(torch.split(states, lengths, dim=2) for states in (query, key, value)), strict=True)
-    parts = [
-        sdpa(module, q, k, v, _window(q.shape[2], sliding_window, q.device), dropout, scaling)[0] for q, k, v in rows
-    ]
+    if not dropout and _kernel_takes(query):
+        return _kernel(query, key, value, row_boundaries, max(row_lengths), scaling, window), None
+    rows = zip(*(torch.split(states, row_lengths, dim=2) for states in (query, key, value)), strict=True)
+    parts = [sdpa(module, q, k, v, _window_mask(q.shape[2], window, q.device), dropout, scaling)[0] for q, k, v in rows]
     return torch.cat(parts, dim=1), None
+
+
+def _kernel_takes(query: Tensor) -> bool:
+    """Whether the kernel takes the device, dtype and heads of a query."""
+    if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    size = query.shape[-1]
+    return size <= 256 and size % 8 == 0 and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def _kernel(
@@ -106,25 +131,30 @@ def _kernel(
     window: int | None,
 ) -> Tensor:
     """Calls torch's kernel, which takes [T, heads, D]: [1, T, heads, V]."""
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention import varlen
 
     width = value.shape[-1]
-    value = F.pad(value, [0, query.shape[-1] - width])  # multi-head latent attention has narrower values
+    if width < query.shape[-1]:  # multi-head latent attention
+        value = F.pad(value, [0, query.shape[-1] - width])
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-    # Before torch 2.13 fewer key heads need no option.
-    known = "enable_gqa" in inspect.signature(varlen_attn).parameters
-    options: dict[str, Any] = {"enable_gqa": True} if known and q.shape[1] != k.shape[1] else {}
-    out = varlen_attn(
+    fewer_key_heads = {"enable_gqa": True} if q.shape[1] != k.shape[1] and _has_option(varlen.varlen_attn) else {}
+    out = varlen.varlen_attn(
         *(q, k, v, boundaries, boundaries, longest, longest),
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
-        **options,
+        **fewer_key_heads,  # type: ignore[arg-type]
     )
     assert isinstance(out, Tensor)
     return out[None, ..., :width]
 
 
-def _window(length: int, window: int | None, device: torch.device) -> Tensor | None:
+@functools.cache
+def _has_option(kernel: Any) -> bool:
+    """Whether the kernel of this torch takes fewer key heads by an option; that of others takes them without."""
+    return "enable_gqa" in inspect.signature(kernel).parameters
+
+
+def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor | None:
     """[1, 1, length, length] bool: which tokens see which; None if all earlier ones are seen."""
     if window is None or length <= window:
         return None
@@ -133,12 +163,19 @@ def _window(length: int, window: int | None, device: torch.device) -> Tensor | N
     return ((back >= 0) & (back < window))[None, None]
 
 
-def _mask(*, allow_is_causal_skip: bool = True, attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:
-    """Mask of transformers' `sdpa`, and none for packed rows."""
+def _mask(
+    *,
+    allow_is_causal_skip: bool = True,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    **options: Any,
+) -> Tensor | PackedMask | None:
+    """Mask of transformers' `sdpa`, or the window of packed rows."""
     from transformers.masking_utils import sdpa_mask
 
     # transformers sets this where positions start again within a row.
-    packed = not allow_is_causal_skip and attention_mask is None and options["q_length"] == options["kv_length"]
-    if packed:
-        return None
-    return sdpa_mask(allow_is_causal_skip=allow_is_causal_skip, attention_mask=attention_mask, **options)
+    if not allow_is_causal_skip and attention_mask is None and options["q_length"] == options["kv_length"]:
+        return PackedMask(local_size)
+    return sdpa_mask(
+        allow_is_causal_skip=allow_is_causal_skip, attention_mask=attention_mask, local_size=local_size, **options
+    )

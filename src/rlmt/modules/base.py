@@ -27,6 +27,7 @@ from rlmt.models import loading
 from rlmt.models.activation_checkpointing import Checkpointing
 from rlmt.models.adapters import LoRA
 from rlmt.models.assets import POLICY_ASSETS, load_stop_token_ids, save_policy_assets
+from rlmt.models.attention import attention_options
 from rlmt.models.liger import bind_kernels, check_kernels, uses_kernels
 from rlmt.models.quantization import NF4
 from rlmt.models.training_mode import set_training_mode
@@ -57,8 +58,8 @@ class TrainingModule(LightningModule):
             the results of matrix products and attention: little more time than false, less memory if all parameters are
             trained.
         attn_implementation: Attention implementation of transformers, such as flash_attention_2; null takes its
-            default, or eager for a model that caps attention logits (Gemma 2), which the default ignores. `varlen` is
-            torch's kernel for packed rows: micro-batches then have no padding.
+            default, or eager for a model that caps attention logits (Gemma 2), which the default ignores. `varlen`
+            packs rows: micro-batches have no padding, and samples share no prompt.
         liger_kernels: Compute norms and gated MLPs of all models by Liger's kernels: faster, in less memory. null does
             so on a GPU with liger-kernel installed, true requires both.
         lora: Trains an adapter on the frozen model; null trains all parameters. The frozen weights are stored in the
@@ -222,12 +223,18 @@ class TrainingModule(LightningModule):
         """
         return None if self.lora is None else self.lora.config(self.planned_model())
 
-    def check_model_options(self) -> None:
-        """Checks the options `lora`, `quantization` and `liger_kernels` against the model's config and the device.
+    def check_model_options(self, config: PretrainedConfig, source: str) -> None:
+        """Checks the options of the model against its config and the device.
+
+        Args:
+            config: Config of the model that is trained.
+            source: Folder or hub name of the model.
 
         Raises:
-            UserError: The model has no layers for the adapter or the kernels, or a package or a GPU is missing.
+            UserError: The model cannot have the attention implementation, has no layers for the adapter or the kernels,
+                or a package or a GPU is missing.
         """
+        attention_options(config, self.attn_implementation, source)
         self.planned_adapter_config()
         if self.quantization is not None:
             self.quantization.check()

@@ -45,11 +45,7 @@ def check_trainer(trainer: Trainer) -> None:
         )
     if isinstance(trainer.strategy, FSDP2):
         module: Any = trainer.lightning_module
-        if trainer.strategy.bf16_residual and trainer.precision != "bf16-mixed":
-            raise UserError(
-                f"--trainer.strategy.bf16_residual is true, but --trainer.precision is {trainer.precision}: use "
-                "bf16-mixed, or leave the option out."
-            )
+        check_residual(trainer.strategy, trainer.precision)
         if module.quantization is not None:
             raise UserError(
                 "--model.quantization: FSDP2 cannot shard weights in 4 bits (--config fsdp). Use --config ddp, or "
@@ -61,6 +57,15 @@ def check_trainer(trainer: Trainer) -> None:
         raise UserError(
             f"--trainer.strategy is {type(trainer.strategy).__name__}, which rlmt does not support: use unsharded "
             "models on each rank (--config ddp), or sharded ones (--config fsdp)."
+        )
+
+
+def check_residual(strategy: FSDP2, precision: str | int | None) -> None:
+    """Raises UserError if the strategy rounds hidden states of a run without mixed precision."""
+    if strategy.bf16_residual and precision != "bf16-mixed":
+        raise UserError(
+            f"--trainer.strategy.bf16_residual is true, but --trainer.precision is {precision}: use bf16-mixed, or "
+            "leave the option out."
         )
 
 

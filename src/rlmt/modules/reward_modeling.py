@@ -133,7 +133,7 @@ class RewardModeling(RestoredMixin, SupervisedModule):  # type: ignore[misc] # L
     def setup(self, stage: str) -> None:
         """Checks the configuration before any weights are loaded, and creates a metric for each subset."""
         check_trainer(self.trainer)
-        self.check_model_options()
+        self.check_model_options(self.model_config, self.model_path)
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         self._subsets = data.subsets
         self._by_subset = nn.ModuleList(MeanMetric(sync_on_compute=False) for _ in self._subsets)

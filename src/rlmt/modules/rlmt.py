@@ -221,12 +221,12 @@ class RLMTModule(ScoringMixin, PolicyMixin, TrainingModule):  # type: ignore[mis
         self.reward.check()
         self.held_out.check(self.reward)
         check_inputs(nn.ModuleList([self.reward, self.held_out]), self.malformed, data.extra_columns)
-        self.check_model_options()
+        self.check_model_options(self.policy_config, self.policy_path)
         checks.check_engines(engines, self.policy_config, self.planned_adapter_config())
         if stage != "fit":
             return
         if self.algorithm.critic is not None:
-            check_critic(self.algorithm.critic.init, self.policy_path, self.tokenizer)
+            check_critic(self.algorithm.critic.init, self.policy_path, self.tokenizer, self.attn_implementation)
         self.algorithm.check(data.group_size)
         checks.check_minibatches(self.algorithm.minibatches, data.batch_size, self.trainer.world_size)
         checks.check_held_out(self.held_out.names, bool(data.val_dataloader()))

@@ -66,7 +66,7 @@ class SFT(PolicyMixin, SupervisedModule):  # type: ignore[misc] # Lightning's lo
         """Checks the configuration before any weights are loaded."""
         check_trainer(self.trainer)
         loading.check_policy(self.policy_config, self.policy_path)
-        self.check_model_options()
+        self.check_model_options(self.policy_config, self.policy_path)
 
     @rank_hook
     def configure_model(self) -> None:
