@@ -423,6 +423,10 @@ def test_devices_and_sharding_divide_the_memory(
         return capsys.readouterr().err
 
     assert "--trainer.devices is required" in error_of("--config", "fsdp")
+    rounded = ["--config", "fsdp", "--trainer.devices", "8", "--trainer.strategy.bf16_residual", "true"]
+    assert "bf16_residual is true, but --trainer.precision is 32-true" in error_of(
+        *rounded, "--trainer.precision", "32-true"
+    )
     assert "this run has one" in error_of("--data.engine.tensor_parallel_size", "8")
 
 

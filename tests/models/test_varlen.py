@@ -164,7 +164,9 @@ def test_a_sliding_window_holds_in_packed_rows_and_in_rows_that_are_not(family: 
 
 def test_layers_that_drop_the_boundaries_are_an_error() -> None:
     query, key, value = states()
-    with pytest.raises(UserError, match="varlen, but Layer is not told where packed rows begin; leave the option out"):
+    with pytest.raises(
+        UserError, match="varlen, but Layer or its mask is not told where packed rows begin; leave the option out"
+    ):
         varlen_attention(Layer(), query, key, value, PackedMask(None))
 
 

@@ -96,14 +96,18 @@ def varlen_attention(
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa
 
-    if not isinstance(attention_mask, PackedMask):
-        return sdpa(module, query, key, value, attention_mask, dropout, scaling, **options)
-    if row_boundaries is None or row_lengths is None:
+    several = row_lengths is not None and len(row_lengths) > 1
+    if isinstance(attention_mask, PackedMask) and not several or isinstance(attention_mask, Tensor) and several:
         raise UserError(
-            f"attn_implementation is {VARLEN}, but {type(module).__name__} is not told where packed rows begin; leave "
-            "the option out."
+            f"attn_implementation is {VARLEN}, but {type(module).__name__} or its mask is not told where packed rows "
+            "begin; leave the option out."
         )
-    window, kind = attention_mask.window, query.device.type
+    if row_boundaries is None or row_lengths is None or not several:
+        mask = attention_mask if isinstance(attention_mask, Tensor) else None
+        return sdpa(module, query, key, value, mask, dropout, scaling, **options)
+    # Some models make masks without positions: then None says that all tokens of the packed row are in the window.
+    window = attention_mask.window if isinstance(attention_mask, PackedMask) else None
+    kind = query.device.type
     if kind == "cuda" and torch.is_autocast_enabled(kind):
         query, key, value = (part.to(torch.get_autocast_dtype(kind)) for part in (query, key, value))
     if not dropout and _kernel_takes(query):
