@@ -161,6 +161,7 @@ def test_accuracies_and_loss_of_held_out_pairs(module: Make, monkeypatch: pytest
         datamodule=data,
         state=SimpleNamespace(fn="validate"),
     )
+    vars(made)["model_config"] = made.trained_model.config  # the module was not made from a folder
     made.setup("validate")
     made._trainer = None
     table = {1: 0.5, 2: -0.5, 3: 0.0, 4: 2.0, 5: 3.0}
