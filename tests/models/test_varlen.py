@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,6 +118,26 @@ def test_kernel_gets_what_it_documents(window: int | None, monkeypatch: pytest.M
     out = varlen._kernel(query, key, value, BOUNDARIES, 6, 0.3, window)
     expected, _ = packed_attention(query, key, value, window)
     torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "size", "capability", "taken"),
+    [
+        ("cuda", torch.bfloat16, 128, (8, 0), True),
+        ("cuda", torch.float16, 256, (9, 0), True),
+        ("cuda", torch.bfloat16, 128, (7, 5), False),  # a T4
+        ("cuda", torch.float32, 128, (9, 0), False),
+        ("cuda", torch.bfloat16, 512, (9, 0), False),
+        ("cuda", torch.bfloat16, 20, (9, 0), False),
+        ("cpu", torch.bfloat16, 128, (9, 0), False),
+    ],
+)
+def test_kernel_computes_what_it_can(
+    device: str, dtype: torch.dtype, size: int, capability: Any, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    query: Any = SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(1, 2, 12, size))
+    assert varlen._kernel_takes(query) == taken
 
 
 def test_selective_checkpointing_keeps_the_kernels_result() -> None:

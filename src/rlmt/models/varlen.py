@@ -92,7 +92,7 @@ def varlen_attention(
         [1, T, heads, V], and None in place of attention weights.
 
     Raises:
-        UserError: The model's layers did not pass the boundaries on.
+        UserError: The model's layers did not pass the boundaries on, or its mask does not know them.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa
 
